@@ -1,0 +1,20 @@
+"""The one family of errors that coneslab raises on bad input.
+
+Every message says what was given, what was expected, and what to do about it.
+"""
+
+
+class ConeslabError(Exception):
+    """Base of all errors that coneslab raises on purpose; catch this one to catch them all."""
+
+
+class MismatchError(ConeslabError):
+    """Two things do not belong together: a mask and another model, two K-V spaces, two widths."""
+
+
+class FileFormatError(ConeslabError):
+    """A file is truncated, damaged, or not one that coneslab wrote."""
+
+
+class WorldError(ConeslabError):
+    """A class, scene, style, colour or subject is not in the sticker world."""
