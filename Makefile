@@ -1,0 +1,53 @@
+# make lab        JupyterLab on the notebooks (the first run sets everything up)
+# make test       ruff, mypy, unit tests, and every notebook
+# make notebooks  run every notebook again and save its outputs in place
+# make bench      the benchmarks, printed side by side
+#
+# PYTHON=...      the Python (3.11 or later) that makes the virtual environment
+# VENV=...        where it goes (.venv)
+# LAB_ARGS=...    more arguments for JupyterLab, for example LAB_ARGS="--ip=0.0.0.0" inside a container
+# Without an NVIDIA GPU on Linux, the CPU build of torch saves gigabytes:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make lab
+
+SHELL := bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+LAB_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: lab test notebooks bench clean
+
+lab: $(VENV)/.coneslab
+	@echo "Open the address below in a browser (Ctrl-C stops the server)."
+	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_tour.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+test: $(VENV)/.coneslab-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=10
+
+notebooks: $(VENV)/.coneslab-test
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.timeout=900 --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+bench: $(VENV)/.coneslab-test
+	@for benchmark in tests/benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+clean:
+	rm -rf $(VENV)
+
+# The stamps make a second `make` start at once; they are older than what decides the environment when that changes.
+$(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "coneslab needs Python 3.11 or later: install it, or name it with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
