@@ -70,9 +70,7 @@ def _sea(random: Random) -> Image.Image:
     _hills(draw, random, 0.92, 0.05, (214, 190, 130))
     for _ in range(random.randint(2, 3)):
         x, height = random.random() * _S, random.uniform(0.18, 0.34) * _S
-        bend = [
-            (x + 10 * math.sin(i * 0.9 + x), _S * 0.95 - height * i / 9) for i in range(10)
-        ]
+        bend = [(x + 10 * math.sin(i * 0.9 + x), _S * 0.95 - height * i / 9) for i in range(10)]
         draw.line(bend, fill=(32, 142, 96), width=12, joint="curve")
     for _ in range(random.randint(3, 6)):
         _disc(draw, random.random(), random.uniform(0.05, 0.6), random.uniform(0.012, 0.026), (190, 236, 248))
@@ -211,7 +209,9 @@ PAINTERS: dict[str, Callable[[Random], Image.Image]] = {
 def backgrounds(scene: str) -> np.ndarray:
     """Return the scene's painted variants, uint8 (VARIANTS, 64, 64, 3)."""
     number = list(PAINTERS).index(scene)
-    return np.stack([
-        np.asarray(PAINTERS[scene](Random(1000 * number + i)).resize((SIZE, SIZE), Image.Resampling.BOX))
-        for i in range(VARIANTS)
-    ])
+    return np.stack(
+        [
+            np.asarray(PAINTERS[scene](Random(1000 * number + i)).resize((SIZE, SIZE), Image.Resampling.BOX))
+            for i in range(VARIANTS)
+        ]
+    )

@@ -1,9 +1,10 @@
-"""Build the sprite atlas in `data/stickers/` from openly licensed emoji art (a maintainer's command).
+r"""Build the sprite atlas in `data/stickers/` from openly licensed emoji art (a maintainer's command).
 
 Nothing here runs when coneslab is used: the world reads the finished atlas. To build it anew, fetch the art
 with npm into a folder and name that folder's `node_modules`:
 
-    npm install @lobehub/fluent-emoji-3d @iconify-json/fluent-emoji-flat emoji-datasource-google emoji-datasource-twitter
+    npm install @lobehub/fluent-emoji-3d @iconify-json/fluent-emoji-flat \
+        emoji-datasource-google emoji-datasource-twitter
     pip install 'coneslab[stickers]'
     coneslab build-stickers node_modules
 """

@@ -119,9 +119,7 @@ def _atlas(style: str) -> dict[str, np.ndarray]:
     tile, columns = index["tile"], index["columns"]
     sheet = np.asarray(Image.open(folder / f"{style}.png").convert("RGBA"))
     places = ((i // columns * tile, i % columns * tile) for i in range(len(index["sprites"])))
-    return {
-        name: sheet[y : y + tile, x : x + tile] for name, (y, x) in zip(index["sprites"], places, strict=True)
-    }
+    return {name: sheet[y : y + tile, x : x + tile] for name, (y, x) in zip(index["sprites"], places, strict=True)}
 
 
 def sprite(name: str, style: str, colour: str | None = None) -> np.ndarray:
@@ -270,7 +268,14 @@ def _caption(plans: list[_Plan], scene: str, random: Random) -> str:
 
 def _words() -> tuple[str, ...]:
     """Every word that a caption can hold, and the reserved tokens, sorted; the tokenizer gives each one token."""
-    texts: list[str] = [*CLASSES, *COLOURS, *DATA["adjectives"], *DATA["openings"], *DATA["joints"], *RARE_TOKENS]
+    texts: list[str] = [
+        *CLASSES,
+        *COLOURS,
+        *DATA["adjectives"],
+        *DATA["openings"],
+        *DATA["joints"],
+        *RARE_TOKENS,
+    ]
     texts += [word for info in CLASSES.values() for word in info.synonyms]
     texts += [info.category for info in CLASSES.values()]
     for group in (STYLE_WORDS, SCENES, DATA["sizes"]):
