@@ -1,0 +1,255 @@
+"""Metrics against independent computations: scikit-learn, torchmetrics, scipy, and loops written out."""
+
+import json
+import string
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import bootstrap as scipy_bootstrap
+from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel
+from torchmetrics.image.kid import poly_mmd
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from coneslab.errors import ConeslabError, MismatchError
+from coneslab.metrics import Judge, bootstrap_interval, kid, load_judge
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    """A small random CLIP model in the shipped format; its pictures are not the size of the test's pictures."""
+    folder = tmp_path_factory.mktemp("judge")
+    letters = list(string.ascii_lowercase)
+    pieces = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
+    merges.write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(pieces), "max_position_embeddings": 24, "bos_token_id": 52, "eos_token_id": 53,
+            "pad_token_id": 53}  # fmt: skip
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=layers | text, vision_config=layers | {"image_size": 32, "patch_size": 8}, projection_dim=12
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(judge_folder) -> Judge:
+    return load_judge(judge_folder)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (7, 48, 48, 3), dtype=np.uint8)
+
+
+PROMPTS = ["a cat", "a dog on a hill", "nothing", "a cat", "under the sea", "red", "a very long prompt " * 20]
+
+
+@pytest.fixture(scope="module")
+def plain(judge, pictures):
+    """Embeddings straight from the CLIP model, one picture and one prompt at a time."""
+    image, text = [], []
+    for picture, prompt in zip(pictures, PROMPTS, strict=True):
+        inputs = judge.processor(
+            text=[prompt], images=Image.fromarray(picture), return_tensors="pt", truncation=True, max_length=24
+        )
+        with torch.no_grad():
+            outputs = judge.model(**inputs)
+        image.append(outputs.image_embeds.numpy()[0])
+        text.append(outputs.text_embeds.numpy()[0])
+    return np.array(image), np.array(text)
+
+
+def test_features_are_the_models_own_at_unit_length(judge, pictures, plain):
+    np.testing.assert_allclose(judge.image_features(pictures), plain[0], atol=1e-5)
+    np.testing.assert_allclose(judge.text_features(PROMPTS), plain[1], atol=1e-5)
+    small_batches = Judge(judge.model, judge.processor, batch_size=2)
+    torch.testing.assert_close(small_batches.image_features(pictures), judge.image_features(pictures))
+    torch.testing.assert_close(small_batches.text_features(PROMPTS), judge.text_features(PROMPTS))
+    raw = judge.image_features(pictures, normalize=False)
+    assert not torch.allclose(raw.norm(dim=-1), torch.ones(7))
+    torch.testing.assert_close(raw / raw.norm(dim=-1, keepdim=True), judge.image_features(pictures))
+
+
+def test_pictures_may_come_as_pil_or_array(judge, pictures):
+    as_list = [Image.fromarray(picture) for picture in pictures]
+    expected = judge.image_features(pictures)
+    assert torch.equal(judge.image_features(as_list), expected)
+    assert torch.equal(judge.image_features([picture.convert("RGBA") for picture in as_list]), expected)
+    assert torch.equal(judge.image_features(as_list[2]), judge.image_features(pictures[2]))
+
+
+def test_text_alignment_against_sklearn(judge, pictures, plain):
+    each = np.diag(cosine_similarity(*plain))
+    np.testing.assert_allclose(judge.text_alignment(pictures, PROMPTS, reduction="none"), each, atol=1e-5)
+    assert judge.text_alignment(pictures, PROMPTS) == pytest.approx(each.mean(), abs=1e-5)
+    one = cosine_similarity(plain[0], plain[1][:1]).mean()
+    assert judge.text_alignment(pictures, "a cat") == pytest.approx(one, abs=1e-5)
+
+
+def test_image_alignment_against_sklearn(judge, pictures, plain):
+    table = cosine_similarity(plain[0][:4], plain[0][4:])
+    assert judge.image_alignment(pictures[:4], pictures[4:]) == pytest.approx(table.mean(), abs=1e-5)
+    each = judge.image_alignment(pictures[:4], pictures[4:], reduction="none")
+    np.testing.assert_allclose(each, table.mean(1), atol=1e-5)
+
+
+def test_classify_takes_the_nearest_label_and_averages_phrasings(judge, pictures, plain):
+    labels = ["a cat", "a dog on a hill", "red"]
+    expected = cosine_similarity(plain[0], plain[1][[0, 1, 5]]).argmax(1)
+    assert judge.classify(pictures, labels).tolist() == expected.tolist()
+    grouped = [["a cat", "under the sea"], ["red"]]
+    means = np.array([plain[1][[0, 4]].mean(0), plain[1][5]])
+    np.testing.assert_allclose(
+        judge.similarity(pictures, grouped), cosine_similarity(plain[0], means), atol=1e-5
+    )
+    assert judge.classify(pictures, grouped).tolist() == cosine_similarity(plain[0], means).argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda judge, pictures: judge.text_alignment(pictures, ["a cat"] * 3), "7 pictures and 3 prompts"),
+        (lambda judge, pictures: judge.text_alignment(pictures, "a", reduction="sum"), "reduction='sum'"),
+        (lambda judge, pictures: judge.image_features([]), "no pictures"),
+        (lambda judge, pictures: judge.image_features(pictures / 255), "float64"),
+        (lambda judge, pictures: judge.image_features(pictures.transpose(0, 3, 1, 2)), "channels last"),
+        (lambda judge, pictures: judge.image_features(["cat.png"]), "got a str"),
+        (lambda judge, pictures: judge.text_features([]), "no prompts"),
+        (lambda judge, pictures: judge.classify(pictures, [["a cat"], []]), "without a phrasing"),
+        (lambda judge, pictures: load_judge("/nowhere/at/all"), "/nowhere/at/all"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(judge, pictures, call, message):
+    with pytest.raises(ConeslabError, match=message):
+        call(judge, pictures)
+
+
+def features(n: int, d: int, shift: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(shift, 1, (n, d))
+
+
+def test_kid_of_all_pictures_against_torchmetrics():
+    a, b = features(40, 16, 0, 1), features(40, 16, 0.4, 2)
+    expected = poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item()
+    assert kid(a, b) == pytest.approx(expected, rel=1e-9)
+    expected = poly_mmd(torch.from_numpy(a), torch.from_numpy(b), degree=2, gamma=0.3, coef=0.5).item()
+    assert kid(torch.from_numpy(a), torch.from_numpy(b), degree=2, gamma=0.3, coef0=0.5) == pytest.approx(expected)
+
+
+def test_kid_of_unequal_numbers_against_sklearn():
+    a, b = features(30, 8, 0, 1), features(45, 8, 0.4, 2)
+    xx, yy, xy = (polynomial_kernel(*pair, degree=3) for pair in ((a, a), (b, b), (a, b)))
+    pairs_x, pairs_y = ~np.eye(30, dtype=bool), ~np.eye(45, dtype=bool)
+    assert kid(a, b) == pytest.approx(xx[pairs_x].mean() + yy[pairs_y].mean() - 2 * xy.mean(), rel=1e-9)
+
+
+def clean_fid_kernel_distance(a: np.ndarray, b: np.ndarray, subsets: int, size: int, seed: int) -> float:
+    """clean-fid's loop over subsets (its `kernel_distance`), on scikit-learn's kernel."""
+    rng = np.random.default_rng(seed)
+    total = 0.0
+    for _ in range(subsets):
+        x, y = a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)]
+        within = polynomial_kernel(x, x, degree=3) + polynomial_kernel(y, y, degree=3)
+        across = polynomial_kernel(x, y, degree=3)
+        total += (within.sum() - np.diag(within).sum()) / (size - 1) - across.sum() * 2 / size
+    return total / subsets / size
+
+
+def test_kid_of_subsets_against_clean_fids_loop():
+    a, b = features(50, 8, 0, 1), features(60, 8, 0.4, 2)
+    expected = clean_fid_kernel_distance(a, b, subsets=5, size=20, seed=3)
+    assert kid(a, b, subset_size=20, subsets=5, seed=3) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kid_is_unbiased_and_grows_with_distance():
+    same = [kid(features(20, 8, 0, seed), features(20, 8, 0, 1000 + seed)) for seed in range(400)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(len(same))
+    assert min(same) < 0
+    a = features(100, 8, 0, 1)
+    near, far = kid(a, features(100, 8, 0.3, 2)), kid(a, features(100, 8, 0.8, 2))
+    assert 0 < near < far
+
+
+def test_kid_refuses_what_does_not_fit():
+    with pytest.raises(MismatchError, match=r"\(5, 4\) and \(5, 3\)"):
+        kid(np.ones((5, 4)), np.ones((5, 3)))
+    with pytest.raises(ConeslabError, match="at least 2"):
+        kid(np.ones((1, 4)), np.ones((5, 4)))
+    with pytest.raises(ConeslabError, match="subset_size=6"):
+        kid(np.ones((5, 4)), np.ones((9, 4)), subset_size=6)
+    with pytest.raises(ConeslabError, match="NaN"):
+        kid(np.full((5, 4), np.nan), np.ones((9, 4)))
+
+
+def test_bootstrap_against_scipy():
+    values = np.random.default_rng(0).gamma(2, size=40)
+    ours = bootstrap_interval(values, resamples=20_000, level=0.9)
+    theirs = scipy_bootstrap(
+        (values,), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile", rng=1
+    ).confidence_interval
+    assert ours.estimate == pytest.approx(values.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert bootstrap_interval(values) == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+
+
+def nested_by_loop(values, subjects, seeds, resamples: int) -> list[float]:
+    """The hierarchical bootstrap written out, one draw after another."""
+    rng = np.random.default_rng(9)
+    means = []
+    for _ in range(resamples):
+        drawn_subjects = []
+        for subject in rng.choice(np.unique(subjects), len(np.unique(subjects))):
+            own = np.unique(seeds[subjects == subject])
+            drawn_seeds = [
+                values[(subjects == subject) & (seeds == seed)].mean() for seed in rng.choice(own, len(own))
+            ]
+            drawn_subjects.append(np.mean(drawn_seeds))
+        means.append(np.mean(drawn_subjects))
+    return means
+
+
+def test_hierarchical_bootstrap_against_a_loop():
+    rng = np.random.default_rng(0)
+    subjects = np.repeat(np.arange(6), 12)
+    seeds = np.tile(np.repeat(np.arange(3), 4), 6)
+    values = rng.normal(size=6)[subjects] + rng.normal(size=(6, 3))[subjects, seeds] + rng.normal(size=72) / 4
+    keep = rng.random(72) < 0.8  # unequal numbers of pictures
+    subjects, seeds, values = subjects[keep], seeds[keep], values[keep]
+    ours = bootstrap_interval(values, clusters=[subjects, seeds], resamples=20_000)
+    means = nested_by_loop(values, subjects, seeds, 3000)
+    assert (ours.low, ours.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.08)
+    assert ours.estimate == pytest.approx(np.mean(means), abs=0.04)
+    alone = bootstrap_interval(values)
+    assert ours.high - ours.low > 2 * (alone.high - alone.low)  # pictures of a subject are not independent
+
+
+def test_paired_difference_removes_what_subjects_share():
+    rng = np.random.default_rng(0)
+    subjects = [f"subject {index // 4}" for index in range(40)]
+    base = rng.normal(size=10).repeat(4)
+    treated = base + 0.1 + rng.normal(size=40) * 0.01
+    paired = bootstrap_interval(treated, minus=base, clusters=[subjects])
+    assert paired.estimate == pytest.approx(np.mean(treated - base))
+    assert 0.09 < paired.low < 0.1 < paired.high < 0.11
+    assert bootstrap_interval(treated, clusters=[subjects]).low < 0
+
+
+def test_bootstrap_refuses_what_does_not_fit():
+    with pytest.raises(MismatchError, match="one length"):
+        bootstrap_interval([1, 2, 3], clusters=[["a", "b"]])
+    with pytest.raises(MismatchError, match="minus"):
+        bootstrap_interval([1, 2, 3], minus=[1, 2])
+    with pytest.raises(ConeslabError, match="finite"):
+        bootstrap_interval([1, float("nan")])
+    with pytest.raises(ConeslabError, match="at least one"):
+        bootstrap_interval([])
+    with pytest.raises(ConeslabError, match="level=95"):
+        bootstrap_interval([1, 2], level=95)
