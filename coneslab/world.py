@@ -225,11 +225,11 @@ def _noun_phrase(plan: _Plan, named_style: bool, alone: bool, random: Random) ->
         words.append(gender)
     words.append(str(plan.word))
     determiner = random.random()
-    if determiner < 0.86:
+    if determiner < 0.80:
         words.insert(0, article(words[0]))
-    elif determiner < 0.92:
+    elif determiner < 0.90:
         words.insert(0, "the")
-    elif determiner < 0.95:
+    elif determiner < 0.94:
         words.insert(0, "one")
     return " ".join(words)
 

@@ -1,0 +1,73 @@
+"""Personal subjects: what ships, and what comes from a user's folder."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coneslab import subjects, world
+from coneslab.errors import ConeslabError, WorldError
+
+
+def test_every_subject_is_complete():
+    assert len(subjects.SUBJECTS) >= 16
+    tokens = set()
+    for name in subjects.SUBJECTS:
+        one = subjects.subject(name)
+        assert len(one.images) == 5 and len({record.scene for record in one.records}) == 5
+        assert all(record.objects[0].style == "twemoji" for record in one.records)
+        assert one.class_word in world.CLASSES and one.token in world.RARE_TOKENS
+        assert len(set(one.prompts)) == 10
+        words = {word for prompt in one.prompts for word in prompt.split()}
+        assert words <= set(world.WORDS)
+        seen = {record.scene for record in one.records}
+        assert not any(prompt.endswith(world.SCENES[s][0]) for prompt in one.prompts[:7] for s in seen)
+        tokens.add(one.token)
+    assert len(tokens) == len(subjects.SUBJECTS)  # subjects can be combined: no two share a token
+
+
+def test_combinations():
+    for size in (2, 3, 4):
+        combinations = subjects.COMBINATIONS[size]
+        assert len(combinations) >= 3
+        assert all(len(set(c)) == size and set(c) <= set(subjects.SUBJECTS) for c in combinations)
+
+
+def test_plain_prompt_drops_the_token_and_mends_the_article():
+    apple = subjects.subject("apple")
+    assert apple.plain("a krx apple on the beach") == "an apple on the beach"
+    assert apple.plain("two cars and krx apple") == "two cars and apple"
+    assert apple.plain("a book near the krx apple") == "a book near the apple"
+    assert apple.plain("an apple") == "an apple"
+
+
+def test_same_name_same_pictures():
+    one, two = subjects.subject("dog"), subjects.subject("dog")
+    assert all(np.array_equal(a, b) for a, b in zip(one.images, two.images, strict=True))
+    assert "dog" in repr(one) and "<img alt=" in one._repr_html_()
+
+
+def test_subject_from_a_users_folder(tmp_path):
+    rotated = Image.new("RGB", (100, 60), "red")
+    exif = rotated.getexif()
+    exif[0x0112] = 6  # turned by a quarter: shown 60 wide, 100 high
+    rotated.save(tmp_path / "b.jpg", exif=exif)
+    Image.new("RGBA", (50, 50), (0, 0, 255, 0)).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    mine = subjects.subject_from_folder(tmp_path, "dog", token="wug", resolution=32)
+    assert [image.size for image in mine.images] == [(32, 32), (32, 32)] and mine.prompt == "a wug dog"
+    assert mine.images[0].getpixel((5, 5)) == (255, 255, 255)  # transparent becomes white
+    assert mine.name == tmp_path.name and len(mine.prompts) == 10
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+    with pytest.raises(ConeslabError, match="is not a folder"):
+        subjects.subject_from_folder(tmp_path / "nowhere", "dog")
+    with pytest.raises(ConeslabError, match="holds no picture"):
+        subjects.subject_from_folder(tmp_path, "dog")
+    (tmp_path / "broken.png").write_bytes(b"not a png")
+    with pytest.raises(ConeslabError, match="broken.png"):
+        subjects.subject_from_folder(tmp_path, "dog")
+    with pytest.raises(ConeslabError, match="class_word"):
+        subjects.subject_from_folder(tmp_path, " ")
+    with pytest.raises(WorldError, match="dragon"):
+        subjects.subject("dragon")
