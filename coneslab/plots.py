@@ -1,0 +1,241 @@
+"""Every figure: each function takes results and returns a matplotlib Figure that carries an alt text.
+
+Colours are seaborn's colour-blind palette and cividis. `show(figure)` displays a figure in a notebook as a picture
+with its alt text, which plain inline display would drop.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import seaborn
+from matplotlib.figure import Figure
+from PIL import Image
+
+from coneslab.errors import ConeslabError
+
+if TYPE_CHECKING:
+    import pandas
+
+PALETTE = seaborn.color_palette("colorblind").as_hex()
+MAP = "cividis"
+
+
+def _finish(figure: Figure, alt: str) -> Figure:
+    figure.set_label(alt)
+    return figure
+
+
+def _grey_frame(axes: Any) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def to_png(figure: Figure, dpi: int = 110) -> bytes:
+    """Return the figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def show(figure: Figure, dpi: int = 110) -> None:
+    """Display a figure in a notebook as a PNG with its alt text."""
+    from IPython.display import HTML, display
+
+    data = base64.b64encode(to_png(figure, dpi)).decode()
+    alt = figure.get_label().replace('"', "&quot;")
+    display(HTML(f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{data}">'))
+
+
+def picture_grid(
+    pictures: Sequence[Image.Image | np.ndarray] | Sequence[Sequence[Image.Image | np.ndarray]],
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    title: str = "",
+    size: float = 1.1,
+) -> Figure:
+    """Show pictures in a grid; small ones are enlarged without smoothing.
+
+    pictures: a flat sequence with `columns`, or one sequence a row. captions: one a picture, below it; row_labels and
+    column_labels: left of the rows and above the columns. size: inches a picture. Raises ConeslabError if empty.
+    """
+    if len(pictures) == 0:
+        raise ConeslabError("there are no pictures to show: give at least one")
+    first = pictures[0]
+    nested = isinstance(first, (list, tuple)) or (isinstance(first, np.ndarray) and first.ndim == 4)
+    if nested:
+        rows: list[list[Any]] = [list(row) for row in pictures]  # type: ignore[arg-type]
+    else:
+        columns = columns or min(len(pictures), 8)
+        rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+    width = max(len(row) for row in rows)
+    extra = 0.3 if captions else 0.0
+    figure = Figure(figsize=(width * size, len(rows) * (size + extra) + (0.3 if title or column_labels else 0)))
+    grid = figure.subplots(len(rows), width, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06 + extra})
+    number = 0
+    for r, row in enumerate(rows):
+        for c in range(width):
+            axes = grid[r][c]
+            _grey_frame(axes)
+            if c >= len(row):
+                continue
+            axes.imshow(np.asarray(row[c]), interpolation="nearest" if np.asarray(row[c]).shape[0] <= 128 else None)
+            if r == 0 and c < len(column_labels):
+                axes.set_title(column_labels[c], fontsize=8)
+            if number < len(captions):
+                axes.set_xlabel(captions[number], fontsize=6.5, wrap=True)
+            if c == 0 and r < len(row_labels):
+                axes.set_ylabel(row_labels[r], rotation=0, ha="right", va="center", fontsize=8)
+            number += 1
+    if title:
+        figure.suptitle(title, fontsize=10, y=1.0, va="bottom")
+    labels = ", ".join([*row_labels, *column_labels]) or title
+    return _finish(figure, f"A grid of {number} pictures{': ' + labels if labels else ''}")
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Any, Any]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    baseline: Mapping[str, float] | None = None,
+    band_means: str = "95 % bootstrap interval",
+) -> Figure:
+    """Draw one line a name; a line is (x, y) or (x, y, low, high), drawn with a band.
+
+    baseline: name -> height of a dashed horizontal line. `band_means` says in the legend what the bands are.
+    """
+    figure = Figure(figsize=(5.2, 3.2))
+    axes = figure.subplots()
+    banded = False
+    for (name, line), colour in zip(lines.items(), PALETTE * 4, strict=False):
+        axes.plot(line[0], line[1], label=name, color=colour, linewidth=1.8)
+        if len(line) == 4:
+            axes.fill_between(line[0], line[2], line[3], color=colour, alpha=0.2, linewidth=0)
+            banded = True
+    for (name, height), style in zip((baseline or {}).items(), ("--", ":", "-.") * 4, strict=False):
+        axes.axhline(height, color="0.4", linestyle=style, linewidth=1.2, label=name)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=10)
+    if log_x:
+        axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    if len(lines) + len(baseline or {}) > 1 or banded:
+        axes.legend(fontsize=7.5, frameon=False, title=f"band: {band_means}" if banded else None, title_fontsize=7)
+    seaborn.despine(figure)
+    return _finish(figure, f"Line plot of {y_label} against {x_label}: {', '.join(lines)}")
+
+
+def intervals(
+    table: pandas.DataFrame,
+    *,
+    value: str = "value",
+    by: str = "condition",
+    panels: str | None = "measure",
+    low: str = "low",
+    high: str = "high",
+    title: str = "",
+    note: str = "",
+    highlight: Sequence[str] = (),
+) -> Figure:
+    """Draw estimates with their intervals: one row a condition, one panel a measure.
+
+    table: a row a (condition, measure) with the columns `value`, `low`, `high`. note: what the interval is and over
+    how many subjects and seeds, shown below. highlight: the conditions the claim is about, drawn in colour.
+    """
+    names = list(dict.fromkeys(table[by]))
+    groups = list(dict.fromkeys(table[panels])) if panels else [""]
+    figure = Figure(figsize=(3.4 * len(groups) + 1.4, 0.34 * len(names) + 1.2))
+    row_of_axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(row_of_axes, groups, strict=True):
+        part = table[table[panels] == group] if panels else table
+        for _, row in part.iterrows():
+            height = len(names) - 1 - names.index(row[by])
+            colour = PALETTE[0] if row[by] in highlight else "0.45"
+            axes.plot([row[low], row[high]], [height, height], color=colour, linewidth=2.4, solid_capstyle="round")
+            axes.plot(row[value], height, "o", color=colour, markersize=6)
+        axes.set_xlabel(group or value)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+    row_of_axes[0].set_yticks(range(len(names)), names[::-1])
+    row_of_axes[0].set_ylim(-0.6, len(names) - 0.4)
+    seaborn.despine(figure, left=True)
+    figure.suptitle(title, fontsize=10, y=1.0, va="bottom")
+    if note:
+        figure.text(0.01, -0.02, note, fontsize=7.5, color="0.3", va="top")
+    figure.subplots_adjust(wspace=0.08)
+    return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
+
+
+def heatmap(
+    values: np.ndarray,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    title: str = "",
+    annotate: bool = True,
+    form: str = ".2g",
+) -> Figure:
+    """Draw a table of numbers as a heat map; values (rows, columns), NaN left blank; `label` names the unit."""
+    figure = Figure(figsize=(0.75 * len(columns) + 2.2, 0.34 * len(rows) + 1.2))
+    axes = figure.subplots()
+    seaborn.heatmap(
+        np.asarray(values, float),
+        ax=axes,
+        cmap=MAP,
+        annot=annotate,
+        fmt=form,
+        xticklabels=list(columns),
+        yticklabels=list(rows),
+        cbar_kws={"label": label},
+        annot_kws={"fontsize": 7},
+        mask=np.isnan(np.asarray(values, float)),
+    )
+    axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+    axes.set_title(title, fontsize=10)
+    return _finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
+
+
+def attention_overlay(
+    pictures: Sequence[Image.Image | np.ndarray],
+    maps: Sequence[np.ndarray],
+    *,
+    labels: Sequence[str] = (),
+    title: str = "",
+    size: float = 1.3,
+) -> Figure:
+    """Lay attention maps over pictures: one column each, the picture above, the map over it below.
+
+    pictures: (height, width, 3) each; maps: (h, w) each, any size, stretched over the picture and scaled to its own
+    minimum and maximum.
+    """
+    figure = Figure(figsize=(size * len(pictures), 2 * size + 0.3))
+    grid = figure.subplots(2, len(pictures), squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    for i, (picture, weights) in enumerate(zip(pictures, maps, strict=True)):
+        pixels = np.asarray(picture)
+        height, width = pixels.shape[:2]
+        for axes in grid[:, i]:
+            _grey_frame(axes)
+            axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
+        grid[1][i].imshow(
+            np.asarray(weights, float), extent=(0, width, height, 0), cmap=MAP, alpha=0.75, interpolation="bilinear"
+        )
+        if i < len(labels):
+            grid[0][i].set_title(labels[i], fontsize=8)
+    figure.suptitle(title, fontsize=10, y=1.0, va="bottom")
+    return _finish(figure, f"Pictures with attention maps over them: {', '.join(labels) or title}")
