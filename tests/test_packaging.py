@@ -1,0 +1,153 @@
+"""The package as others get it: dependency lists that agree, a wheel that works offline away from the checkout."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+import coneslab
+from coneslab.paths import data_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+REQUIREMENTS = PYPROJECT["project"]["dependencies"]
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+
+def split(requirement: str) -> tuple[str, str]:
+    """("torch", ">=2.6") from "torch>=2.6", the name normalised."""
+    name, bound = re.fullmatch(r"([\w.-]+)(.*)", requirement.replace(" ", "")).groups()
+    return re.sub(r"[-_.]+", "-", name).lower(), bound
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def test_conda_environment_has_the_same_dependencies():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = dict(split(entry) for entry in environment["dependencies"] if isinstance(entry, str))
+    assert conda.pop("python") == PYPROJECT["project"]["requires-python"]
+    conda.pop("pip")
+    conda["torch"] = conda.pop("pytorch")  # conda-forge's name
+    assert conda == dict(map(split, REQUIREMENTS))
+    assert environment["dependencies"][-1] == {"pip": ["-e ."]}
+
+
+def test_constraints_pin_every_direct_dependency_within_its_range():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(split(line) for line in lines if line and not line.startswith("#"))
+    wanted = dict(map(split, [*REQUIREMENTS, *(entry for extra in EXTRAS.values() for entry in extra)]))
+    assert pins.keys() == wanted.keys()
+    for name, pin in pins.items():
+        assert numbers(pin.removeprefix("==")) >= numbers(wanted[name].removeprefix(">=")), name
+    assert pins["torch"] == "==2.13.0"
+
+
+def test_every_import_is_declared_and_every_dependency_says_why():
+    declared = {split(requirement)[0] for requirement in REQUIREMENTS}
+    optional = {split(requirement)[0] for requirement in EXTRAS["stickers"]}
+    distributions = packages_distributions()
+    for path in (ROOT / "coneslab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [str(node.module)]
+            for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"coneslab"}:
+                owners = {split(owner)[0] for owner in distributions.get(top, [top])}
+                assert owners & (declared | optional), f"{path.name} imports {top}, which pyproject.toml lacks"
+    assert "torchvision" not in declared, "torchvision has no CPU build to match this torch"
+    for line in (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines():
+        if re.match(r'    "[\w-]+>=', line):
+            assert re.search(r'",\s+# \w', line), f"say what this is for: {line}"
+
+
+def test_citation_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] and citation["title"] and citation["authors"]
+    assert citation["version"] == coneslab.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """The wheel, built from the checkout and installed alone into a folder; other packages are this Python's."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, ROOT], check=True
+    )
+    (wheel,) = folder.glob("coneslab-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", folder / "site", wheel], check=True)
+    return folder / "site"
+
+
+def run_away(installed: Path, folder: Path, code: str) -> str:
+    """Run code against the installed wheel, in an empty folder, without a network or a home."""
+    path = [str(installed), *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join(path),
+        "HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        # any attempt to reach a host fails at once
+        "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9",
+    }  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_wheel_holds_package_and_data_and_nothing_else(installed):
+    (wheel,) = installed.parent.glob("coneslab-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    assert all(name.startswith("coneslab/") for name in names)
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".ipynb")]
+    shipped = {name.removeprefix("coneslab/data/") for name in names if name.startswith("coneslab/data/")}
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "data"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split("\0")
+    assert {name.removeprefix("data/") for name in tracked if name} <= shipped
+
+
+def test_installed_wheel_finds_its_own_data(installed, tmp_path):
+    out = run_away(installed, tmp_path, "from coneslab.paths import data_folder; print(data_folder())")
+    assert Path(out.strip()) == installed.resolve() / "coneslab" / "data"
+    assert data_folder() == ROOT / "data"
+
+
+TOUR = """
+import coneslab
+pipe = coneslab.load("tiny")
+cat = coneslab.subject("cat")
+found = coneslab.find_concept_neurons(pipe, cat, rounds=2)
+with found.applied(pipe):
+    images = coneslab.generate(pipe, cat.prompts[:2], seed=0, steps=2)
+judge = coneslab.load_judge()
+print(coneslab.__file__, [image.size for image in images])
+print(judge.text_alignment(images, [cat.plain(prompt) for prompt in cat.prompts[:2]]))
+print(judge.image_alignment(images, cat.images))
+"""
+
+
+def test_installed_wheel_runs_the_tour_offline(installed, tmp_path):
+    for model in ("tiny", "judge"):
+        if not (data_folder() / "models" / model).is_dir():
+            pytest.skip(f"data/models/{model} is not in this checkout yet: train it with `coneslab pretrain all`")
+    lines = run_away(installed, tmp_path, TOUR).splitlines()[-3:]
+    assert str(installed) in lines[0] and "(64, 64), (64, 64)" in lines[0]
+    assert all(-1 <= float(line) <= 1 for line in lines[1:])
