@@ -16,7 +16,7 @@ import seaborn
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coneslab.errors import ConeslabError
+from .errors import ConeslabError
 
 if TYPE_CHECKING:
     import pandas

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from coneslab.errors import ConeslabError
-from coneslab.paths import data_folder
+from .errors import ConeslabError
+from .paths import data_folder
 
 TILE = 64  # pixels; the longer side of every sprite fills it
 COLUMNS = 11

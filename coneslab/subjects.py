@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from coneslab.errors import ConeslabError, WorldError
-from coneslab.world import DATA, RARE_TOKENS, RESOLUTION, SCENES, Record, article, compose
+from .errors import ConeslabError, WorldError
+from .world import DATA, RARE_TOKENS, RESOLUTION, SCENES, Record, article, compose
 
 SUBJECTS: tuple[str, ...] = tuple(DATA["subjects"])
 COMBINATIONS: dict[int, tuple[tuple[str, ...], ...]] = {

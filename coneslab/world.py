@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coneslab.errors import WorldError
-from coneslab.paths import data_folder
-from coneslab.scenes import SIZE as RESOLUTION
-from coneslab.scenes import VARIANTS, backgrounds
+from .errors import WorldError
+from .paths import data_folder
+from .scenes import SIZE as RESOLUTION
+from .scenes import VARIANTS, backgrounds
 
 DATA: dict[str, Any] = tomllib.loads((data_folder() / "stickers" / "world.toml").read_text(encoding="utf-8"))
 STYLES: tuple[str, ...] = tuple(DATA["styles"])
