@@ -1,0 +1,313 @@
+"""The training loop behind `coneslab pretrain`: time budgets, checkpoints that resume, a log, a feed of pictures.
+
+There is one loop, `fit`. What is trained (`modules`), what is minimised (`loss`) and for how long (`Recipe`) come
+from `coneslab.pretrain`. Checkpoints are safetensors, so resuming never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import world
+from .errors import ConeslabError, FileFormatError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train.
+
+    The learning rate rises over `warmup` steps, stays, and falls linearly to 0 over the last `decay` part of the
+    budget. The budget is `minutes` of training time (checkpoints and pictures not counted) or `steps`, whichever
+    is used up first, so that the rate always arrives at 0 on time.
+    """
+
+    minutes: float
+    batch_size: int
+    learning_rate: float
+    steps: int | None = None
+    warmup: int = 100
+    decay: float = 0.8
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+
+    def spent(self, step: int, seconds: float) -> float:
+        """The part of the budget, in [0, 1], that is used up."""
+        share = seconds / (60 * self.minutes) if self.minutes > 0 else 1.0
+        if self.steps is not None:
+            share = max(share, step / self.steps)
+        return min(share, 1.0)
+
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of a step, from the time spent."""
+        left = (1.0 - self.spent(step, seconds)) / self.decay
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+
+
+@dataclass
+class Log:
+    """What a training run did: one row each time figures are written down, and the facts a model card needs."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.rows[-1]["seconds"] if self.rows else 0.0
+
+    @property
+    def steps(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Log:
+        """Read a log back. Raises ConeslabError if there is none."""
+        if not path.is_file():
+            raise ConeslabError(f"there is no training log {path}: train that model first")
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and facts as one safetensors file, all or nothing."""
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, {"facts": json.dumps(facts)})
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote. Raises FileFormatError if the file is damaged or foreign."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise FileFormatError(
+            f"{path} is not a whole coneslab checkpoint ({error}): delete it to start that model again"
+        ) from error
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 itself, rather than by emulation."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return False
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast to bfloat16 where that pays, else nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16_pays(device) else nullcontext()
+
+
+class Feed:
+    """Fresh pictures from the sticker world, drawn ahead by another process; chunk `i` depends on `seed` and `i` alone."""
+
+    def __init__(
+        self, size: int, *, seed: int, styles: Sequence[str] = world.TRAIN_STYLES, ahead: int = 2, workers: int = 1
+    ):
+        self.size, self.seed, self.styles, self.ahead = size, seed, tuple(styles), ahead
+        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        self._jobs: dict[int, Future[world.Pictures]] = {}
+        self._current: tuple[int, world.Pictures] | None = None
+
+    def chunk(self, index: int) -> world.Pictures:
+        """The pictures of one chunk; the following ones are drawn meanwhile."""
+        if self._current is None or self._current[0] != index:
+            for i in range(index, index + self.ahead + 1):
+                if i not in self._jobs:
+                    seed = self.seed * 1_000_003 + i
+                    self._jobs[i] = self._pool.submit(world.sample, self.size, seed=seed, styles=self.styles)
+            self._current = index, self._jobs.pop(index).result()
+        return self._current[1]
+
+    def batch(self, step: int, n: int) -> tuple[world.Pictures, slice]:
+        """The chunk and the slice of it that belong to training step `step` with `n` pictures a step."""
+        a_chunk = self.size // n
+        index, place = divmod(step, a_chunk)
+        return self.chunk(index), slice(place * n, (place + 1) * n)
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Average(nn.Module):
+    """Exponential moving average of weights, faster at the start (Karras et al. 2018, Progressive GAN, Sec. 4)."""
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float):
+        super().__init__()
+        self.decay = decay
+        self.shadow = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
+        share = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), [weights[name].detach() for name in self.shadow], share)
+
+
+def _named(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Every weight that is to be trained, by module and name."""
+    return {
+        f"{prefix}.{name}": weight
+        for prefix, module in modules.items()
+        for name, weight in module.named_parameters()
+        if weight.requires_grad
+    }
+
+
+def use_average(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Put the averaged weights of a checkpoint into the modules."""
+    with torch.no_grad():
+        for name, weight in _named(modules).items():
+            weight.copy_(tensors[f"average/{name}"])
+
+
+Loss = Callable[[int, torch.Generator], dict[str, Tensor]]
+
+
+def fit(
+    folder: Path,
+    *,
+    modules: Mapping[str, nn.Module],
+    loss: Loss,
+    recipe: Recipe,
+    facts: dict[str, Any] | None = None,
+    preview: Callable[[int], None] | None = None,
+    checkpoint_every: float = 120.0,
+    log_every: int = 20,
+    stop_after: int | None = None,
+) -> Log:
+    """Train until the recipe's budget is spent; leaves the averaged weights in the modules.
+
+    loss(step, generator) -> {"loss": scalar to minimise, further scalars for the log}. The generator is seeded
+    from the recipe and the step, so a resumed run sees what an uninterrupted one sees. Resumes from
+    folder/checkpoint.safetensors where there is one, and writes it every `checkpoint_every` seconds, at the end,
+    and on KeyboardInterrupt. `preview(step)` runs at every checkpoint with averaged weights in place.
+    `stop_after` ends the call (not the budget) at a step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log = folder / "checkpoint.safetensors", Log(facts=dict(facts or {}, recipe=asdict(recipe)))
+    weights = _named(modules)
+    device = next(iter(weights.values())).device
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [w for w in weights.values() if w.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [w for w in weights.values() if w.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate, betas=recipe.betas, fused=True,
+    )  # fmt: skip
+    average, step, seconds = Average(weights, recipe.ema), 0, 0.0
+    if path.is_file():
+        tensors, kept = load_checkpoint(path)
+        step, seconds, log.rows = kept["step"], kept["seconds"], kept["rows"]
+        _restore(weights, optimizer, average, tensors)
+
+    def checkpoint(show: bool = True) -> None:
+        tensors = {f"weight/{k}": v for k, v in weights.items()} | {f"average/{k}": v for k, v in average.shadow.items()}
+        order = [w for group in optimizer.param_groups for w in group["params"]]
+        name = {id(w): k for k, w in weights.items()}
+        for w in order:
+            tensors |= {f"{k}/{name[id(w)]}": torch.as_tensor(v) for k, v in optimizer.state.get(w, {}).items()}
+        save_checkpoint(path, tensors, {"step": step, "seconds": seconds, "rows": log.rows})
+        log.save(folder / "log.json")
+        if show and preview is not None:
+            trained = {k: w.detach().clone() for k, w in weights.items()}
+            with torch.no_grad():
+                for k, w in weights.items():
+                    w.copy_(average.shadow[k])
+                preview(step)
+                for k, w in weights.items():
+                    w.copy_(trained[k])
+
+    bar = tqdm(total=100.0, unit="%", desc=folder.name, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", mininterval=5)
+    sums: dict[str, float] = {}
+    counted, last_save = 0, time.monotonic()
+    try:
+        while recipe.spent(step, seconds) < 1.0 and (stop_after is None or step < stop_after):
+            begun = time.monotonic()
+            rate = recipe.rate(step, seconds)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
+            figures = loss(step, generator)
+            figures["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.clip)
+            if not torch.isfinite(norm):
+                raise ConeslabError(f"the loss is no longer finite at step {step} of {folder}: lower the learning rate")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(weights, step)
+            step += 1
+            for key, value in figures.items():
+                sums[key] = sums.get(key, 0.0) + float(value.detach())
+            counted += 1
+            seconds += time.monotonic() - begun
+            if counted == log_every or recipe.spent(step, seconds) >= 1.0:
+                row = {key: total / counted for key, total in sums.items()}
+                log.rows.append({"step": step, "seconds": round(seconds, 2), "rate": rate, **row})
+                bar.set_postfix(step=step, speed=f"{step * recipe.batch_size / seconds:.0f}/s", **{k: f"{v:.4f}" for k, v in row.items()})
+                bar.update(100 * recipe.spent(step, seconds) - bar.n)
+                sums, counted = {}, 0
+            if time.monotonic() - last_save > checkpoint_every:
+                checkpoint()
+                last_save = time.monotonic()
+    except KeyboardInterrupt:
+        checkpoint(show=False)
+        raise
+    finally:
+        bar.close()
+    checkpoint()
+    with torch.no_grad():
+        for k, w in weights.items():
+            w.copy_(average.shadow[k])
+    return log
+
+
+def _restore(
+    weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: Average, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put a checkpoint back: weights, their average, and what the optimiser remembers of each."""
+    missing = [name for name in weights if f"weight/{name}" not in tensors]
+    if missing:
+        raise FileFormatError(
+            f"the checkpoint lacks {len(missing)} weights, {missing[0]} first: it is of another model; delete it, or "
+            "train in another folder"
+        )
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[f"weight/{name}"])
+            average.shadow[name].copy_(tensors[f"average/{name}"])
+            if f"exp_avg/{name}" in tensors:
+                optimizer.state[weight] = {
+                    key: tensors[f"{key}/{name}"].to(weight.device if key != "step" or weight.is_cuda else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+
+
+def batches(n: int, size: int) -> Iterator[slice]:
+    """Slices that cut n things into parts of at most `size`."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
