@@ -1,0 +1,336 @@
+"""How well a pipeline draws the sticker world: the table that `coneslab evaluate-model` prints.
+
+Every prompt is put together here ("a cat and a car on the beach"), so its truth is known, and the judge is asked
+about every picture. Each share stands beside the same share on real pictures of the world, composed to the same
+prompts: no model can be expected to pass what the judge itself gets wrong there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+
+from .diffusion import generate
+from .errors import ConeslabError
+from .metrics import Images, Interval, Judge, as_pictures, bootstrap_interval
+from .world import CLASSES, COLOURS, SCENES, STYLE_WORDS, STYLES, TRAIN_STYLES, article, compose
+
+#: The shares that the shipped model is held to (guidance 3, 25 steps, every class, 8 seeds, prompts with scenes).
+BARS = {"right class": 0.90, "right scene": 0.95, "both of a pair": 0.75, "all four of four": 0.40}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One picture to draw and judge: what is in it, where, and how it is asked for."""
+
+    objects: tuple[str, ...]
+    scene: str
+    style: str | None = None
+    colour: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The caption in the world's own grammar: "a flat red cat on the beach", "a cat, a dog and a car ..."."""
+        return f"{_listed(self.objects, self.style, self.colour)} {SCENES[self.scene][0]}"
+
+
+def _listed(objects: Sequence[str], style: str | None = None, colour: str | None = None) -> str:
+    words = [" ".join(filter(None, (style and STYLE_WORDS[style][0], colour, name))) for name in objects]
+    phrases = [f"{article(phrase)} {phrase}" for phrase in words]
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+
+
+def questions(
+    objects: int = 1,
+    *,
+    seeds: int = 8,
+    limit: int | None = None,
+    style: bool = False,
+    colour: bool = False,
+    seed: int = 0,
+) -> list[Question]:
+    """Every class in turn, alone or in one random group of `objects`, each `seeds` times in different scenes.
+
+    limit: only that many classes or groups, in a random but fixed order. style, colour: name one as well.
+    """
+    rng = np.random.default_rng([seed, objects])
+    names = [str(name) for name in rng.permutation(list(CLASSES))]
+    groups = [tuple(names[start : start + objects]) for start in range(0, len(names) - objects + 1, objects)]
+    scenes, colours = list(SCENES), list(COLOURS)
+    return [
+        Question(
+            group,
+            scenes[(5 * index + repeat) % len(scenes)],
+            TRAIN_STYLES[(index + repeat) % len(TRAIN_STYLES)] if style else None,
+            colours[(index + 3 * repeat) % len(colours)] if colour else None,
+        )
+        for index, group in enumerate(groups[:limit])
+        for repeat in range(seeds)
+    ]
+
+
+# --- asking the judge -----------------------------------------------------------------------------------
+
+
+def nearest(judge: Judge, images: Images, options: Sequence[Sequence[str]]) -> np.ndarray:
+    """Index of the nearest of each picture's own options, (n,): the options are texts, one list a picture."""
+    pictures = as_pictures(images)
+    if len(pictures) != len(options):
+        raise ConeslabError(f"got {len(pictures)} pictures and {len(options)} lists of options, expected as many")
+    features = judge.image_features(pictures)
+    texts = judge.text_features([text for own in options for text in own])
+    parts = texts.split([len(own) for own in options])
+    return np.array([int((part @ feature).argmax()) for part, feature in zip(parts, features, strict=True)])
+
+
+def right_class(judge: Judge, images: Images, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Whether each picture's nearest class, among all, is the named one, (n,) bool; and the nearest ones.
+
+    A class is the mean of its phrasings, one a scene.
+    """
+    classes = list(CLASSES)
+    labels = [[f"{_listed([name])} {phrases[0]}" for phrases in SCENES.values()] for name in classes]
+    found = [classes[index] for index in judge.classify(images, labels)]
+    return np.array(found) == np.array(names), found
+
+
+def right_scene(judge: Judge, images: Images, scenes: Sequence[str]) -> np.ndarray:
+    """Whether each picture's nearest scene, among all, is the named one, (n,) bool.
+
+    A scene is the mean of its phrasings, one a class.
+    """
+    labels = [[f"{_listed([name])} {phrases[0]}" for name in CLASSES] for phrases in SCENES.values()]
+    found = judge.classify(images, labels)
+    return np.array([list(SCENES)[index] for index in found]) == np.array(scenes)
+
+
+def finds_objects(judge: Judge, images: Images, objects: Sequence[Sequence[str]]) -> np.ndarray:
+    """Whether the judge finds every named object in each picture, (n,) bool.
+
+    The rule: for each named object in turn, the caption must be nearer to the picture than the same caption with
+    that object swapped for any other class that is not named. It has no threshold to tune, and it asks the judge
+    what it was trained on, whole captions. `judge_accuracy` reports how often it holds on real pictures, and how
+    often it holds wrongly when one object is missing.
+    """
+    options = []
+    for named in objects:
+        others = [name for name in CLASSES if name not in named]
+        swapped = [(*named[:i], other, *named[i + 1 :]) for i in range(len(named)) for other in others]
+        options.append([_listed(named), *map(_listed, swapped)])
+    return nearest(judge, images, options) == 0
+
+
+def right_style(judge: Judge, images: Images, asked: Sequence[Question]) -> np.ndarray:
+    """Whether the caption names the picture's style, among the styles of the training pictures, (n,) bool."""
+    options = [[replace(one, style=style).prompt for style in TRAIN_STYLES] for one in asked]
+    return nearest(judge, images, options) == [TRAIN_STYLES.index(str(one.style)) for one in asked]
+
+
+def right_colour(judge: Judge, images: Images, asked: Sequence[Question]) -> np.ndarray:
+    """Whether the caption names the object's colour, among all colours, (n,) bool."""
+    options = [[replace(one, colour=colour).prompt for colour in COLOURS] for one in asked]
+    return nearest(judge, images, options) == [COLOURS.index(str(one.colour)) for one in asked]
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """One row: how many of the pictures are right, with its bar and the same share on real pictures."""
+
+    name: str
+    interval: Interval
+    bar: float | None = None
+    real: Interval | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; None where there is none."""
+        return None if self.bar is None else self.interval.estimate >= self.bar
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table of shares, printable; `share("right class")` finds a row, `classes` has the share of each class.
+
+    Intervals are 95 % bootstrap intervals over prompts (class or group), each prompt's seeds kept together.
+    """
+
+    title: str
+    shares: tuple[Share, ...]
+    classes: dict[str, float]
+    mistaken: dict[str, str]  # what a class is most often taken for instead
+    settings: dict[str, Any]
+
+    def share(self, name: str) -> Share:
+        """The row of that name. Raises ConeslabError if there is none."""
+        for row in self.shares:
+            if row.name == name:
+                return row
+        raise ConeslabError(f"no row {name!r}: this table has {', '.join(row.name for row in self.shares)}")
+
+    def __repr__(self) -> str:
+        lines = [self.title, f"{'':24}{'share':>7}  {'95 % interval':16}{'bar':>6}   {'real pictures':>13}{'n':>7}"]
+        for row in self.shares:
+            found, mark = row.interval, {None: " ", True: "+", False: "-"}[row.met]
+            bar = "" if row.bar is None else f"{row.bar:.2f}"
+            real = "" if row.real is None else f"{row.real.estimate:.3f}"
+            lines.append(
+                f"{row.name:24}{found.estimate:7.3f}  [{found.low:.3f}, {found.high:.3f}] {bar:>6} {mark} "
+                f"{real:>13}{found.values:>7}"
+            )
+        weak = sorted((share, name) for name, share in self.classes.items() if share < 1)[:8]
+        if weak:
+            taken = (f"{n} {share:.2f}" + (f" ({self.mistaken[n]})" if n in self.mistaken else "") for share, n in weak)
+            lines.append("weakest classes (taken for): " + ", ".join(taken))
+        lines.append(", ".join(f"{key} {value}" for key, value in self.settings.items()))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and words, for JSON."""
+        rows = [
+            {"name": row.name, **row.interval.to_dict(), "bar": row.bar, "met": row.met,
+             "real": None if row.real is None else row.real.to_dict()}
+            for row in self.shares
+        ]  # fmt: skip
+        return {"title": self.title, "shares": rows, "classes": self.classes, "mistaken": self.mistaken,
+                "settings": self.settings}  # fmt: skip
+
+
+Draw = Callable[[Sequence[Question]], Images]
+
+
+def _ask_all(judge: Judge, draw: Draw, seeds: int, limit: int | None, extras: bool, seed: int) -> dict[str, Any]:
+    """Draw and judge everything: hits by row name, each with its prompts, and the classes taken for others."""
+    hits: dict[str, tuple[np.ndarray, list[str]]] = {}
+
+    def keep(name: str, right: np.ndarray, asked: Sequence[Question]) -> None:
+        hits[name] = (right, [_listed(one.objects) for one in asked])
+
+    asked = questions(1, seeds=seeds, limit=limit, seed=seed)
+    images = draw(asked)
+    right, found = right_class(judge, images, [one.objects[0] for one in asked])
+    keep("right class", right, asked)
+    keep("right scene", right_scene(judge, images, [one.scene for one in asked]), asked)
+    for count, name in ((2, "both of a pair"), (4, "all four of four")):
+        groups = questions(count, seeds=seeds, limit=limit, seed=seed)
+        keep(name, finds_objects(judge, draw(groups), [one.objects for one in groups]), groups)
+    if extras:
+        few = max(1, seeds // 4)
+        styled = questions(1, seeds=few, limit=limit, style=True, seed=seed)
+        keep("right style", right_style(judge, draw(styled), styled), styled)
+        coloured = questions(1, seeds=few, limit=limit, colour=True, seed=seed)
+        keep("right colour", right_colour(judge, draw(coloured), coloured), coloured)
+    pairs = list(zip([one.objects[0] for one in asked], found, strict=True))
+    return {"hits": hits, "pairs": pairs}
+
+
+def _by_class(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[str, str]]:
+    shares, mistaken = {}, {}
+    for name in sorted({name for name, _ in pairs}):
+        found = [other for own, other in pairs if own == name]
+        shares[name] = found.count(name) / len(found)
+        wrong = Counter(other for other in found if other != name)
+        if wrong:
+            mistaken[name] = wrong.most_common(1)[0][0]
+    return shares, mistaken
+
+
+def _real(asked: Sequence[Question], styles: Sequence[str], seed: int) -> np.ndarray:
+    """Real pictures composed to the questions, uint8 (n, 64, 64, 3); a style that is not named goes in turn."""
+    return np.stack([
+        compose(
+            [(name, one.style or styles[index % len(styles)], one.colour) for name in one.objects],
+            one.scene,
+            seed=1_000_003 * seed + index,
+        )[0]
+        for index, one in enumerate(asked)
+    ])  # fmt: skip
+
+
+def evaluate_model(
+    pipe: StableDiffusionPipeline,
+    judge: Judge,
+    *,
+    seeds: int = 8,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    limit: int | None = None,
+    extras: bool = True,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Draw every class, pairs and fours with `pipe`, ask `judge` about each picture, and tabulate.
+
+    seeds: pictures a prompt, each in another scene. limit: only that many classes, pairs and fours, for a quick
+    look. extras: art style and colour too (a quarter of the seeds). The bars are those of the shipped model; the
+    column of real pictures is what the judge says of the world's own pictures for the same prompts.
+    """
+    drawn, start = 0, time.perf_counter()
+
+    def draw(asked: Sequence[Question]) -> Images:
+        nonlocal drawn
+        images = generate(
+            pipe, [one.prompt for one in asked], seed=seed + drawn, steps=steps, guidance_scale=guidance_scale,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        drawn += len(asked)
+        return images
+
+    result = _ask_all(judge, draw, seeds, limit, extras, seed)
+    seconds = time.perf_counter() - start
+    real = _ask_all(judge, lambda asked: _real(asked, TRAIN_STYLES, seed), seeds, limit, extras, seed)["hits"]
+    rows = tuple(
+        Share(name, _interval(right, prompts), BARS.get(name), _interval(*real[name]))
+        for name, (right, prompts) in result["hits"].items()
+    )
+    classes, mistaken = _by_class(result["pairs"])
+    settings = {"steps": steps, "guidance_scale": guidance_scale, "seeds": seeds, "limit": limit, "seed": seed,
+                "pictures": drawn, "seconds": round(seconds)}  # fmt: skip
+    return Report(f"{_name(pipe)}, judged by {judge}", rows, classes, mistaken, settings)
+
+
+def judge_accuracy(
+    judge: Judge, *, styles: Sequence[str] = STYLES, seeds: int = 8, limit: int | None = None, seed: int = 1
+) -> Report:
+    """What the judge gets right on fresh real pictures, style by style: the ceiling of every other table.
+
+    The rows "... with one missing" are errors: how often the judge finds every object of a caption although one
+    of them was left out and another class drawn in its place.
+    """
+    everything = _ask_all(judge, lambda asked: _real(asked, styles, seed), seeds, limit, True, seed)
+    hits = dict(everything["hits"])
+    for style in styles:
+        asked = questions(1, seeds=seeds, limit=limit, seed=seed)
+        right, _ = right_class(judge, _real(asked, [style], seed + 1), [one.objects[0] for one in asked])
+        hits[f"right class, {style}"] = (right, [one.objects[0] for one in asked])
+    for count, name in ((2, "pair with one missing"), (4, "four with one missing")):
+        asked = questions(count, seeds=seeds, limit=limit, seed=seed)
+        rng = np.random.default_rng([seed, count])
+        others = [rng.choice([other for other in CLASSES if other not in one.objects]) for one in asked]
+        named = [(*one.objects[:-1], str(other)) for one, other in zip(asked, others, strict=True)]
+        right = finds_objects(judge, _real(asked, styles, seed), named)
+        hits[name] = (right, [_listed(one.objects) for one in asked])
+    bars = {"right class": 0.98} | {f"right class, {style}": 0.98 for style in styles}
+    rows = tuple(Share(name, _interval(right, prompts), bars.get(name)) for name, (right, prompts) in hits.items())
+    classes, mistaken = _by_class(everything["pairs"])
+    pictures = sum(len(right) for name, (right, _) in hits.items() if name != "right scene")
+    settings = {"styles": "/".join(styles), "seeds": seeds, "limit": limit, "seed": seed, "pictures": pictures}
+    return Report(f"{judge} on real pictures", rows, classes, mistaken, settings)
+
+
+def _interval(right: np.ndarray, prompts: Sequence[str]) -> Interval:
+    return bootstrap_interval(np.asarray(right, dtype=np.float64), clusters=[prompts], resamples=2000)
+
+
+def _name(pipe: StableDiffusionPipeline) -> str:
+    config: Any = pipe.config  # type: ignore[attr-defined]  # diffusers sets it when registering modules
+    return str(config.get("_name_or_path") or type(pipe).__name__)

@@ -1,0 +1,200 @@
+"""The evaluation table, with a judge that knows the truth and pipelines that fail in known ways."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coneslab import evaluation
+from coneslab.errors import ConeslabError
+from coneslab.evaluation import evaluate_model, judge_accuracy, nearest, questions
+from coneslab.metrics import Judge, as_pictures
+from coneslab.world import CLASSES, COLOURS, SCENES, STYLES, TRAIN_STYLES, WORDS
+
+SEEDS, LIMIT = 4, 12
+COLUMN = {word: index for index, word in enumerate(WORDS)}
+
+
+def bag_of_words(texts) -> torch.Tensor:
+    rows = np.zeros((len(texts), len(WORDS)), np.float32)
+    for row, text in zip(rows, texts, strict=True):
+        for word in text.replace(",", "").split():
+            row[COLUMN[word]] += word not in ("a", "an")
+    return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Oracle(Judge):
+    """Reads what a picture shows from a note in the picture."""
+
+    def __repr__(self):
+        return "Oracle"
+
+    def image_features(self, images, *, normalize=True):
+        return bag_of_words([picture.info["shows"] for picture in as_pictures(images)])
+
+    def text_features(self, prompts, *, normalize=True):
+        return bag_of_words([prompts] if isinstance(prompts, str) else prompts)
+
+
+ORACLE = Oracle(None, None)
+
+
+class Pipe:
+    config = {"_name_or_path": "nothing"}
+
+
+def showing(text: str) -> Image.Image:
+    picture = Image.new("RGB", (8, 8))
+    picture.info["shows"] = text
+    return picture
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """Make `generate` show what a function makes of (prompt, index), and real pictures show their prompt."""
+    seen = {}
+
+    def install(flaw=lambda prompt, index: prompt):
+        def generate(pipe, prompts, *, seed, **options):
+            seen.setdefault("prompts", []).extend(prompts)
+            seen["options"] = options
+            return [showing(flaw(prompt, index)) for index, prompt in enumerate(prompts)]
+
+        monkeypatch.setattr(evaluation, "generate", generate)
+        monkeypatch.setattr(evaluation, "_real", lambda asked, styles, seed: [showing(q.prompt) for q in asked])
+        return seen
+
+    return install
+
+
+def estimates(report) -> dict[str, float]:
+    return {row.name: row.interval.estimate for row in report.shares}
+
+
+def test_a_perfect_pipeline_scores_one_everywhere(drawing):
+    seen = drawing()
+    report = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, steps=7, guidance_scale=2.0)
+    assert set(estimates(report).values()) == {1.0}
+    assert all(row.met in (True, None) and row.real.estimate == 1 for row in report.shares)
+    assert report.settings["pictures"] == len(seen["prompts"])
+    assert len(seen["prompts"]) == SEEDS * (len(CLASSES) + len(CLASSES) // 2 + len(CLASSES) // 4) + 2 * len(CLASSES)
+    assert seen["options"]["steps"] == 7 and seen["options"]["guidance_scale"] == 2.0
+    assert set(report.classes) == set(CLASSES) and not report.mistaken
+
+
+def test_wrong_class_and_scene_are_counted(drawing):
+    def flaw(prompt, index):
+        if index % 4 == 0:
+            prompt = prompt.replace(prompt.split()[1], "cactus")
+        for phrase in (phrases[0] for phrases in SCENES.values()):
+            if index % 2 == 0:
+                prompt = prompt.replace(phrase, "at night")
+        return prompt
+
+    drawing(flaw)
+    asked = questions(1, seeds=SEEDS, limit=LIMIT)
+    hit_class = [index % 4 != 0 or question.objects[0] == "cactus" for index, question in enumerate(asked)]
+    hit_scene = [index % 2 == 1 or question.scene == "night" for index, question in enumerate(asked)]
+    report = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, limit=LIMIT, extras=False)
+    assert estimates(report)["right class"] == pytest.approx(np.mean(hit_class))
+    assert estimates(report)["right scene"] == pytest.approx(np.mean(hit_scene))
+    assert report.share("right class").met is False and report.share("both of a pair").met is True
+    assert report.mistaken and set(report.mistaken.values()) == {"cactus"}
+    assert report.share("right class").real.estimate == 1
+    assert "(cactus)" in repr(report)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_missing_object_is_not_found(drawing, position):
+    def flaw(prompt, index):
+        for names in {q.objects for count in (2, 4) for q in questions(count, seeds=1, limit=LIMIT)}:
+            if all(f" {name}" in f" {prompt.replace(',', '')} " for name in names) and index % 4 == 0:
+                return prompt.replace(f"{names[position]}", "star" if "star" not in names else "hand")
+        return prompt
+
+    drawing(flaw)
+    found = estimates(evaluate_model(Pipe(), ORACLE, seeds=SEEDS, limit=LIMIT, extras=False))
+    assert found["both of a pair"] == found["all four of four"] == pytest.approx(0.75)
+
+
+def test_style_and_colour_are_told_apart(drawing):
+    def flaw(prompt, index):
+        words = prompt.split()
+        return " ".join("flat" if w in TRAIN_STYLES else "red" if w in COLOURS else w for w in words)
+
+    drawing(flaw)
+    report = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, limit=LIMIT)
+    few = [questions(1, seeds=1, limit=LIMIT, **{kind: True}) for kind in ("style", "colour")]
+    assert estimates(report)["right style"] == pytest.approx(np.mean([q.style == "flat" for q in few[0]]))
+    assert estimates(report)["right colour"] == pytest.approx(np.mean([q.colour == "red" for q in few[1]]))
+
+
+def test_a_judge_is_measured_on_real_pictures_with_its_false_alarms(drawing):
+    drawing()
+    found = estimates(judge_accuracy(ORACLE, seeds=2, limit=LIMIT))
+    errors = {name: share for name, share in found.items() if "missing" in name}
+    assert len(errors) == 2 and set(errors.values()) == {0.0}
+    assert {share for name, share in found.items() if name not in errors} == {1.0}
+    assert {f"right class, {style}" for style in STYLES} <= found.keys()
+
+
+def test_real_pictures_are_composed_to_the_questions(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        evaluation, "compose",
+        lambda objects, scene, *, seed: calls.append((objects, scene, seed)) or (np.zeros((64, 64, 3), "uint8"), None),
+    )  # fmt: skip
+    asked = questions(2, seeds=2, limit=2) + questions(1, seeds=2, limit=1, style=True, colour=True)
+    assert evaluation._real(asked, ["3d", "twemoji"], 0).shape == (6, 64, 64, 3)
+    for index, (question, (objects, scene, _)) in enumerate(zip(asked, calls, strict=True)):
+        style = question.style or ["3d", "twemoji"][index % 2]
+        assert objects == [(name, style, question.colour) for name in question.objects]
+        assert scene == question.scene
+    assert len({seed for *_, seed in calls}) == len(calls)
+
+
+def test_questions_cover_every_class_in_different_scenes_in_the_worlds_words():
+    alone, pairs, fours = (questions(count, seeds=8) for count in (1, 2, 4))
+    assert {q.objects[0] for q in alone} == set(CLASSES)
+    assert len({(q.objects, q.scene) for q in alone}) == len(alone) == 8 * len(CLASSES)
+    for groups, count in ((pairs, 2), (fours, 4)):
+        named = [name for q in groups[::8] for name in q.objects]
+        assert len(named) == len(set(named)) == len(CLASSES) // count * count
+    every = alone + pairs + fours + questions(1, style=True, colour=True)
+    assert {word for q in every for word in q.prompt.replace(",", "").split()} <= set(WORDS)
+    assert questions(2, limit=3) == questions(2)[:24] != questions(2, seed=1)[:24]
+    one = evaluation.Question(("apple",), "beach")
+    assert one.prompt == "an apple on the beach"
+    assert evaluation.Question(("apple",), "beach", "flat", "orange").prompt == "a flat orange apple on the beach"
+    four = evaluation.Question(("cat", "apple", "car", "dog"), "night")
+    assert four.prompt == "a cat, an apple, a car and a dog at night"
+
+
+def test_report_reads_well_and_goes_to_json(drawing):
+    drawing()
+    report = evaluate_model(Pipe(), ORACLE, seeds=1, limit=2)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert [row["name"] for row in data["shares"]] == [row.name for row in report.shares]
+    assert data["shares"][0]["bar"] == 0.9 and data["shares"][0]["met"] is True
+    text = repr(report)
+    assert text.startswith("nothing, judged by Oracle") and all(row.name in text for row in report.shares)
+    with pytest.raises(ConeslabError, match="right class"):
+        report.share("righteous class")
+
+
+def test_intervals_keep_the_pictures_of_a_prompt_together(drawing):
+    drawing(lambda prompt, index: prompt if index // SEEDS % 2 else "a star at night")  # whole prompts fail
+    together = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, limit=LIMIT, extras=False).share("right class").interval
+    drawing(lambda prompt, index: prompt if index % 2 else "a star at night")  # half of every prompt fails
+    spread = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, limit=LIMIT, extras=False).share("right class").interval
+    assert together.high - together.low > 4 * (spread.high - spread.low)
+
+
+def test_nearest_wants_one_list_of_options_a_picture():
+    assert nearest(ORACLE, [showing("a cat")], [["a dog", "a cat"]]).tolist() == [1]
+    with pytest.raises(ConeslabError, match="1 pictures and 2 lists"):
+        nearest(ORACLE, [showing("a cat")], [["a dog"], ["a cat"]])
