@@ -69,6 +69,7 @@ def train_vae(
 
     Once the encoder is done its latents stay as they are: the U-Net learns on them, while the decoder may go on.
     """
+    torch.set_flush_denormal(True)
     device = device or best_device()
     folder = runs / ("decoder" if decoder_only else "vae")
     torch.manual_seed(recipe.seed)

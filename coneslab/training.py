@@ -209,6 +209,7 @@ def fit(
     and on KeyboardInterrupt. `preview(step)` runs at every checkpoint with averaged weights in place.
     `stop_after` ends the call (not the budget) at a step.
     """
+    torch.set_flush_denormal(True)  # before worker threads start, which inherit it; tiny gradients are slow otherwise
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / "checkpoint.safetensors", Log(facts=dict(facts or {}, recipe=asdict(recipe)))
     weights = _named(modules)
