@@ -1,8 +1,9 @@
-"""The command line: `coneslab pretrain ...`."""
+"""The command line: `coneslab pretrain ...`, `coneslab evaluate-model ...`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,51 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         pretrain.train_vae(arguments.runs, recipe, decoder_only=arguments.decoder_only)
 
 
+def _evaluate_model(arguments: argparse.Namespace) -> None:
+    from . import evaluation, metrics, models
+
+    judge = metrics.load_judge(arguments.judge)
+    report = (
+        evaluation.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed)
+        if arguments.folder == "judge"
+        else evaluation.evaluate_model(
+            models.load(arguments.folder, device=arguments.device),
+            judge,
+            seeds=arguments.seeds,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            limit=arguments.limit,
+            extras=not arguments.bars_only,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+        )
+    )
+    print(report)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def add_evaluate_model_parser(commands: argparse._SubParsersAction) -> None:
+    """`coneslab evaluate-model FOLDER`: the table of what a pipeline draws right."""
+    evaluate = commands.add_parser(
+        "evaluate-model",
+        help="draw every class, pairs and fours with a pipeline and print what the judge finds",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
+    evaluate.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    evaluate.add_argument("--seeds", type=int, default=8, help="pictures a prompt, each in another scene")
+    evaluate.add_argument("--steps", type=int, default=25, help="sampler steps")
+    evaluate.add_argument("--guidance-scale", type=float, default=3.0)
+    evaluate.add_argument("--limit", type=int, help="only that many classes, pairs and fours: a quick look")
+    evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
+    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    evaluate.add_argument("--json", type=Path, help="write the table to this file as well")
+    evaluate.set_defaults(run=_evaluate_model)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(prog="coneslab", description=__doc__)
@@ -31,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--minutes", type=float, help="time budget; the learning rate reaches 0 at its end")
     pretrain.add_argument("--decoder-only", action="store_true", help="vae: keep the encoder, go on with the decoder")
     pretrain.set_defaults(run=_pretrain)
+    add_evaluate_model_parser(commands)
     return top
 
 

@@ -332,5 +332,4 @@ def _interval(right: np.ndarray, prompts: Sequence[str]) -> Interval:
 
 
 def _name(pipe: StableDiffusionPipeline) -> str:
-    config: Any = pipe.config  # type: ignore[attr-defined]  # diffusers sets it when registering modules
-    return str(config.get("_name_or_path") or type(pipe).__name__)
+    return str(pipe.config.get("_name_or_path") or type(pipe).__name__)

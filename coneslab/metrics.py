@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -56,18 +56,14 @@ class Judge:
     batch_size: int = 64
 
     def __repr__(self) -> str:
-        size = self._config.vision_config.image_size
+        size = self.model.config.vision_config.image_size
         weights = sum(weight.numel() for weight in self.model.parameters())
         return f"Judge({weights / 1e6:.1f} M weights, {size}x{size} pixels, {self.width} features)"
 
     @property
     def width(self) -> int:
         """Number of features d."""
-        return self._config.projection_dim
-
-    @property
-    def _config(self) -> Any:  # transformers types sub-configs as optional dicts
-        return self.model.config
+        return self.model.config.projection_dim
 
     @torch.no_grad()
     def image_features(self, images: Images, *, normalize: bool = True) -> Tensor:
@@ -87,7 +83,7 @@ class Judge:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise ConeslabError("got no prompts, expected at least one")
-        length = self._config.text_config.max_position_embeddings
+        length = self.model.config.text_config.max_position_embeddings
         distinct = sorted(set(texts))
         features = []
         for start in range(0, len(distinct), 4 * self.batch_size):
@@ -186,7 +182,7 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
             f"got {str(name_or_path)!r} as a judge, expected 'judge' or a folder with a CLIP model and its "
             f"processor in the transformers format: {error}"
         ) from error
-    return Judge(model.to(device).eval().requires_grad_(False), processor)  # type: ignore[arg-type]
+    return Judge(model.to(device).eval().requires_grad_(False), processor)
 
 
 def kid(
