@@ -46,7 +46,7 @@ $(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
-	@touch $@
+	@touch $(VENV)/.coneslab $@
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "coneslab needs Python 3.11 or later: install it, or name it with PYTHON=..." >&2; exit 1; }
