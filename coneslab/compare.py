@@ -138,8 +138,9 @@ def measure_controls(
 ) -> pandas.DataFrame:
     """Concept neurons and their controls, for every subject and seed; a row a (cell, condition, measure).
 
-    Each condition draws `pictures` pictures for each of a subject's ten prompts, from the same start noises. Rows
-    go to `path`, by default `data/results/concept_neurons.csv`, and a second call goes on where it stands. The columns: subject, seed, condition, measure, value (mean over the pictures), density, seconds.
+    Each condition draws `pictures` pictures for each of a subject's ten prompts, from the same start noises. Rows go
+    to `path`, by default `data/results/concept_neurons.csv`, and a second call goes on where it stands. The columns:
+    subject, seed, condition, measure, value (mean over the pictures), density, seconds.
     """
 
     def cell(**names: Any) -> list[Row]:
