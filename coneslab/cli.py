@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from .errors import ConeslabError
@@ -15,11 +14,31 @@ from .errors import ConeslabError
 def _pretrain(arguments: argparse.Namespace) -> None:
     from . import pretrain  # torch and diffusers take seconds to import: not for --help
 
-    if arguments.model == "vae":
-        recipe = pretrain.DECODER if arguments.decoder_only else pretrain.VAE
-        if arguments.minutes is not None:
-            recipe = replace(recipe, minutes=arguments.minutes)
-        pretrain.train_vae(arguments.runs, recipe, decoder_only=arguments.decoder_only)
+    stages = {
+        "vae": ("vae",), "decoder": ("decoder",), "unet": ("unet",), "judge": ("judge",), "export": (),
+        "all": ("vae", "unet", "judge", "decoder"),
+    }[arguments.model]  # fmt: skip
+    if arguments.decoder_only:
+        stages = ("decoder",)
+    pretrain.train(arguments.runs, stages, minutes=arguments.minutes)
+    if arguments.model in ("export", "all"):
+        print(f"written: {pretrain.export(arguments.runs, arguments.models)}")
+
+
+def add_pretrain_parser(commands: argparse._SubParsersAction) -> None:
+    """`coneslab pretrain MODEL`: train the shipped models from nothing."""
+    pretrain = commands.add_parser("pretrain", help="train the shipped models from nothing, or go on where it stopped")
+    pretrain.add_argument(
+        "model",
+        choices=("vae", "decoder", "unet", "judge", "all", "export"),
+        help="decoder: go on with the autoencoder's decoder alone, its latents stay; export: put what is trained into "
+        "the folder of shipped models; all: everything in turn",
+    )
+    pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs, pictures (default: runs)")
+    pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
+    pretrain.add_argument("--minutes", type=float, help="time budget of each model; its learning rate ends at 0 then")
+    pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
+    pretrain.set_defaults(run=_pretrain)
 
 
 def _evaluate_model(arguments: argparse.Namespace) -> None:
@@ -71,12 +90,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(prog="coneslab", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    pretrain = commands.add_parser("pretrain", help="train the shipped models from nothing")
-    pretrain.add_argument("model", choices=("vae", "judge", "unet", "all"))
-    pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs and pictures (default: runs)")
-    pretrain.add_argument("--minutes", type=float, help="time budget; the learning rate reaches 0 at its end")
-    pretrain.add_argument("--decoder-only", action="store_true", help="vae: keep the encoder, go on with the decoder")
-    pretrain.set_defaults(run=_pretrain)
+    add_pretrain_parser(commands)
     add_evaluate_model_parser(commands)
     return top
 

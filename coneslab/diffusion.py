@@ -88,7 +88,11 @@ def tokenize(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
     """Token ids (n, tokens), padded and cut to the tokenizer's length, on the text encoder's device."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     encoded = pipe.tokenizer(
-        texts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        texts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     )
     return encoded.input_ids.to(pipe.text_encoder.device)
 
@@ -220,7 +224,9 @@ def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: 
         return predicted, (noisy - alpha * predicted) / sigma
     if kind == "v_prediction":
         return alpha * noisy - sigma * predicted, alpha * predicted + sigma * noisy
-    raise ConeslabError(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample'")
+    raise ConeslabError(
+        f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample'"
+    )
 
 
 def guided(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,7 +34,8 @@ class Recipe:
 
     The learning rate rises over `warmup` steps, stays, and falls linearly to 0 over the last `decay` part of the
     budget. The budget is `minutes` of training time (checkpoints and pictures not counted) or `steps`, whichever
-    is used up first, so that the rate always arrives at 0 on time.
+    is used up first, so that the rate always arrives at 0 on time. `muon` updates inner matrices with Muon, the rest
+    with AdamW.
     """
 
     minutes: float
@@ -47,6 +49,7 @@ class Recipe:
     clip: float = 1.0
     ema: float = 0.999
     seed: int = 0
+    muon: bool = False
 
     def spent(self, step: int, seconds: float) -> float:
         """The part of the budget, in [0, 1], that is used up."""
@@ -106,6 +109,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
+def best_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 itself, rather than by emulation."""
     if device.type == "cuda":
@@ -155,6 +163,70 @@ class Feed:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for inner matrices (Jordan et al. 2024, Muon).
+
+    A convolution counts as a matrix (out, in * height * width). The update is scaled to the size that AdamW's has,
+    0.2 sqrt(max(rows, columns)) (Liu et al. 2025, Muon is Scalable for LLM Training, Eq. 4), so both share a rate.
+    """
+
+    def __init__(
+        self, weights: Sequence[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                memory = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(memory, group["momentum"]).flatten(1)  # Nesterov's look ahead
+                by_shape.setdefault((update.shape[0], update.shape[1]), []).append((weight, update))
+            for shape, pairs in by_shape.items():
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                for (weight, _), update in zip(pairs, updates, strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update.reshape(weight.shape).to(weight.dtype), alpha=-rate)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices (k, m, n) near 1 by five Newton-Schulz steps (Jordan et al. 2024)."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).float()
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+_EDGES = ("conv_in", "conv_out", "embedding", "embed", "head")  # matrices that Muon is not meant for
+
+
+def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for inner matrices and AdamW for the rest."""
+    inner = {k for k, w in weights.items() if recipe.muon and w.ndim > 1 and not any(part in k for part in _EDGES)}
+    rest = {k: w for k, w in weights.items() if k not in inner}
+    groups = [
+        {"params": [w for w in rest.values() if w.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [w for w in rest.values() if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    result: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    ]
+    if inner:
+        matrices = [weights[k] for k in sorted(inner)]
+        result.append(Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
+    return result
+
+
 class Average(nn.Module):
     """Exponential moving average of weights, faster at the start (Karras et al. 2018, Progressive GAN, Sec. 4)."""
 
@@ -186,6 +258,23 @@ def use_average(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
             weight.copy_(tensors[f"average/{name}"])
 
 
+def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What a model card says of a run: recipe, machine, versions, commit, number of weights."""
+    folder = Path(__file__).resolve().parent
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    device = next(next(iter(modules.values())).parameters()).device
+    return {
+        "recipe": asdict(recipe), "commit": commit, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "precision": "bfloat16 autocast" if bfloat16_pays(device) else "float32",
+        "weights": sum(w.numel() for w in _named(modules).values()),
+    }  # fmt: skip
+
+
 Loss = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
@@ -209,30 +298,27 @@ def fit(
     and on KeyboardInterrupt. `preview(step)` runs at every checkpoint with averaged weights in place.
     `stop_after` ends the call (not the budget) at a step.
     """
-    torch.set_flush_denormal(True)  # before worker threads start, which inherit it; tiny gradients are slow otherwise
+    torch.set_flush_denormal(
+        True
+    )  # before worker threads start, which inherit it; tiny gradients are slow otherwise
     folder.mkdir(parents=True, exist_ok=True)
-    path, log = folder / "checkpoint.safetensors", Log(facts=dict(facts or {}, recipe=asdict(recipe)))
+    path, log = folder / "checkpoint.safetensors", Log(facts=_run_facts(recipe, modules) | dict(facts or {}))
     weights = _named(modules)
     device = next(iter(weights.values())).device
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [w for w in weights.values() if w.ndim > 1], "weight_decay": recipe.weight_decay},
-            {"params": [w for w in weights.values() if w.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=recipe.learning_rate, betas=recipe.betas, fused=True,
-    )  # fmt: skip
+    steppers = optimizers(weights, recipe)
     average, step, seconds = Average(weights, recipe.ema), 0, 0.0
     if path.is_file():
         tensors, kept = load_checkpoint(path)
         step, seconds, log.rows = kept["step"], kept["seconds"], kept["rows"]
-        _restore(weights, optimizer, average, tensors)
+        _restore(weights, steppers, average, tensors)
 
     def checkpoint(show: bool = True) -> None:
-        tensors = {f"weight/{k}": v for k, v in weights.items()} | {f"average/{k}": v for k, v in average.shadow.items()}
-        order = [w for group in optimizer.param_groups for w in group["params"]]
-        name = {id(w): k for k, w in weights.items()}
-        for w in order:
-            tensors |= {f"{k}/{name[id(w)]}": torch.as_tensor(v) for k, v in optimizer.state.get(w, {}).items()}
+        tensors = {f"weight/{name}": weight for name, weight in weights.items()}
+        tensors |= {f"average/{name}": weight for name, weight in average.shadow.items()}
+        for name, weight in weights.items():
+            for stepper in steppers:
+                state = stepper.state.get(weight, {})
+                tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in state.items()}
         save_checkpoint(path, tensors, {"step": step, "seconds": seconds, "rows": log.rows})
         log.save(folder / "log.json")
         if show and preview is not None:
@@ -244,23 +330,28 @@ def fit(
                 for k, w in weights.items():
                     w.copy_(trained[k])
 
-    bar = tqdm(total=100.0, unit="%", desc=folder.name, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", mininterval=5)
+    shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=100.0, desc=folder.name, bar_format=shape, mininterval=5)
     sums: dict[str, float] = {}
-    counted, last_save = 0, time.monotonic()
+    counted, last_seconds, last_save = 0, seconds, time.monotonic()
     try:
         while recipe.spent(step, seconds) < 1.0 and (stop_after is None or step < stop_after):
             begun = time.monotonic()
             rate = recipe.rate(step, seconds)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for stepper in steppers:
+                for group in stepper.param_groups:
+                    group["lr"] = rate
             generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
             figures = loss(step, generator)
             figures["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.clip)
             if not torch.isfinite(norm):
-                raise ConeslabError(f"the loss is no longer finite at step {step} of {folder}: lower the learning rate")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                raise ConeslabError(
+                    f"the loss is no longer finite at step {step} of {folder}: lower the learning rate"
+                )
+            for stepper in steppers:
+                stepper.step()
+                stepper.zero_grad(set_to_none=True)
             average.update(weights, step)
             step += 1
             for key, value in figures.items():
@@ -270,9 +361,10 @@ def fit(
             if counted == log_every or recipe.spent(step, seconds) >= 1.0:
                 row = {key: total / counted for key, total in sums.items()}
                 log.rows.append({"step": step, "seconds": round(seconds, 2), "rate": rate, **row})
-                bar.set_postfix(step=step, speed=f"{step * recipe.batch_size / seconds:.0f}/s", **{k: f"{v:.4f}" for k, v in row.items()})
+                speed = f"{counted * recipe.batch_size / (seconds - last_seconds):.0f}/s"
+                bar.set_postfix(step=step, speed=speed, **{k: f"{v:.4f}" for k, v in row.items()})
                 bar.update(100 * recipe.spent(step, seconds) - bar.n)
-                sums, counted = {}, 0
+                sums, counted, last_seconds = {}, 0, seconds
             if time.monotonic() - last_save > checkpoint_every:
                 checkpoint()
                 last_save = time.monotonic()
@@ -289,9 +381,12 @@ def fit(
 
 
 def _restore(
-    weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: Average, tensors: Mapping[str, Tensor]
+    weights: Mapping[str, nn.Parameter],
+    steppers: Sequence[torch.optim.Optimizer],
+    average: Average,
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put a checkpoint back: weights, their average, and what the optimiser remembers of each."""
+    """Put a checkpoint back: weights, their average, and what the optimisers remember of each."""
     missing = [name for name in weights if f"weight/{name}" not in tensors]
     if missing:
         raise FileFormatError(
@@ -302,11 +397,12 @@ def _restore(
         for name, weight in weights.items():
             weight.copy_(tensors[f"weight/{name}"])
             average.shadow[name].copy_(tensors[f"average/{name}"])
-            if f"exp_avg/{name}" in tensors:
-                optimizer.state[weight] = {
-                    key: tensors[f"{key}/{name}"].to(weight.device if key != "step" or weight.is_cuda else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+            for stepper in steppers:
+                if not any(weight is w for group in stepper.param_groups for w in group["params"]):
+                    continue
+                keys = ("momentum",) if isinstance(stepper, Muon) else ("step", "exp_avg", "exp_avg_sq")
+                if f"{keys[-1]}/{name}" in tensors:
+                    stepper.state[weight] = {key: tensors[f"{key}/{name}"].to(weight.device) for key in keys}
 
 
 def batches(n: int, size: int) -> Iterator[slice]:
