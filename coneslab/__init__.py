@@ -12,9 +12,15 @@ The names below are loaded when they are first used: torch and diffusers take se
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# torchvision has no CPU build for this torch; transformers' PIL image processors serve as well, and need no warning.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
 
 if TYPE_CHECKING:
     from .attention import record_attention as record_attention
