@@ -12,8 +12,12 @@ from .errors import ConeslabError
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
+    import signal
+
     from . import pretrain  # torch and diffusers take seconds to import: not for --help
 
+    for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore the first: both save a checkpoint
+        signal.signal(sign, signal.default_int_handler)
     stages = {
         "vae": ("vae",), "decoder": ("decoder",), "unet": ("unet",), "judge": ("judge",), "export": (),
         "all": ("vae", "unet", "judge", "decoder"),
@@ -103,4 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConeslabError as error:
         print(f"coneslab: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("coneslab: interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     return 0

@@ -61,14 +61,15 @@ def _run_table(stage: str, log: Log) -> list[str]:
     recipe: dict[str, Any] = log.facts.get("recipe", {})
     last = {key: value for key, value in log.rows[-1].items() if key not in ("step", "seconds", "rate")}
     muon = "Muon for inner matrices, AdamW for the rest" if recipe.get("muon") else "AdamW"
+    facts = {key: log.facts.get(key, "?") for key in ("device", "precision", "torch", "commit")}
     rows = {
         "weights": f"{log.facts.get('weights', 0) / 1e6:.2f} M",
         "steps": f"{log.steps:,} of {recipe.get('batch_size', '?')} pictures",
         "seconds": f"{log.seconds:,.0f}",
-        "optimiser": f"{muon}, rate {recipe.get('learning_rate', '?')}, weight decay {recipe.get('weight_decay', '?')}, "
-        f"average of weights {recipe.get('ema', '?')}",
-        "machine": f"{log.facts.get('device', '?')}, {log.facts.get('precision', '?')}, torch {log.facts.get('torch', '?')}",
-        "commit": f"`{log.facts.get('commit', 'unknown')}`",
+        "optimiser": f"{muon}, rate {recipe.get('learning_rate', '?')}, weight decay "
+        f"{recipe.get('weight_decay', '?')}, average of weights {recipe.get('ema', '?')}",
+        "machine": f"{facts['device']}, {facts['precision']}, torch {facts['torch']}",
+        "commit": f"`{facts['commit']}`",
         "at the end": ", ".join(f"{key} {value:.4f}" for key, value in last.items()),
     }
     rows |= {

@@ -130,7 +130,10 @@ def mixed_precision(device: torch.device) -> AbstractContextManager:
 
 
 class Feed:
-    """Fresh pictures from the sticker world, drawn ahead by another process; chunk `i` depends on `seed` and `i` alone."""
+    """Fresh pictures from the sticker world, drawn ahead by another process.
+
+    Chunk `i` depends on `seed` and `i` alone, so a resumed run goes on with the pictures it would have seen.
+    """
 
     def __init__(
         self, size: int, *, seed: int, styles: Sequence[str] = world.TRAIN_STYLES, ahead: int = 2, workers: int = 1
