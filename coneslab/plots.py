@@ -146,38 +146,48 @@ def intervals(
     value: str = "value",
     by: str = "condition",
     panels: str | None = "measure",
-    low: str = "low",
-    high: str = "high",
+    columns: int | None = None,
     title: str = "",
     note: str = "",
     highlight: Sequence[str] = (),
+    zero: bool = False,
 ) -> Figure:
     """Draw estimates with their intervals: one row a condition, one panel a measure.
 
-    table: a row a (condition, measure) with the columns `value`, `low`, `high`. note: what the interval is and over
-    how many subjects and seeds, shown below. highlight: the conditions the claim is about, drawn in colour.
+    table: a row a (condition, measure) with the columns `value`, `low`, `high`. columns: panels side by side, default
+    all. note: what the interval is and over how many subjects and seeds, shown below. highlight: the conditions the
+    claim is about, drawn in colour. zero: draw a line at 0, for differences.
     """
     names = list(dict.fromkeys(table[by]))
     groups = list(dict.fromkeys(table[panels])) if panels else [""]
-    figure = Figure(figsize=(3.4 * len(groups) + 1.4, 0.34 * len(names) + 1.2))
-    row_of_axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axes, group in zip(row_of_axes, groups, strict=True):
+    columns = min(columns or len(groups), len(groups))
+    lines = -(-len(groups) // columns)
+    height = 0.3 * len(names) + 0.9
+    figure = Figure(figsize=(3.1 * columns + 1.8, height * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes, group in zip(grid.flat, groups, strict=False):
         part = table[table[panels] == group] if panels else table
         for _, row in part.iterrows():
-            height = len(names) - 1 - names.index(row[by])
+            place = len(names) - 1 - names.index(row[by])
             colour = PALETTE[0] if row[by] in highlight else "0.45"
-            axes.plot([row[low], row[high]], [height, height], color=colour, linewidth=2.4, solid_capstyle="round")
-            axes.plot(row[value], height, "o", color=colour, markersize=6)
-        axes.set_xlabel(group or value)
+            axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4, solid_capstyle="round")
+            axes.plot(row[value], place, "o", color=colour, markersize=5.5)
+        if zero:
+            axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
+        axes.set_xlabel(group or value, fontsize=9)
+        axes.tick_params(labelsize=8)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
-    row_of_axes[0].set_yticks(range(len(names)), names[::-1])
-    row_of_axes[0].set_ylim(-0.6, len(names) - 0.4)
+    for axes in grid.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(len(names)), names[::-1])
+        axes.set_ylim(-0.6, len(names) - 0.4)
     seaborn.despine(figure, left=True)
-    figure.suptitle(title, fontsize=10, y=1.0, va="bottom")
+    if title:
+        figure.suptitle(title, fontsize=10)
     if note:
-        figure.text(0.01, -0.02, note, fontsize=7.5, color="0.3", va="top")
-    figure.subplots_adjust(wspace=0.08)
+        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left")
     return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
 
 

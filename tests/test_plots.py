@@ -1,0 +1,47 @@
+"""Figures: they hold what was given, say what they are, and refuse emptiness."""
+
+import io
+
+import numpy as np
+import pandas
+import pytest
+from PIL import Image
+
+from coneslab import plots
+from coneslab.errors import ConeslabError
+
+
+def test_picture_grid_shows_every_picture_in_its_row():
+    pictures = [[np.full((8, 8, 3), 10 * r + c, np.uint8) for c in range(3)] for r in range(2)]
+    figure = plots.picture_grid(pictures, row_labels=["untouched", "shut"], column_labels=["a", "b", "c"])
+    shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
+    assert shown == [0, 1, 2, 10, 11, 12]
+    assert "untouched" in figure.get_label() and "6 pictures" in figure.get_label()
+    with pytest.raises(ConeslabError, match="no pictures"):
+        plots.picture_grid([])
+
+
+def test_intervals_draw_the_numbers_given():
+    table = pandas.DataFrame(
+        {"condition": ["a", "b"], "measure": ["m", "m"], "value": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5]}
+    )
+    figure = plots.intervals(table, highlight=["b"], zero=True, note="95 %")
+    lines = [line.get_xdata() for line in figure.axes[0].lines]
+    assert [0.5, 1.5] in [list(x) for x in lines] and [1.5, 2.5] in [list(x) for x in lines]
+    assert figure.axes[0].get_xlabel() == "m"
+
+
+def test_curves_with_bands_say_what_the_band_is():
+    figure = plots.curves({"x": ([0, 1], [1, 2], [0, 1], [2, 3])}, x_label="dose", y_label="loss", baseline={"ref": 1})
+    legend = figure.axes[0].get_legend()
+    assert "bootstrap" in legend.get_title().get_text()
+    assert {text.get_text() for text in legend.get_texts()} == {"x", "ref"}
+
+
+def test_overlay_and_heatmap_become_pngs_with_alt_texts():
+    picture, weights = np.zeros((16, 16, 3), np.uint8), np.eye(4)
+    overlay = plots.attention_overlay([picture], [weights], labels=["cat"])
+    heat = plots.heatmap(np.eye(3), rows=list("abc"), columns=list("xyz"), label="% shut")
+    for figure in (overlay, heat):
+        assert figure.get_label()
+        assert Image.open(io.BytesIO(plots.to_png(figure))).size[0] > 50
