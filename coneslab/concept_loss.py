@@ -1,0 +1,388 @@
+"""The concept-implanting loss of Cones and its gradient in the K-V weights, as fast as the hardware allows.
+
+L_con(θ) = L(subject pictures, "a V* class") + λ L(prior pictures, "a class") (arXiv 2303.05125, Sec. 3.1). What does
+not depend on θ is computed once: latents, text embeddings, prior pictures. The gradient is taken on a frozen twin of
+the U-Net, so that the pipeline itself is never touched, whatever interrupts the work.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import Tensor, nn
+
+from .diffusion import denoising_loss, encode_images, encode_prompts, generate
+from .edits import Edit
+from .errors import ConeslabError
+from .kvspace import KVSpace, cross_attentions
+from .models import fingerprint
+from .training import bfloat16_pays
+
+_PRIOR: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `prior_pictures`
+_PRIOR_SETS = 64
+
+
+class ConceptSubject(Protocol):
+    """What a concept is learnt from; `coneslab.subject(...)` is one, any object with these will do."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def images(self) -> Sequence[Image.Image]: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def prior_prompt(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Latents that share one caption, and their part in a loss: weight · mean loss over `batch` of them a round.
+
+    latents: (pictures, channels, height, width); text: (tokens, width).
+    """
+
+    latents: Tensor
+    text: Tensor
+    batch: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One round's samples, the pairs' batches end to end: latents, noise (samples, c, h, w); timesteps (samples,)."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def prior_pictures(
+    pipe: Any,
+    subject: ConceptSubject,
+    *,
+    n: int = 16,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    progress: bool = False,
+) -> tuple[Image.Image, ...]:
+    """Pictures of the subject's class ("a cat") as the pipeline draws them: what the prior loss must preserve.
+
+    The sets drawn last are kept for the life of the process, by model, prompt and settings, so that several subjects
+    of one class, or several searches, share them. Call it on the untouched model, outside any `applied` block.
+    """
+    model = (fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae))
+    key = (*model, str(pipe.scheduler.config), subject.prior_prompt, n, seed, steps, guidance_scale)
+    if key not in _PRIOR:
+        prompts = [subject.prior_prompt] * n
+        drawn = generate(pipe, prompts, seed=seed, steps=steps, guidance_scale=guidance_scale, progress=progress)
+        _PRIOR[key] = tuple(drawn)
+        while len(_PRIOR) > _PRIOR_SETS:
+            _PRIOR.popitem(last=False)
+    _PRIOR.move_to_end(key)
+    return _PRIOR[key]
+
+
+def concept_pairs(
+    pipe: Any,
+    subject: ConceptSubject,
+    *,
+    subject_batch: int = 32,
+    prior_batch: int = 16,
+    prior_weight: float = 1.0,
+    prior: Sequence[Image.Image] | None = None,
+    prior_images: int = 16,
+    seed: int = 0,
+    prior_steps: int = 25,
+    guidance_scale: float = 3.0,
+    progress: bool = False,
+) -> list[Pairs]:
+    """Everything of L_con that does not depend on θ: the subject's pairs, then the prior's (unless its weight is 0).
+
+    prior: pictures of the class; if not given the pipeline draws `prior_images` of them in `prior_steps` steps
+    (`prior_pictures`).
+    Raises ConeslabError if the subject has no pictures or a batch is not positive.
+    """
+    if not subject.images or subject_batch < 1 or prior_batch < 0 or prior_weight < 0:
+        raise ConeslabError(
+            f"got {len(subject.images)} pictures, subject_batch={subject_batch}, prior_batch={prior_batch}, "
+            f"prior_weight={prior_weight}: a subject needs pictures, and batches and weights must not be negative"
+        )
+    text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt]).detach()
+    pairs = [Pairs(encode_images(pipe, list(subject.images)).detach(), text[0], subject_batch)]
+    if prior_weight and prior_batch:
+        if prior is None:
+            prior = prior_pictures(
+                pipe,
+                subject,
+                n=prior_images,
+                seed=seed,
+                steps=prior_steps,
+                guidance_scale=guidance_scale,
+                progress=progress,
+            )
+        pairs.append(Pairs(encode_images(pipe, list(prior)).detach(), text[1], prior_batch, prior_weight))
+    return pairs
+
+
+def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int) -> Iterator[Draw]:
+    """Endless rounds of pictures, noises and timesteps, all from one generator.
+
+    Every picture of a pair occurs equally often, up to one. Timesteps are stratified: one in each of `batch` equal
+    runs of the schedule (a reading; unbiased, and less noisy than independent ones).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    last = pipe.scheduler.config.num_train_timesteps
+    while True:
+        latents, timesteps = [], []
+        for pair in pairs:
+            count = len(pair.latents)
+            turns = [torch.randperm(count, generator=generator) for _ in range(-(-pair.batch // count))]
+            latents.append(pair.latents[torch.cat(turns)[: pair.batch].to(pair.latents.device)])
+            places = torch.randperm(pair.batch, generator=generator)
+            inside = torch.rand(pair.batch, generator=generator, dtype=torch.float64)
+            timesteps.append(((places + inside) / pair.batch * last).long().clamp_(max=last - 1))
+        clean = torch.cat(latents)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        yield Draw(clean, noise, torch.cat(timesteps).to(clean.device))
+
+
+class KVGradient:
+    """L_con and its gradient in θ, for any θ, at a fraction of the cost of a training step.
+
+    The U-Net is rebuilt once as a frozen twin that shares its weights, or holds them in a faster precision. Only the
+    cross-attention keys and values come from outside: as text does not depend on θ, K = W c is computed once a round
+    for every distinct caption, in the precision of θ, and not once for every sample. Nothing before the first
+    cross-attention and no other weight gets a gradient.
+
+    pairs: see `concept_pairs`; dtype: of the twin, default bfloat16 where the device computes in it and the pipeline
+    is float32, else the pipeline's own; chunk: samples at a time, for models that do not fit in memory otherwise.
+    """
+
+    def __init__(
+        self, pipe: Any, pairs: Sequence[Pairs], *, dtype: torch.dtype | None = None, chunk: int | None = None
+    ) -> None:
+        unet = pipe.unet
+        if dtype is None:
+            fast = unet.dtype == torch.float32 and bfloat16_pays(unet.device)
+            dtype = torch.bfloat16 if fast else unet.dtype
+        if chunk is not None and chunk < 1:
+            raise ConeslabError(f"chunk is {chunk}: give a positive number of samples, or None for all at once")
+        self.space, self.pairs, self.dtype, self.chunk = KVSpace(pipe), tuple(pairs), dtype, chunk
+        self._pipe = _Twin(pipe, frozen_twin(unet, dtype))
+        self._text = torch.stack([pair.text for pair in pairs])  # (pairs, tokens, width)
+        self._attentions = []
+        for path, module in cross_attentions(self._pipe.unet).items():
+            processor = _ProjectedText()
+            module.set_processor(processor)
+            self._attentions.append((path, module, processor))
+
+    def theta(self) -> Tensor:
+        """The pipeline's K-V weights as they are now, (n,), in float32 or better."""
+        flat = self.space.gather()
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+    def __call__(self, theta: Tensor, draw: Draw) -> tuple[list[float], Tensor]:
+        """Mean loss of every pair, and the gradient (n,) of their weighted sum, at K-V weights θ (n,)."""
+        gradient, losses = torch.zeros_like(theta), torch.zeros(len(self.pairs), dtype=torch.float64)
+        for rows, counts in self._chunks():
+            leaf = theta.detach().clone().requires_grad_()
+            total, sums = self._loss(leaf, draw, rows, counts)
+            gradient += torch.autograd.grad(total, leaf)[0]
+            losses += sums
+        return (losses / torch.tensor([pair.batch for pair in self.pairs])).tolist(), gradient
+
+    def _loss(self, theta: Tensor, draw: Draw, rows: slice, counts: list[int]) -> tuple[Tensor, Tensor]:
+        matrices = self.space.layout.matrices(theta)
+        text = self._text.to(theta.dtype)
+        for path, module, processor in self._attentions:
+            own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
+            key = F.linear(own, matrices[f"{path}.to_k.weight"], _like(module.to_k.bias, theta))
+            value = F.linear(own, matrices[f"{path}.to_v.weight"], _like(module.to_v.bias, theta))
+            processor.key, processor.value, processor.counts = key.to(self.dtype), value.to(self.dtype), counts
+        samples = torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
+        each = denoising_loss(
+            self._pipe,
+            draw.latents[rows],
+            samples,
+            noise=draw.noise[rows],
+            timesteps=draw.timesteps[rows],
+            reduction="none",
+        )
+        sums = [part.sum() for part in each.split(counts)]
+        parts = torch.stack(sums)  # (pairs,)
+        shares = torch.tensor([pair.weight / pair.batch for pair in self.pairs]).to(parts)
+        return (shares * parts).sum(), parts.detach().double().cpu()
+
+    def _chunks(self) -> Iterator[tuple[slice, list[int]]]:
+        """Runs of samples, and how many of each pair are in a run."""
+        ends = np.cumsum([pair.batch for pair in self.pairs])
+        starts = ends - [pair.batch for pair in self.pairs]
+        step = self.chunk or int(ends[-1])
+        for first in range(0, int(ends[-1]), step):
+            last = min(first + step, int(ends[-1]))
+            counts = np.clip(np.minimum(ends, last) - np.maximum(starts, first), 0, None)
+            yield slice(first, last), counts.tolist()
+
+
+def _like(bias: Tensor | None, theta: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(theta.dtype)
+
+
+class _Twin:
+    """The pipeline as the loss sees it: everything its own, but for the U-Net."""
+
+    def __init__(self, pipe: Any, unet: nn.Module) -> None:
+        self._pipe, self.unet = pipe, unet
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def frozen_twin(unet: Any, dtype: torch.dtype) -> Any:
+    """A copy of a U-Net without gradients, hooks or adapters; it shares the weights' memory where dtype is theirs.
+
+    Inputs are cast to `dtype`. On a CPU and a small latent, self-attention runs in diffusers' classic processor: the
+    backward pass of scaled_dot_product_attention is several times slower there.
+    Raises ConeslabError if the U-Net's weights are not those that its config describes (an adapter, quantisation).
+    """
+    weights = {name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}
+    with torch.device("meta"):
+        twin = type(unet).from_config(unet.config)
+    try:
+        twin.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ConeslabError(
+            f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): fuse or unload adapters first"
+        ) from error
+    twin.eval().requires_grad_(False)
+    side = unet.config.sample_size
+    places = side**2 if isinstance(side, int) else side[0] * side[1]
+    if unet.device.type == "cpu" and places <= 32**2:
+        twin.set_attn_processor(AttnProcessor())
+
+    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def as_dtype(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return tuple(map(as_dtype, args)), {name: as_dtype(x) for name, x in kwargs.items()}
+
+    twin.register_forward_pre_hook(cast, with_kwargs=True)
+    return twin
+
+
+class _ProjectedText:
+    """Cross-attention on keys and values computed beforehand, one of each a caption: (pairs, tokens, channels).
+
+    Samples of one caption lie together, `counts` of each; all their queries go through one product a head.
+    """
+
+    key: Tensor
+    value: Tensor
+    counts: list[int]
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        query = attn.to_q(hidden_states)  # (samples, places, channels)
+        places, channels = query.shape[1:]
+        outputs = []
+        for part, key, value in zip(query.split(self.counts), self.key, self.value, strict=True):
+            q, k, v = (x.reshape(-1, attn.heads, channels // attn.heads).transpose(0, 1) for x in (part, key, value))
+            scores = (q * attn.scale) @ k.transpose(-1, -2)  # (heads, samples of this caption x places, tokens)
+            if attn.upcast_softmax or attn.upcast_attention:
+                scores = scores.float()
+            mixed = scores.softmax(-1).to(v.dtype) @ v
+            outputs.append(mixed.transpose(0, 1).reshape(-1, places, channels))
+        out = attn.to_out[1](attn.to_out[0](torch.cat(outputs)))
+        out = out + hidden_states if attn.residual_connection else out
+        return out / attn.rescale_output_factor
+
+
+@dataclass(frozen=True, repr=False)
+class ConceptLoss:
+    """What L_con measures on held-out noise: means, and every sample's loss, in the same order for every condition.
+
+    subject, prior: (samples,) float64; prior is empty where none was asked for.
+    """
+
+    subject_values: np.ndarray
+    prior_values: np.ndarray
+
+    @property
+    def subject(self) -> float:
+        return float(self.subject_values.mean())
+
+    @property
+    def prior(self) -> float:
+        return float(self.prior_values.mean()) if len(self.prior_values) else float("nan")
+
+    def __repr__(self) -> str:
+        prior = f", prior={self.prior:.4f}" if len(self.prior_values) else ""
+        return f"ConceptLoss(subject={self.subject:.4f}{prior}, {len(self.subject_values)} samples)"
+
+
+@torch.no_grad()
+def concept_loss(
+    pipe: Any,
+    subject: ConceptSubject,
+    *,
+    edit: Edit | None = None,
+    dose: float = 1.0,
+    samples: int = 160,
+    prior: Sequence[Image.Image] | None = None,
+    prior_samples: int = 0,
+    seed: int = 1_000_000,
+    batch_size: int = 32,
+    callback: Callable[[int, int], None] | None = None,
+) -> ConceptLoss:
+    """Measure the denoising loss on a subject, and on its prior, under noises and timesteps fixed by `seed`.
+
+    Two calls with the same settings see the same samples, so that conditions are compared in pairs: the difference
+    of two edits is far less noisy than either. The default seed is far from those of searches, so the noise is held
+    out. edit: put on while measuring (an edit put on outside stays on). prior: pictures for `prior_samples`; if not
+    given the pipeline draws them before the edit is on. Raises what the edit raises.
+    """
+    pairs = concept_pairs(
+        pipe,
+        subject,
+        subject_batch=samples,
+        prior_batch=prior_samples,
+        prior=prior,
+    )
+    draw = next(draws(pipe, pairs, seed=seed))
+    values = []
+    with edit.applied(pipe, dose) if edit is not None else nullcontext():
+        text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt])  # an edit may change it
+        counts = torch.tensor([pair.batch for pair in pairs])
+        each = text[torch.arange(len(pairs)).repeat_interleave(counts).to(text.device)]
+        for first in range(0, len(each), batch_size):
+            rows = slice(first, first + batch_size)
+            loss = denoising_loss(
+                pipe,
+                draw.latents[rows],
+                each[rows],
+                noise=draw.noise[rows],
+                timesteps=draw.timesteps[rows],
+                reduction="none",
+            )
+            values.append(loss.double().cpu())
+            if callback is not None:
+                callback(min(first + batch_size, len(each)), len(each))
+    flat = torch.cat(values).numpy()
+    return ConceptLoss(flat[:samples], flat[samples:])
