@@ -1,4 +1,4 @@
-"""The command line: `coneslab pretrain ...`, `coneslab evaluate-model ...`."""
+"""The command line: `coneslab pretrain`, `evaluate-model`, `controls`, `build-stickers`; `coneslab --help` explains."""
 
 from __future__ import annotations
 
@@ -90,12 +90,62 @@ def add_evaluate_model_parser(commands: argparse._SubParsersAction) -> None:
     evaluate.set_defaults(run=_evaluate_model)
 
 
+def _controls(arguments: argparse.Namespace) -> None:
+    from . import compare, metrics, models
+
+    table = compare.measure_controls(
+        models.load(arguments.model, device=arguments.device),
+        metrics.load_judge(arguments.judge),
+        subjects=arguments.subjects.split(",") if arguments.subjects else compare.DEFAULT_SUBJECTS,
+        seeds=arguments.seeds,
+        rounds=arguments.rounds,
+        finetune_steps=arguments.finetune_steps,
+        pictures=arguments.pictures,
+        path=arguments.out,
+    )
+    print(compare.summarise(table).round(4).to_string(index=False))
+
+
+def add_controls_parser(commands: argparse._SubParsersAction) -> None:
+    """`coneslab controls`: the experiment of notebook 03."""
+    controls = commands.add_parser(
+        "controls",
+        help="concept neurons beside every control, over subjects and seeds; goes on where the table stands",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    controls.add_argument("--model", default="tiny", help="pipeline folder or hub id")
+    controls.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    controls.add_argument("--subjects", help="names of subjects, by commas (default: eight)")
+    controls.add_argument("--seeds", type=int, default=3)
+    controls.add_argument("--rounds", type=int, default=60, help="rounds of a search")
+    controls.add_argument("--finetune-steps", type=int, default=200, help="steps of K-V fine-tuning")
+    controls.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
+    controls.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    controls.add_argument("--out", type=Path, help="the table (default: the package's data/results/concept_neurons.csv)")
+    controls.set_defaults(run=_controls)
+
+
+def _build_stickers(arguments: argparse.Namespace) -> None:
+    from . import stickers, world
+
+    print(f"written: {stickers.build_atlas(arguments.node_modules, world.DATA)}")
+
+
+def add_build_stickers_parser(commands: argparse._SubParsersAction) -> None:
+    """`coneslab build-stickers NODE_MODULES`: the sprite atlas, for maintainers."""
+    build = commands.add_parser("build-stickers", help="for maintainers: draw the sprite atlas from the emoji packages")
+    build.add_argument("node_modules", type=Path, help="the node_modules folder that holds the four packages")
+    build.set_defaults(run=_build_stickers)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(prog="coneslab", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     add_pretrain_parser(commands)
     add_evaluate_model_parser(commands)
+    add_controls_parser(commands)
+    add_build_stickers_parser(commands)
     return top
 
 

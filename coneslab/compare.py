@@ -45,6 +45,7 @@ CONDITIONS = (
     "top-k |weight|",
     "K-V fine-tuning",
 )
+DEFAULT_SUBJECTS = SUBJECTS[:8]
 Row = dict[str, Any]
 
 
@@ -126,7 +127,7 @@ def measure_controls(
     pipe: Any,
     judge: Judge,
     *,
-    subjects: Sequence[str] = SUBJECTS[:8],
+    subjects: Sequence[str] = DEFAULT_SUBJECTS,
     seeds: int = 3,
     rounds: int = 60,
     finetune_steps: int = 200,
