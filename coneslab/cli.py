@@ -121,7 +121,7 @@ def add_controls_parser(commands: argparse._SubParsersAction) -> None:
     controls.add_argument("--finetune-steps", type=int, default=200, help="steps of K-V fine-tuning")
     controls.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
     controls.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
-    controls.add_argument("--out", type=Path, help="the table (default: the package's data/results/concept_neurons.csv)")
+    controls.add_argument("--out", type=Path, help="the table (default: data/results/concept_neurons.csv)")
     controls.set_defaults(run=_controls)
 
 
