@@ -9,7 +9,7 @@ autoencoder's `scaling_factor`, so they are what the U-Net sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .errors import ConeslabError
 
-Pipe = StableDiffusionPipeline
+Pipe: TypeAlias = StableDiffusionPipeline
 Callback = Callable[[int, int, Tensor], None]
 
 

@@ -29,7 +29,9 @@ from transformers import (
 from . import world
 from .training import Feed, Log, Recipe, best_device, fit, mixed_precision
 
-JUDGE = Recipe(minutes=17, batch_size=64, learning_rate=1e-3, warmup=150, decay=0.7, ema=0.998, weight_decay=0.05, muon=True)
+JUDGE = Recipe(
+    minutes=17, batch_size=64, learning_rate=1e-3, warmup=150, decay=0.7, ema=0.998, weight_decay=0.05, muon=True
+)
 VISION_CONFIG: dict[str, Any] = {
     "image_size": world.RESOLUTION, "patch_size": 8, "hidden_size": 160, "intermediate_size": 480,
     "num_hidden_layers": 4, "num_attention_heads": 5,

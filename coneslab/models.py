@@ -140,7 +140,7 @@ def load(
         source = name
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            source, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
         )
     except Exception as error:  # each of these libraries has its own ways to say "damaged" or "not found"
         raise ConeslabError(
@@ -148,9 +148,11 @@ def load(
             "whole folder in the diffusers format with safetensors weights, or a hub id that is reachable"
         ) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.to(device, dtype)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        if part.dtype != dtype:  # an older diffusers knows this option by another name
+            part.to(dtype)
         part.eval()
     return pipe
 

@@ -68,11 +68,13 @@ TEXT_CONFIG: dict[str, Any] = {
 SCHEDULER_CONFIG: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True,
+    "steps_offset": 1,
 }  # fmt: skip
 
 UNET = Recipe(minutes=60, batch_size=64, learning_rate=8e-4, warmup=200, decay=0.7, muon=True)
-PICTURES, CAPTION_DROPOUT = 80_000, 0.1
-KL_WEIGHT = 1e-4
+PICTURES, CHUNK, CAPTION_DROPOUT = 80_000, 1000, 0.1
+KL_WEIGHT, LATENT_SAMPLES = 1e-4, 4096
+DECODER_SOFTNESS = 0.02
 DECODER_NOISE = 0.03  # the U-Net's latents are not exact: the decoder learns to bear with that
 GRADIENT_WEIGHT = 1.0
 
@@ -98,11 +100,18 @@ def save_grid(path: Path, rows: list[np.ndarray]) -> None:
 # --- autoencoder ----------------------------------------------------------------------------------------
 
 
-def picture_loss(made: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute error of pixels and of differences between neighbours; the second asks for sharp edges."""
+def picture_loss(made: Tensor, real: Tensor, *, softness: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean absolute error of pixels and of differences between neighbours; the second asks for sharp edges.
+
+    softness: errors well below it (pixels run from -1 to 1) hardly count, sqrt(e^2 + s^2) - s instead of |e|
+    (Charbonnier et al. 1994), so that smooth scenery does not outvote the few pixels of an object.
+    """
     error = made - real
-    across, down = error.diff(dim=3), error.diff(dim=2)
-    return error.abs().mean(), 0.5 * (across.abs().mean() + down.abs().mean())
+
+    def size(e: Tensor) -> Tensor:
+        return ((e.square() + softness**2).sqrt() - softness if softness else e.abs()).mean()
+
+    return size(error), 0.5 * (size(error.diff(dim=3)) + size(error.diff(dim=2)))
 
 
 def train_vae(
@@ -149,7 +158,7 @@ def train_vae(
                     latents = vae.encode(x).latent_dist
                     z, kl = latents.sample(generator), latents.kl().float().mean() / latents.mean[0].numel()
                 made = vae.decode(z).sample
-            pixels, edges = picture_loss(made.float(), x)
+            pixels, edges = picture_loss(made.float(), x, softness=DECODER_SOFTNESS if decoder_only else 0.0)
             total = pixels + GRADIENT_WEIGHT * edges + KL_WEIGHT * kl
             return {"loss": total, "pixels": pixels, "edges": edges, "kl": kl}
 
@@ -161,15 +170,18 @@ def train_vae(
 
 
 @torch.no_grad()
-def standardise_latents(vae: AutoencoderKL, device: torch.device, *, n: int = 4096) -> None:
+def standardise_latents(vae: AutoencoderKL, device: torch.device, *, n: int | None = None) -> None:
     """Fold the latents' mean and deviation into the 1x1 convolutions around them, channel by channel.
 
     Afterwards latents have mean 0 and deviation 1 in each channel, `scaling_factor` is 1, and encoding followed by
     decoding gives exactly the pictures it gave before. A pipeline has room for one factor only, and no shift.
     """
-    images = world.sample(n, seed=77).images
+    images = world.sample(n or LATENT_SAMPLES, seed=77).images
     with mixed_precision(device):
-        means = [vae.encode(to_tensor(images[part], device)).latent_dist.mode().float() for part in batches(n, 64)]
+        means = [
+            vae.encode(to_tensor(images[part], device)).latent_dist.mode().float()
+            for part in batches(len(images), 64)
+        ]
     latents = torch.cat(means)
     shift, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = vae.config.latent_channels
@@ -244,7 +256,7 @@ def encode_world(
     runs: Path, vae: AutoencoderKL, n: int, *, seed: int, device: torch.device
 ) -> tuple[Tensor, list[str]]:
     """Latents (n, 4, 16, 16) of `n` fresh pictures and their captions; kept in runs/latents for the next time."""
-    folder, chunk = runs / "latents", 1000
+    folder, chunk = runs / "latents", CHUNK
     cache, words = folder / f"{n}.safetensors", folder / f"{n}.json"
     if cache.is_file() and words.is_file():
         return load_checkpoint(cache)[0]["latents"], json.loads(words.read_text(encoding="utf-8"))
@@ -288,14 +300,14 @@ PREVIEW_PROMPTS = (
 
 
 def train_unet(
-    runs: Path, recipe: Recipe = UNET, *, pictures: int = PICTURES, device: torch.device | None = None
+    runs: Path, recipe: Recipe = UNET, *, pictures: int | None = None, device: torch.device | None = None
 ) -> Log:
     """Train U-Net and text encoder together on latents of runs/vae; the pipeline is saved as runs/unet/model."""
     torch.set_flush_denormal(True)
     device = device or best_device()
     folder = runs / "unet"
     vae = AutoencoderKL.from_pretrained(runs / "vae" / "model").to(device).requires_grad_(False)
-    latents, captions = encode_world(runs, vae, pictures, seed=recipe.seed + 501, device=device)
+    latents, captions = encode_world(runs, vae, pictures or PICTURES, seed=recipe.seed + 501, device=device)
     pipe = build_pipeline(vae, seed=recipe.seed)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)

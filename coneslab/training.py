@@ -316,7 +316,7 @@ def fit(
         _restore(weights, steppers, average, tensors)
 
     def checkpoint(show: bool = True) -> None:
-        tensors = {f"weight/{name}": weight for name, weight in weights.items()}
+        tensors: dict[str, Tensor] = {f"weight/{name}": weight for name, weight in weights.items()}
         tensors |= {f"average/{name}": weight for name, weight in average.shadow.items()}
         for name, weight in weights.items():
             for stepper in steppers:

@@ -1,0 +1,234 @@
+"""Noising, targets, loss and samplers, against diffusers' schedulers and against formulas written out again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from coneslab import diffusion
+from coneslab.errors import ConeslabError
+
+N = 3
+
+
+@pytest.fixture
+def batch(v_pipe: StableDiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shape = (N, *diffusion.latent_shape(v_pipe))
+    latents, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    return latents, noise, torch.tensor([3, 500, 999])
+
+
+def test_add_noise_and_targets_agree_with_diffusers(v_pipe, batch):
+    latents, noise, times = batch
+    theirs = v_pipe.scheduler
+    torch.testing.assert_close(
+        diffusion.add_noise(theirs, latents, noise, times), theirs.add_noise(latents, noise, times)
+    )
+    torch.testing.assert_close(
+        diffusion.target(theirs, latents, noise, times), theirs.get_velocity(latents, noise, times)
+    )
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_an_exact_prediction_gives_back_latents_and_noise(batch, kind):
+    latents, noise, _ = batch
+    scheduler = DDIMScheduler(prediction_type=kind)
+    times = torch.full((N,), 400)
+    noisy = diffusion.add_noise(scheduler, latents, noise, times)
+    clean, error = diffusion.clean_and_noise(
+        scheduler, noisy, diffusion.target(scheduler, latents, noise, times), 400
+    )
+    torch.testing.assert_close(clean, latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(error, noise, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_prediction_type_is_refused(batch):
+    scheduler = DDIMScheduler()
+    scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(ConeslabError, match="'flow'.*expected"):
+        diffusion.target(scheduler, *batch)
+
+
+def test_snr_is_signal_over_noise(v_pipe):
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # "scaled_linear", by hand
+    abar = np.cumprod(1 - betas)
+    ours = diffusion.snr(v_pipe, torch.tensor([0, 250, 999])).numpy()
+    np.testing.assert_allclose(ours, (abar / (1 - abar))[[0, 250, 999]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["v_pipe", "epsilon_pipe"])
+def test_the_loss_is_the_mean_square_of_what_is_missed(request, name):
+    pipe = request.getfixturevalue(name)
+    generator = torch.Generator().manual_seed(1)
+    shape = (N, *diffusion.latent_shape(pipe))
+    latents, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    times = torch.tensor([10, 400, 900])
+    text = diffusion.encode_prompts(pipe, ["a cat", "a dog", "a car"])
+    abar = pipe.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        predicted = pipe.unet(abar.sqrt() * latents + (1 - abar).sqrt() * noise, times, text).sample
+    wanted = noise if name == "epsilon_pipe" else abar.sqrt() * noise - (1 - abar).sqrt() * latents
+    by_hand = ((predicted - wanted) ** 2).numpy().reshape(N, -1).mean(1)
+    given = {"noise": noise, "timesteps": times}
+    with torch.no_grad():
+        each = diffusion.denoising_loss(pipe, latents, text, reduction="none", **given)
+        mean = diffusion.denoising_loss(pipe, latents, text, **given)
+        weights = torch.tensor([1.0, 0.0, 2.0])
+        weighted = diffusion.denoising_loss(pipe, latents, text, weights=weights, **given)
+    np.testing.assert_allclose(each.numpy(), by_hand, rtol=1e-4)
+    np.testing.assert_allclose(mean.item(), by_hand.mean(), rtol=1e-4)
+    np.testing.assert_allclose(weighted.item(), (by_hand * [1, 0, 2]).mean(), rtol=1e-4)
+
+
+def test_the_loss_draws_from_its_generator_alone(v_pipe, batch):
+    text = diffusion.encode_prompts(v_pipe, "a cat")
+    with torch.no_grad():
+        first, second = (
+            diffusion.denoising_loss(v_pipe, batch[0], text, generator=torch.Generator().manual_seed(7))
+            for _ in range(2)
+        )
+        other = diffusion.denoising_loss(v_pipe, batch[0], text, generator=torch.Generator().manual_seed(8))
+    assert first == second != other
+
+
+def test_the_loss_refuses_what_does_not_fit(v_pipe, batch):
+    latents, noise, times = batch
+    two = diffusion.encode_prompts(v_pipe, ["a cat", "a dog"])
+    with pytest.raises(ConeslabError, match="3 latents and 2 text embeddings"):
+        diffusion.denoising_loss(v_pipe, latents, two)
+    with pytest.raises(ConeslabError, match=r"expected \(3, 4, 8, 8\)"):
+        diffusion.denoising_loss(v_pipe, latents, two[:1], noise=noise[:2], timesteps=times)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(v_pipe):
+    prompts = ["a cat on the grass", "a very long list " * 9]
+    theirs, _ = v_pipe.encode_prompt(prompts, "cpu", 1, False)
+    ours = diffusion.encode_prompts(v_pipe, prompts)
+    torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_prompt_gradients_only_where_the_text_encoder_learns(v_pipe):
+    weight = v_pipe.text_encoder.get_input_embeddings().weight
+    learning = {p: p.requires_grad for p in v_pipe.text_encoder.parameters()}
+    try:
+        v_pipe.text_encoder.requires_grad_(False)
+        assert not diffusion.encode_prompts(v_pipe, "a cat").requires_grad
+        weight.requires_grad_(True)
+        assert diffusion.encode_prompts(v_pipe, "a cat").requires_grad
+    finally:
+        for parameter, state in learning.items():
+            parameter.requires_grad_(state)
+
+
+def test_latents_are_scaled_and_do_not_depend_on_the_batch(v_pipe):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    at_once, in_parts = (diffusion.encode_images(v_pipe, pixels, batch_size=size) for size in (5, 2))
+    torch.testing.assert_close(at_once, in_parts, rtol=1e-4, atol=1e-5)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        by_hand = v_pipe.vae.encode(x).latent_dist.mean * 0.5  # the fixture's scaling factor
+    torch.testing.assert_close(at_once, by_hand, rtol=1e-4, atol=1e-5)
+    pictures = [Image.fromarray(p) for p in pixels]
+    torch.testing.assert_close(diffusion.encode_images(v_pipe, pictures), at_once, rtol=1e-4, atol=1e-5)
+    drawn = diffusion.encode_images(v_pipe, pixels, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(drawn, at_once)
+
+
+def test_wrong_images_are_refused(v_pipe):
+    with pytest.raises(ConeslabError, match="float64"):
+        diffusion.encode_images(v_pipe, np.zeros((1, 16, 16, 3)))
+    with pytest.raises(ConeslabError, match="no images"):
+        diffusion.encode_images(v_pipe, [])
+
+
+@pytest.mark.parametrize("name", ["v_pipe", "epsilon_pipe"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_ddim_gives_what_the_pipeline_gives(request, name, guidance_scale):
+    pipe = request.getfixturevalue(name)
+    noise = diffusion.start_noise(pipe, [0, 1])
+    text, empty = (diffusion.encode_prompts(pipe, p) for p in (["a cat", "a dog"], ""))
+    seen: list[tuple[int, int]] = []
+    ours = diffusion.ddim_sample(
+        pipe, text, noise, empty_embeddings=empty, steps=10, guidance_scale=guidance_scale,
+        callback=lambda i, t, clean: seen.append((i, t)),
+    )  # fmt: skip
+    theirs = pipe(
+        ["a cat", "a dog"],
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+        latents=noise,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert [i for i, _ in seen] == list(range(10)) and seen[0][1] > seen[-1][1]
+
+
+def test_ddim_from_pure_noise_with_zero_terminal_snr(v_pipe):
+    """Trailing steps on a schedule that ends in noise alone, as the shipped model has."""
+    kept = v_pipe.scheduler
+    v_pipe.scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", rescale_betas_zero_snr=True,
+        timestep_spacing="trailing", clip_sample=False,
+    )  # fmt: skip
+    try:
+        noise = diffusion.start_noise(v_pipe, [5])
+        ours = diffusion.ddim_sample(
+            v_pipe, diffusion.encode_prompts(v_pipe, "a cat"), noise, steps=5, guidance_scale=1.0
+        )
+        theirs = v_pipe(
+            "a cat", num_inference_steps=5, guidance_scale=1.0, latents=noise, output_type="latent"
+        ).images
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    finally:
+        v_pipe.scheduler = kept
+
+
+@pytest.mark.parametrize("name", ["v_pipe", "epsilon_pipe"])
+def test_ddpm_gives_what_the_ddpm_scheduler_gives(request, name):
+    pipe, kept = request.getfixturevalue(name), request.getfixturevalue(name).scheduler
+    pipe.scheduler = DDPMScheduler.from_config(kept.config, clip_sample=False, steps_offset=0)
+    try:
+        noise, text = diffusion.start_noise(pipe, [2]), diffusion.encode_prompts(pipe, "a car")
+        ours = diffusion.ddpm_sample(
+            pipe, text, noise, steps=8, guidance_scale=1.0, generator=torch.Generator().manual_seed(3)
+        )
+        pipe.scheduler.set_timesteps(8)
+        x, generator = noise, torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                out = pipe.unet(x, t, text).sample
+                x = pipe.scheduler.step(out, t, x, generator=generator).prev_sample
+        torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-4)
+    finally:
+        pipe.scheduler = kept
+
+
+def test_a_picture_depends_on_its_own_seed_only(v_pipe):
+    prompts = ["a cat", "a dog", "a car"]
+    together = diffusion.generate(v_pipe, prompts, seed=5, steps=4)
+    apart = diffusion.generate(v_pipe, prompts, seed=5, steps=4, batch_size=2)
+    third = diffusion.generate(v_pipe, "a car", seed=7, steps=4)[0]
+    for a, b in [*zip(together, apart, strict=True), (together[2], third)]:
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
+    assert np.asarray(together[0]).shape == (16, 16, 3)
+
+
+def test_generate_calls_back_and_refuses_nothing(v_pipe):
+    seen: list[int] = []
+    diffusion.generate(v_pipe, "a cat", steps=3, callback=lambda step, t, latents: seen.append(step))
+    assert seen == [0, 1, 2]
+    with pytest.raises(ConeslabError, match="no prompts"):
+        diffusion.generate(v_pipe, [])
+
+
+def test_decoding_inverts_scaling(v_pipe):
+    latents = torch.randn(2, *diffusion.latent_shape(v_pipe), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = v_pipe.vae.decode(latents / 0.5).sample
+    by_hand = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    made = np.stack([np.asarray(p) for p in diffusion.decode_latents(v_pipe, latents)])
+    assert np.abs(made.astype(int) - by_hand.astype(int)).max() <= 1
