@@ -127,5 +127,7 @@ def test_fingerprint_sees_names_shapes_types_and_bytes():
         {"a": one["a"], "b": one["b"].half()},
     ):  # fmt: skip
         assert models.fingerprint(other) != print_of
+    zeros = ({"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int32)})  # the same bytes
+    assert models.fingerprint(zeros[0]) != models.fingerprint(zeros[1])
     linear = torch.nn.Linear(2, 2)
     assert models.fingerprint(linear) == models.fingerprint(linear.state_dict())

@@ -50,6 +50,17 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(tmp_path: Path, muon: bo
     assert log.steps == 6 and [row["step"] for row in log.rows] == list(range(1, 7))
 
 
+def test_every_step_draws_its_own_noise(tmp_path: Path):
+    net, drawn = small_net(), []
+
+    def loss(step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        drawn.append(torch.rand(1, generator=generator).item())
+        return {"loss": net(torch.ones(1, 3)).square().mean()}
+
+    training.fit(tmp_path, modules={"net": net}, loss=loss, recipe=QUICK)
+    assert len(set(drawn)) == QUICK.steps
+
+
 def test_a_keyboard_interrupt_leaves_a_checkpoint(tmp_path: Path):
     net = small_net()
 
