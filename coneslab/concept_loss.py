@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .diffusion import denoising_loss, encode_images, encode_prompts, generate
 from .edits import Edit
 from .errors import ConeslabError
-from .kvspace import KVSpace, cross_attentions
+from .kvspace import KVSpace, cross_attentions, unet_of
 from .models import fingerprint
 from .training import bfloat16_pays
 
@@ -172,7 +172,7 @@ class KVGradient:
     def __init__(
         self, pipe: Any, pairs: Sequence[Pairs], *, dtype: torch.dtype | None = None, chunk: int | None = None
     ) -> None:
-        unet = pipe.unet
+        unet = unet_of(pipe)
         if dtype is None:
             fast = unet.dtype == torch.float32 and bfloat16_pays(unet.device)
             dtype = torch.bfloat16 if fast else unet.dtype
@@ -193,13 +193,19 @@ class KVGradient:
         return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
     def __call__(self, theta: Tensor, draw: Draw) -> tuple[list[float], Tensor]:
-        """Mean loss of every pair, and the gradient (n,) of their weighted sum, at K-V weights θ (n,)."""
+        """Mean loss of every pair, and the gradient (n,) of their weighted sum, at K-V weights θ (n,).
+
+        Raises ConeslabError if the gradient is not finite.
+        """
         gradient, losses = torch.zeros_like(theta), torch.zeros(len(self.pairs), dtype=torch.float64)
+        lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # float16 would lose the small gradients
         for rows, counts in self._chunks():
             leaf = theta.detach().clone().requires_grad_()
             total, sums = self._loss(leaf, draw, rows, counts)
-            gradient += torch.autograd.grad(total, leaf)[0]
+            gradient += torch.autograd.grad(total * lift, leaf)[0] / lift
             losses += sums
+        if not gradient.isfinite().all():
+            raise ConeslabError(f"the gradient in {self.dtype} is not finite: pass dtype=torch.float32")
         return (losses / torch.tensor([pair.batch for pair in self.pairs])).tolist(), gradient
 
     def _loss(self, theta: Tensor, draw: Draw, rows: slice, counts: list[int]) -> tuple[Tensor, Tensor]:

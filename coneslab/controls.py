@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws
 from .edits import WeightDelta, model_fingerprint
-from .errors import ConeslabError
+from .errors import ConeslabError, MismatchError
 from .kvspace import KVSpace
 from .neurons import ConceptNeurons, find_concept_neurons
 
@@ -86,6 +86,8 @@ def top_k_neurons(
     if density is not None and not 0 <= density <= 1:
         raise ConeslabError(f"density is {density}: give a share in [0, 1]")
     space = KVSpace(pipe)
+    if like is not None and like.layout != space.layout:
+        raise MismatchError(f"like covers {like.n:,} neurons, this pipeline has {space.n:,}: give a mask of its own")
     theta = space.gather().float()
     score = theta.abs()
     if criterion != "weight":

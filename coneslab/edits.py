@@ -22,7 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .errors import ConeslabError, FileFormatError, MismatchError
-from .kvspace import KVSpace
+from .kvspace import KVSpace, unet_of
 from .models import fingerprint as fingerprint_of
 from .undo import Undo
 
@@ -235,7 +235,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightDelta(StoredEdit):
     """A dense change of some of the U-Net's weights: W + dose · ΔW, as fine-tuning makes it.
 
@@ -244,11 +244,11 @@ class WeightDelta(StoredEdit):
     Raises ConeslabError if a delta is not finite.
     """
 
-    deltas: Mapping[str, Tensor] = field(repr=False)
+    deltas: Mapping[str, Tensor]
     fingerprint: str
     subject: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    history: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         deltas = {name: delta.detach().to("cpu", torch.float32) for name, delta in self.deltas.items()}
@@ -261,6 +261,11 @@ class WeightDelta(StoredEdit):
     def nbytes(self) -> int:
         return sum(delta.nbytes for delta in self.deltas.values())
 
+    def __repr__(self) -> str:
+        count = sum(delta.numel() for delta in self.deltas.values())
+        where = f"{count:,} weights in {len(self.deltas)} layers, model {self.fingerprint[:8]}"
+        return f"WeightDelta({self.subject!r}: {where})"
+
     def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
         """Add dose · ΔW to the weights for the length of a block (`with delta.applied(pipe): ...`).
 
@@ -272,7 +277,7 @@ class WeightDelta(StoredEdit):
         def changes() -> Iterator[Change]:
             if check_model:
                 require_model(self.fingerprint, pipe, "this weight delta")
-            weights = dict(pipe.unet.named_parameters())
+            weights = dict(unet_of(pipe).named_parameters())
             for name, delta in self.deltas.items():
                 if name not in weights:
                     raise MismatchError(f"the U-Net has no weight {name}: this delta was made for another one")

@@ -143,7 +143,7 @@ class KVSpace:
     """
 
     def __init__(self, model: Any) -> None:
-        unet = getattr(model, "unet", model)
+        unet = unet_of(model)
         self.modules: dict[str, Any] = cross_attentions(unet)
         self.parameters: dict[str, nn.Parameter] = {}
         layers, start = [], 0
@@ -191,6 +191,12 @@ class KVSpace:
         levels = sorted({layer.resolution for layer in self.layers}, reverse=True)
         grids = ", ".join(f"{side}x{side}" for side in levels)
         return f"KVSpace({self.n:,} neurons in {len(self.layers)} layers at {grids})"
+
+
+def unet_of(model: Any) -> Any:
+    """The U-Net of a pipeline (or the U-Net given), as it was before torch.compile wrapped it."""
+    unet = getattr(model, "unet", model)
+    return getattr(unet, "_orig_mod", unet)
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, Any]:

@@ -422,9 +422,9 @@ class _History:
 
     def add(self, loss: float, losses: list[float], hits: Tensor, tau: Tensor, shut: Tensor) -> float:
         """Note a round; return the density over all layers."""
-        density = self.layout.per_layer(shut).cpu()
+        hits, density = hits.cpu(), self.layout.per_layer(shut.cpu())
         row = {"loss": loss, **dict(zip(self.names, losses, strict=True)), "threshold": tau.float().cpu().numpy()}
-        row["hits"] = np.array([int(part.sum()) for part in hits.split(self.sizes.tolist())], np.int32)
+        row["hits"] = np.array([int(hits[layer.slice].sum()) for layer in self.layout], np.int32)
         row["density"] = density.float().numpy()
         for name, value in row.items():
             self.rows.setdefault(name, []).append(value)
