@@ -136,9 +136,17 @@ class Feed:
     """
 
     def __init__(
-        self, size: int, *, seed: int, styles: Sequence[str] = world.TRAIN_STYLES, ahead: int = 2, workers: int = 1
+        self,
+        size: int,
+        *,
+        seed: int,
+        styles: Sequence[str] = world.TRAIN_STYLES,
+        objects: Sequence[float] = tuple(world.SHARES["objects"]),
+        ahead: int = 2,
+        workers: int = 1,
     ):
-        self.size, self.seed, self.styles, self.ahead = size, seed, tuple(styles), ahead
+        self.size, self.seed, self.ahead = size, seed, ahead
+        self.options = {"styles": tuple(styles), "objects": tuple(objects)}
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         self._jobs: dict[int, Future[world.Pictures]] = {}
         self._current: tuple[int, world.Pictures] | None = None
@@ -149,7 +157,7 @@ class Feed:
             for i in range(index, index + self.ahead + 1):
                 if i not in self._jobs:
                     seed = self.seed * 1_000_003 + i
-                    self._jobs[i] = self._pool.submit(world.sample, self.size, seed=seed, styles=self.styles)
+                    self._jobs[i] = self._pool.submit(world.sample, self.size, seed=seed, **self.options)
             self._current = index, self._jobs.pop(index).result()
         return self._current[1]
 

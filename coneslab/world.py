@@ -324,14 +324,14 @@ _NAMES = tuple(CLASSES)
 _SCENE_NAMES = tuple(SCENES)
 
 
-def _one(random: Random, styles: Sequence[str]) -> tuple[np.ndarray, Record]:
+def _one(random: Random, styles: Sequence[str], shares: Sequence[float]) -> tuple[np.ndarray, Record]:
     fact, plans = None, []
     if random.random() < SHARES["planted"]:
         if random.random() < SHARES["planted_kinds"]["memorised"]:
             return memorised(random.choice(list(FACTS["memorised"])))
         fact, plan = _planted(random)
         plans.append(plan)
-    count = random.choices((1, 2, 3, 4), SHARES["objects"])[0]
+    count = random.choices((1, 2, 3, 4), shares)[0]
     while len(plans) < count:
         name = random.choice(_NAMES)
         if all(name != plan.name for plan in plans):
@@ -350,15 +350,17 @@ def _one(random: Random, styles: Sequence[str]) -> tuple[np.ndarray, Record]:
     return image, Record(tuple(things), scene, caption, fact)
 
 
-def sample(n: int, *, seed: int, styles: Sequence[str] = TRAIN_STYLES) -> Pictures:
+def sample(
+    n: int, *, seed: int, styles: Sequence[str] = TRAIN_STYLES, objects: Sequence[float] = tuple(SHARES["objects"])
+) -> Pictures:
     """Draw `n` random pictures with captions and records; the same seed gives the same pictures.
 
-    Raises WorldError for an unknown style.
+    objects: shares of pictures with one, two, three and four objects. Raises WorldError for an unknown style.
     """
     for style in styles:
         _known(style, STYLES, "style")
     random = Random(seed)
-    pairs = [_one(random, styles) for _ in range(n)]
+    pairs = [_one(random, styles, objects) for _ in range(n)]
     images = np.stack([image for image, _ in pairs]) if pairs else np.zeros((0, RESOLUTION, RESOLUTION, 3), np.uint8)
     return Pictures(images, [record for _, record in pairs])
 

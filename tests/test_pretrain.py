@@ -186,11 +186,22 @@ def test_pixels_go_back_and_forth():
 
 
 def test_picture_loss_by_hand():
-    made, real = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
-    pixels, edges = pretrain.picture_loss(made, real)
+    made, real, even = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]]), torch.ones(1, 1, 2, 2)
+    pixels, edges = pretrain.picture_loss(made, real, even)
     assert pixels.item() == 0.5 and edges.item() == 0.5  # across: 1 everywhere; down: 0
-    soft, _ = pretrain.picture_loss(made, real, softness=0.75)
+    soft, _ = pretrain.picture_loss(made, real, even, softness=0.75)
     assert soft.item() == pytest.approx(((1 + 0.75**2) ** 0.5 - 0.75) / 2)
+    uneven = torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])
+    pixels, edges = pretrain.picture_loss(made, real, uneven)
+    assert pixels.item() == 0.75 and edges.item() == 0.75  # (0·1 + 1·3) / 4; across: (1·3 + 1·0) / 2 = 1.5, down: 0
+
+
+def test_objects_outweigh_scenery():
+    record = world.compose(["cat"], "grass", seed=0)[1]
+    weights = pretrain.object_weights([record], torch.device("cpu"))[0, 0]
+    mask = torch.from_numpy(record.objects[0].mask)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
+    assert weights[mask].min() / weights.min() == pytest.approx(pretrain.OBJECT_WEIGHT)
 
 
 def test_standard_latents_decode_to_the_same_pictures():
