@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_judge import save_small_judge
 
-from coneslab import evaluation
+from coneslab import cli, evaluation
 from coneslab.errors import ConeslabError
 from coneslab.evaluation import evaluate_model, judge_accuracy, nearest, questions
 from coneslab.metrics import Judge, as_pictures
@@ -198,3 +199,19 @@ def test_nearest_wants_one_list_of_options_a_picture():
     assert nearest(ORACLE, [showing("a cat")], [["a dog", "a cat"]]).tolist() == [1]
     with pytest.raises(ConeslabError, match="1 pictures and 2 lists"):
         nearest(ORACLE, [showing("a cat")], [["a dog"], ["a cat"]])
+
+
+def test_command_line_prints_the_table_for_a_saved_pipeline(v_pipe, tmp_path, capsys):
+    judge, model, table = tmp_path / "judge", tmp_path / "model", tmp_path / "table.json"
+    judge.mkdir()
+    save_small_judge(judge)
+    v_pipe.save_pretrained(model)
+    few = ["--judge", str(judge), "--seeds", "1", "--limit", "2", "--json", str(table)]
+    assert cli.main(["evaluate-model", str(model), "--steps", "2", "--bars-only", "--device", "cpu", *few]) == 0
+    assert "all four of four" in capsys.readouterr().out
+    saved = json.loads(table.read_text())
+    assert saved["settings"]["steps"] == 2 and saved["settings"]["pictures"] == 2 + 2 + 2
+    assert cli.main(["evaluate-model", "judge", *few]) == 0
+    assert "right class, twemoji" in capsys.readouterr().out
+    assert cli.main(["evaluate-model", str(tmp_path / "nothing"), *few]) == 1
+    assert "nothing" in capsys.readouterr().err

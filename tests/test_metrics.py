@@ -1,47 +1,22 @@
 """Metrics against independent computations: scikit-learn, torchmetrics, scipy, and loops written out."""
 
-import json
-import string
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel
+from small_judge import save_small_judge
 from torchmetrics.image.kid import poly_mmd
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.metrics import Judge, bootstrap_interval, kid, load_judge
 
 
 @pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory):
-    """A small random CLIP model in the shipped format; its pictures are not the size of the test's pictures."""
-    folder = tmp_path_factory.mktemp("judge")
-    letters = list(string.ascii_lowercase)
-    pieces = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    vocab.write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
-    merges.write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(pieces), "max_position_embeddings": 24, "bos_token_id": 52, "eos_token_id": 53,
-            "pad_token_id": 53}  # fmt: skip
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=layers | text, vision_config=layers | {"image_size": 32, "patch_size": 8}, projection_dim=12
-    )
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def judge(judge_folder) -> Judge:
-    return load_judge(judge_folder)
+def judge(tmp_path_factory) -> Judge:
+    """Random, and not of the size of the test's pictures."""
+    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
 
 
 @pytest.fixture(scope="module")
