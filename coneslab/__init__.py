@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .diffusion import generate as generate
     from .edits import load_edit as load_edit
     from .errors import ConeslabError as ConeslabError
+    from .evaluation import evaluate_model as evaluate_model
     from .metrics import Judge as Judge
     from .metrics import bootstrap_interval as bootstrap_interval
     from .metrics import load_judge as load_judge
@@ -48,6 +49,7 @@ _HOME = {
     "diffusion": ("generate",),
     "edits": ("load_edit",),
     "errors": ("ConeslabError",),
+    "evaluation": ("evaluate_model",),
     "metrics": ("Judge", "bootstrap_interval", "load_judge"),
     "models": ("load",),
     "neurons": ("ConceptNeurons", "find_concept_neurons"),

@@ -78,6 +78,13 @@ def test_citation_and_licence():
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
+def test_wheel_carries_the_licences_of_code_and_art(installed):
+    (metadata,) = installed.glob("coneslab-*.dist-info")
+    carried = {path.name for path in (metadata / "licenses").rglob("*") if path.is_file()}
+    assert carried == {"LICENSE"} | {path.name for path in (ROOT / "data" / "licences").iterdir()}
+    assert "License-Expression: Apache-2.0 AND MIT AND CC-BY-4.0" in (metadata / "METADATA").read_text()
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
     """The wheel, built from the checkout and installed alone into a folder; other packages are this Python's."""
