@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 
-from .diffusion import denoising_loss, encode_images, encode_prompts, generate
+from .diffusion import denoising_loss, encode_images, encode_prompts, generate, stratified_timesteps
 from .edits import Edit
 from .errors import ConeslabError
 from .kvspace import KVSpace, cross_attentions, unet_of
@@ -149,9 +149,7 @@ def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int) -> Iterator[Draw]:
             count = len(pair.latents)
             turns = [torch.randperm(count, generator=generator) for _ in range(-(-pair.batch // count))]
             latents.append(pair.latents[torch.cat(turns)[: pair.batch].to(pair.latents.device)])
-            places = torch.randperm(pair.batch, generator=generator)
-            inside = torch.rand(pair.batch, generator=generator, dtype=torch.float64)
-            timesteps.append(((places + inside) / pair.batch * last).long().clamp_(max=last - 1))
+            timesteps.append(stratified_timesteps(pair.batch, last, generator))
         clean = torch.cat(latents)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         yield Draw(clean, noise, torch.cat(timesteps).to(clean.device))

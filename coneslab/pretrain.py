@@ -29,7 +29,7 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from . import world
-from .diffusion import denoising_loss, generate, snr, tokenize
+from .diffusion import denoising_loss, generate, snr, stratified_timesteps, tokenize
 from .errors import ConeslabError
 from .judging import JUDGE, train_judge
 from .modelcard import write_model_card
@@ -287,15 +287,6 @@ def encode_world(
     save_checkpoint(cache, {"latents": latents}, {})
     words.write_text(json.dumps(captions[:n]), encoding="utf-8")
     return latents, captions[:n]
-
-
-def stratified_timesteps(n: int, total: int, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `n` equal parts of the schedule, in random order: less noise in the gradient."""
-    device = generator.device
-    place = torch.randperm(n, generator=generator, device=device) + torch.rand(
-        n, generator=generator, device=device
-    )
-    return (place / n * total).long().clamp(max=total - 1)
 
 
 def level_weights(ratio: Tensor, gamma: float = 5.0) -> Tensor:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from coneslab import cli, judging, modelcard, models, pretrain, training, world
+from coneslab import cli, diffusion, judging, modelcard, models, pretrain, training, world
 from coneslab.errors import ConeslabError, FileFormatError
 from coneslab.training import Log, Recipe
 
@@ -222,7 +222,7 @@ def test_standard_latents_decode_to_the_same_pictures():
 
 
 def test_timesteps_are_one_from_each_part():
-    times = pretrain.stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
+    times = diffusion.stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
     assert sorted((times // 100).tolist()) == list(range(10))
     assert times.tolist() != sorted(times.tolist())
 
