@@ -9,6 +9,7 @@ diffusers and transformers, so the exported folder is a plain `StableDiffusionPi
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -72,8 +73,8 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "steps_offset": 1,
 }  # fmt: skip
 
-UNET = Recipe(minutes=60, batch_size=32, learning_rate=8e-4, warmup=200, decay=0.7, muon=True)
-PICTURES, CHUNK, CAPTION_DROPOUT = 80_000, 1000, 0.1
+UNET = Recipe(minutes=110, batch_size=32, learning_rate=8e-4, warmup=200, decay=0.7, muon=True)
+PICTURES, CHUNK, CAPTION_DROPOUT = 120_000, 1000, 0.1
 KL_WEIGHT, LATENT_SAMPLES = 1e-4, 4096
 VAE_OBJECTS = (0.1, 0.2, 0.2, 0.5)  # shares of one to four objects: crowded pictures hold more to learn from
 OBJECT_WEIGHT = 4.0
@@ -390,6 +391,9 @@ def export(runs: Path, models: Path | None = None) -> Path:
     pipe.vae = AutoencoderKL.from_pretrained(decoder if decoder.is_dir() else runs / "vae" / "model")
     pipe.unet.half()
     pipe.save_pretrained(models / "tiny", safe_serialization=True)
+    for config in (models / "tiny").rglob("*.json"):
+        text = config.read_text(encoding="utf-8")  # the folder it was trained in is of no use elsewhere
+        config.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", text), encoding="utf-8")
     shutil.copytree(runs / "judge" / "model", models / "judge", dirs_exist_ok=True)
     logs = {stage: Log.load(runs / stage / "log.json") for stage in ("vae", "decoder", "unet", "judge")
             if (runs / stage / "log.json").is_file()}  # fmt: skip
