@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pandas
 from tqdm.auto import tqdm
 
 from .concept_loss import concept_loss, prior_pictures
-from .controls import finetune_kv, random_neurons, reversed_neurons, top_k_neurons
+from .controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
 from .diffusion import generate
 from .edits import Edit
 from .errors import ConeslabError
@@ -112,12 +113,10 @@ def conditions(
     yield CONDITIONS[3], random_neurons(binary, seed=seed), 0.0
     backwards, seconds = timed(lambda: reversed_neurons(pipe, about, rounds=rounds, **common).binary())
     yield CONDITIONS[4], backwards, seconds
-    for name, criterion in zip(CONDITIONS[5:8], ("gradient", "gradient_times_weight", "weight"), strict=True):
-        edit, seconds = timed(
-            lambda criterion=criterion: top_k_neurons(
-                pipe, about, criterion=criterion, like=binary, rounds=max(1, rounds // 4), **common
-            )
-        )
+    criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
+    for name, criterion in zip(CONDITIONS[5:8], criteria, strict=True):
+        make = partial(top_k_neurons, pipe, about, criterion=criterion, like=binary, rounds=max(1, rounds // 4))
+        edit, seconds = timed(partial(make, **common))
         yield name, edit, seconds
     tuned, seconds = timed(lambda: finetune_kv(pipe, about, steps=finetune_steps, **common))
     yield CONDITIONS[8], tuned, seconds

@@ -49,7 +49,7 @@ def show(figure: Figure, dpi: int = 110) -> None:
     from IPython.display import HTML, display
 
     data = base64.b64encode(to_png(figure, dpi)).decode()
-    alt = figure.get_label().replace('"', "&quot;")
+    alt = str(figure.get_label()).replace('"', "&quot;")
     display(HTML(f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{data}">'))
 
 

@@ -146,7 +146,7 @@ class Feed:
         workers: int = 1,
     ):
         self.size, self.seed, self.ahead = size, seed, ahead
-        self.options = {"styles": tuple(styles), "objects": tuple(objects)}
+        self.options: dict[str, Any] = {"styles": tuple(styles), "objects": tuple(objects)}
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         self._jobs: dict[int, Future[world.Pictures]] = {}
         self._current: tuple[int, world.Pictures] | None = None

@@ -173,7 +173,7 @@ def _draw(plans: Sequence[_Plan], scene: str, random: Random) -> tuple[np.ndarra
     canvas = canvas[:, ::-1].astype(np.uint16) if random.random() < 0.5 else canvas.astype(np.uint16)
     cells = list(random.choice(_LAYOUTS[len(plans)]))
     random.shuffle(cells)
-    placed = []
+    placed: list[tuple[_Plan, tuple[int, int, int, int], np.ndarray]] = []
     for plan, (x, y, jitter) in zip(plans, cells, strict=True):
         colour, alpha = _patch(plan.sprite, plan.style, plan.colour, plan.size)
         if random.random() < 0.5:
