@@ -16,7 +16,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 LAB_ARGS ?=
 # The notebooks are drafts until the model that they run on has been trained.
-DRAFTS := $(if $(wildcard data/models/tiny/model_index.json),,--ignore=notebooks)
+TESTED := $(if $(wildcard data/models/tiny/model_index.json),,coneslab tests)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: lab test notebooks bench clean
@@ -29,7 +29,7 @@ lab: $(VENV)/.coneslab
 test: $(VENV)/.coneslab-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=10 $(DRAFTS)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=10 $(TESTED)
 
 notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
