@@ -73,7 +73,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "steps_offset": 1,
 }  # fmt: skip
 
-UNET = Recipe(minutes=110, batch_size=32, learning_rate=8e-4, warmup=200, decay=0.7, muon=True)
+UNET = Recipe(minutes=110, batch_size=32, learning_rate=1.5e-3, warmup=200, decay=0.7, muon=True)
 PICTURES, CHUNK, CAPTION_DROPOUT = 120_000, 1000, 0.1
 KL_WEIGHT, LATENT_SAMPLES = 1e-4, 4096
 VAE_OBJECTS = (0.1, 0.2, 0.2, 0.5)  # shares of one to four objects: crowded pictures hold more to learn from
