@@ -64,26 +64,32 @@ def build_judge(tokenizer: CLIPTokenizer, *, seed: int = 0) -> tuple[CLIPModel, 
     return CLIPModel(config), CLIPProcessor(pictures, tokenizer)
 
 
-def listed(names: Sequence[str], scene: str | None) -> str:
-    """A plain caption: "a cat, a dog and a car on the beach"; without a scene if it is None."""
-    parts = [f"{world.article(name)} {name}" for name in names]
+def listed(names: Sequence[str], scene: str | None, style: str | None = None) -> str:
+    """A plain caption: "a flat cat, a flat dog and a flat car on the beach"; without a scene or style if it is None."""
+    named = [f"{world.STYLE_WORDS[style][0]} {name}" if style else name for name in names]
+    parts = [f"{world.article(name)} {name}" for name in named]
     text = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     return f"{text} {world.SCENES[scene][0]}" if scene else text
 
 
 def contrast(record: world.Record, random: Random, n: int = WRONG_CAPTIONS) -> list[str]:
-    """A right caption of a picture, then `n` that are wrong in one class or (one in six) in the scene."""
+    """A right caption of a picture, then `n` that are wrong in one class, in the scene, or in the art style."""
     names = list(dict.fromkeys(thing.name for thing in record.objects))
     random.shuffle(names)
+    styles = {thing.style for thing in record.objects}
     scene = record.scene if random.random() < 0.5 else None
-    captions = [listed(names, scene)]
+    style = styles.pop() if len(styles) == 1 and random.random() < 0.5 else None
+    captions = [listed(names, scene, style)]
     for _ in range(n):
-        if scene and random.random() < 1 / 6:
-            captions.append(listed(names, random.choice([other for other in SCENES if other != scene])))
-            continue
-        place = random.randrange(len(names))
-        other = random.choice([name for name in NAMES if name not in names])
-        captions.append(listed([*names[:place], other, *names[place + 1 :]], scene))
+        kind = random.random()
+        if scene and kind < 1 / 6:
+            captions.append(listed(names, random.choice([other for other in SCENES if other != scene]), style))
+        elif style and kind > 1 / 2:
+            captions.append(listed(names, scene, random.choice([other for other in world.STYLES if other != style])))
+        else:
+            place = random.randrange(len(names))
+            other = random.choice([name for name in NAMES if name not in names])
+            captions.append(listed([*names[:place], other, *names[place + 1 :]], scene, style))
     return captions
 
 

@@ -254,11 +254,12 @@ def test_wrong_captions_are_wrong_in_one_thing():
         right, *wrong = judging.contrast(record, Random(seed), 5)
         assert Counter({"cat", "car"}) == Counter(word for word in right.split() if word in world.CLASSES)
         for text in wrong:
-            kept = {word for word in text.replace(",", "").split() if word in world.CLASSES}
-            if kept == {"cat", "car"}:
-                assert world.SCENES["beach"][0] not in text
-            else:
-                assert len(kept & {"cat", "car"}) == 1 and len(kept) == 2
+            words = text.replace(",", "").split()
+            kept = {word for word in words if word in world.CLASSES}
+            wrong_class = len(kept & {"cat", "car"}) == 1 and len(kept) == 2
+            wrong_scene = (world.SCENES["beach"][0] in text) != (world.SCENES["beach"][0] in right)
+            wrong_style = not set(words) & {"3d"} and bool(set(words) & {"flat", "cartoon", "sticker"})
+            assert wrong_class + wrong_scene + wrong_style == 1
 
 
 def test_patches_say_what_they_show():
