@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .metrics import load_judge as load_judge
     from .models import load as load
     from .neurons import ConceptNeurons as ConceptNeurons
-    from .neurons import find_concept_neurons as find_concept_neurons
+    from .search import find_concept_neurons as find_concept_neurons
     from .subjects import COMBINATIONS as COMBINATIONS
     from .subjects import SUBJECTS as SUBJECTS
     from .subjects import Subject as Subject
@@ -52,7 +52,8 @@ _HOME = {
     "evaluation": ("evaluate_model",),
     "metrics": ("Judge", "bootstrap_interval", "load_judge"),
     "models": ("load",),
-    "neurons": ("ConceptNeurons", "find_concept_neurons"),
+    "neurons": ("ConceptNeurons",),
+    "search": ("find_concept_neurons",),
     "subjects": ("COMBINATIONS", "SUBJECTS", "Subject", "subject", "subject_from_folder"),
     "world": ("compose", "sample"),
 }

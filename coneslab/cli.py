@@ -1,4 +1,4 @@
-"""The command line: `coneslab pretrain`, `evaluate-model`, `controls`, `build-stickers`; `coneslab --help` explains."""
+"""The command line: `coneslab pretrain`, `evaluate-model`, `experiment`, `build-stickers`; `--help` explains each."""
 
 from __future__ import annotations
 
@@ -90,39 +90,44 @@ def add_evaluate_model_parser(commands: argparse._SubParsersAction) -> None:
     evaluate.set_defaults(run=_evaluate_model)
 
 
-def _controls(arguments: argparse.Namespace) -> None:
-    from . import compare, metrics, models
+def _experiment(arguments: argparse.Namespace) -> None:
+    from . import compare, experiments, metrics, models
 
-    table = compare.measure_controls(
+    setting = experiments.Setting(
         models.load(arguments.model, device=arguments.device),
         metrics.load_judge(arguments.judge),
-        subjects=arguments.subjects.split(",") if arguments.subjects else compare.DEFAULT_SUBJECTS,
-        seeds=arguments.seeds,
         rounds=arguments.rounds,
         finetune_steps=arguments.finetune_steps,
         pictures=arguments.pictures,
-        path=arguments.out,
+        masks=arguments.masks,
+    )
+    subjects = arguments.subjects.split(",") if arguments.subjects else None
+    table = experiments.run_experiment(
+        arguments.name, setting, subjects=subjects, seeds=arguments.seeds, path=arguments.out
     )
     print(compare.summarise(table).round(4).to_string(index=False))
 
 
-def add_controls_parser(commands: argparse._SubParsersAction) -> None:
-    """`coneslab controls`: the experiment of notebook 03."""
-    controls = commands.add_parser(
-        "controls",
-        help="concept neurons beside every control, over subjects and seeds; goes on where the table stands",
+def add_experiment_parser(commands: argparse._SubParsersAction) -> None:
+    """`coneslab experiment NAME`: the tables behind the notebooks."""
+    experiment = commands.add_parser(
+        "experiment",
+        help="make one of the notebooks' tables over subjects and seeds; goes on where the table stands",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    controls.add_argument("--model", default="tiny", help="pipeline folder or hub id")
-    controls.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
-    controls.add_argument("--subjects", help="names of subjects, by commas (default: eight)")
-    controls.add_argument("--seeds", type=int, default=3)
-    controls.add_argument("--rounds", type=int, default=60, help="rounds of a search")
-    controls.add_argument("--finetune-steps", type=int, default=200, help="steps of K-V fine-tuning")
-    controls.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
-    controls.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
-    controls.add_argument("--out", type=Path, help="the table (default: data/results/concept_neurons.csv)")
-    controls.set_defaults(run=_controls)
+    names = "controls, precision, damage, density, references, agreement, finders, together"
+    experiment.add_argument("name", help=f"one of {names}")
+    experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
+    experiment.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    experiment.add_argument("--subjects", help='names by commas, combinations as "cat+car" (default: eight; or all)')
+    experiment.add_argument("--seeds", type=int, default=3)
+    experiment.add_argument("--rounds", type=int, default=60, help="rounds of a search")
+    experiment.add_argument("--finetune-steps", type=int, default=200, help="steps of K-V fine-tuning (controls)")
+    experiment.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
+    experiment.add_argument("--masks", type=Path, default=Path("runs/masks"), help="where found neurons are kept")
+    experiment.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    experiment.add_argument("--out", type=Path, help="the table (default: its place in data/results)")
+    experiment.set_defaults(run=_experiment)
 
 
 def _build_stickers(arguments: argparse.Namespace) -> None:
@@ -144,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     add_pretrain_parser(commands)
     add_evaluate_model_parser(commands)
-    add_controls_parser(commands)
+    add_experiment_parser(commands)
     add_build_stickers_parser(commands)
     return top
 

@@ -1,16 +1,13 @@
-"""Experiments over subjects and seeds: tidy tables, written cell by cell, so that an interruption loses one cell.
+"""Tables of measurements: edits on subjects and seeds, written cell by cell, summed up with intervals.
 
-`measure_controls` is the experiment behind notebook 03: concept neurons beside every control, on the same prompts
-and the same start noises. `coneslab controls` runs it; `summarise` turns its rows into means with intervals.
+An interruption loses one cell. `experiments.py` says which cells there are; here is what they have in common.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,13 @@ import pandas
 from tqdm.auto import tqdm
 
 from .concept_loss import concept_loss, prior_pictures
-from .controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
 from .diffusion import generate
-from .edits import Edit
+from .edits import Edit, load_edit, model_fingerprint
 from .errors import ConeslabError
 from .metrics import Judge, bootstrap_interval
-from .neurons import find_concept_neurons
-from .paths import data_folder
-from .subjects import SUBJECTS, Subject, subject
+from .neurons import ConceptNeurons
+from .search import find_concept_neurons
+from .subjects import Subject
 from .world import STYLE_WORDS, STYLES, article
 
 MEASURES = {
@@ -35,18 +31,6 @@ MEASURES = {
     "subject share": "share of pictures the judge takes for the subject's own style",
     "concept loss": "denoising loss on the subject",
 }
-CONDITIONS = (
-    "untouched model",
-    "concept neurons, float",
-    "concept neurons, binary",
-    "random mask",
-    "reversed sign",
-    "top-k |gradient|",
-    "top-k |weight × gradient|",
-    "top-k |weight|",
-    "K-V fine-tuning",
-)
-DEFAULT_SUBJECTS = SUBJECTS[:8]
 Row = dict[str, Any]
 
 
@@ -93,93 +77,65 @@ def subject_share(judge: Judge, images: Sequence[Any], about: Subject) -> np.nda
     return judge.classify(list(images), labels).numpy() == STYLES.index(about.records[0].objects[0].style)
 
 
-def conditions(
-    pipe: Any, about: Subject, *, seed: int, rounds: int, finetune_steps: int, progress: bool = False
-) -> Iterator[tuple[str, Edit | None, float]]:
-    """Make every edit of the experiment in turn: (condition, edit or None, seconds to make it)."""
-    prior = prior_pictures(pipe, about, seed=seed)
-    common: dict[str, Any] = {"prior": prior, "seed": seed, "progress": progress}
-
-    def timed(make: Callable[[], Any]) -> tuple[Any, float]:
-        begun = time.perf_counter()
-        made = make()
-        return made, time.perf_counter() - begun
-
-    yield CONDITIONS[0], None, 0.0
-    found, seconds = timed(lambda: find_concept_neurons(pipe, about, rounds=rounds, **common))
-    binary = found.binary()
-    yield CONDITIONS[1], found, seconds
-    yield CONDITIONS[2], binary, seconds
-    yield CONDITIONS[3], random_neurons(binary, seed=seed), 0.0
-    backwards, seconds = timed(lambda: reversed_neurons(pipe, about, rounds=rounds, **common).binary())
-    yield CONDITIONS[4], backwards, seconds
-    criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
-    for name, criterion in zip(CONDITIONS[5:8], criteria, strict=True):
-        make = partial(top_k_neurons, pipe, about, criterion=criterion, like=binary, rounds=max(1, rounds // 4))
-        edit, seconds = timed(partial(make, **common))
-        yield name, edit, seconds
-    tuned, seconds = timed(lambda: finetune_kv(pipe, about, steps=finetune_steps, **common))
-    yield CONDITIONS[8], tuned, seconds
-
-
-def measure_controls(
+def measure(
     pipe: Any,
     judge: Judge,
+    about: Subject,
+    edit: Edit | None,
     *,
-    subjects: Sequence[str] = DEFAULT_SUBJECTS,
-    seeds: int = 3,
-    rounds: int = 60,
-    finetune_steps: int = 200,
+    seed: int,
     pictures: int = 2,
     steps: int = 25,
     guidance_scale: float = 3.0,
-    path: str | Path | None = None,
-    progress: bool = True,
-) -> pandas.DataFrame:
-    """Concept neurons and their controls, for every subject and seed; a row a (cell, condition, measure).
+) -> dict[str, float]:
+    """Every measure of `MEASURES` for one edit (None: the model as it is), on a subject's evaluation prompts.
 
-    Each condition draws `pictures` pictures for each of a subject's ten prompts, from the same start noises. Rows go
-    to `path`, by default `data/results/concept_neurons.csv`, and a second call goes on where it stands. The columns:
-    subject, seed, condition, measure, value (mean over the pictures), density, seconds.
+    Draws `pictures` pictures a prompt. All edits measured with one `seed` start from the same noises.
     """
-
-    def cell(**names: Any) -> list[Row]:
-        about, seed = subject(names["subject"]), names["seed"]
-        prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
-        plain = [about.plain(prompt) for prompt in prompts]
-        prior = prior_pictures(pipe, about, seed=seed)
-        rows = []
-        for name, edit, seconds in conditions(pipe, about, seed=seed, rounds=rounds, finetune_steps=finetune_steps):
-            block: AbstractContextManager = nullcontext() if edit is None else edit.applied(pipe)
-            with block:
-                drawn = generate(
-                    pipe, prompts, seed=1000 * seed, steps=steps, guidance_scale=guidance_scale, batch_size=20
-                )
-            loss = concept_loss(pipe, about, edit=edit, prior=prior)
-            values = {
-                "text alignment": judge.text_alignment(drawn, plain),
-                "image alignment": judge.image_alignment(drawn, about.images),
-                "subject share": float(subject_share(judge, drawn, about).mean()),
-                "concept loss": loss.subject,
-            }
-            density = float(getattr(edit, "density", np.nan))
-            rows += [
-                {"condition": name, "measure": measure, "value": value, "density": density, "seconds": seconds}
-                for measure, value in values.items()
-            ]
-        return rows
-
-    path = path or data_folder() / "results" / "concept_neurons.csv"
-    cells = [{"subject": name, "seed": seed} for name in subjects for seed in range(seeds)]
-    return run_cells(cells, cell, path, progress=progress)
+    prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
+    prior = prior_pictures(pipe, about, seed=seed)
+    with edit.applied(pipe) if edit is not None else nullcontext():
+        drawn = generate(pipe, prompts, seed=1000 * seed, steps=steps, guidance_scale=guidance_scale, batch_size=20)
+    return {
+        "text alignment": judge.text_alignment(drawn, [about.plain(prompt) for prompt in prompts]),
+        "image alignment": judge.image_alignment(drawn, about.images),
+        "subject share": float(subject_share(judge, drawn, about).mean()),
+        "concept loss": concept_loss(pipe, about, edit=edit, prior=prior).subject,
+    }
 
 
-def summarise(table: pandas.DataFrame, *, minus: str | None = None) -> pandas.DataFrame:
-    """Mean and 95 % bootstrap interval of every condition and measure, over subjects and the seeds within them.
+def rows_of(values: Mapping[str, float], **columns: Any) -> list[Row]:
+    """One row for every measure, each with the same other columns."""
+    return [{**columns, "measure": name, "value": value} for name, value in values.items()]
+
+
+def found_before(
+    pipe: Any, about: Subject, *, seed: int, folder: str | Path | None, rounds: int = 60
+) -> ConceptNeurons:
+    """Concept neurons of a subject, read from `folder` if they were found there before, else found and kept there.
+
+    Neurons of another model, or found in another number of rounds, are found anew. Without a folder nothing is kept.
+    """
+    path = None if folder is None else Path(folder) / f"{about.name}-{seed}-{rounds}.safetensors"
+    if path is not None and path.is_file():
+        kept = load_edit(path)
+        if isinstance(kept, ConceptNeurons) and kept.fingerprint == model_fingerprint(pipe):
+            return kept
+    prior = prior_pictures(pipe, about, seed=seed)
+    found = find_concept_neurons(pipe, about, prior=prior, seed=seed, rounds=rounds, progress=False)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+    return found
+
+
+def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float = 0.95) -> pandas.DataFrame:
+    """Mean and bootstrap interval of every condition and measure, over subjects and the seeds within them.
 
     minus: a condition to subtract from the others, pairing subject and seed; then the interval is of the difference.
-    Returns the columns condition, measure, value, low, high, density, seconds.
+    level: of the interval. Returns the columns condition, measure, value, low, high, and means of all other numbers.
     """
+    others = [name for name in table.select_dtypes("number") if name not in ("seed", "value")]
     rows = []
     for (measure, condition), part in table.groupby(["measure", "condition"], sort=False):
         part = part.set_index(["subject", "seed"]).sort_index()
@@ -188,21 +144,21 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None) -> pandas.Da
             if condition == minus:
                 continue
             base = table[(table.measure == measure) & (table.condition == minus)]
-            other = base.set_index(["subject", "seed"]).sort_index().loc[part.index, "value"]
-        interval = bootstrap_interval(
-            part.value.to_numpy(),
-            clusters=[part.index.get_level_values(0).tolist(), part.index.get_level_values(1).tolist()],
-            minus=None if other is None else other.to_numpy(),
-        )
-        rows.append(
-            {
-                "condition": condition,
-                "measure": measure,
-                "value": interval.estimate,
-                "low": interval.low,
-                "high": interval.high,
-                "density": part.density.mean(),
-                "seconds": part.seconds.mean(),
-            }
-        )
+            other = base.set_index(["subject", "seed"]).sort_index().loc[part.index, "value"].to_numpy()
+        clusters = [part.index.get_level_values(name).tolist() for name in ("subject", "seed")]
+        interval = bootstrap_interval(part.value.to_numpy(), clusters=clusters, minus=other, level=level)
+        bounds = {"value": interval.estimate, "low": interval.low, "high": interval.high}
+        rows.append({"condition": condition, "measure": measure, **bounds, **part[others].mean()})
     return pandas.DataFrame(rows)
+
+
+def equivalence(table: pandas.DataFrame, *, minus: str, margins: Mapping[str, float]) -> pandas.DataFrame:
+    """Test whether conditions are as good as `minus`, to within a margin named beforehand for each measure.
+
+    Two one-sided tests at 5 % (Schuirmann 1987): a condition is equivalent if the 90 % interval of its paired
+    difference lies within plus and minus the margin. Adds the columns margin and equivalent to `summarise`.
+    """
+    result = summarise(table[table.measure.isin(list(margins))], minus=minus, level=0.9)
+    result["margin"] = result.measure.map(margins)
+    result["equivalent"] = (result.low > -result.margin) & (result.high < result.margin)
+    return result

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import cycle, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,21 +136,23 @@ def concept_pairs(
     return pairs
 
 
-def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int) -> Iterator[Draw]:
+def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> Iterator[Draw]:
     """Endless rounds of pictures, noises and timesteps, all from one generator.
 
     Every picture of a pair occurs equally often, up to one. Timesteps are stratified: one in each of `batch` equal
-    runs of the schedule (a reading; unbiased, and less noisy than independent ones).
+    runs of the schedule (a reading; unbiased, and less noisy than independent ones). bands: rounds take turns in
+    that many equal parts of the schedule, from little noise to much.
     """
     generator = torch.Generator().manual_seed(seed)
     last = pipe.scheduler.config.num_train_timesteps
-    while True:
+    edges = [last * band // bands for band in range(bands + 1)]
+    for low, high in cycle(pairwise(edges)):
         latents, timesteps = [], []
         for pair in pairs:
             count = len(pair.latents)
             turns = [torch.randperm(count, generator=generator) for _ in range(-(-pair.batch // count))]
             latents.append(pair.latents[torch.cat(turns)[: pair.batch].to(pair.latents.device)])
-            timesteps.append(stratified_timesteps(pair.batch, last, generator))
+            timesteps.append(low + stratified_timesteps(pair.batch, high - low, generator))
         clean = torch.cat(latents)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         yield Draw(clean, noise, torch.cat(timesteps).to(clean.device))

@@ -1,6 +1,6 @@
 """What must stand beside a neuron search: random masks, the reversed sign, naive readings, full fine-tuning.
 
-Apart from `neurons.py` so that the method and what it is compared with are each one reading.
+Apart from `search.py` so that the method and what it is compared with are each one reading.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws
 from .edits import WeightDelta, model_fingerprint
 from .errors import ConeslabError, MismatchError
 from .kvspace import KVSpace
-from .neurons import ConceptNeurons, find_concept_neurons
+from .neurons import ConceptNeurons
+from .search import find_concept_neurons
 
 Criterion = Literal["gradient", "gradient_times_weight", "weight"]
 

@@ -35,6 +35,7 @@ KINDS = {
     "WeightDelta": "coneslab.edits",
     "Combined": "coneslab.edits",
     "ConceptNeurons": "coneslab.neurons",
+    "TunedNeurons": "coneslab.concatenation",
 }
 
 _ACTIVE: list[swapped] = []  # the blocks now open, outermost first
@@ -140,6 +141,18 @@ def require_dose(dose: float) -> None:
         raise ConeslabError(f"dose is {dose}: give a finite number, 0 for no effect and 1 for the whole edit")
 
 
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write a file in one go: an interruption leaves the old one, or none, but no half-written one."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
 class StoredEdit:
     """Base of the edits: one file format for all, in safetensors.
 
@@ -168,14 +181,7 @@ class StoredEdit:
         text = json.dumps(description, sort_keys=True)
         metadata = {"format": FORMAT, "kind": type(self).__name__, "description": text}
         metadata["checksum"] = _checksum(tensors, metadata)
-        path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(safetensors_bytes(tensors, metadata))
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
+        return write_whole(path, safetensors_bytes(tensors, metadata))
 
     @classmethod
     def load(cls: type[Stored], path: str | Path) -> Stored:

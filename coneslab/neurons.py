@@ -1,27 +1,25 @@
-"""Concept neurons: find them, keep them, shut them (Cones, arXiv 2303.05125).
+"""Concept neurons: a mask on the K-V weights, to keep, to shut and to join with others (Cones, arXiv 2303.05125).
 
 No code was ever published for Cones; this is an independent reimplementation. Where the paper leaves room, the
-docstring says "a reading". The controls that belong beside a search are in `controls.py`.
+docstring says "a reading". The search that finds them is in `search.py`, what a mask file holds in `masks.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws
-from .edits import Change, StoredEdit, model_fingerprint, require_dose, require_model, swapped
+from . import masks
+from .edits import Change, StoredEdit, require_dose, require_model, swapped, write_whole
 from .errors import ConeslabError, MismatchError
 from .kvspace import KVLayout, KVSpace
 
@@ -172,16 +170,19 @@ class ConceptNeurons(StoredEdit):
         chance = float((self.counts() * (other.counts() / sizes)).sum())
         return Overlap(both, len(self.shut()) + len(other.shut()) - both, chance)
 
+    def to(self, precision: str) -> ConceptNeurons:
+        """The mask with its scales rounded to "float32", "float16", "quaternary" or "binary" (`masks.quantised`).
+
+        Raises ConeslabError for another precision.
+        """
+        scales = masks.quantised(self.scales, precision, cut=self.cut)
+        left = scales != 1
+        settings = dict(self.settings) | {"precision": precision}
+        return replace(self, indices=self.indices[left], scales=scales[left], settings=settings)
+
     def binary(self, cut: float | None = None) -> ConceptNeurons:
-        """The mask with its shut neurons at 0 and all others at 1."""
-        shut = self.shut(cut)
-        return replace(
-            self,
-            indices=shut,
-            scales=np.zeros(len(shut), np.float32),
-            cut=self.cut if cut is None else cut,
-            settings=dict(self.settings) | {"precision": "binary"},
-        )
+        """The mask with its shut neurons at 0 and all others at 1: `to("binary")`, at another cut if given."""
+        return (self if cut is None else replace(self, cut=cut)).to("binary")
 
     def __len__(self) -> int:
         """Number of neurons whose scale is not 1."""
@@ -232,29 +233,75 @@ class ConceptNeurons(StoredEdit):
         Raises MismatchError, with the pipeline untouched, for a mask of another model or shape.
         """
         require_dose(dose)
+        scales = torch.tensor(self.scales)
 
-        def changes() -> Iterator[Change]:
-            space = KVSpace(pipe)
-            if space.layout != self.layout:
-                raise MismatchError(
-                    f"the mask of {self.subject!r} covers {self.n:,} neurons in {len(self.layout)} layers, this "
-                    f"pipeline has {space.n:,} in {len(space.layers)}: load the model it was found on, or find "
-                    "neurons again"
-                )
-            if check_model:
-                require_model(self.fingerprint, pipe, f"the mask of {self.subject!r}")
-            for layer in self.layout:
-                first, last = np.searchsorted(self.indices, [layer.start, layer.start + layer.size])
-                if first == last:
-                    continue
-                weight = space.parameters[layer.name]
-                new = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten().clone()
-                where = torch.tensor(self.indices[first:last] - layer.start, dtype=torch.long, device=new.device)
-                scale = torch.tensor(self.scales[first:last]).to(new)
-                new[where] *= 1 - dose * (1 - scale)
-                yield weight, new.view(layer.shape)
+        def scaled(old: Tensor, part: slice) -> Tensor:
+            return old * (1 - dose * (1 - scales[part].to(old)))
 
-        return swapped(changes, pipe)
+        return swapped(lambda: self.changes(pipe, scaled, check_model=check_model), pipe)
+
+    def changes(
+        self, pipe: Any, update: Callable[[Tensor, slice], Tensor], *, check_model: bool = True
+    ) -> Iterator[Change]:
+        """What `edits.swapped` needs to change this mask's neurons, layer by layer.
+
+        update(old, part) -> new weights, (neurons of the mask in the layer,); part: their slice of `indices`.
+        Raises MismatchError for a pipeline of another model or shape.
+        """
+        space = KVSpace(pipe)
+        if space.layout != self.layout:
+            raise MismatchError(
+                f"the mask of {self.subject!r} covers {self.n:,} neurons in {len(self.layout)} layers, this "
+                f"pipeline has {space.n:,} in {len(space.layers)}: load the model it was found on, or find "
+                "neurons again"
+            )
+        if check_model:
+            require_model(self.fingerprint, pipe, f"the mask of {self.subject!r}")
+        for layer in self.layout:
+            first, last = np.searchsorted(self.indices, [layer.start, layer.start + layer.size])
+            if first == last:
+                continue
+            weight = space.parameters[layer.name]
+            new = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten().clone()
+            where = torch.tensor(self.indices[first:last] - layer.start, dtype=torch.long, device=new.device)
+            new[where] = update(new[where], slice(first, last))
+            yield weight, new.view(layer.shape)
+
+    def to_bytes(self) -> bytes:
+        """The mask in the smallest precision that keeps it exactly, close to the entropy bound (`masks.encode`).
+
+        It holds fingerprint, subject and cut, but neither settings nor history nor the table of layers: those of
+        the model serve to read it. `save` keeps everything.
+        """
+        sizes = [layer.size for layer in self.layout]
+        about: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
+        return masks.encode(self.indices, self.scales, sizes, **about)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, pipe: Any) -> ConceptNeurons:
+        """Read `to_bytes` back, for the pipeline the mask was found on or another of its shape.
+
+        Raises FileFormatError if the data are damaged or for another shape of model.
+        """
+        layout = KVSpace(pipe).layout
+        found = masks.decode(data, [layer.size for layer in layout])
+        about: dict[str, Any] = {"subject": found.subject, "cut": found.cut}
+        settings = {"precision": found.precision}
+        return cls(layout, found.indices, found.scales, found.fingerprint, settings=settings, **about)
+
+    def save_mask(self, path: str | Path) -> Path:
+        """Write `to_bytes` to a file, a small fraction of what `save` writes."""
+        return write_whole(path, self.to_bytes())
+
+    @classmethod
+    def load_mask(cls, path: str | Path, pipe: Any) -> ConceptNeurons:
+        """Read `save_mask` back: see `from_bytes`."""
+        return cls.from_bytes(Path(path).read_bytes(), pipe)
+
+    @property
+    def entropy_bound(self) -> float:
+        """Bytes that this binary or quaternary mask takes at least, layer densities given (`masks.entropy_bound`)."""
+        return masks.entropy_bound(self.indices, self.scales, [layer.size for layer in self.layout])
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"indices": torch.tensor(self.indices)}
@@ -274,178 +321,6 @@ class ConceptNeurons(StoredEdit):
         return cls(layout, indices, scales, history=history, **description)
 
 
-@dataclass(frozen=True)
-class SearchState:
-    """What a search's callback sees after each round; tensors are (n,) copies on the CPU."""
-
-    round: int
-    rounds: int
-    loss: float
-    density: float
-    scale: Tensor
-    gradient: Tensor
-    hits: Tensor
-
-
-def find_concept_neurons(
-    pipe: Any,
-    subject: ConceptSubject,
-    *,
-    rounds: int = 60,
-    subject_batch: int = 32,
-    prior_batch: int = 16,
-    prior_weight: float = 1.0,
-    threshold: float | None = None,
-    threshold_quantile: float = 0.995,
-    per_layer: bool = True,
-    momentum: float = 0.8,
-    rate: float = 0.25,
-    cut: float = 0.5,
-    sign: int = 1,
-    seed: int = 0,
-    prior: Sequence[Image.Image] | None = None,
-    prior_images: int = 16,
-    prior_steps: int = 25,
-    guidance_scale: float = 3.0,
-    start: ConceptNeurons | None = None,
-    dtype: torch.dtype | None = None,
-    chunk: int | None = None,
-    progress: bool = True,
-    callback: Callable[[int, SearchState], object] | None = None,
-) -> ConceptNeurons:
-    """Find the neurons of a concept by the adaptive search of Cones (arXiv 2303.05125, Sec. 3.1).
-
-    A neuron belongs to the concept when scaling it down lowers L_con, to first order when θ_j ∂L_con/∂θ_j > τ. Every
-    neuron has a scale s, 1 at first. Each round averages the gradient g at s⊙θ over a batch and multiplies the scale
-    of every neuron with (s⊙θ)⊙g > τ by 1 − ρ. The final s is the float32 mask.
-
-    subject: pictures, `prompt` with the rare token, `prior_prompt` without (`coneslab.subject`, or any such object).
-    rounds: K. subject_batch, prior_batch: samples a round; prior_weight: λ. threshold: τ as an absolute value;
-    if None, τ is the `threshold_quantile` of the criterion in each layer, or over all layers if not `per_layer`,
-    taken anew every round and never below 0 (a reading). momentum: share of the running average in the gradient, 0
-    for none (a reading: averaging over rounds stands for a larger batch). rate: ρ. cut: scale below which a neuron
-    counts as shut. sign: −1 for the reversed control, which shuts what the concept relies on. prior: pictures of the
-    class, else drawn once by the pipeline (`prior_images`, `prior_steps`, `guidance_scale`; see `prior_pictures`).
-    start: neurons to go on from, with new samples and a new average. dtype, chunk: see `KVGradient`.
-    callback(round, state).
-    The pipeline is never changed, not even for a moment. Same seed, same neurons.
-    Raises ConeslabError for settings out of range, MismatchError if `start` belongs to another model.
-    """
-    _require(rounds >= 1, f"rounds is {rounds}", "a positive number of rounds")
-    _require(0 <= threshold_quantile < 1, f"threshold_quantile is {threshold_quantile}", "a share in [0, 1)")
-    _require(0 <= momentum < 1, f"momentum is {momentum}", "a share in [0, 1)")
-    _require(0 < rate <= 1, f"rate is {rate}", "a share in (0, 1]")
-    _require(0 < cut <= 1, f"cut is {cut}", "a scale in (0, 1]")
-    _require(sign in (1, -1), f"sign is {sign}", "1, or -1 for the reversed control")
-    settings: dict[str, Any] = {
-        name: value
-        for name, value in locals().items()
-        if isinstance(value, int | float | None) and name not in ("chunk", "progress", "start", "callback", "dtype")
-    }
-    model = model_fingerprint(pipe)
-    if start is not None and (start.fingerprint != model or start.layout != KVSpace(pipe).layout):
-        raise MismatchError(f"start was found on model {start.fingerprint[:8]}…, this pipeline is {model[:8]}…")
-    pairs = concept_pairs(
-        pipe,
-        subject,
-        subject_batch=subject_batch,
-        prior_batch=prior_batch,
-        prior_weight=prior_weight,
-        prior=prior,
-        prior_images=prior_images,
-        seed=seed,
-        prior_steps=prior_steps,
-        guidance_scale=guidance_scale,
-        progress=progress,
-    )
-    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    settings |= {
-        "prompt": subject.prompt,
-        "prior_prompt": subject.prior_prompt,
-        "prior": "drawn by the model" if prior is None else f"{len(prior)} pictures given",
-        "dtype": str(gradient.dtype),
-        "precision": "float32",
-    }
-    layout, theta = gradient.space.layout, gradient.theta()
-    scale = torch.ones_like(theta) if start is None else start.scale().to(theta)
-    average, history = torch.zeros_like(theta), _History(layout, len(pairs))
-    samples = draws(pipe, pairs, seed=seed)
-    for _ in range(len(start.history.get("loss", ())) if start is not None else 0):
-        next(samples)
-    bar = tqdm(range(rounds), desc=f"neurons of {subject.name}", disable=not progress)
-    for number in bar:
-        losses, now = gradient(scale * theta, next(samples))
-        average.mul_(momentum).add_(now, alpha=1 - momentum)
-        unbiased = average / (1 - momentum ** (number + 1))
-        criterion = sign * scale * theta * unbiased
-        if threshold is None:
-            tau = quantiles(criterion, layout, threshold_quantile, per_layer=per_layer).clamp_(min=0)
-        else:
-            tau = torch.full((len(layout),), threshold, dtype=theta.dtype, device=theta.device)
-        hits = criterion > history.spread(tau)
-        scale = torch.where(hits, scale * (1 - rate), scale)
-        loss = sum(pair.weight * part for pair, part in zip(pairs, losses, strict=True))
-        density = history.add(loss, losses, hits, tau, scale < cut)
-        bar.set_postfix(loss=f"{loss:.4f}", shut=f"{density:.2%}")
-        if callback is not None:
-            copies = (x.detach().clone().cpu() for x in (scale, unbiased, hits))
-            callback(number, SearchState(number, rounds, loss, density, *copies))
-    about = {"subject": subject.name, "cut": cut, "settings": settings}
-    return ConceptNeurons.from_scale(scale, layout, model, history=history.arrays(start), **about)
-
-
-def quantiles(values: Tensor, layout: KVLayout, share: float, *, per_layer: bool = True) -> Tensor:
-    """The value that a `share` of the neurons do not exceed, in every layer: (layers,).
-
-    values: (n,). Without `per_layer`, the value of all layers together, repeated.
-    """
-
-    def quantile(part: Tensor) -> Tensor:
-        return part.kthvalue(min(len(part), max(1, math.ceil(share * len(part))))).values
-
-    if not per_layer:
-        return quantile(values).expand(len(layout)).clone()
-    return torch.stack([quantile(values[layer.slice]) for layer in layout])
-
-
-class _History:
-    """Losses, hits, thresholds and densities, round by round and layer by layer."""
-
-    def __init__(self, layout: KVLayout, pairs: int) -> None:
-        self.layout, self.sizes = layout, torch.tensor([layer.size for layer in layout])
-        self.names = ("subject_loss", "prior_loss")[:pairs]
-        self.rows: dict[str, list] = {}
-
-    def spread(self, per_layer: Tensor) -> Tensor:
-        """(layers,) -> (n,): every neuron gets its layer's value."""
-        return per_layer.repeat_interleave(self.sizes.to(per_layer.device))
-
-    def add(self, loss: float, losses: list[float], hits: Tensor, tau: Tensor, shut: Tensor) -> float:
-        """Note a round; return the density over all layers."""
-        hits, density = hits.cpu(), self.layout.per_layer(shut.cpu())
-        row = {"loss": loss, **dict(zip(self.names, losses, strict=True)), "threshold": tau.float().cpu().numpy()}
-        row["hits"] = np.array([int(hits[layer.slice].sum()) for layer in self.layout], np.int32)
-        row["density"] = density.float().numpy()
-        for name, value in row.items():
-            self.rows.setdefault(name, []).append(value)
-        return float((density * self.sizes).sum() / self.layout.n)
-
-    def arrays(self, start: ConceptNeurons | None) -> dict[str, np.ndarray]:
-        """name -> (rounds,) or (rounds, layers), after those of the search it went on from."""
-        now = {name: np.array(rows) for name, rows in self.rows.items()}
-        now = {name: rows.astype(np.float32) if rows.dtype == float else rows for name, rows in now.items()}
-        if start is None:
-            return now
-        return {
-            name: np.concatenate([start.history[name], rows]) for name, rows in now.items() if name in start.history
-        }
-
-
 def _read_only(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
-
-
-def _require(ok: bool, given: str, wanted: str) -> None:
-    if not ok:
-        raise ConeslabError(f"{given}: give {wanted}")

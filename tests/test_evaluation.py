@@ -11,7 +11,7 @@ from small_judge import save_small_judge
 
 from coneslab import cli, evaluation
 from coneslab.errors import ConeslabError
-from coneslab.evaluation import evaluate_model, judge_accuracy, nearest, questions
+from coneslab.evaluation import evaluate_model, finds_objects, judge_accuracy, nearest, questions
 from coneslab.metrics import Judge, as_pictures
 from coneslab.world import CLASSES, COLOURS, SCENES, STYLES, TRAIN_STYLES, WORDS
 
@@ -120,6 +120,21 @@ def test_a_missing_object_is_not_found(drawing, position):
     drawing(flaw)
     found = estimates(evaluate_model(Pipe(), ORACLE, seeds=SEEDS, limit=LIMIT, extras=False))
     assert found["both of a pair"] == found["all four of four"] == pytest.approx(0.75)
+
+
+def test_the_rule_for_finding_objects_is_a_permutation_test():
+    """Noise features: nothing is in the pictures, so an object is found in about `level` of them."""
+    rng = np.random.default_rng(0)
+
+    class Guessing(Oracle):
+        def image_features(self, images, *, normalize=True):
+            return torch.from_numpy(rng.normal(size=(len(as_pictures(images)), len(WORDS))).astype(np.float32))
+
+    pictures = [showing("nothing")] * 2000
+    for level in (0.05, 0.2):
+        shares = finds_objects(Guessing(None, None), pictures, [("cat",)] * 2000, level=level)
+        allowed = int(level * len(CLASSES)) / len(CLASSES)  # ranks are whole numbers
+        assert shares.mean() == pytest.approx(allowed, abs=4 * np.sqrt(allowed / 2000))
 
 
 def test_style_and_colour_are_told_apart(drawing):

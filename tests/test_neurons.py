@@ -17,7 +17,8 @@ from coneslab.controls import finetune_kv, mean_gradient, random_neurons, revers
 from coneslab.edits import Edit, load_edit, model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.kvspace import KVLayer, KVLayout, KVSpace
-from coneslab.neurons import ConceptNeurons, find_concept_neurons, quantiles
+from coneslab.neurons import ConceptNeurons
+from coneslab.search import find_concept_neurons, quantiles
 
 BATCHES = {"subject_batch": 6, "prior_batch": 3, "prior_images": 4, "prior_steps": 2}
 SEARCH = {**BATCHES, "rounds": 4, "progress": False, "threshold_quantile": 0.9}

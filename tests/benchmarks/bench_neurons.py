@@ -25,7 +25,7 @@ from coneslab.concept_loss import KVGradient, concept_pairs, draws  # noqa: E402
 from coneslab.diffusion import denoising_loss, encode_images, encode_prompts  # noqa: E402
 from coneslab.errors import ConeslabError  # noqa: E402
 from coneslab.kvspace import KVSpace  # noqa: E402
-from coneslab.neurons import quantiles  # noqa: E402
+from coneslab.search import quantiles  # noqa: E402
 from coneslab.subjects import subject  # noqa: E402
 
 

@@ -1,0 +1,326 @@
+"""The experiments behind the notebooks, each a table in `data/results` that `coneslab experiment NAME` makes.
+
+Every one goes over subjects and seeds, cell by cell, goes on where its table stands, and can be run in small:
+`coneslab experiment precision --subjects cat,dog --seeds 1 --rounds 20 --out small.csv`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+
+from .compare import Row, found_before, measure, rows_of, run_cells
+from .concatenation import (
+    TunedNeurons,
+    additivity,
+    concatenate,
+    cosines,
+    finetune_together,
+    joint_prompt,
+    output_changes,
+)
+from .concept_loss import concept_loss, prior_pictures
+from .controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
+from .diffusion import generate
+from .edits import Edit
+from .errors import ConeslabError
+from .evaluation import finds_objects
+from .masks import PRECISIONS
+from .metrics import Judge
+from .neurons import ConceptNeurons
+from .paths import data_folder
+from .robustness import DAMAGES
+from .search import find_concept_neurons
+from .subjects import COMBINATIONS, SUBJECTS, Subject, subject
+from .world import SCENES
+
+COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
+TUNING_STEPS = (10, 20, 40, 80)
+DENSITIES = (0.9, 0.98, 0.99, 0.995, 0.998)  # quantiles that serve as threshold
+FRACTIONS = {"flipped": (0.005, 0.02, 0.05, 0.2), "dropped": (0.1, 0.3, 0.5, 0.8), "moved": (0.1, 0.3, 0.6, 1.0)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of an experiment share.
+
+    rounds: of a search; pictures: a prompt; masks: folder in which found neurons are kept between experiments.
+    """
+
+    pipe: Any
+    judge: Judge
+    rounds: int = 60
+    finetune_steps: int = 200
+    pictures: int = 2
+    steps: int = 25
+    guidance_scale: float = 3.0
+    masks: Path | None = None
+
+    def found(self, about: Subject, seed: int) -> ConceptNeurons:
+        return found_before(self.pipe, about, seed=seed, rounds=self.rounds, folder=self.masks)
+
+    def measure(self, about: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+        """The rows of one condition; `columns` go beside each measure."""
+        how: dict[str, Any] = {"pictures": self.pictures, "steps": self.steps, "guidance_scale": self.guidance_scale}
+        values = measure(self.pipe, self.judge, about, edit, seed=seed, **how)
+        return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})
+
+
+# --- notebook 03 ----------------------------------------------------------------------------------------
+
+CONTROLS = (
+    "untouched model",
+    "concept neurons, float",
+    "concept neurons, binary",
+    "random mask",
+    "reversed sign",
+    "top-k |gradient|",
+    "top-k |weight × gradient|",
+    "top-k |weight|",
+    "K-V fine-tuning",
+)
+
+
+def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """Concept neurons beside every control; the column seconds says how long each edit took to make."""
+    pipe, rounds = setting.pipe, setting.rounds
+    common: dict[str, Any] = {"prior": prior_pictures(pipe, about, seed=seed), "seed": seed, "progress": False}
+
+    def timed(make: Callable[[], Any]) -> tuple[Any, float]:
+        begun = time.perf_counter()
+        made = make()
+        return made, time.perf_counter() - begun
+
+    def edits() -> Iterator[tuple[Edit | None, float]]:
+        yield None, 0.0
+        found, seconds = timed(lambda: find_concept_neurons(pipe, about, rounds=rounds, **common))
+        binary = found.binary()
+        yield found, seconds
+        yield binary, seconds
+        yield random_neurons(binary, seed=seed), 0.0
+        yield timed(lambda: reversed_neurons(pipe, about, rounds=rounds, **common).binary())
+        criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
+        for criterion in criteria:
+            options = {"criterion": criterion, "like": binary, "rounds": max(1, rounds // 4)}
+            yield timed(partial(top_k_neurons, pipe, about, **options, **common))
+        yield timed(lambda: finetune_kv(pipe, about, steps=setting.finetune_steps, **common))
+
+    rows = []
+    for name, (edit, seconds) in zip(CONTROLS, edits(), strict=True):
+        rows += setting.measure(about, edit, seed, condition=name, seconds=seconds)
+    return rows
+
+
+# --- notebook 04 ----------------------------------------------------------------------------------------
+
+
+def precision(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """One mask in four precisions, and the untouched model; the column bytes is the size of the mask's file."""
+    found = setting.found(about, seed)
+    rows = setting.measure(about, None, seed, condition="untouched model", bytes=0)
+    for name in PRECISIONS:
+        edit = found.to(name)
+        rows += setting.measure(about, edit, seed, condition=name, bytes=len(edit.to_bytes()))
+    return rows
+
+
+def damage(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """The binary mask with a fraction of its entries flipped, dropped or moved to a neighbour."""
+    found = setting.found(about, seed).binary()
+    rows = setting.measure(about, None, seed, condition="untouched model", fraction=np.nan)
+    rows += setting.measure(about, found, seed, condition="whole mask", fraction=0.0)
+    for kind, fractions in FRACTIONS.items():
+        for fraction in fractions:
+            edit = DAMAGES[kind](found, fraction, seed=seed)
+            rows += setting.measure(about, edit, seed, condition=f"{kind} {fraction:g}", fraction=fraction)
+    return rows
+
+
+def density(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """Searches with other thresholds: from few shut neurons to many, each beside a random mask as dense."""
+    prior = prior_pictures(setting.pipe, about, seed=seed)
+    rows = setting.measure(about, None, seed, condition="untouched model", quantile=np.nan)
+    for quantile in DENSITIES:
+        options: dict[str, Any] = {"rounds": setting.rounds, "seed": seed, "prior": prior, "progress": False}
+        found = find_concept_neurons(setting.pipe, about, threshold_quantile=quantile, **options).binary()
+        for name, edit in (("concept neurons", found), ("random mask", random_neurons(found, seed=seed))):
+            rows += setting.measure(about, edit, seed, condition=f"{name} {quantile:g}", quantile=quantile)
+    return rows
+
+
+def references(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """Searches on the first one to five reference pictures; measured on all five."""
+    prior = prior_pictures(setting.pipe, about, seed=seed)
+    rows = setting.measure(about, None, seed, condition="0 pictures", references=0)
+    for count in range(1, len(about.images) + 1):
+        few = replace(about, images=about.images[:count], records=about.records[:count])
+        options: dict[str, Any] = {"rounds": setting.rounds, "seed": seed, "prior": prior, "progress": False}
+        edit = find_concept_neurons(setting.pipe, few, **options).binary()
+        rows += setting.measure(about, edit, seed, condition=f"{count} pictures", references=count)
+    return rows
+
+
+FINDERS: dict[str, dict[str, Any]] = {
+    "paper's rule": {},
+    "no quota per layer": {"per_layer": False},
+    "curvature": {"method": "curvature"},
+    "bands of timesteps": {"method": "bands"},
+    "straight-through": {"method": "straight-through"},
+}
+
+
+def finders(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """The paper's rule for a search beside others, each for as many gradients; the column seconds is the search's."""
+    prior = prior_pictures(setting.pipe, about, seed=seed)
+    rows = setting.measure(about, None, seed, condition="untouched model", seconds=0.0)
+    for name, how in FINDERS.items():
+        options: dict[str, Any] = {"rounds": setting.rounds, "seed": seed, "prior": prior, "progress": False, **how}
+        begun = time.perf_counter()
+        edit = find_concept_neurons(setting.pipe, about, **options).binary()
+        seconds = time.perf_counter() - begun
+        rows += setting.measure(about, edit, seed, condition=name, seconds=seconds)
+    return rows
+
+
+def agreement(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """How alike two masks are, as sets of neurons and in what they do to the denoiser's output."""
+    here = setting.found(about, seed).binary()
+    neighbour = subject(SUBJECTS[(SUBJECTS.index(about.name) + 1) % len(SUBJECTS)])
+    others = {
+        "same subject, other seed": setting.found(about, seed + 1).binary(),
+        "another subject": setting.found(neighbour, seed).binary(),
+        "random mask": random_neurons(here, seed=seed),
+    }
+    own, *changes = output_changes(setting.pipe, [here, *others.values()], [about])
+    rows = []
+    for (name, other), change in zip(others.items(), changes, strict=True):
+        both = here.overlap(other)
+        values = {
+            "overlap (Jaccard)": both.jaccard,
+            "overlap by chance": both.expected_jaccard,
+            "cosine of what they change": float(cosines(own, change).mean()),
+        }
+        rows += rows_of(values, condition=name, density=other.density)
+    return rows
+
+
+# --- notebook 05 ----------------------------------------------------------------------------------------
+
+
+def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit | None, seed: int) -> dict[str, float]:
+    """Measures of pictures that should show all subjects: each subject's own, then their mean."""
+    pipe, judge = setting.pipe, setting.judge
+    prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
+    prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
+    priors = [prior_pictures(pipe, about, seed=seed) for about in subjects]
+    options: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "batch_size": 20}
+    with edit.applied(pipe) if edit is not None else nullcontext():
+        drawn = generate(pipe, prompts, seed=1000 * seed, **options)
+    plain = [reduce(lambda text, about: about.plain(text), subjects, prompt) for prompt in prompts]
+    classes = [about.class_word for about in subjects]
+    losses = [
+        concept_loss(pipe, about, edit=edit, prior=prior).subject
+        for about, prior in zip(subjects, priors, strict=True)
+    ]
+    return {
+        "text alignment": judge.text_alignment(drawn, plain),
+        "image alignment": float(np.mean([judge.image_alignment(drawn, about.images) for about in subjects])),
+        "every subject found": float(finds_objects(judge, drawn, [classes] * len(drawn)).mean()),
+        "concept loss": float(np.mean(losses)),
+    }
+
+
+def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[Row]:
+    """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning."""
+    found = [setting.found(about, seed) for about in subjects]
+    union = concatenate(*[mask.binary() for mask in found])
+    snapshots: dict[int, TunedNeurons] = {}
+
+    def keep(step: int, state: dict[str, Any]) -> None:
+        if step + 1 in TUNING_STEPS:
+            snapshots[step + 1] = TunedNeurons(union, state["values"].numpy())
+
+    finetune_together(
+        setting.pipe, union, subjects, steps=max(TUNING_STEPS), seed=seed, progress=False, callback=keep
+    )
+    edits: dict[str, Edit | None] = {
+        "untouched model": None,
+        "random mask": random_neurons(union, seed=seed),
+        "union, float": concatenate(*found),
+        "union": union,
+        **{f"union, {steps} steps": edit for steps, edit in snapshots.items()},
+    }
+    rows = []
+    for name, edit in edits.items():
+        steps = int(name.split()[1]) if name.endswith("steps") else 0
+        values = measure_together(setting, subjects, edit, seed)
+        rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=union.density)
+    sums = additivity(setting.pipe, [mask.binary() for mask in found], subjects)
+    shares = {f"additivity: {name}": value for name, value in asdict(sums).items()}
+    shares["overlap (Jaccard)"] = np.mean([a.overlap(b).jaccard for a, b in combinations(found, 2)])
+    shares["overlap by chance"] = np.mean([a.overlap(b).expected_jaccard for a, b in combinations(found, 2)])
+    return rows + rows_of(shares, condition="union", count=len(subjects), steps=0, density=union.density)
+
+
+# --- running them ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """measure(setting, subject or subjects, seed) -> rows; table: its file in `data/results`."""
+
+    measure: Callable[[Setting, Any, int], list[Row]]
+    table: str
+    combined: bool = False  # cells are combinations of subjects
+
+
+EXPERIMENTS = {
+    "controls": Experiment(controls, "concept_neurons.csv"),
+    "precision": Experiment(precision, "mask_precision.csv"),
+    "damage": Experiment(damage, "mask_damage.csv"),
+    "density": Experiment(density, "mask_density.csv"),
+    "references": Experiment(references, "reference_pictures.csv"),
+    "agreement": Experiment(agreement, "mask_agreement.csv"),
+    "finders": Experiment(finders, "finders.csv"),
+    "together": Experiment(together, "concatenation.csv", combined=True),
+}
+DEFAULT_SUBJECTS = SUBJECTS[:8]
+DEFAULT_COMBINATIONS = tuple("+".join(names) for size in sorted(COMBINATIONS) for names in COMBINATIONS[size])
+
+
+def run_experiment(
+    name: str,
+    setting: Setting,
+    *,
+    subjects: Sequence[str] | None = None,
+    seeds: int = 3,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> pandas.DataFrame:
+    """Run an experiment, or what its table still lacks; returns it, a row a (subject, seed, condition, measure).
+
+    subjects: names, by default eight; for "together" combinations such as "cat+car", by default all that ship.
+    path: of the table, by default in `data/results`. Raises ConeslabError for an unknown experiment, WorldError for
+    an unknown subject, before anything is computed.
+    """
+    if name not in EXPERIMENTS:
+        raise ConeslabError(f"{name!r} is no experiment: choose one of {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[name]
+    chosen = subjects or (DEFAULT_COMBINATIONS if experiment.combined else DEFAULT_SUBJECTS)
+    known = {title: [subject(part) for part in title.split("+")] for title in chosen}
+
+    def cell(subject: str, seed: int) -> list[Row]:
+        abouts = known[subject]
+        return experiment.measure(setting, abouts if experiment.combined else abouts[0], seed)
+
+    cells = [{"subject": title, "seed": seed} for title in chosen for seed in range(seeds)]
+    return run_cells(cells, cell, path or data_folder() / "results" / experiment.table, progress=progress)
