@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from .edits import Edit
 from .errors import ConeslabError
 from .kvspace import KVSpace, cross_attentions, unet_of
 from .models import fingerprint
-from .training import bfloat16_pays
+from .twin import fast_dtype, frozen_twin
 
 _PRIOR: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `prior_pictures`
 _PRIOR_SETS = 64
@@ -174,13 +173,11 @@ class KVGradient:
         self, pipe: Any, pairs: Sequence[Pairs], *, dtype: torch.dtype | None = None, chunk: int | None = None
     ) -> None:
         unet = unet_of(pipe)
-        if dtype is None:
-            fast = unet.dtype == torch.float32 and bfloat16_pays(unet.device)
-            dtype = torch.bfloat16 if fast else unet.dtype
+        dtype = dtype or fast_dtype(unet)
         if chunk is not None and chunk < 1:
             raise ConeslabError(f"chunk is {chunk}: give a positive number of samples, or None for all at once")
         self.space, self.pairs, self.dtype, self.chunk = KVSpace(pipe), tuple(pairs), dtype, chunk
-        self._pipe = _Twin(pipe, frozen_twin(unet, dtype))
+        self._pipe = _Twin(pipe, frozen_twin(unet, dtype, gradients=True))
         self._text = torch.stack([pair.text for pair in pairs])  # (pairs, tokens, width)
         self._attentions = []
         for path, module in cross_attentions(self._pipe.unet).items():
@@ -254,38 +251,6 @@ class _Twin:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
-
-
-def frozen_twin(unet: Any, dtype: torch.dtype) -> Any:
-    """A copy of a U-Net without gradients, hooks or adapters; it shares the weights' memory where dtype is theirs.
-
-    Inputs are cast to `dtype`. On a CPU and a small latent, self-attention runs in diffusers' classic processor: the
-    backward pass of scaled_dot_product_attention is several times slower there.
-    Raises ConeslabError if the U-Net's weights are not those that its config describes (an adapter, quantisation).
-    """
-    weights = {name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}
-    with torch.device("meta"):
-        twin = type(unet).from_config(unet.config)
-    try:
-        twin.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ConeslabError(
-            f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): fuse or unload adapters first"
-        ) from error
-    twin.eval().requires_grad_(False)
-    side = unet.config.sample_size
-    places = side**2 if isinstance(side, int) else side[0] * side[1]
-    if unet.device.type == "cpu" and places <= 32**2:
-        twin.set_attn_processor(AttnProcessor())
-
-    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        def as_dtype(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-        return tuple(map(as_dtype, args)), {name: as_dtype(x) for name, x in kwargs.items()}
-
-    twin.register_forward_pre_hook(cast, with_kwargs=True)
-    return twin
 
 
 class _ProjectedText:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from . import world
 from .errors import ConeslabError, FileFormatError
+from .twin import bfloat16_pays
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def best_device() -> torch.device:
     """A GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bfloat16_pays(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 itself, rather than by emulation."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-    return False
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager:

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coneslab import concept_loss as loss_module
-from coneslab.concept_loss import KVGradient, concept_loss, concept_pairs, draws, frozen_twin, prior_pictures
+from coneslab.concept_loss import KVGradient, concept_loss, concept_pairs, draws, prior_pictures
 from coneslab.controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
 from coneslab.edits import Edit, load_edit, model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.kvspace import KVLayer, KVLayout, KVSpace
 from coneslab.neurons import ConceptNeurons
 from coneslab.search import find_concept_neurons, quantiles
+from coneslab.twin import frozen_twin
 
 BATCHES = {"subject_batch": 6, "prior_batch": 3, "prior_images": 4, "prior_steps": 2}
 SEARCH = {**BATCHES, "rounds": 4, "progress": False, "threshold_quantile": 0.9}
