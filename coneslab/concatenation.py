@@ -6,8 +6,7 @@ weights inside that union for a few steps on the sum of the concepts' losses, wh
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .concept_loss import ConceptSubject, KVGradient, Pairs, concept_pairs, draws
 from .diffusion import add_noise, encode_prompts
 from .edits import Edit, StoredEdit, require_dose, require_model, swapped
 from .errors import ConeslabError, MismatchError
 from .neurons import ConceptNeurons
+from .tuning import TuningCallback, tune
 
 
 def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
@@ -156,7 +155,8 @@ class TunedNeurons(StoredEdit):
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        values = np.array(self.values, np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):  # too large a number becomes infinity, which is refused
+            values = np.array(self.values, np.float16).astype(np.float32)
         if values.shape != self.neurons.indices.shape or not np.isfinite(values).all():
             raise ConeslabError(
                 f"got values of shape {values.shape} for {len(self.neurons):,} neurons: give a finite number, within "
@@ -216,20 +216,17 @@ def finetune_together(
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     progress: bool = True,
-    callback: Callable[[int, dict[str, Any]], object] | None = None,
+    callback: TuningCallback | None = None,
 ) -> TunedNeurons:
     """Collaborative fine-tuning (Cones, Sec. 3.3): tune the union's weights on the sum of the subjects' losses.
 
     Starts at the shut (or scaled) weights; every weight outside `union` keeps its value. AdamW without decay.
     subject_batch, prior_batch: samples a subject and step; prior_weight: λ. dtype, chunk: see `KVGradient`.
-    callback(step, {"loss", "losses", "values"}). The pipeline is not changed.
+    callback: see `tuning.tune`. The pipeline is not changed.
     Raises ConeslabError for no subject, no step, or a loss that diverges; MismatchError for a union of another model.
     """
-    if not subjects or steps < 1 or not learning_rate > 0:
-        raise ConeslabError(
-            f"got {len(subjects)} subjects, steps={steps}, learning_rate={learning_rate}: give at least one subject, "
-            "and positive numbers"
-        )
+    if not subjects:
+        raise ConeslabError("got 0 subjects: give at least one")
     require_model(union.fingerprint, pipe, "the union")
     pairs: list[Pairs] = []
     for about in subjects:
@@ -240,19 +237,15 @@ def finetune_together(
     theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
     where = torch.tensor(union.indices, dtype=torch.long, device=theta.device)
     values = theta[where] * torch.tensor(union.scales).to(theta)
-    optimiser = torch.optim.AdamW([values], lr=learning_rate, weight_decay=0.0)
-    history: dict[str, list[float]] = {"loss": []}
-    bar = tqdm(range(steps), desc=f"tuning {union.subject}", disable=not progress)
-    for step in bar:
+
+    def step(number: int) -> dict[str, float]:
         losses, whole = gradient(theta.index_copy(0, where, values), next(samples))
-        loss = sum(pair.weight * part for pair, part in zip(pairs, losses, strict=True))
-        if not math.isfinite(loss):
-            raise ConeslabError(f"the loss became {loss} at step {step}: choose a learning rate below {learning_rate}")
         values.grad = whole[where]
-        optimiser.step()
-        history["loss"].append(loss)
-        bar.set_postfix(loss=f"{loss:.4f}")
-        if callback is not None:
-            callback(step, {"loss": loss, "losses": losses, "values": values.detach().clone().cpu()})
+        return {"loss": sum(pair.weight * part for pair, part in zip(pairs, losses, strict=True))}
+
+    history = tune(
+        {"values": values}, step, steps=steps, learning_rate=learning_rate, title=f"tuning {union.subject}",
+        progress=progress, callback=callback,
+    )  # fmt: skip
     settings = {"steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight, "seed": seed}
     return TunedNeurons(union, values.detach().cpu().numpy(), settings=settings, history=history)

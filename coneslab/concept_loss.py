@@ -48,22 +48,28 @@ class ConceptSubject(Protocol):
 class Pairs:
     """Latents that share one caption, and their part in a loss: weight · mean loss over `batch` of them a round.
 
-    latents: (pictures, channels, height, width); text: (tokens, width).
+    latents: (pictures, channels, height, width); text: (tokens, width); mask: (pictures, 1, height, width), where a
+    picture counts, or None for everywhere.
     """
 
     latents: Tensor
     text: Tensor
     batch: int
     weight: float = 1.0
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One round's samples, the pairs' batches end to end: latents, noise (samples, c, h, w); timesteps (samples,)."""
+    """One round's samples, the pairs' batches end to end: latents, noise (samples, c, h, w); timesteps (samples,).
+
+    mask: (samples, 1, h, w), or None if everything counts everywhere.
+    """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
+    mask: Tensor | None = None
 
 
 def prior_pictures(
@@ -146,15 +152,18 @@ def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> It
     last = pipe.scheduler.config.num_train_timesteps
     edges = [last * band // bands for band in range(bands + 1)]
     for low, high in cycle(pairwise(edges)):
-        latents, timesteps = [], []
+        latents, timesteps, masks = [], [], []
         for pair in pairs:
             count = len(pair.latents)
             turns = [torch.randperm(count, generator=generator) for _ in range(-(-pair.batch // count))]
-            latents.append(pair.latents[torch.cat(turns)[: pair.batch].to(pair.latents.device)])
+            chosen = torch.cat(turns)[: pair.batch].to(pair.latents.device)
+            latents.append(pair.latents[chosen])
             timesteps.append(low + stratified_timesteps(pair.batch, high - low, generator))
+            masks.append(torch.ones_like(latents[-1][:, :1]) if pair.mask is None else pair.mask[chosen])
         clean = torch.cat(latents)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        yield Draw(clean, noise, torch.cat(timesteps).to(clean.device))
+        mask = None if all(pair.mask is None for pair in pairs) else torch.cat(masks)
+        yield Draw(clean, noise, torch.cat(timesteps).to(clean.device), mask)
 
 
 class KVGradient:
@@ -195,25 +204,52 @@ class KVGradient:
 
         Raises ConeslabError if the gradient is not finite.
         """
-        gradient, losses = torch.zeros_like(theta), torch.zeros(len(self.pairs), dtype=torch.float64)
+        losses, (gradient,) = self._gradients(theta, self._text, draw, of_theta=True)
+        return losses, gradient
+
+    def with_text(self, theta: Tensor, text: Tensor, draw: Draw) -> tuple[list[float], Tensor, Tensor]:
+        """The same for text embeddings of your own, and the gradient in them as well.
+
+        text: (pairs, tokens, width), one embedding a pair; returns losses, gradient (n,), gradient (as text).
+        """
+        losses, (gradient, text_gradient) = self._gradients(theta, text, draw, of_theta=True, of_text=True)
+        return losses, gradient, text_gradient
+
+    def text_gradient(self, theta: Tensor, text: Tensor, draw: Draw) -> tuple[list[float], Tensor]:
+        """Losses, and the gradient in the text embeddings alone, (pairs, tokens, width)."""
+        losses, (gradient,) = self._gradients(theta, text, draw, of_text=True)
+        return losses, gradient
+
+    def _gradients(
+        self, theta: Tensor, text: Tensor, draw: Draw, *, of_theta: bool = False, of_text: bool = False
+    ) -> tuple[list[float], list[Tensor]]:
+        wanted = [point for point, of in ((theta, of_theta), (text, of_text)) if of]
+        gradients = [torch.zeros_like(point) for point in wanted]
+        losses = torch.zeros(len(self.pairs), dtype=torch.float64)
         lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # float16 would lose the small gradients
         for rows, counts in self._chunks():
-            leaf = theta.detach().clone().requires_grad_()
-            total, sums = self._loss(leaf, draw, rows, counts)
-            gradient += torch.autograd.grad(total * lift, leaf)[0] / lift
+            at_theta = theta.detach().clone().requires_grad_(of_theta)
+            at_text = text.detach().clone().requires_grad_(of_text)
+            leaves = [leaf for leaf in (at_theta, at_text) if leaf.requires_grad]
+            total, sums = self._loss(at_theta, at_text, draw, rows, counts)
+            for gradient, part in zip(gradients, torch.autograd.grad(total * lift, leaves), strict=True):
+                gradient += part / lift
             losses += sums
-        if not gradient.isfinite().all():
+        if not all(gradient.isfinite().all() for gradient in gradients):
             raise ConeslabError(f"the gradient in {self.dtype} is not finite: pass dtype=torch.float32")
-        return (losses / torch.tensor([pair.batch for pair in self.pairs])).tolist(), gradient
+        return (losses / torch.tensor([pair.batch for pair in self.pairs])).tolist(), gradients
 
-    def _loss(self, theta: Tensor, draw: Draw, rows: slice, counts: list[int]) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, theta: Tensor, text: Tensor, draw: Draw, rows: slice, counts: list[int]
+    ) -> tuple[Tensor, Tensor]:
         matrices = self.space.layout.matrices(theta)
-        text = self._text.to(theta.dtype)
+        text = text.to(theta.dtype)
         for path, module, processor in self._attentions:
             own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
             key = F.linear(own, matrices[f"{path}.to_k.weight"], _like(module.to_k.bias, theta))
             value = F.linear(own, matrices[f"{path}.to_v.weight"], _like(module.to_v.bias, theta))
             processor.key, processor.value, processor.counts = key.to(self.dtype), value.to(self.dtype), counts
+        # the U-Net wants texts, but every attention has its keys and values already
         samples = torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
         each = denoising_loss(
             self._pipe,
@@ -221,6 +257,7 @@ class KVGradient:
             samples,
             noise=draw.noise[rows],
             timesteps=draw.timesteps[rows],
+            mask=None if draw.mask is None else draw.mask[rows],
             reduction="none",
         )
         sums = [part.sum() for part in each.split(counts)]

@@ -6,7 +6,6 @@ Apart from `search.py` so that the method and what it is compared with are each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from .errors import ConeslabError, MismatchError
 from .kvspace import KVSpace
 from .neurons import ConceptNeurons
 from .search import find_concept_neurons
+from .tuning import TuningCallback, tune
 
 Criterion = Literal["gradient", "gradient_times_weight", "weight"]
 
@@ -142,7 +142,7 @@ def finetune_kv(
     weight_decay: float = 0.0,
     seed: int = 0,
     progress: bool = True,
-    callback: Callable[[int, dict[str, Any]], object] | None = None,
+    callback: TuningCallback | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     **pairs_options: Any,
@@ -151,30 +151,25 @@ def finetune_kv(
 
     This is Custom Diffusion's choice of weights (arXiv 2212.04488, Sec. 3.1) without its new token. AdamW with
     betas (0.9, 0.999), its weights in float32 whatever the precision of the passes. pairs_options: of `concept_pairs`
-    (batches, prior_weight, prior pictures). callback(step, {"loss", "losses", "theta"}).
+    (batches, prior_weight, prior pictures). callback: see `tuning.tune`.
     The pipeline is not changed; history has the loss of every step. Raises ConeslabError if steps or rate are not
     positive, or the loss diverges.
     """
-    if steps < 1 or not learning_rate > 0:
-        raise ConeslabError(f"steps is {steps}, learning_rate {learning_rate}: both must be positive")
     pairs = concept_pairs(pipe, subject, seed=seed, progress=progress, **pairs_options)
     gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
     before, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
     theta = before.clone()
-    optimiser = torch.optim.AdamW([theta], lr=learning_rate, weight_decay=weight_decay)
-    history: dict[str, list[float]] = {"loss": [], "subject_loss": []}
-    bar = tqdm(range(steps), desc=f"fine-tuning on {subject.name}", disable=not progress)
-    for step in bar:
+
+    def step(number: int) -> dict[str, float]:
         losses, theta.grad = gradient(theta, next(samples))
-        optimiser.step()
         loss = sum(pair.weight * part for pair, part in zip(pairs, losses, strict=True))
-        if not math.isfinite(loss):
-            raise ConeslabError(f"the loss became {loss} at step {step}: choose a learning rate below {learning_rate}")
-        for name, value in zip(("loss", "subject_loss", "prior_loss"), (loss, *losses), strict=False):
-            history.setdefault(name, []).append(value)
-        bar.set_postfix(loss=f"{loss:.4f}")
-        if callback is not None:
-            callback(step, {"loss": loss, "losses": losses, "theta": theta.detach().clone()})
+        return dict(zip(("loss", "subject_loss", "prior_loss"), (loss, *losses), strict=False))
+
+    title = f"fine-tuning on {subject.name}"
+    history = tune(
+        {"theta": theta}, step, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay, title=title,
+        progress=progress, callback=callback,
+    )  # fmt: skip
     return WeightDelta(
         {name: matrix.cpu() for name, matrix in gradient.space.layout.matrices(theta - before).items()},
         model_fingerprint(pipe),

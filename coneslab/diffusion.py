@@ -103,14 +103,17 @@ def encode_prompts(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
 
     Carries gradients exactly if a weight of the text encoder asks for them.
     """
-    ids = tokenize(pipe, prompts)
-    encoder = pipe.text_encoder
-    mask = None
-    if getattr(encoder.config, "use_attention_mask", False):  # as StableDiffusionPipeline.encode_prompt does
-        mask = (ids != pipe.tokenizer.pad_token_id).long()
-    wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in encoder.parameters())
+    wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in pipe.text_encoder.parameters())
     with torch.set_grad_enabled(wanted):
-        return encoder(ids, attention_mask=mask)[0]
+        return encode_ids(pipe, tokenize(pipe, prompts))
+
+
+def encode_ids(pipe: Pipe, ids: Tensor) -> Tensor:
+    """Text embeddings (n, tokens, width) of token ids (n, tokens)."""
+    mask = None
+    if getattr(pipe.text_encoder.config, "use_attention_mask", False):  # as StableDiffusionPipeline.encode_prompt does
+        mask = (ids != pipe.tokenizer.pad_token_id).long()
+    return pipe.text_encoder(ids, attention_mask=mask)[0]
 
 
 # --- noise ----------------------------------------------------------------------------------------------
@@ -180,6 +183,7 @@ def denoising_loss(
     noise: Tensor | None = None,
     timesteps: Tensor | None = None,
     weights: Tensor | None = None,
+    mask: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """L = || y - f(x_t, t, c) ||^2, mean over elements (Ho et al. 2020, Eq. 14; y by prediction type).
@@ -187,8 +191,9 @@ def denoising_loss(
     The one loss of this package: pretraining, neuron search and fine-tuning all minimise it.
     latents: (n, channels, h, w), scaled. text_embeddings: (n, tokens, width), or (1, ...) for one prompt for all.
     noise, timesteps: given, or drawn from `generator` (timesteps uniformly). weights: (n,) factors on each
-    picture's loss, not renormalised. reduction "none" returns (n,), each a mean over one picture's elements.
-    Raises ConeslabError if shapes do not fit together.
+    picture's loss, not renormalised. mask: (n, 1, h, w), how much each place counts in the mean over a picture's
+    elements; all channels of a place count alike, so a mask of ones changes nothing. reduction "none" returns (n,),
+    each a mean over one picture's elements. Raises ConeslabError if shapes do not fit together.
     """
     n = latents.shape[0]
     if text_embeddings.shape[0] == 1 and n > 1:
@@ -214,7 +219,12 @@ def denoising_loss(
     noisy = add_noise(pipe.scheduler, latents, noise, timesteps)
     predicted = pipe.unet(noisy, timesteps, encoder_hidden_states=text_embeddings).sample
     wanted = target(pipe.scheduler, latents, noise, timesteps)
-    loss = (predicted.float() - wanted.float()).square().flatten(1).mean(1)  # (n,)
+    error = (predicted.float() - wanted.float()).square()
+    if mask is None:
+        loss = error.flatten(1).mean(1)  # (n,)
+    else:
+        places = mask.float().expand_as(error).flatten(1)
+        loss = (error.flatten(1) * places).sum(1) / places.sum(1).clamp_min(1e-8)
     if weights is not None:
         loss = loss * weights
     return loss.mean() if reduction == "mean" else loss

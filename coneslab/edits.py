@@ -36,6 +36,8 @@ KINDS = {
     "Combined": "coneslab.edits",
     "ConceptNeurons": "coneslab.neurons",
     "TunedNeurons": "coneslab.concatenation",
+    "TokenEdit": "coneslab.tokens",
+    "LowRankDelta": "coneslab.merging",
 }
 
 _ACTIVE: list[swapped] = []  # the blocks now open, outermost first

@@ -247,7 +247,7 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
 
     def keep(step: int, state: dict[str, Any]) -> None:
         if step + 1 in TUNING_STEPS:
-            snapshots[step + 1] = TunedNeurons(union, state["values"].numpy())
+            snapshots[step + 1] = TunedNeurons(union, state["weights"]["values"].cpu().numpy())
 
     finetune_together(
         setting.pipe, union, subjects, steps=max(TUNING_STEPS), seed=seed, progress=False, callback=keep

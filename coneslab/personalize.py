@@ -1,0 +1,306 @@
+"""Personalisation as others do it: Textual Inversion, DreamBooth, Custom Diffusion.
+
+The baselines that concept neurons are compared with, under the same interface: each takes a pipeline and one or more
+subjects and returns an edit; the pipeline is not changed. Latents and prior pictures are encoded once, text once
+where it does not depend on what is trained, and only what is trained gets a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .concept_loss import ConceptSubject, Draw, KVGradient, Pairs, concept_pairs, draws
+from .diffusion import denoising_loss, encode_images, encode_prompts
+from .edits import Combined, WeightDelta, model_fingerprint
+from .errors import ConeslabError
+from .kvspace import unet_of
+from .tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
+from .training import mixed_precision
+from .tuning import TuningCallback, tune
+from .world import article
+
+SMALL_WORDS, LARGE_WORDS = ("very small", "far away"), ("zoomed in", "close up")  # as in Custom Diffusion's code
+
+
+def _all(subjects: ConceptSubject | Sequence[ConceptSubject]) -> list[Any]:
+    several = list(subjects) if isinstance(subjects, Sequence) else [subjects]
+    if not several:
+        raise ConeslabError("there is no subject: give one, or a list of them")
+    return several
+
+
+def _rounds(pipe: Any, pairs: Sequence[Pairs], seed: int) -> Callable[[int], Draw]:
+    """The draw of a step by its number, so that a resumed run sees what it would have seen; steps must not go back."""
+    source, state = draws(pipe, pairs, seed=seed), {"next": 0}
+
+    def at(number: int) -> Draw:
+        while True:
+            draw = next(source)
+            state["next"] += 1
+            if state["next"] > number:
+                return draw
+
+    return at
+
+
+def _figures(pairs: Sequence[Pairs], losses: Sequence[float]) -> dict[str, float]:
+    """The weighted sum that is minimised, and the plain means of subject and prior pairs."""
+    total = sum(pair.weight * loss for pair, loss in zip(pairs, losses, strict=True))
+    return {"loss": float(total)} | {f"loss {number}": float(loss) for number, loss in enumerate(losses)}
+
+
+# --- Textual Inversion ----------------------------------------------------------------------------------
+
+
+def textual_inversion(
+    pipe: Any,
+    subjects: ConceptSubject | Sequence[ConceptSubject],
+    *,
+    steps: int = 300,
+    learning_rate: float = 1e-2,
+    batch: int = 16,
+    initial: str | Sequence[str] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    resume: str | Any | None = None,
+    progress: bool = True,
+    callback: TuningCallback | None = None,
+) -> TokenEdit:
+    """Learn a vector for each subject's token, everything else frozen (Gal et al. 2022, arXiv 2208.01618, Sec. 4).
+
+    Captions are the subjects' own prompts, class word included, so that all methods here are asked with the same
+    prompts (a reading; the paper's have the token alone). initial: the word, or words, that the tokens start from,
+    default the class words. batch: samples a subject and step. resume, callback: see `tuning.tune`.
+    Raises ConeslabError if a caption lacks its token, or settings are out of range.
+    """
+    people = _all(subjects)
+    tokens = [about.token for about in people]
+    words = [about.class_word for about in people] if initial is None else initial
+    words = [words] * len(people) if isinstance(words, str) else list(words)
+    pairs = [concept_pairs(pipe, about, subject_batch=batch, prior_batch=0)[0] for about in people]
+    text = LearnedText(pipe, [about.prompt for about in people], tokens)
+    vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
+    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
+    theta, at = gradient.theta(), _rounds(pipe, pairs, seed)
+
+    def step(number: int) -> dict[str, float]:
+        embedded = text(vectors)
+        losses, slope = gradient.text_gradient(theta, embedded.detach(), at(number))
+        (vectors.grad,) = torch.autograd.grad(embedded, vectors, slope.to(embedded))
+        return _figures(pairs, losses)
+
+    options: dict[str, Any] = {"progress": progress, "callback": callback, "resume": resume}
+    title = f"Textual Inversion of {', '.join(tokens)}"
+    identity = f"textual inversion {tokens} {words} {batch} {seed} {vocabulary_fingerprint(pipe)}"
+    history = tune(
+        {"vectors": vectors}, step, steps=steps, learning_rate=learning_rate, title=title, identity=identity, **options
+    )
+    about = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "seed": seed}
+    return TokenEdit(
+        tuple(tokens), vectors, vocabulary_fingerprint(pipe), initial=tuple(words),
+        settings={"method": "Textual Inversion", **about}, history=history,
+    )  # fmt: skip
+
+
+# --- DreamBooth -----------------------------------------------------------------------------------------
+
+
+def dreambooth(
+    pipe: Any,
+    subjects: ConceptSubject | Sequence[ConceptSubject],
+    *,
+    steps: int = 200,
+    learning_rate: float = 1e-4,
+    batch: int = 8,
+    prior_batch: int = 8,
+    prior_weight: float = 1.0,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    resume: str | Any | None = None,
+    progress: bool = True,
+    callback: TuningCallback | None = None,
+) -> WeightDelta:
+    """Tune the whole U-Net on the subjects, with prior preservation (Ruiz et al. 2023, arXiv 2208.12242, Eq. 2).
+
+    The text encoder stays as it is. batch, prior_batch: samples a subject and step; prior_weight: λ.
+    Trains a copy of the U-Net in float32, its passes in bfloat16 where that is faster.
+    """
+    people = _all(subjects)
+    pairs = _pairs(pipe, people, batch, prior_batch, prior_weight, seed)
+    unet = copy.deepcopy(unet_of(pipe)).float().requires_grad_(True).train()
+    stand_in = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
+    text = torch.cat([pair.text.expand(pair.batch, -1, -1) for pair in pairs]).float()
+    shares = torch.cat([text.new_full((pair.batch,), pair.weight / pair.batch) for pair in pairs])
+    weights, at = dict(unet.named_parameters()), _rounds(pipe, pairs, seed)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def step(number: int) -> dict[str, float]:
+        draw = at(number)
+        with mixed_precision(unet.device):
+            each = denoising_loss(
+                stand_in, draw.latents.float(), text, noise=draw.noise.float(), timesteps=draw.timesteps,
+                reduction="none",
+            )  # fmt: skip
+        (each * shares).sum().backward()
+        return _figures(pairs, [float(part.mean()) for part in each.detach().split([pair.batch for pair in pairs])])
+
+    options: dict[str, Any] = {"progress": progress, "callback": callback, "resume": resume}
+    names = ", ".join(about.name for about in people)
+    identity = f"dreambooth {names} {batch} {prior_batch} {prior_weight} {seed} {model_fingerprint(pipe)}"
+    history = tune(
+        weights, step, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay,
+        title=f"DreamBooth of {names}", identity=identity, **options,
+    )  # fmt: skip
+    settings = {"method": "DreamBooth", "steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight}
+    deltas = {name: weight.detach() - before[name] for name, weight in weights.items()}
+    return WeightDelta(deltas, model_fingerprint(pipe), subject=names, settings=settings, history=history)
+
+
+def _pairs(
+    pipe: Any, people: Sequence[Any], batch: int, prior_batch: int, prior_weight: float, seed: int
+) -> list[Pairs]:
+    options: dict[str, Any] = {"prior_batch": prior_batch, "prior_weight": prior_weight, "seed": seed}
+    return [pair for about in people for pair in concept_pairs(pipe, about, subject_batch=batch, **options)]
+
+
+# --- Custom Diffusion -----------------------------------------------------------------------------------
+
+
+def custom_diffusion(
+    pipe: Any,
+    subjects: ConceptSubject | Sequence[ConceptSubject],
+    *,
+    steps: int = 200,
+    learning_rate: float = 1e-3,
+    token_learning_rate: float | None = None,
+    batch: int = 16,
+    prior_batch: int = 8,
+    prior_weight: float = 1.0,
+    weight_decay: float = 0.0,
+    augment: bool = False,
+    small_words: Sequence[str] = SMALL_WORDS,
+    large_words: Sequence[str] = LARGE_WORDS,
+    initial: str | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    resume: str | Any | None = None,
+    progress: bool = True,
+    callback: TuningCallback | None = None,
+) -> Combined:
+    """Tune keys and values of cross-attention and the subjects' tokens (Kumari et al. 2023, arXiv 2212.04488, 3.2).
+
+    Jointly for several subjects. batch, prior_batch: samples a subject and step; prior_weight: λ. augment: also show
+    the subject smaller and larger, with `small_words` and `large_words` in the caption and the loss on the pasted
+    picture alone (`scaled_pairs`). initial: the word that tokens start from, default the token's own row where the
+    tokenizer has it, as with a rare word. token_learning_rate: default `learning_rate`.
+    Returns the tokens' vectors and the weights' change as one edit.
+    """
+    people = _all(subjects)
+    tokens, pairs, captions = [about.token for about in people], [], []
+    for about in people:
+        own = concept_pairs(
+            pipe, about, subject_batch=batch, prior_batch=prior_batch, prior_weight=prior_weight, seed=seed
+        )
+        named = [about.prompt, about.prior_prompt][: len(own)]
+        if augment:
+            versions = scaled_pairs(pipe, about, batch=batch, seed=seed, small=small_words, large=large_words)
+            named = [*versions, *named[1:]]
+            own = [*versions.values(), *own[1:]]
+        pairs += own
+        captions += named
+    text = LearnedText(pipe, captions, tokens)
+    vectors = torch.stack([start_vector(pipe, initial or about.token) for about in people]).requires_grad_()
+    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
+    before, at = gradient.theta(), _rounds(pipe, pairs, seed)
+    theta = before.clone().requires_grad_()
+
+    def step(number: int) -> dict[str, float]:
+        embedded = text(vectors)
+        losses, theta.grad, slope = gradient.with_text(theta.detach(), embedded.detach(), at(number))
+        (vectors.grad,) = torch.autograd.grad(embedded, vectors, slope.to(embedded))
+        return _figures(pairs, losses)
+
+    rates = {"theta": learning_rate, "vectors": token_learning_rate or learning_rate}
+    options: dict[str, Any] = {"progress": progress, "callback": callback, "resume": resume}
+    names = ", ".join(about.name for about in people)
+    facts = [names, captions, batch, prior_batch, prior_weight, seed, model_fingerprint(pipe)]
+    identity = f"custom diffusion {facts}"
+    history = tune(
+        {"theta": theta, "vectors": vectors}, step, steps=steps, learning_rate=rates, weight_decay=weight_decay,
+        title=f"Custom Diffusion of {names}", identity=identity, **options,
+    )  # fmt: skip
+    settings = {
+        "method": "Custom Diffusion", "steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight,
+        "augment": augment, "seed": seed,
+    }  # fmt: skip
+    deltas = {name: part.cpu() for name, part in gradient.space.layout.matrices(theta.detach() - before).items()}
+    return Combined((
+        TokenEdit(tuple(tokens), vectors, vocabulary_fingerprint(pipe), initial=tuple(tokens), settings=settings),
+        WeightDelta(deltas, model_fingerprint(pipe), subject=names, settings=settings, history=history),
+    ))  # fmt: skip
+
+
+def scaled_pairs(
+    pipe: Any,
+    subject: Any,
+    *,
+    batch: int,
+    versions: int = 8,
+    seed: int = 0,
+    small: Sequence[str] = SMALL_WORDS,
+    large: Sequence[str] = LARGE_WORDS,
+) -> dict[str, Pairs]:
+    """Caption -> pictures of the subject in other sizes (Custom Diffusion, Sec. 3.2 and its released code).
+
+    Two thirds of the samples are scaled to between 1/3 and 1 of their size and put somewhere on a grey ground, under
+    a caption with one of the `small` words below 0.6; one third is enlarged 1.2 to 1.4 times and cut, with one of the
+    `large` words. The mask leaves the ground out of the loss. `versions` of each picture are made and encoded once.
+    """
+    generator = np.random.default_rng(seed)
+    groups: dict[str, list[tuple[Image.Image, np.ndarray]]] = {}
+    for picture in subject.images:
+        for version in range(versions):
+            place = (version + generator.random()) / versions  # every third of the range is met
+            scale = 1 / 3 + place if place < 2 / 3 else 1.2 + 0.6 * (place - 2 / 3)
+            sized = _rescaled(picture, scale, generator)
+            words = small if scale < 0.6 else large if scale > 1 else ()
+            word = words[version % len(words)] if words else ""
+            caption = f"{article(word)} {word} {subject.token} {subject.class_word}" if word else subject.prompt
+            groups.setdefault(caption, []).append(sized)
+    total, left = sum(map(len, groups.values())), batch
+    texts = encode_prompts(pipe, list(groups)).detach()
+    pairs = {}
+    for number, (caption, made) in enumerate(groups.items()):
+        rest = len(groups) - number - 1
+        share = max(1, min(left - rest, round(batch * len(made) / total))) if rest else max(1, left)
+        left -= share
+        latents = encode_images(pipe, [picture for picture, _ in made]).detach()
+        mask = torch.from_numpy(np.stack([mask for _, mask in made]))[:, None].to(latents)
+        mask = torch.nn.functional.adaptive_avg_pool2d(mask, (latents.shape[-2], latents.shape[-1]))
+        # each group's mean loss counts by its share of the samples, so that together they are one mean
+        pairs[caption] = Pairs(latents, texts[number], share, weight=share / batch, mask=(mask > 0.999).to(latents))
+    return pairs
+
+
+def _rescaled(picture: Image.Image, scale: float, generator: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """The picture at another scale in a frame of its old size, and where it is: (height, width) float32."""
+    width, height = picture.size
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    scaled = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    if scale > 1:
+        left, top = (int(generator.integers(0, big - own + 1)) for big, own in zip(size, (width, height), strict=True))
+        return scaled.crop((left, top, left + width, top + height)), np.ones((height, width), np.float32)
+    left, top = (int(generator.integers(0, own - new + 1)) for new, own in zip(size, (width, height), strict=True))
+    frame, mask = Image.new("RGB", (width, height), (127, 127, 127)), np.zeros((height, width), np.float32)
+    frame.paste(scaled, (left, top))
+    mask[top : top + size[1], left : left + size[0]] = 1
+    return frame, mask

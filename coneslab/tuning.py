@@ -1,0 +1,117 @@
+"""One loop for everything that is tuned on a concept: steps, histories, checkpoints, bars.
+
+What differs between methods (which weights, which loss) is a function that sets gradients. Training the shipped
+models from nothing is another matter: `training.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .errors import ConeslabError, MismatchError
+from .training import load_checkpoint, save_checkpoint
+
+Step = Callable[[int], dict[str, float]]
+TuningCallback = Callable[[int, dict[str, Any]], object]
+
+
+def tune(
+    weights: Mapping[str, Tensor],
+    step: Step,
+    *,
+    steps: int,
+    learning_rate: float | Mapping[str, float],
+    title: str,
+    weight_decay: float = 0.0,
+    progress: bool = True,
+    callback: TuningCallback | None = None,
+    resume: str | Path | None = None,
+    identity: str = "",
+    checkpoint_every: float = 30.0,
+) -> dict[str, list[float]]:
+    """Minimise with AdamW, betas (0.9, 0.999); returns the history, name -> one number a step.
+
+    weights: name -> leaf tensors, changed in place. step(number) sets their `.grad` and returns numbers to keep, with
+    "loss" among them. learning_rate: one for all, or one for each name. callback(number, {the numbers, "weights"}).
+    resume: a file in which state is kept every `checkpoint_every` seconds and at the end, and from which a later call
+    with the same settings and `identity` goes on; step must then depend on its number alone.
+    Raises ConeslabError if steps or a rate are not positive, or the loss is no longer finite; MismatchError if the
+    file is of other settings, FileFormatError if it is damaged.
+    """
+    rates = learning_rate if isinstance(learning_rate, Mapping) else dict.fromkeys(weights, learning_rate)
+    if steps < 1 or not all(rate > 0 for rate in rates.values()):
+        raise ConeslabError(f"steps is {steps}, learning_rate {learning_rate}: all must be positive")
+    groups = [{"params": [weight], "lr": rates[name]} for name, weight in weights.items()]
+    optimiser = torch.optim.AdamW(groups, weight_decay=weight_decay)
+    state = _Checkpoint(resume, weights, optimiser, f"{identity} {dict(rates)} {weight_decay}")
+    first, history = state.load()
+    bar = tqdm(range(first, steps), desc=title, initial=first, total=steps, disable=not progress)
+    saved = time.monotonic()
+    for number in bar:
+        figures = step(number)
+        if not math.isfinite(figures["loss"]):
+            raise ConeslabError(
+                f"the loss became {figures['loss']} at step {number}: choose a learning rate below {learning_rate}"
+            )
+        optimiser.step()
+        optimiser.zero_grad()
+        for name, value in figures.items():
+            history.setdefault(name, []).append(value)
+        bar.set_postfix(loss=f"{figures['loss']:.4f}")
+        if callback is not None:
+            callback(number, {**figures, "weights": {k: w.detach().clone() for k, w in weights.items()}})
+        if time.monotonic() - saved > checkpoint_every:
+            state.save(number + 1, history)
+            saved = time.monotonic()
+    if first < steps:
+        state.save(steps, history)
+    return history
+
+
+class _Checkpoint:
+    """Weights, what the optimiser remembers of them, and the history, in one safetensors file."""
+
+    def __init__(
+        self, path: str | Path | None, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, identity: str
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.weights, self.optimiser, self.identity = weights, optimiser, identity
+
+    def save(self, step: int, history: dict[str, list[float]]) -> None:
+        if self.path is None:
+            return
+        tensors = {f"weight/{name}": weight for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key, value in self.optimiser.state[weight].items():
+                tensors[f"{key}/{name}"] = torch.as_tensor(value)
+        facts = {"step": step, "history": history, "identity": self.identity}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(self.path, tensors, facts)
+
+    def load(self) -> tuple[int, dict[str, list[float]]]:
+        """Put the state back; returns the number of steps done, and the history."""
+        if self.path is None or not self.path.is_file():
+            return 0, {}
+        tensors, facts = load_checkpoint(self.path)
+        if facts["identity"] != self.identity:
+            raise MismatchError(
+                f"{self.path} was written with other settings ({facts['identity'][:120]}, now "
+                f"{self.identity[:120]}): name another file, or delete it to start again"
+            )
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[f"weight/{name}"])
+                keys = [key.split("/", 1)[0] for key in tensors if key.endswith(f"/{name}")]
+                kept = {key: tensors[f"{key}/{name}"] for key in keys if key != "weight"}
+                self.optimiser.state[weight] = {
+                    key: value if key == "step" else value.to(weight.device) for key, value in kept.items()
+                }
+        return int(facts["step"]), {name: list(values) for name, values in facts["history"].items()}

@@ -1,0 +1,342 @@
+"""Baselines: the right weights train and no others, closed forms against solvers, interruptions leave no trace."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from coneslab.concept_loss import KVGradient, concept_pairs, draws
+from coneslab.diffusion import denoising_loss, encode_prompts
+from coneslab.edits import Combined, Edit, WeightDelta, load_edit, model_fingerprint
+from coneslab.errors import ConeslabError, FileFormatError, MismatchError
+from coneslab.kvspace import KVSpace
+from coneslab.merging import LowRankDelta, compress, merge, merge_matrices
+from coneslab.personalize import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
+from coneslab.tokens import LearnedText, TokenEdit, embedding_of, start_vector, vocabulary_fingerprint, with_tokens
+
+FAST = {"steps": 3, "batch": 4, "progress": False}
+PRIOR = {"prior_batch": 0}
+
+
+@pytest.fixture
+def both(pictured):
+    """Two subjects with a token of their own each; the second token is new to the tokenizer."""
+    dog = {"name": "dog", "class_word": "dog", "token": "<dog*>", "prompt": "a <dog*> dog", "prior_prompt": "a dog"}
+    return [pictured, SimpleNamespace(**vars(pictured) | dog)]
+
+
+def state(pipe):
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part in ("unet", "text_encoder")
+        for name, tensor in getattr(pipe, part).state_dict().items()
+    }
+
+
+@pytest.fixture
+def untouched(v_pipe):
+    before, tokenizer, words = state(v_pipe), v_pipe.tokenizer, len(v_pipe.tokenizer)
+    yield
+    now = state(v_pipe)
+    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
+    assert v_pipe.tokenizer is tokenizer and len(tokenizer) == words
+
+
+# --- tokens ---
+
+
+def test_a_new_token_is_there_inside_the_block_only(v_pipe, untouched):
+    plain = encode_prompts(v_pipe, ["a <x> cat", "a cat"])
+    width = embedding_of(v_pipe).weight.shape[1]
+    edit = TokenEdit(("<x>", "sks"), torch.randn(2, width), vocabulary_fingerprint(v_pipe), initial=("cat", "sks"))
+    rows = len(embedding_of(v_pipe).weight)
+    with edit.applied(v_pipe) as pipe:
+        (ids,) = pipe.tokenizer(["<x>"], add_special_tokens=False).input_ids
+        assert ids == [rows] and len(embedding_of(pipe).weight) == rows + 1
+        assert torch.equal(embedding_of(pipe).weight[ids[0]], edit.vectors[0])
+        own = pipe.tokenizer("sks", add_special_tokens=False).input_ids[0]
+        assert torch.equal(embedding_of(pipe).weight[own], edit.vectors[1])
+        inside = encode_prompts(v_pipe, ["a <x> cat", "a cat"])
+        assert not torch.equal(inside[0], plain[0]) and torch.equal(inside[1], plain[1])
+        with edit.applied(v_pipe, dose=0.0):  # nested: dose 0 of the word that is there already
+            pass
+    assert torch.equal(encode_prompts(v_pipe, ["a <x> cat", "a cat"]), plain)
+    with pytest.raises(KeyboardInterrupt), edit.applied(v_pipe):
+        raise KeyboardInterrupt
+    with edit.applied(v_pipe, dose=0.0):
+        assert torch.allclose(embedding_of(v_pipe).weight[rows], start_vector(v_pipe, "cat"))
+
+
+def test_tokens_that_cannot_be_are_refused(v_pipe, untouched):
+    for tokens, reason in ((["a", "a"], "each once"), ([" "], "give words"), (["<|endoftext|>"], "special token")):
+        with pytest.raises(ConeslabError, match=reason):
+            with_tokens(v_pipe.tokenizer, tokens)
+    wide = TokenEdit(("sks",), torch.zeros(1, 7), vocabulary_fingerprint(v_pipe))
+    other = TokenEdit(("sks",), torch.zeros(1, embedding_of(v_pipe).weight.shape[1]), "ab" * 32)
+    with pytest.raises(MismatchError, match="7 numbers"), wide.applied(v_pipe):
+        pass
+    with pytest.raises(MismatchError, match="learned with text encoder abababab"), other.applied(v_pipe):
+        pass
+    with pytest.raises(ConeslabError, match="a finite one for each"):
+        TokenEdit(("sks",), torch.full((1, 7), float("nan")), "ab" * 32)
+
+
+def test_learned_text_is_what_the_pipeline_would_encode(v_pipe, untouched):
+    captions = ["a <x> cat", "a sks dog", "a cat"]
+    text = LearnedText(v_pipe, captions, ["<x>", "sks"])
+    vectors = torch.randn(2, embedding_of(v_pipe).weight.shape[1], requires_grad=True)
+    with TokenEdit(("<x>", "sks"), vectors, vocabulary_fingerprint(v_pipe)).applied(v_pipe):
+        expected = encode_prompts(v_pipe, captions)
+    made = text(vectors)
+    assert torch.allclose(made, expected, atol=1e-6)
+    (slope,) = torch.autograd.grad(made.square().sum(), vectors)
+    step = torch.zeros_like(vectors)
+    step[1, 3] = 1e-2
+    with torch.no_grad():
+        numeric = (text(vectors + step).square().sum() - text(vectors - step).square().sum()) / 2e-2
+    assert float(slope[1, 3]) == pytest.approx(float(numeric), rel=2e-2, abs=1e-2)
+    assert (slope != 0).any(1).all()
+    with pytest.raises(ConeslabError, match="<y> occurs in none"):
+        LearnedText(v_pipe, captions, ["<x>", "<y>"])
+
+
+# --- gradients in the text ---
+
+
+def test_the_gradient_in_the_text_is_that_of_the_whole_unet(v_pipe, both):
+    pairs = [concept_pairs(v_pipe, about, subject_batch=3, prior_batch=0)[0] for about in both]
+    gradient, draw = KVGradient(v_pipe, pairs, dtype=torch.float32), next(draws(v_pipe, pairs, seed=1))
+    text = torch.stack([pair.text for pair in pairs]).requires_grad_()
+    losses, g_theta, g_text = gradient.with_text(gradient.theta(), text, draw)
+    each = denoising_loss(
+        v_pipe, draw.latents, text.repeat_interleave(3, 0), noise=draw.noise, timesteps=draw.timesteps, reduction="none"
+    )
+    total = each[:3].mean() + each[3:].mean()
+    expected, *weights = torch.autograd.grad(total, [text, *KVSpace(v_pipe).parameters.values()])
+    assert sum(losses) == pytest.approx(float(total.detach()), rel=1e-5)
+    assert torch.allclose(g_text, expected, atol=1e-6)
+    assert torch.allclose(g_theta, torch.cat([weight.flatten() for weight in weights]), atol=1e-6)
+    assert torch.equal(gradient.text_gradient(gradient.theta(), text, draw)[1], g_text)
+    parts = KVGradient(v_pipe, pairs, dtype=torch.float32, chunk=2).with_text(gradient.theta(), text, draw)
+    assert torch.allclose(parts[2], expected, atol=1e-6)
+
+
+def test_a_masked_loss_is_a_mean_over_places_and_channels(v_pipe):
+    torch.manual_seed(0)
+    latents, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 600])
+    text = encode_prompts(v_pipe, ["a cat"])
+    options = {"noise": noise, "timesteps": t, "reduction": "none"}
+    plain = denoising_loss(v_pipe, latents, text, **options)
+    assert torch.allclose(denoising_loss(v_pipe, latents, text, mask=torch.ones(2, 1, 8, 8), **options), plain)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :3, :5] = 1
+    from coneslab.diffusion import add_noise, target
+
+    noisy = add_noise(v_pipe.scheduler, latents, noise, t)
+    predicted = v_pipe.unet(noisy, t, encoder_hidden_states=text.expand(2, -1, -1))
+    error = (predicted.sample - target(v_pipe.scheduler, latents, noise, t)).square()[:, :, :3, :5].mean((1, 2, 3))
+    assert torch.allclose(denoising_loss(v_pipe, latents, text, mask=mask, **options), error, rtol=1e-4)
+
+
+# --- the methods ---
+
+
+def test_textual_inversion_trains_every_token_and_nothing_else(v_pipe, both, untouched):
+    edit = textual_inversion(v_pipe, both, learning_rate=0.05, **FAST | {"steps": 15}, dtype=torch.float32)
+    assert isinstance(edit, Edit) and edit.tokens == ("sks", "<dog*>") and edit.initial == ("cat", "dog")
+    for number, word in enumerate(edit.initial):
+        assert not torch.allclose(edit.vectors[number], start_vector(v_pipe, word), atol=1e-2)
+    assert np.mean(edit.history["loss"][-4:]) < np.mean(edit.history["loss"][:4])
+    table, rows = embedding_of(v_pipe).weight.clone(), len(embedding_of(v_pipe).weight)
+    own = v_pipe.tokenizer("sks", add_special_tokens=False).input_ids[0]
+    with edit.applied(v_pipe):
+        others = torch.arange(rows) != own
+        assert torch.equal(embedding_of(v_pipe).weight[:rows][others], table[others])
+
+
+def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, untouched):
+    edit = dreambooth(v_pipe, pictured, steps=1, batch=4, prior_batch=0, learning_rate=1e-3, progress=False)
+    assert edit.deltas.keys() == dict(v_pipe.unet.named_parameters()).keys()
+    pairs = concept_pairs(v_pipe, pictured, subject_batch=4, prior_batch=0)
+    draw = next(draws(v_pipe, pairs, seed=0))
+    loss = denoising_loss(v_pipe, draw.latents, pairs[0].text[None], noise=draw.noise, timesteps=draw.timesteps)
+    assert edit.history["loss"][0] == pytest.approx(float(loss), rel=2e-2)  # passes may be in bfloat16
+    weights = dict(v_pipe.unet.named_parameters())
+    slopes = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+    agree, total = 0, 0
+    for name, slope in slopes.items():
+        if slope is not None:
+            clear = slope.abs() > slope.abs().max() / 10
+            agree += int((edit.deltas[name][clear].sign() == -slope[clear].sign()).sum())
+            total += int(clear.sum())
+    assert agree > 0.98 * total
+    longer = dreambooth(v_pipe, pictured, steps=12, batch=4, prior_batch=0, learning_rate=1e-3, progress=False)
+    assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
+
+
+def test_custom_diffusion_trains_keys_values_and_every_token(v_pipe, both, untouched):
+    edit = custom_diffusion(v_pipe, both, **FAST, **PRIOR, learning_rate=3e-3)
+    token, delta = edit.edits
+    assert set(delta.deltas) == set(KVSpace(v_pipe).names)
+    assert token.tokens == ("sks", "<dog*>")
+    for number, word in enumerate(token.tokens):
+        assert (token.vectors[number] != start_vector(v_pipe, word)).all()
+    theta = KVSpace(v_pipe).gather()
+    with edit.applied(v_pipe):
+        moved = KVSpace(v_pipe).gather() - theta
+        assert (moved != 0).float().mean() > 0.9
+    longer = custom_diffusion(v_pipe, both, batch=4, steps=15, progress=False, **PRIOR, learning_rate=3e-3)
+    losses = longer.edits[1].history["loss"]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
+def test_augmentation_says_the_size_in_the_caption_and_masks_the_ground(v_pipe, pictured):
+    pairs = scaled_pairs(v_pipe, pictured, batch=16, small=("small",), large=("huge",), versions=9)
+    assert set(pairs) == {"a sks cat", "a small sks cat", "a huge sks cat"}
+    assert sum(pair.batch for pair in pairs.values()) == 16
+    assert sum(pair.weight for pair in pairs.values()) == pytest.approx(1)
+    shares = {caption: pair.mask.mean() for caption, pair in pairs.items()}
+    assert shares["a huge sks cat"] == 1 and shares["a small sks cat"] < shares["a sks cat"] < 1
+    assert all(pair.mask.shape == pair.latents[:, :1].shape for pair in pairs.values())
+    assert all((pair.mask.sum((1, 2, 3)) > 0).all() for pair in pairs.values())
+    words = {"small_words": ("small",), "large_words": ("huge",)}
+    edit = custom_diffusion(v_pipe, pictured, **FAST, **PRIOR, augment=True, **words)
+    assert len([name for name in edit.edits[1].history if name != "loss"]) == 3
+
+
+def test_bad_settings_are_refused(v_pipe, pictured, untouched):
+    for method in (textual_inversion, dreambooth, custom_diffusion):
+        with pytest.raises(ConeslabError, match="positive"):
+            method(v_pipe, pictured, steps=0, progress=False)
+        with pytest.raises(ConeslabError, match="no subject"):
+            method(v_pipe, [])
+        if method is not textual_inversion:  # layer norms keep its loss finite at any rate
+            with pytest.raises(ConeslabError, match="choose a learning rate below|not finite"):
+                method(v_pipe, pictured, **FAST | {"steps": 60}, learning_rate=1e12)
+
+
+@pytest.mark.parametrize("method", [textual_inversion, dreambooth, custom_diffusion])
+def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, method, monkeypatch, untouched):
+    from coneslab import tuning
+
+    def stop(number, state):
+        if number == 2:
+            raise KeyboardInterrupt
+
+    options = FAST | {"steps": 4} | ({} if method is textual_inversion else PRIOR)
+    whole = method(v_pipe, pictured, **options)
+    monkeypatch.setattr(tuning.tune, "__kwdefaults__", {**tuning.tune.__kwdefaults__, "checkpoint_every": 0.0})
+    file = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        method(v_pipe, pictured, resume=file, callback=stop, **options)
+    seen = []
+    again = method(v_pipe, pictured, resume=file, callback=lambda number, state: seen.append(number), **options)
+    assert seen == [2, 3]
+    first, second = ([part._pack()[0] for part in getattr(edit, "edits", [edit])] for edit in (whole, again))
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+    with pytest.raises(MismatchError, match="other settings"):
+        method(v_pipe, pictured, resume=file, seed=5, **options)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(FileFormatError, match="checkpoint"):
+        method(v_pipe, pictured, resume=file, **options)
+
+
+def test_every_edit_comes_back_from_its_file(v_pipe, both, tmp_path):
+    edit = custom_diffusion(v_pipe, both, **FAST, **PRIOR)
+    for number, one in enumerate([edit, edit.edits[0], compress(edit.edits[1], energy=0.8)]):
+        again = load_edit(one.save(tmp_path / str(number)))
+        assert type(again) is type(one) and again.nbytes == one.nbytes
+        with one.applied(v_pipe):
+            first = KVSpace(v_pipe).gather(), encode_prompts(v_pipe, ["a <dog*> dog"])
+        with again.applied(v_pipe):
+            second = KVSpace(v_pipe).gather(), encode_prompts(v_pipe, ["a <dog*> dog"])
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+# --- the closed form ---
+
+
+def constrained_solution(base, regularised, rows, values):
+    """argmin ||W C_reg^T − W0 C_reg^T||^2 subject to W C^T = V^T, by its KKT system, row by row of W."""
+    width, k = base.shape[1], len(rows)
+    gram = regularised.T @ regularised
+    system = torch.zeros(width + k, width + k, dtype=torch.float64)
+    system[:width, :width], system[:width, width:], system[width:, :width] = 2 * gram, rows.T, rows
+    right = torch.cat([2 * base @ gram, values.T], dim=1)  # (out, width + k)
+    return torch.linalg.solve(system, right.T).T[:, :width]
+
+
+@pytest.mark.parametrize(("width", "out", "k"), [(8, 5, 2), (24, 16, 6), (40, 7, 1)])
+def test_the_merge_solves_the_constrained_problem(width, out, k):
+    g = torch.Generator().manual_seed(width)
+    base, values = (torch.randn(n, m, generator=g, dtype=torch.float64) for n, m in ((out, width), (k, out)))
+    regularised, rows = (torch.randn(n, width, generator=g, dtype=torch.float64) for n in (3 * width, k))
+    merged, ridge = merge_matrices(base, regularised, rows, values)
+    assert ridge == 0
+    assert torch.allclose(merged, constrained_solution(base, regularised, rows, values), atol=1e-9)
+    assert torch.allclose(merged @ rows.T, values.T, atol=1e-9)
+
+
+def test_a_singular_gram_matrix_gets_a_stated_ridge_and_the_constraint_still_holds():
+    g = torch.Generator().manual_seed(0)
+    sizes = ((6, 20), (3, 20), (3, 6), (4, 20))
+    base, rows, values, few = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
+    merged, ridge = merge_matrices(base, few, rows, values)
+    assert ridge == 1e-6 and torch.allclose(merged @ rows.T, values.T, atol=1e-6)
+    doubled = merge_matrices(base, few, torch.cat([rows, rows]), torch.cat([values, values]))[0]
+    assert torch.allclose(doubled, merged, atol=1e-5)
+
+
+def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both, untouched):
+    edits = [custom_diffusion(v_pipe, about, **FAST, **PRIOR, learning_rate=1e-2) for about in both]
+    merged = merge(v_pipe, edits, both, templates=("a {}",))
+    with merged.applied(v_pipe):
+        text = encode_prompts(v_pipe, ["a sks cat"])[0, 2:5]  # "a" is both subjects'
+        after = [text @ weight.detach().T for weight in KVSpace(v_pipe).parameters.values()]
+    with edits[0].applied(v_pipe):
+        before = [text @ weight.detach().T for weight in KVSpace(v_pipe).parameters.values()]
+    assert all(torch.allclose(x, y, atol=2e-3) for x, y in zip(after, before, strict=True))
+    with pytest.raises(ConeslabError, match="token of its own"):
+        merge(v_pipe, [edits[0], edits[0]], both)
+    with pytest.raises(ConeslabError, match="no Custom Diffusion edit"):
+        merge(v_pipe, [edits[0].edits[1], edits[1]], both)
+    with pytest.raises(ConeslabError, match="1 edits and 2 subjects"):
+        merge(v_pipe, edits[:1], both)
+
+
+# --- compression ---
+
+
+def test_compression_keeps_the_energy_asked_for_with_the_fewest_ranks():
+    g = torch.Generator().manual_seed(0)
+    delta = WeightDelta({"one": torch.randn(12, 9, generator=g), "zero": torch.zeros(4, 5)}, "ab" * 32, subject="cat")
+    for energy in (0.3, 0.6, 0.9, 1.0):
+        small = compress(delta, energy=energy)
+        assert isinstance(small, LowRankDelta)
+        values = torch.linalg.svdvals(delta.deltas["one"].double()).square()
+        rank = small.ranks["one"]
+        assert values[:rank].sum() >= energy * values.sum() * (1 - 1e-9)
+        assert rank == 1 or values[: rank - 1].sum() < energy * values.sum()
+        left = (small.dense().deltas["one"] - delta.deltas["one"]).square().sum()
+        assert float(left) == pytest.approx(float(values[rank:].sum()), abs=1e-4)
+        assert small.nbytes == 4 * (rank * (12 + 9) + 1 * (4 + 5))
+    for energy in (0, -1, 1.1, float("nan")):
+        with pytest.raises(ConeslabError, match="share in"):
+            compress(delta, energy=energy)
+    with pytest.raises(ConeslabError, match="only matrices"):
+        compress(WeightDelta({"conv": torch.zeros(2, 2, 3, 3)}, "ab" * 32))
+
+
+def test_a_compressed_delta_is_an_edit(v_pipe, pictured, untouched):
+    edit = custom_diffusion(v_pipe, pictured, **FAST, **PRIOR, learning_rate=1e-2).edits[1]
+    small = compress(edit, energy=1.0)
+    assert model_fingerprint(v_pipe) == small.fingerprint and isinstance(small, Edit)
+    theta = KVSpace(v_pipe).gather()
+    with Combined((small,)).applied(v_pipe, 0.5):
+        half = KVSpace(v_pipe).gather() - theta
+    whole = torch.cat([edit.deltas[name].flatten() for name in KVSpace(v_pipe).names])
+    assert torch.allclose(half, whole / 2, atol=1e-4)
