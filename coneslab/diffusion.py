@@ -86,8 +86,13 @@ def decode_latents(pipe: Pipe, latents: Tensor, *, batch_size: int = 64) -> list
 
 
 def tokenize(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
-    """Token ids (n, tokens), padded and cut to the tokenizer's length, on the text encoder's device."""
+    """Token ids (n, tokens), padded and cut to the tokenizer's length, on the text encoder's device.
+
+    A token of several vectors (Textual Inversion) is written out as diffusers does it.
+    """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if hasattr(pipe, "maybe_convert_prompt"):
+        texts = pipe.maybe_convert_prompt(texts, pipe.tokenizer)
     encoded = pipe.tokenizer(
         texts,
         padding="max_length",

@@ -39,7 +39,7 @@ def merge(
     if len(edits) != len(subjects) or len(edits) < 2:
         raise ConeslabError(f"got {len(edits)} edits and {len(subjects)} subjects: give two or more, as many of each")
     space, model = KVSpace(pipe), model_fingerprint(pipe)
-    parts = [_parts(edit) for edit in edits]
+    parts = [custom_diffusion_parts(edit) for edit in edits]
     tokens = [token for own, _ in parts for token in own.tokens]
     if len(set(tokens)) != len(tokens):
         raise ConeslabError(f"the edits use the tokens {', '.join(tokens)}: train each with a token of its own")
@@ -88,7 +88,8 @@ def merge_matrices(
     return base + weights @ directions, ridge
 
 
-def _parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:
+def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:
+    """The tokens' vectors and the weights' change. Raises ConeslabError if the edit is not made of these two."""
     kinds = {type(part): part for part in getattr(edit, "edits", ())}
     if set(kinds) != {TokenEdit, WeightDelta}:
         raise ConeslabError(f"{type(edit).__name__} is no Custom Diffusion edit: give what `custom_diffusion` returns")
