@@ -363,7 +363,7 @@ def generate(
     pipe: Pipe,
     prompts: str | Sequence[str],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     steps: int = 25,
     guidance_scale: float = 3.0,
     batch_size: int = 16,
@@ -374,10 +374,11 @@ def generate(
 ) -> list[Image.Image]:
     """Pictures for prompts, by the pipeline's own call and scheduler.
 
-    Picture i starts from noise made from `seed + i` alone, so it does not depend on the batch size or on what else
-    is asked for. dtype: precision of the U-Net, default the fastest (`twin.drawing`); give `pipe.unet.dtype` for
-    pictures that are those of `pipe(...)` to the last bit. callback(step, timestep, latents) after each step of each
-    batch. Raises ConeslabError without prompts.
+    Picture i starts from noise made from `seed + i` alone, or from its own if there is one seed a picture, so it does
+    not depend on the batch size or on what else is asked for. dtype: precision of the U-Net, default the fastest
+    (`twin.drawing`); give `pipe.unet.dtype` for pictures that are those of `pipe(...)` to the last bit.
+    callback(step, timestep, latents) after each step of each batch.
+    Raises ConeslabError without prompts, or with another number of seeds.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
@@ -390,18 +391,20 @@ def generate(
         return tensors
 
     starts = tqdm(range(0, len(texts), batch_size), disable=not progress, desc="pictures", unit="batch")
-    noises = start_noise(pipe, range(seed, seed + len(texts)))
+    seeds = list(range(seed, seed + len(texts)) if isinstance(seed, int) else seed)
+    if len(seeds) != len(texts):
+        raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
+    noises = start_noise(pipe, seeds)
     with drawing(pipe, dtype):
         for start in starts:
             part = slice(start, start + batch_size)
-            seeds = range(seed + start, seed + start + len(texts[part]))
             made = pipe(
                 texts[part],
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(seeds),
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts[part]),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 latents=noises[part],
-                generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],  # for schedulers that add noise
+                generator=[torch.Generator("cpu").manual_seed(s) for s in seeds[part]],  # for schedulers that add noise
                 callback_on_step_end=step_end,
             )
             pictures += made.images

@@ -38,6 +38,7 @@ KINDS = {
     "TunedNeurons": "coneslab.concatenation",
     "TokenEdit": "coneslab.tokens",
     "LowRankDelta": "coneslab.merging",
+    "Decomposition": "coneslab.conceptor",
 }
 
 _ACTIVE: list[swapped] = []  # the blocks now open, outermost first

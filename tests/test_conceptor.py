@@ -1,0 +1,252 @@
+"""Decompositions: only coefficients learn, the pipeline stays as it was, and known sums are found again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_judge import save_small_judge
+
+from coneslab.bias import bias, group_shares, rebalance
+from coneslab.conceptor import Decomposition, _Weights, choose_dictionary, decompose
+from coneslab.edits import Edit, load_edit
+from coneslab.errors import ConeslabError, MismatchError
+from coneslab.metrics import load_judge
+from coneslab.single_image import decompose_image
+from coneslab.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
+from coneslab.vocabulary import encode_vocabulary, whole_words
+
+FAST = {
+    "pictures": 4, "steps": 4, "batch": 4, "explain": 3, "validate_every": 2, "validation_pictures": 2,
+    "sampler_steps": 2, "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
+
+
+@pytest.fixture
+def untouched(v_pipe):
+    before = {name: tensor.clone() for name, tensor in v_pipe.text_encoder.state_dict().items()}
+    before |= {f"unet.{name}": tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
+    tokenizer, words, gradients = v_pipe.tokenizer, len(v_pipe.tokenizer), [
+        weight.grad for weight in (*v_pipe.unet.parameters(), *v_pipe.text_encoder.parameters())
+    ]
+    yield
+    now = dict(v_pipe.text_encoder.state_dict()) | {f"unet.{k}": x for k, x in v_pipe.unet.state_dict().items()}
+    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
+    assert v_pipe.tokenizer is tokenizer and len(tokenizer) == words and gradients == [None] * len(gradients)
+    assert all(weight.grad is None for weight in (*v_pipe.unet.parameters(), *v_pipe.text_encoder.parameters()))
+
+
+# --- vocabulary ---
+
+
+def test_the_vocabulary_is_every_whole_word_with_its_row(v_pipe, judge, tmp_path):
+    words = encode_vocabulary(v_pipe, judge, cache=tmp_path, progress=False)
+    assert {"cat", "dog", "grass"} <= set(words.words) and "a" not in words.words
+    assert words.words == tuple(whole_words(v_pipe.tokenizer))
+    for word, number, vector in zip(words.words, words.ids, words.vectors, strict=True):
+        assert v_pipe.tokenizer(word, add_special_tokens=False).input_ids == [number]
+        assert torch.equal(vector, embedding_of(v_pipe).weight[number])
+    texts = [template.format("cat") for template in ("a {}", "a photo of a {}", "a picture of a {}", "the {}")]
+    mean = judge.text_features(texts).mean(0)
+    assert torch.allclose(words.features[words.rows(["cat"])[0]], mean / mean.norm(), atol=1e-6)
+
+
+def test_features_are_kept_and_damaged_ones_made_again(v_pipe, judge, tmp_path, monkeypatch):
+    first = encode_vocabulary(v_pipe, judge, cache=tmp_path, progress=False)
+    (file,) = tmp_path.iterdir()
+    asked = []
+    kept = type(judge).text_features
+    monkeypatch.setattr(type(judge), "text_features", lambda *a, **k: asked.append(1) or kept(*a, **k))
+    again = encode_vocabulary(v_pipe, judge, cache=tmp_path, progress=False)
+    assert torch.equal(first.features, again.features) and not asked
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(encode_vocabulary(v_pipe, judge, cache=tmp_path, progress=False).features, first.features)
+    assert asked
+    for words, templates, reason in (
+        (["cat", "xyzzy"], ("a {}",), "xyzzy"), ([], ("a {}",), "no words"), (None, ("a",), "place for|with {}"),
+    ):  # fmt: skip
+        with pytest.raises(ConeslabError, match=reason):
+            encode_vocabulary(v_pipe, judge, words=words, templates=templates)
+
+
+# --- learning ---
+
+
+@pytest.mark.parametrize("method", ["mlp", "direct", "least squares"])
+def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge, untouched, tmp_path, method):
+    made = decompose(v_pipe, "a cat on the grass", judge, method=method, **FAST)
+    assert isinstance(made, Edit) and len(made.history["loss"]) == 4
+    assert not {"cat", "on", "the", "grass"} & set(made.words)
+    assert (np.diff(made.coefficients) <= 0).all() and made.coefficients[0] > 0
+    assert set(made.validation) == {2, 4} and made.best_step in made.validation
+    assert made.validation[made.best_step] == max(made.validation.values())
+    again = load_edit(made.save(tmp_path / "cat"))
+    assert (again.words, again.explain, again.validation) == (made.words, made.explain, made.validation)
+    assert np.array_equal(again.coefficients, made.coefficients)
+    with made.applied(v_pipe) as pipe:
+        (own,) = pipe.tokenizer("<concept>", add_special_tokens=False).input_ids
+        vector = embedding_of(pipe).weight[own]
+        assert float(vector.norm()) == pytest.approx(made.norm, rel=1e-4)
+        rows = [pipe.tokenizer(word, add_special_tokens=False).input_ids[0] for word in made.words[:3]]
+        direction = torch.tensor(made.coefficients[:3]) @ embedding_of(pipe).weight[rows]
+        assert torch.cosine_similarity(vector, direction, dim=0) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge, untouched):
+    """One step of `decompose` against the loss written out, its gradient through the whole U-Net."""
+    from coneslab.concept_loss import Pairs, draws
+    from coneslab.diffusion import denoising_loss, encode_images
+    from coneslab.tokens import LearnedText
+
+    words = encode_vocabulary(v_pipe, judge, progress=False)
+    pictures = v_pipe(["a cat"] * 3, num_inference_steps=2).images
+    seen = {}
+    options = FAST | {"steps": 1, "method": "direct", "sparsity": 0.5, "learning_rate": 1e-3, "exclude_similar": None}
+    made = decompose(
+        v_pipe, pictures, judge, name="cat", vocabulary=words, dtype=torch.float32,
+        callback=lambda number, state: seen.update(state), **options,
+    )  # fmt: skip
+    allowed = choose_dictionary(words, judge.image_features(pictures), judge, size=5000)
+    norm = float(embedding_of(v_pipe).weight.norm(dim=1).mean().detach())
+    weights = _Weights(allowed.vectors, "direct", 100, norm)
+    latents = encode_images(v_pipe, pictures)
+    draw = next(draws(v_pipe, [Pairs(latents, torch.zeros(12, 24), 4)], seed=0))
+    text = LearnedText(v_pipe, ["a photo of a <concept>"], ["<concept>"])(weights()[None])
+    loss = denoising_loss(v_pipe, draw.latents, text, noise=draw.noise, timesteps=draw.timesteps)
+    assert made.history["loss"][0] == pytest.approx(float(loss.detach()), rel=1e-4)
+    alpha = weights.values.abs()
+    top = alpha.topk(3)
+    spread = 1 - torch.cosine_similarity(top.values @ allowed.vectors[top.indices], alpha @ allowed.vectors, dim=0)
+    assert made.history["sparsity"][0] == pytest.approx(float(spread.detach()), rel=1e-3)
+    (slope,) = torch.autograd.grad(loss + 0.5 * spread, weights.values)
+    moved = torch.tensor(seen["coefficients"]) - 1 / len(allowed)
+    clear = slope.abs() > slope.abs().max() / 100
+    assert clear.any() and torch.equal(moved[clear].sign(), -slope[clear].sign())
+
+
+def test_least_squares_finds_a_planted_sum_of_two_words(v_pipe, judge):
+    words = encode_vocabulary(v_pipe, judge, progress=False)
+    weights = _Weights(words.vectors, "least squares", 100, 1.0)
+    mixture = 0.7 * words.vectors[words.rows(["cat"])[0]] + 0.3 * words.vectors[words.rows(["car"])[0]]
+    weights.free.data = mixture
+    found = weights.coefficients()
+    order = np.argsort(-found)
+    assert [words.words[i] for i in order[:2]] == ["cat", "car"]
+    assert found[order[0]] / found[order[1]] == pytest.approx(7 / 3, rel=1e-3)
+    assert found[order[2]] < 1e-3 * found[order[0]]
+
+
+def test_errors_are_clear_and_leave_no_trace(v_pipe, judge, untouched):
+    for options, reason in (
+        ({"steps": 0}, "steps=0"),
+        ({"explain": 0}, "explain=0"),
+        ({"method": "magic"}, "choose mlp, direct or least squares"),
+        ({"exclude_similar": -1.0}, "no word is left"),
+        ({"exclude": tuple(whole_words(v_pipe.tokenizer))}, "no word is left"),
+    ):
+        with pytest.raises(ConeslabError, match=reason):
+            decompose(v_pipe, "a house", judge, **FAST | options)
+    with pytest.raises(ConeslabError, match="empty prompt"):
+        decompose(v_pipe, " ", judge, **FAST)
+
+
+# --- changing it ---
+
+
+def example(pipe=None):
+    return Decomposition(
+        "pet", ("dog", "cat", "car", "house"), np.array([0.2, 0.6, 0.1, 0.05]), 3, 1.0,
+        vocabulary_fingerprint(pipe) if pipe is not None else "ab" * 32,
+    )  # fmt: skip
+
+
+def test_coefficients_are_scaled_left_out_and_kept():
+    made = example()
+    assert made.words == ("cat", "dog", "car", "house")
+    assert made.top(2) == [("cat", pytest.approx(0.6 / 0.9)), ("dog", pytest.approx(0.2 / 0.9))]
+    assert made.share(["cat", "car"]) == pytest.approx(0.7 / 0.9)
+    assert made.scaled("dog", 4).top(1)[0][0] == "dog"
+    assert dict(made.without("cat").top(4))["dog"] == pytest.approx(0.2 / 0.3)
+    assert dict(made.without("cat").top(4)).get("house", 0) == 0  # words that were not in use do not move up
+    assert dict(made.only("car").top(1)) == {"car": 1.0}
+    for change, reason in (
+        (lambda: made.scaled("fish", 1), "fish: not among"), (lambda: made.scaled("cat", -1), "0 or more"),
+        (lambda: made.without("cat", "dog", "car"), "all coefficients are 0"), (lambda: made.only("zebra"), "zebra"),
+    ):  # fmt: skip
+        with pytest.raises(ConeslabError, match=reason):
+            change()
+
+
+def test_a_decomposition_of_another_model_is_refused(v_pipe, untouched):
+    with pytest.raises(MismatchError, match="text encoder"), example().applied(v_pipe):
+        pass
+
+
+def test_groups_are_weighed_and_balanced(judge):
+    made, groups = example(), {"feline": ["cat"], "canine": ["dog", "wolf"]}
+    assert bias(made, groups) == {"feline": pytest.approx(0.75), "canine": pytest.approx(0.25)}
+    even = rebalance(made, groups)
+    assert bias(even, groups) == {"feline": pytest.approx(0.5), "canine": pytest.approx(0.5)}
+    assert even.share("car") == pytest.approx(made.share("car"))
+    skewed = rebalance(made, groups, shares={"feline": 0.1, "canine": 0.9})
+    assert bias(skewed, groups)["canine"] == pytest.approx(0.9)
+    new = rebalance(made, {"feline": ["cat"], "building": ["house"]})  # a word that was not in use comes in
+    assert bias(new, {"feline": ["cat"], "building": ["house"]})["building"] == pytest.approx(0.5)
+    for bad, shares, reason in (
+        ({"feline": ["cat"]}, None, "two or more"), ({"feline": ["cat"], "bird": ["owl"]}, None, "no word of bird"),
+        (groups, {"feline": 0.9, "canine": 0.9}, "1 in all"),
+    ):  # fmt: skip
+        with pytest.raises(ConeslabError, match=reason):
+            rebalance(made, bad, shares=shares)
+    assert np.isnan(bias(made, {"a": ["x"], "b": ["y"]})["a"])
+
+
+def test_shares_of_pictures_come_with_intervals(judge):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
+    groups = {"cat": ["cat"], "dog": ["dog", "puppy"]}
+    shares = group_shares(judge, pictures, groups)
+    assert sum(share.estimate for share in shares.values()) == pytest.approx(1)
+    expected = (judge.classify(pictures, [["a cat"], ["a dog", "a puppy"]]) == 0).float().mean()
+    assert shares["cat"].estimate == pytest.approx(float(expected)) and shares["cat"].low <= shares["cat"].high
+
+
+# --- one picture ---
+
+
+def test_words_fall_away_until_the_picture_would_change(v_pipe, judge, untouched):
+    made = example(v_pipe)
+    options = {"steps": 2, "progress": False}
+    kept = decompose_image(v_pipe, made, judge, threshold=1.0, **options)
+    assert set(kept.words) == {"cat", "dog", "car"} and not kept.removed and kept.similarity > 0.999
+    alone = decompose_image(v_pipe, made, judge, threshold=-1.0, **options)
+    assert len(alone.words) == 1 and len(alone.removed) == 2
+    assert alone.drawn < 12 and alone.passes <= 3
+    pair = decompose_image(v_pipe, made, judge, threshold=-1.0, near_synonyms=[("cat", "dog")], **options)
+    assert pair.words in (("car",), ("cat", "dog"))
+    goal = decompose_image(v_pipe, made, judge, threshold=0.9, target="concept", prompt="a cat", **options)
+    assert np.array_equal(np.asarray(goal.target), np.asarray(_drawn(v_pipe, "a cat")))
+    with pytest.raises(ConeslabError, match="cosine"):
+        decompose_image(v_pipe, made, judge, threshold=2.0)
+
+
+def _drawn(pipe, prompt):
+    from coneslab.diffusion import generate
+
+    return generate(pipe, prompt, steps=2)[0]
+
+
+def test_what_was_tested_is_what_is_shown(v_pipe, judge, untouched):
+    """The last picture is drawn with exactly the words that are left, and its similarity is its own."""
+    found = decompose_image(v_pipe, example(v_pipe), judge, threshold=0.97, steps=2, progress=False)
+    vector = example(v_pipe).only(*found.words).vector(v_pipe)
+    with TokenEdit(("<x>",), vector[None], vocabulary_fingerprint(v_pipe)).applied(v_pipe):
+        again = _drawn(v_pipe, "a photo of a <x>")
+    assert np.abs(np.asarray(again, float) - np.asarray(found.picture, float)).mean() < 0.5
+    features = judge.image_features([found.target, found.picture])
+    assert found.similarity == pytest.approx(float(features[0] @ features[1]), abs=1e-5)
