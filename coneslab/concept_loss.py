@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .diffusion import denoising_loss, encode_images, encode_prompts, generate, stratified_timesteps
+from .diffusion import add_noise, denoising_loss, encode_images, encode_prompts, generate, stratified_timesteps
 from .edits import Edit
 from .errors import ConeslabError
 from .kvspace import KVSpace, cross_attentions, unet_of
 from .models import fingerprint
 from .twin import fast_dtype, frozen_twin
 
-_PRIOR: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `prior_pictures`
-_PRIOR_SETS = 64
+_DRAWN: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `drawn_once`
+_DRAWN_SETS = 64
 
 
 class ConceptSubject(Protocol):
@@ -63,13 +63,15 @@ class Pairs:
 class Draw:
     """One round's samples, the pairs' batches end to end: latents, noise (samples, c, h, w); timesteps (samples,).
 
-    mask: (samples, 1, h, w), or None if everything counts everywhere.
+    mask: (samples, 1, h, w), or None if everything counts everywhere. wanted: what to predict (as latents), or None
+    for what the scheduler's prediction type says.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     mask: Tensor | None = None
+    wanted: Tensor | None = None
 
 
 def prior_pictures(
@@ -87,16 +89,29 @@ def prior_pictures(
     The sets drawn last are kept for the life of the process, by model, prompt and settings, so that several subjects
     of one class, or several searches, share them. Call it on the untouched model, outside any `applied` block.
     """
+    prompts = [subject.prior_prompt] * n
+    return drawn_once(pipe, prompts, seed=seed, steps=steps, guidance_scale=guidance_scale, progress=progress)
+
+
+def drawn_once(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    progress: bool = False,
+) -> tuple[Image.Image, ...]:
+    """Pictures for prompts as the pipeline draws them; the sets drawn last are kept for the life of the process."""
     model = (fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae))
-    key = (*model, str(pipe.scheduler.config), subject.prior_prompt, n, seed, steps, guidance_scale)
-    if key not in _PRIOR:
-        prompts = [subject.prior_prompt] * n
-        drawn = generate(pipe, prompts, seed=seed, steps=steps, guidance_scale=guidance_scale, progress=progress)
-        _PRIOR[key] = tuple(drawn)
-        while len(_PRIOR) > _PRIOR_SETS:
-            _PRIOR.popitem(last=False)
-    _PRIOR.move_to_end(key)
-    return _PRIOR[key]
+    key = (*model, str(pipe.scheduler.config), tuple(prompts), seed, steps, guidance_scale)
+    if key not in _DRAWN:
+        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
+        _DRAWN[key] = tuple(generate(pipe, prompts, seed=seed, **options))
+        while len(_DRAWN) > _DRAWN_SETS:
+            _DRAWN.popitem(last=False)
+    _DRAWN.move_to_end(key)
+    return _DRAWN[key]
 
 
 def concept_pairs(
@@ -164,6 +179,20 @@ def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> It
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         mask = None if all(pair.mask is None for pair in pairs) else torch.cat(masks)
         yield Draw(clean, noise, torch.cat(timesteps).to(clean.device), mask)
+
+
+def rounds(pipe: Any, pairs: Sequence[Pairs], seed: int) -> Callable[[int], Draw]:
+    """The draw of a step by its number, so that a resumed run sees what it would have seen; steps must not go back."""
+    source, state = draws(pipe, pairs, seed=seed), {"next": 0}
+
+    def at(number: int) -> Draw:
+        while True:
+            draw = next(source)
+            state["next"] += 1
+            if state["next"] > number:
+                return draw
+
+    return at
 
 
 class KVGradient:
@@ -242,28 +271,40 @@ class KVGradient:
     def _loss(
         self, theta: Tensor, text: Tensor, draw: Draw, rows: slice, counts: list[int]
     ) -> tuple[Tensor, Tensor]:
-        matrices = self.space.layout.matrices(theta)
-        text = text.to(theta.dtype)
-        for path, module, processor in self._attentions:
-            own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
-            key = F.linear(own, matrices[f"{path}.to_k.weight"], _like(module.to_k.bias, theta))
-            value = F.linear(own, matrices[f"{path}.to_v.weight"], _like(module.to_v.bias, theta))
-            processor.key, processor.value, processor.counts = key.to(self.dtype), value.to(self.dtype), counts
-        # the U-Net wants texts, but every attention has its keys and values already
-        samples = torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
         each = denoising_loss(
             self._pipe,
             draw.latents[rows],
-            samples,
+            self._project(theta, text, counts),
             noise=draw.noise[rows],
             timesteps=draw.timesteps[rows],
             mask=None if draw.mask is None else draw.mask[rows],
+            wanted=None if draw.wanted is None else draw.wanted[rows],
             reduction="none",
         )
         sums = [part.sum() for part in each.split(counts)]
         parts = torch.stack(sums)  # (pairs,)
         shares = torch.tensor([pair.weight / pair.batch for pair in self.pairs]).to(parts)
         return (shares * parts).sum(), parts.detach().double().cpu()
+
+    @torch.no_grad()
+    def outputs(self, theta: Tensor, text: Tensor, draw: Draw) -> Tensor:
+        """What the U-Net predicts for a draw, (as its latents), under text embeddings (pairs, tokens, width)."""
+        made = []
+        for rows, counts in self._chunks():
+            samples = self._project(theta, text, counts)
+            noisy = add_noise(self._pipe.scheduler, draw.latents[rows], draw.noise[rows], draw.timesteps[rows])
+            made.append(self._pipe.unet(noisy, draw.timesteps[rows], encoder_hidden_states=samples).sample.float())
+        return torch.cat(made)
+
+    def _project(self, theta: Tensor, text: Tensor, counts: list[int]) -> Tensor:
+        """Give every attention its keys and values; returns texts for the U-Net, which wants some, one a sample."""
+        matrices, text = self.space.layout.matrices(theta), text.to(theta.dtype)
+        for path, module, processor in self._attentions:
+            own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
+            key = F.linear(own, matrices[f"{path}.to_k.weight"], _like(module.to_k.bias, theta))
+            value = F.linear(own, matrices[f"{path}.to_v.weight"], _like(module.to_v.bias, theta))
+            processor.key, processor.value, processor.counts = key.to(self.dtype), value.to(self.dtype), counts
+        return torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
 
     def _chunks(self) -> Iterator[tuple[slice, list[int]]]:
         """Runs of samples, and how many of each pair are in a run."""

@@ -7,23 +7,19 @@ where it does not depend on what is trained, and only what is trained gets a gra
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .concept_loss import ConceptSubject, Draw, KVGradient, Pairs, concept_pairs, draws
-from .diffusion import denoising_loss, encode_images, encode_prompts
+from .concept_loss import ConceptSubject, KVGradient, Pairs, concept_pairs, rounds
+from .diffusion import encode_images, encode_prompts
 from .edits import Combined, WeightDelta, model_fingerprint
 from .errors import ConeslabError
-from .kvspace import unet_of
 from .tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
-from .training import mixed_precision
-from .tuning import TuningCallback, tune
+from .tuning import TuningCallback, figures, tune, tune_unet
 from .world import article
 
 SMALL_WORDS, LARGE_WORDS = ("very small", "far away"), ("zoomed in", "close up")  # as in Custom Diffusion's code
@@ -34,26 +30,6 @@ def _all(subjects: ConceptSubject | Sequence[ConceptSubject]) -> list[Any]:
     if not several:
         raise ConeslabError("there is no subject: give one, or a list of them")
     return several
-
-
-def _rounds(pipe: Any, pairs: Sequence[Pairs], seed: int) -> Callable[[int], Draw]:
-    """The draw of a step by its number, so that a resumed run sees what it would have seen; steps must not go back."""
-    source, state = draws(pipe, pairs, seed=seed), {"next": 0}
-
-    def at(number: int) -> Draw:
-        while True:
-            draw = next(source)
-            state["next"] += 1
-            if state["next"] > number:
-                return draw
-
-    return at
-
-
-def _figures(pairs: Sequence[Pairs], losses: Sequence[float]) -> dict[str, float]:
-    """The weighted sum that is minimised, and the plain means of subject and prior pairs."""
-    total = sum(pair.weight * loss for pair, loss in zip(pairs, losses, strict=True))
-    return {"loss": float(total)} | {f"loss {number}": float(loss) for number, loss in enumerate(losses)}
 
 
 # --- Textual Inversion ----------------------------------------------------------------------------------
@@ -89,13 +65,13 @@ def textual_inversion(
     text = LearnedText(pipe, [about.prompt for about in people], tokens)
     vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
     gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    theta, at = gradient.theta(), _rounds(pipe, pairs, seed)
+    theta, at = gradient.theta(), rounds(pipe, pairs, seed)
 
     def step(number: int) -> dict[str, float]:
         embedded = text(vectors)
         losses, slope = gradient.text_gradient(theta, embedded.detach(), at(number))
         (vectors.grad,) = torch.autograd.grad(embedded, vectors, slope.to(embedded))
-        return _figures(pairs, losses)
+        return figures(pairs, losses)
 
     options: dict[str, Any] = {"progress": progress, "callback": callback, "resume": resume}
     title = f"Textual Inversion of {', '.join(tokens)}"
@@ -135,32 +111,15 @@ def dreambooth(
     """
     people = _all(subjects)
     pairs = _pairs(pipe, people, batch, prior_batch, prior_weight, seed)
-    unet = copy.deepcopy(unet_of(pipe)).float().requires_grad_(True).train()
-    stand_in = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
-    text = torch.cat([pair.text.expand(pair.batch, -1, -1) for pair in pairs]).float()
-    shares = torch.cat([text.new_full((pair.batch,), pair.weight / pair.batch) for pair in pairs])
-    weights, at = dict(unet.named_parameters()), _rounds(pipe, pairs, seed)
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-
-    def step(number: int) -> dict[str, float]:
-        draw = at(number)
-        with mixed_precision(unet.device):
-            each = denoising_loss(
-                stand_in, draw.latents.float(), text, noise=draw.noise.float(), timesteps=draw.timesteps,
-                reduction="none",
-            )  # fmt: skip
-        (each * shares).sum().backward()
-        return _figures(pairs, [float(part.mean()) for part in each.detach().split([pair.batch for pair in pairs])])
-
-    options: dict[str, Any] = {"progress": progress, "callback": callback, "resume": resume}
+    at = rounds(pipe, pairs, seed)
     names = ", ".join(about.name for about in people)
-    identity = f"dreambooth {names} {batch} {prior_batch} {prior_weight} {seed} {model_fingerprint(pipe)}"
-    history = tune(
-        weights, step, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay,
-        title=f"DreamBooth of {names}", identity=identity, **options,
+    facts = [names, batch, prior_batch, prior_weight, seed, model_fingerprint(pipe)]
+    deltas, history = tune_unet(
+        pipe, pairs, lambda number, unet: at(number), steps=steps, learning_rate=learning_rate,
+        weight_decay=weight_decay, title=f"DreamBooth of {names}", identity=f"dreambooth {facts}", progress=progress,
+        callback=callback, resume=resume,
     )  # fmt: skip
     settings = {"method": "DreamBooth", "steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight}
-    deltas = {name: weight.detach() - before[name] for name, weight in weights.items()}
     return WeightDelta(deltas, model_fingerprint(pipe), subject=names, settings=settings, history=history)
 
 
@@ -220,14 +179,14 @@ def custom_diffusion(
     text = LearnedText(pipe, captions, tokens)
     vectors = torch.stack([start_vector(pipe, initial or about.token) for about in people]).requires_grad_()
     gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    before, at = gradient.theta(), _rounds(pipe, pairs, seed)
+    before, at = gradient.theta(), rounds(pipe, pairs, seed)
     theta = before.clone().requires_grad_()
 
     def step(number: int) -> dict[str, float]:
         embedded = text(vectors)
         losses, theta.grad, slope = gradient.with_text(theta.detach(), embedded.detach(), at(number))
         (vectors.grad,) = torch.autograd.grad(embedded, vectors, slope.to(embedded))
-        return _figures(pairs, losses)
+        return figures(pairs, losses)
 
     rates = {"theta": learning_rate, "vectors": token_learning_rate or learning_rate}
     options: dict[str, Any] = {"progress": progress, "callback": callback, "resume": resume}

@@ -6,18 +6,23 @@ models from nothing is another matter: `training.py`.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .concept_loss import Draw, Pairs
+from .diffusion import denoising_loss
 from .errors import ConeslabError, MismatchError
-from .training import load_checkpoint, save_checkpoint
+from .kvspace import unet_of
+from .training import load_checkpoint, mixed_precision, save_checkpoint
 
 Step = Callable[[int], dict[str, float]]
 TuningCallback = Callable[[int, dict[str, Any]], object]
@@ -74,6 +79,46 @@ def tune(
     if first < steps:
         state.save(steps, history)
     return history
+
+
+def figures(pairs: Sequence[Pairs], losses: Sequence[float]) -> dict[str, float]:
+    """The weighted sum that is minimised, and the plain mean of every pair."""
+    total = sum(pair.weight * loss for pair, loss in zip(pairs, losses, strict=True))
+    return {"loss": float(total)} | {f"loss {number}": float(loss) for number, loss in enumerate(losses)}
+
+
+def tune_unet(
+    pipe: Any,
+    pairs: Sequence[Pairs],
+    draw_at: Callable[[int, Any], Draw],
+    *,
+    only: Callable[[str], bool] = lambda name: True,
+    **options: Any,
+) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Minimise the pairs' weighted losses in weights of the U-Net itself; returns their change, and the history.
+
+    Trains a copy in float32, its passes in bfloat16 where that is faster. draw_at(step, the copy) -> the samples;
+    only(name): whether a weight is trained; options: of `tune`.
+    """
+    unet = copy.deepcopy(unet_of(pipe)).float().requires_grad_(False).train()
+    weights = {name: weight.requires_grad_(True) for name, weight in unet.named_parameters() if only(name)}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    stand_in: Any = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
+    text = torch.cat([pair.text.expand(pair.batch, -1, -1) for pair in pairs]).float()
+    shares = torch.cat([text.new_full((pair.batch,), pair.weight / pair.batch) for pair in pairs])
+
+    def step(number: int) -> dict[str, float]:
+        draw = draw_at(number, unet)
+        with mixed_precision(unet.device):
+            each = denoising_loss(
+                stand_in, draw.latents.float(), text, noise=draw.noise.float(), timesteps=draw.timesteps,
+                mask=draw.mask, wanted=draw.wanted, reduction="none",
+            )  # fmt: skip
+        (each * shares).sum().backward()
+        return figures(pairs, [float(part.mean()) for part in each.detach().split([pair.batch for pair in pairs])])
+
+    history = tune(weights, step, **options)
+    return {name: weight.detach() - before[name] for name, weight in weights.items()}, history
 
 
 class _Checkpoint:

@@ -1,0 +1,248 @@
+"""Ablations: losses against hand computation, closed forms against an optimiser, only the stated weights change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from coneslab.ablation import ablate, ablation_pairs
+from coneslab.concept_loss import rounds
+from coneslab.diffusion import add_noise, denoising_loss, encode_prompts, target
+from coneslab.edits import Edit, WeightDelta, load_edit
+from coneslab.errors import ConeslabError
+from coneslab.forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
+from coneslab.kvspace import KVSpace
+from coneslab.tokens import TokenEdit
+
+DRAW = {"pictures": 4, "sampler_steps": 2}
+FAST = DRAW | {"steps": 3, "batch": 4, "preserve_batch": 2, "progress": False}
+
+
+@pytest.fixture(params=["v_pipe", "epsilon_pipe"])
+def pipe(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def untouched(v_pipe):
+    before = {name: tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
+    before |= {f"text.{name}": tensor.clone() for name, tensor in v_pipe.text_encoder.state_dict().items()}
+    yield
+    now = dict(v_pipe.unet.state_dict()) | {f"text.{k}": x for k, x in v_pipe.text_encoder.state_dict().items()}
+    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
+
+
+def predictions(pipe, draw, captions, counts):
+    text = encode_prompts(pipe, list(captions)).repeat_interleave(torch.tensor(list(counts)), 0)
+    noisy = add_noise(pipe.scheduler, draw.latents, draw.noise, draw.timesteps)
+    return pipe.unet(noisy, draw.timesteps, encoder_hidden_states=text).sample
+
+
+@pytest.mark.parametrize("method", ["model", "noise"])
+def test_the_loss_is_what_the_paper_writes(pipe, method):
+    """First step of each method, with preservation, recomputed with the plain U-Net."""
+    templates, options = ("a {}", "the {} in the city"), FAST | {"steps": 1, "batch": 5, "preserve_weight": 0.5}
+    edit = ablate(pipe, "cat", "dog", method=method, templates=templates, dtype=torch.float32, **options)
+    shown = ablation_pairs(pipe, "cat", "dog", templates=templates, **DRAW)
+    assert shown.captions == ("a cat", "the cat in the city") and shown.anchors == ("a dog", "the dog in the city")
+    from coneslab.ablation import _pairs
+
+    pairs = _pairs(pipe, shown, 5, 2, 0.5)
+    assert [pair.batch for pair in pairs] == [3, 2, 1, 1]
+    draw = rounds(pipe, pairs, 0)(0)
+    with torch.no_grad():
+        own = predictions(pipe, draw, (*shown.captions, *shown.anchors), (3, 2, 1, 1))
+        anchor = predictions(pipe, draw, (*shown.anchors, *shown.anchors), (3, 2, 1, 1))
+        wanted = target(pipe.scheduler, draw.latents, draw.noise, draw.timesteps)
+        aim = torch.cat([anchor[:5] if method == "model" else wanted[:5], wanted[5:]])
+        each = (own - aim).square().mean((1, 2, 3))
+        expected = each[:5].mean() + 0.5 * each[5:].mean()
+    assert edit.history["loss"][0] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "current"])
+@pytest.mark.parametrize("parameters", ["cross_attention_kv", "attention", "all"])
+def test_only_the_stated_weights_change_and_the_loss_falls(v_pipe, untouched, parameters, teacher):
+    options = FAST | {"steps": 12, "preserve_batch": 0}
+    edit = ablate(v_pipe, "a cat", "a dog", parameters=parameters, teacher=teacher, **options)
+    assert isinstance(edit, WeightDelta) and isinstance(edit, Edit)
+    names = {name for name, delta in edit.deltas.items() if delta.any()}
+    everything = dict(v_pipe.unet.named_parameters())
+    allowed = {
+        "cross_attention_kv": set(KVSpace(v_pipe).names),
+        "attention": {name for name in everything if ".attn1." in name or ".attn2." in name},
+        "all": set(everything),
+    }[parameters]
+    assert names <= allowed and len(names) > 0.8 * len(allowed)
+    losses = edit.history["loss"]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_the_embedding_group_changes_the_targets_own_words(v_pipe, untouched):
+    options = FAST | {"steps": 12, "preserve_batch": 0}
+    edit = ablate(v_pipe, "a cat", "a dog", parameters="embedding", learning_rate=0.05, **options)
+    assert isinstance(edit, TokenEdit) and edit.tokens == ("cat",)
+    assert np.mean(edit.history["loss"][-3:]) < np.mean(edit.history["loss"][:3])
+    plain = encode_prompts(v_pipe, ["a dog"])
+    with edit.applied(v_pipe):
+        assert torch.equal(encode_prompts(v_pipe, ["a dog"]), plain)
+    for aimed, reason in (("a zebra", "not in the vocabulary"), ("the dog", None)):
+        if reason:
+            with pytest.raises(ConeslabError, match=reason):
+                ablate(v_pipe, aimed, "a dog", parameters="embedding", **FAST)
+    with pytest.raises(ConeslabError, match="no word that its anchor lacks"):
+        ablate(v_pipe, "dog", "a dog", parameters="embedding", **FAST)
+    with pytest.raises(ConeslabError, match="teacher='frozen'"):
+        ablate(v_pipe, "a cat", "a dog", parameters="embedding", teacher="current", **FAST)
+
+
+def test_the_current_teacher_is_the_model_in_training(v_pipe):
+    """Both teachers agree at the first step, where nothing is trained yet, and part afterwards."""
+    runs = {
+        teacher: ablate(v_pipe, "a cat", "a dog", teacher=teacher, dtype=torch.float32, learning_rate=0.02, **FAST)
+        for teacher in ("frozen", "current")
+    }
+    first, later = zip(*((run.history["loss"][0], run.history["loss"][-1]) for run in runs.values()), strict=True)
+    assert first[0] == pytest.approx(first[1], rel=1e-4) and abs(later[0] - later[1]) > 1e-4 * later[0]
+
+
+def test_several_targets_share_an_anchor_or_have_their_own(v_pipe):
+    shown = ablation_pairs(v_pipe, ["cat", "car"], "dog", templates=("a {}",), **DRAW)
+    assert shown.anchors == ("a dog", "a dog") and [len(part) for part in shown.latents] == [2, 2]
+    own = ablation_pairs(v_pipe, ["cat", "car"], ["dog", "house"], templates=("a {}",), **DRAW)
+    assert own.anchors == ("a dog", "a house")
+    images = v_pipe(["a dog"] * 3, num_inference_steps=1).images
+    given = ablation_pairs(v_pipe, "cat", "dog", images=images)
+    assert len(given.latents[0]) == 3
+
+
+def test_ablations_come_back_from_files(v_pipe, tmp_path):
+    edit = ablate(v_pipe, "a cat", "a dog", **FAST)
+    again = load_edit(edit.save(tmp_path / "cat"))
+    assert all(torch.equal(again.deltas[name], delta) for name, delta in edit.deltas.items())
+    assert again.settings["anchor"] == "a dog"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target": "a dog"}, "the same or empty"),
+        ({"target": " "}, "the same or empty"),
+        ({"target": ["a cat", "a car"], "anchor": ["a dog"] * 3}, "2 targets and 3 anchors"),
+        ({"target": []}, "0 targets"),
+        ({"templates": ("on the grass",)}, "with {}"),
+        ({"images": []}, "at least one is needed"),
+        ({"pictures": 0}, "at least one is needed"),
+        ({"method": "magic"}, "choose one of model, noise"),
+        ({"parameters": "some"}, "choose one of cross_attention_kv"),
+        ({"teacher": "none"}, "frozen, current"),
+        ({"steps": 0}, "positive"),
+    ],
+)
+def test_bad_settings_are_refused(v_pipe, untouched, options, reason):
+    settings = {"target": "a cat", "anchor": "a dog", **FAST, **options}
+    with pytest.raises(ConeslabError, match=reason):
+        ablate(v_pipe, settings.pop("target"), settings.pop("anchor"), **settings)
+
+
+# --- neighbours ---
+
+
+def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe, untouched):
+    edit = closed_form_edit(v_pipe, "a cat", "a dog", preserve=["a car"], ridge=0.3, preserve_weight=0.2)
+    name, parameter = list(KVSpace(v_pipe).parameters.items())[1]
+    base = parameter.detach().double()
+    ids = len(v_pipe.tokenizer("a cat").input_ids)
+    cat, dog, car = (encode_prompts(v_pipe, [c]).detach().double()[0, ids - 2 :] for c in ("a cat", "a dog", "a car"))
+
+    def objective(weight):
+        erased = (cat @ weight.T - dog @ base.T).square().sum() / len(cat)
+        kept = 0.2 * (car @ weight.T - car @ base.T).square().sum() / len(car)
+        return erased + kept + 0.3 * (weight - base).square().sum()
+
+    free = base.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = objective(free)
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimiser.step(closure)
+    assert torch.allclose(base + edit.deltas[name].double(), free.detach(), atol=1e-5)
+    assert objective(base + edit.deltas[name].double()) < objective(base)
+
+
+def test_erasure_aims_away_from_the_target(v_pipe, untouched):
+    edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch=4, progress=False)
+    from coneslab.concept_loss import Pairs, drawn_once
+    from coneslab.diffusion import encode_images
+
+    latents = encode_images(v_pipe, list(drawn_once(v_pipe, ["a cat"] * 4, steps=2)))
+    pair = Pairs(latents, encode_prompts(v_pipe, ["a cat"]).detach()[0], 4)
+    draw = rounds(v_pipe, [pair], 0)(0)
+    with torch.no_grad():
+        own, none = predictions(v_pipe, draw, ["a cat"], [4]), predictions(v_pipe, draw, [""], [4])
+    expected = (own - (none - 2.0 * (own - none))).square().mean()
+    assert edit.history["loss"][0] == pytest.approx(float(expected), rel=1e-4)
+    longer = erase(v_pipe, "a cat", **DRAW, steps=12, batch=4, progress=False)
+    assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
+
+
+def test_ablating_neurons_lower_the_targets_loss_on_the_anchor(v_pipe, untouched):
+    options = {"rounds": 8, "subject_batch": 8, "prior_batch": 4, "threshold_quantile": 0.95, "progress": False}
+    found = ablating_neurons(v_pipe, "a cat", "a dog", **DRAW, **options)
+    assert found.subject == "a cat → a dog" and len(found.shut())
+    assert np.mean(found.history["subject_loss"][-3:]) < np.mean(found.history["subject_loss"][:3])
+
+
+def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe, untouched):
+    edit = prune_feed_forward(v_pipe, "a cat", "a dog", share=0.1, pictures=2, samples=8, sampler_steps=2)
+    weights = dict(v_pipe.unet.named_parameters())
+    assert set(edit.deltas) == {name for name in weights if name.endswith("ff.net.2.weight")}
+    assert any(delta.any() for delta in edit.deltas.values())
+    with edit.applied(v_pipe):
+        for name, delta in edit.deltas.items():
+            gone = delta != 0
+            assert (weights[name][gone] == 0).all() and gone.sum(1).max() <= round(0.1 * delta.shape[1])
+    # the scores by hand, for one layer
+    from coneslab.concept_loss import Pairs, drawn_once
+    from coneslab.diffusion import encode_images
+
+    layer, scores = "mid_block.attentions.0.transformer_blocks.0.ff.net.2", []
+    module = v_pipe.unet.get_submodule(layer)
+    for caption in ("a cat", "a dog"):
+        latents, seen = encode_images(v_pipe, list(drawn_once(v_pipe, [caption] * 2, steps=2))), []
+        draw = rounds(v_pipe, [Pairs(latents, encode_prompts(v_pipe, [caption]).detach()[0], 8)], 0)(0)
+        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            predictions(v_pipe, draw, [caption], [8])
+        handle.remove()
+        scores.append(module.weight.detach().abs() * seen[0].reshape(-1, seen[0].shape[-1]).norm(dim=0))
+    first = scores[0].argmax(1)
+    rows = torch.arange(len(first))
+    expected = scores[0][rows, first] > scores[1][rows, first]
+    assert torch.equal(edit.deltas[f"{layer}.weight"][rows, first] != 0, expected)
+
+
+def test_neighbours_refuse_bad_settings(v_pipe, untouched):
+    for call, reason in (
+        (lambda: closed_form_edit(v_pipe, "a cat", "a dog", ridge=0), "positive"),
+        (lambda: closed_form_edit(v_pipe, ["a", "b"], ["c"] * 3), "2 targets and 3 anchors"),
+        (lambda: erase(v_pipe, " "), "name a concept"),
+        (lambda: prune_feed_forward(v_pipe, "a cat", "a dog", share=1.0), "share in"),
+    ):
+        with pytest.raises(ConeslabError, match=reason):
+            call()
+
+
+def test_the_denoising_loss_takes_another_target(v_pipe):
+    torch.manual_seed(0)
+    latents, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([5, 800])
+    text, wanted = encode_prompts(v_pipe, ["a cat"]), torch.randn(2, 4, 8, 8)
+    loss = denoising_loss(v_pipe, latents, text, noise=noise, timesteps=t, wanted=wanted)
+    made = v_pipe.unet(add_noise(v_pipe.scheduler, latents, noise, t), t, encoder_hidden_states=text.expand(2, -1, -1))
+    assert torch.allclose(loss, (made.sample - wanted).square().mean())
