@@ -5,8 +5,7 @@ An interruption loses one cell. `experiments.py` says which cells there are; her
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .concept_loss import concept_loss, prior_pictures
 from .diffusion import generate
-from .edits import Edit, load_edit, model_fingerprint
+from .edits import Edit, load_edit, model_fingerprint, write_whole
 from .errors import ConeslabError
 from .metrics import Judge, bootstrap_interval
 from .neurons import ConceptNeurons
@@ -39,12 +38,17 @@ def run_cells(
     measure: Callable[..., list[Row]],
     path: str | Path,
     *,
+    client: Any = None,
+    keep_going: bool = False,
     progress: bool = True,
 ) -> pandas.DataFrame:
     """Run `measure(**cell)` for every cell that the table at `path` does not hold yet; returns the whole table.
 
     A cell is a set of plain values, such as {"subject": "cat", "seed": 0}; they become columns of its rows. The CSV
-    file is replaced whole after each cell, so a kill at any point loses at most the cell under way and doubles none.
+    file is replaced whole after each cell, so a kill at any point loses at most the cells under way and doubles none.
+    client: a `dask.distributed.Client` whose workers share the cells; `measure` must then be a function that can be
+    sent to them. keep_going: a cell that fails becomes one row with its message in the column error, and the others
+    go on; the next call tries it again. Otherwise the error is raised.
     Raises ConeslabError if the file at `path` is no table of these cells.
     """
     path = Path(path)
@@ -55,17 +59,44 @@ def run_cells(
         raise ConeslabError(
             f"{path} has the columns {', '.join(table.columns)}, cells need {', '.join(names)}: name another file"
         )
+    if len(table) and "error" in table:
+        table = table[table.error.isna()].drop(columns="error")
     done = set(table[names].itertuples(index=False, name=None)) if len(table) and names else set()
-    for cell in tqdm(todo, desc="cells", disable=not progress):
-        if tuple(cell.values()) in done:
-            continue
-        rows = pandas.DataFrame([{**cell, **row} for row in measure(**cell)])
+    todo = [cell for cell in todo if tuple(cell.values()) not in done]
+    bar = tqdm(total=len(done) + len(todo), initial=len(done), desc="cells", disable=not progress)
+    for cell, result in _results(todo, measure, client):
+        if isinstance(result, Exception):
+            if not keep_going:
+                raise result
+            result = [{"error": f"{type(result).__name__}: {result}"}]
+        rows = pandas.DataFrame([{**cell, **row} for row in result])
         table = pandas.concat([table, rows], ignore_index=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        table.to_csv(unfinished, index=False, float_format="%.6g")
-        os.replace(unfinished, path)
+        write_whole(path, table.to_csv(index=False, float_format="%.6g").encode())
+        bar.update()
+    bar.close()
     return table
+
+
+def _results(
+    cells: Sequence[Row], measure: Callable[..., list[Row]], client: Any
+) -> Iterator[tuple[Row, list[Row] | Exception]]:
+    """Every cell with its rows or its error, as they come in."""
+    if client is None:
+        for cell in cells:
+            try:
+                yield cell, measure(**cell)
+            except Exception as error:
+                yield cell, error
+        return
+    from dask.distributed import as_completed
+
+    futures = {client.submit(measure, **cell, pure=False): cell for cell in cells}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result() if future.status == "finished" else future.exception()
+    finally:  # interrupted: what has not begun need not begin
+        client.cancel(list(futures))
 
 
 def subject_share(judge: Judge, images: Sequence[Any], about: Subject) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas
 import pytest
 
-from coneslab.compare import run_cells, summarise
+from coneslab.compare import equivalence, run_cells, summarise
 from coneslab.errors import ConeslabError
 
 CELLS = [{"subject": name, "seed": seed} for name in ("cat", "dog") for seed in range(3)]
@@ -52,3 +52,45 @@ def test_summaries_are_means_over_subjects_and_paired_differences():
     difference = summarise(table, minus="a").set_index("condition")
     assert list(difference.index) == ["b"]
     assert difference.loc["b", ["value", "low", "high"]].tolist() == pytest.approx([0.5, 0.5, 0.5])
+
+
+def failing(subject: str, seed: int) -> list[dict]:
+    if subject == "dog" and seed == 1:
+        raise ValueError("no such dog")
+    return rows_of(subject, seed)
+
+
+@pytest.mark.parametrize("on_dask", [False, True])
+def test_a_failed_cell_is_recorded_and_tried_again(tmp_path, on_dask):
+    path, client = tmp_path / "table.csv", None
+    if on_dask:
+        from dask.distributed import Client
+
+        client = Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None)
+    try:
+        table = run_cells(CELLS, failing, path, client=client, keep_going=True, progress=False)
+        (failed,) = table[table.error.notna()].to_dict("records")
+        assert (failed["subject"], failed["seed"], failed["error"]) == ("dog", 1, "ValueError: no such dog")
+        assert table.error.isna().sum() == 10
+        with pytest.raises(ValueError, match="no such dog"):
+            run_cells(CELLS, failing, path, client=client, progress=False)
+        mended = run_cells(CELLS, rows_of, path, client=client, keep_going=True, progress=False)
+        assert "error" not in mended or mended.error.isna().all()
+        assert len(mended) == 12 and not mended.duplicated(["subject", "seed", "condition"]).any()
+    finally:
+        if client is not None:
+            client.close()
+
+
+def test_equivalence_needs_the_whole_interval_within_the_margin():
+    rng = np.random.default_rng(0)
+    rows = []
+    for cell in [{"subject": name, "seed": seed} for name in "abcdefgh" for seed in range(3)]:
+        base = rng.normal()
+        kinds = (("own", 0.0, 0.0), ("near", 0.002, 0.002), ("far", 0.05, 0.002), ("noisy", 0.0, 0.1))
+        for name, shift, noise in kinds:
+            value = base + shift + noise * rng.normal()
+            rows.append({**cell, "condition": name, "measure": "m", "value": value, "density": 0.1, "seconds": 1.0})
+    tested = equivalence(pandas.DataFrame(rows), minus="own", margins={"m": 0.01}).set_index("condition")
+    assert tested.equivalent.to_dict() == {"near": True, "far": False, "noisy": False}
+    assert (tested.margin == 0.01).all()
