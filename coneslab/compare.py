@@ -46,7 +46,7 @@ def run_cells(
 
     A cell is a set of plain values, such as {"subject": "cat", "seed": 0}; they become columns of its rows. The CSV
     file is replaced whole after each cell, so a kill at any point loses at most the cells under way and doubles none.
-    client: a `dask.distributed.Client` whose workers share the cells; `measure` must then be a function that can be
+    client: a `distributed.Client` (Dask) whose workers share the cells; `measure` must then be a function that can be
     sent to them. keep_going: a cell that fails becomes one row with its message in the column error, and the others
     go on; the next call tries it again. Otherwise the error is raised.
     Raises ConeslabError if the file at `path` is no table of these cells.
@@ -89,7 +89,7 @@ def _results(
             except Exception as error:
                 yield cell, error
         return
-    from dask.distributed import as_completed
+    from distributed import as_completed
 
     futures = {client.submit(measure, **cell, pure=False): cell for cell in cells}
     try:

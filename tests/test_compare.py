@@ -64,7 +64,7 @@ def failing(subject: str, seed: int) -> list[dict]:
 def test_a_failed_cell_is_recorded_and_tried_again(tmp_path, on_dask):
     path, client = tmp_path / "table.csv", None
     if on_dask:
-        from dask.distributed import Client
+        from distributed import Client
 
         client = Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None)
     try:
