@@ -1,4 +1,4 @@
-"""The command line: `coneslab pretrain`, `evaluate-model`, `experiment`, `build-stickers`; `--help` explains each."""
+"""The command line: `coneslab pretrain`, `evaluate-model`, `experiment`, `compare`, `build-stickers`."""
 
 from __future__ import annotations
 
@@ -130,6 +130,53 @@ def add_experiment_parser(commands: argparse._SubParsersAction) -> None:
     experiment.set_defaults(run=_experiment)
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from . import grid
+    from .methods import METHODS
+
+    methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
+    common = {"methods": methods, "model": arguments.model, "judge": arguments.judge}
+    print(f"{arguments.scheduler or f'{arguments.workers} worker(s) with {arguments.threads} threads each'}")
+    with grid.dask_client(arguments.scheduler, workers=arguments.workers, threads=arguments.threads) as client:
+        if arguments.tune:
+            print(json.dumps(grid.tune_methods(client=client, **common), indent=1))
+            return
+        table = grid.compare_methods(
+            arguments.out,
+            counts=[int(count) for count in arguments.counts.split(",")],
+            seeds=arguments.seeds,
+            subjects=arguments.subjects.split(",") if arguments.subjects else None,
+            pictures=arguments.pictures,
+            client=client,
+            **common,
+        )
+    print(grid.paper_table(table).to_string())
+    if "error" in table and table.error.notna().any():
+        raise ConeslabError(f"{int(table.error.notna().sum())} cells failed; the same command tries them again")
+
+
+def add_compare_parser(commands: argparse._SubParsersAction) -> None:
+    """`coneslab compare`: methods x subjects x seeds, the paper's table."""
+    compare = commands.add_parser(
+        "compare",
+        help="methods x subjects and combinations x seeds, on Dask; goes on where the table stands",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument("--methods", help="names by semicolons, as in coneslab.methods.METHODS (default: all)")
+    compare.add_argument("--tune", action="store_true", help="choose each method's settings on the tuning subjects")
+    compare.add_argument("--counts", default="1,2,3,4", help="numbers of subjects in a picture")
+    compare.add_argument("--subjects", help='names and combinations by commas, such as "cat,dog+house"')
+    compare.add_argument("--seeds", type=int, default=3)
+    compare.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
+    compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
+    compare.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
+    compare.add_argument("--workers", type=int, default=1, help="processes of the cluster on this machine")
+    compare.add_argument("--threads", type=int, default=2, help="threads in each of them")
+    compare.add_argument("--out", type=Path, help="the table (default: data/results/methods.csv)")
+    compare.set_defaults(run=_compare)
+
+
 def _build_stickers(arguments: argparse.Namespace) -> None:
     from . import stickers, world
 
@@ -150,6 +197,7 @@ def parser() -> argparse.ArgumentParser:
     add_pretrain_parser(commands)
     add_evaluate_model_parser(commands)
     add_experiment_parser(commands)
+    add_compare_parser(commands)
     add_build_stickers_parser(commands)
     return top
 

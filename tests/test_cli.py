@@ -4,7 +4,7 @@ import pytest
 
 from coneslab import cli
 
-COMMANDS = ("pretrain", "evaluate-model", "experiment", "build-stickers")
+COMMANDS = ("pretrain", "evaluate-model", "experiment", "compare", "build-stickers")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
