@@ -1,0 +1,102 @@
+"""Reports of ablations: shares recounted by hand, detectors calibrated on real pictures, attacks without a trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_judge import save_small_judge
+
+from coneslab.ablation import ablate
+from coneslab.ablation_report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
+from coneslab.diffusion import generate
+from coneslab.errors import ConeslabError
+from coneslab.metrics import kid, load_judge
+from coneslab.world import CLASSES, memorised, sample
+
+FAST = {"pictures": 3, "steps": 2}
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
+
+
+@pytest.fixture
+def edit(v_pipe):
+    return ablate(v_pipe, "a cat", "a dog", pictures=4, sampler_steps=2, steps=3, learning_rate=0.05, progress=False)
+
+
+def test_neighbours_are_those_of_the_world():
+    groups = near_and_far("ladybug")
+    assert groups["looks alike"] == ("strawberry",) and "butterfly" in groups["same category"]
+    assert all(CLASSES[name].category == CLASSES["ladybug"].category for name in groups["same category"])
+    every = [name for group in groups.values() for name in group]
+    assert sorted([*every, "ladybug"]) == sorted(CLASSES)
+    with pytest.raises(ConeslabError, match="unicorn"):
+        near_and_far("unicorn")
+
+
+def test_the_report_is_what_one_would_count_by_hand(v_pipe, judge, edit):
+    report = evaluate_ablation(v_pipe, judge, edit, "a cat", "a dog", others={"far": ["a car", "a house"]}, **FAST)
+    table = report.set_index(["prompt", "measure"]).value
+    texts = judge.text_features(["a cat", "a dog", "a car", "a house"])
+    for prompt, rivals in (("a cat", [1]), ("a dog", [0]), ("a car", [0, 1, 3])):
+        own = ["a cat", "a dog", "a car", "a house"].index(prompt)
+        before = judge.image_features(generate(v_pipe, [prompt] * 3, steps=2))
+        with edit.applied(v_pipe):
+            after = judge.image_features(generate(v_pipe, [prompt] * 3, steps=2))
+        near = after @ texts.T
+        assert table[prompt, "CLIP score"] == pytest.approx(float(near[:, own].mean()), abs=1e-4)
+        share = (near[:, own] > near[:, rivals].max(1).values).float().mean()
+        assert table[prompt, "CLIP accuracy"] == pytest.approx(float(share))
+        assert table[prompt, "KID"] == pytest.approx(kid(before, after), abs=1e-4)
+        assert table[prompt, "change"] == pytest.approx(1 - float((before * after).sum(1).mean()), abs=1e-4)
+    assert (report.low.isna() == (report.measure == "KID")).all()
+    none = evaluate_ablation(v_pipe, judge, None, "a cat", "a dog", **FAST).set_index(["prompt", "measure"]).value
+    assert none["a cat", "change"] == pytest.approx(0, abs=1e-5)
+    assert none["a cat", "CLIP accuracy"] == none["a cat", "accuracy before"]
+    with pytest.raises(ConeslabError, match="nothing to tell apart"):
+        evaluate_ablation(v_pipe, judge, None, "a cat", "a cat", **FAST)
+
+
+def test_a_copy_detector_keeps_its_rate_of_false_alarms(judge):
+    from PIL import Image
+
+    real = sample(400, seed=3).images
+    original = Image.fromarray(memorised("lighthouse")[0])
+    detector = CopyDetector.calibrated(judge, original, real[:200], false_alarms=0.05)
+    assert detector.false_alarms <= 0.05
+    assert detector.copies(real[200:]).mean() < 0.15
+    assert detector.copies([original]).all() and detector.similarity(original) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ConeslabError, match="give at least 100"):
+        CopyDetector.calibrated(judge, original, real[:50], false_alarms=0.01)
+
+
+def test_misspellings_are_near_misses():
+    assert misspelled("rabbit") == ("rabbbit", "rabibt", "rabit") or len(set(misspelled("rabbit"))) == 3
+    for word in ("cat", "strawberry"):
+        assert word not in misspelled(word) and all(abs(len(word) - len(wrong)) <= 1 for wrong in misspelled(word))
+
+
+def test_attacks_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit):
+    before = {name: tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
+    tokenizer, unet = v_pipe.tokenizer, v_pipe.unet
+    report = attacks(
+        v_pipe, judge, edit, "a cat", "a dog", paraphrases=["the cat"], synonyms=["a sks"], word="cat",
+        inversion_steps=2, finetune_steps=2, **FAST,
+    )  # fmt: skip
+    assert report.attack.tolist() == [
+        "plain prompt", "paraphrases", "other words", "misspellings", "img2img", "Textual Inversion",
+        "fine-tuning back",
+    ]  # fmt: skip
+    assert report.value.between(0, 1).all() and (report.low <= report.value).all()
+    with edit.applied(v_pipe):
+        drawn = generate(v_pipe, ["a cat"] * 3, steps=2)
+    near = judge.image_features(drawn) @ judge.text_features(["a cat", "a dog"]).T
+    assert report.value[0] == pytest.approx(float((near[:, 0] > near[:, 1]).float().mean()))
+    assert v_pipe.tokenizer is tokenizer and v_pipe.unet is unet
+    assert all(torch.equal(before[name], tensor) for name, tensor in v_pipe.unet.state_dict().items())
+    with pytest.raises(ConeslabError, match="strength"):
+        attacks(v_pipe, judge, None, "a cat", "a dog", strength=0, **FAST)
+    assert np.isfinite(report.value).all()
