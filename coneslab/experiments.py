@@ -29,6 +29,7 @@ from .concatenation import (
     output_changes,
 )
 from .concept_loss import concept_loss, prior_pictures
+from .conceptor_experiment import PLANTED, conceptor, planted
 from .controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
 from .diffusion import generate
 from .edits import Edit
@@ -274,15 +275,24 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
 # --- running them ---------------------------------------------------------------------------------------
 
 
+def _together(title: str) -> list[Subject]:
+    return [subject(name) for name in title.split("+")]
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """measure(setting, subject or subjects, seed) -> rows; table: its file in `data/results`."""
+    """measure(setting, what a cell is about, seed) -> rows; table: its file in `data/results`; names: its cells.
+
+    resolve: makes a subject, several, or whatever a cell is about from its name.
+    """
 
     measure: Callable[[Setting, Any, int], list[Row]]
     table: str
-    combined: bool = False  # cells are combinations of subjects
+    names: tuple[str, ...] = SUBJECTS[:8]
+    resolve: Callable[[str], Any] = subject
 
 
+COMBINATION_NAMES = tuple("+".join(names) for size in sorted(COMBINATIONS) for names in COMBINATIONS[size])
 EXPERIMENTS = {
     "controls": Experiment(controls, "concept_neurons.csv"),
     "precision": Experiment(precision, "mask_precision.csv"),
@@ -291,10 +301,9 @@ EXPERIMENTS = {
     "references": Experiment(references, "reference_pictures.csv"),
     "agreement": Experiment(agreement, "mask_agreement.csv"),
     "finders": Experiment(finders, "finders.csv"),
-    "together": Experiment(together, "concatenation.csv", combined=True),
+    "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, _together),
+    "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
 }
-DEFAULT_SUBJECTS = SUBJECTS[:8]
-DEFAULT_COMBINATIONS = tuple("+".join(names) for size in sorted(COMBINATIONS) for names in COMBINATIONS[size])
 
 
 def run_experiment(
@@ -308,19 +317,19 @@ def run_experiment(
 ) -> pandas.DataFrame:
     """Run an experiment, or what its table still lacks; returns it, a row a (subject, seed, condition, measure).
 
-    subjects: names, by default eight; for "together" combinations such as "cat+car", by default all that ship.
+    subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
+    planted facts such as "hypernym:pet".
     path: of the table, by default in `data/results`. Raises ConeslabError for an unknown experiment, WorldError for
     an unknown subject, before anything is computed.
     """
     if name not in EXPERIMENTS:
         raise ConeslabError(f"{name!r} is no experiment: choose one of {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
-    chosen = subjects or (DEFAULT_COMBINATIONS if experiment.combined else DEFAULT_SUBJECTS)
-    known = {title: [subject(part) for part in title.split("+")] for title in chosen}
+    chosen = subjects or experiment.names
+    known = {title: experiment.resolve(title) for title in chosen}
 
     def cell(subject: str, seed: int) -> list[Row]:
-        abouts = known[subject]
-        return experiment.measure(setting, abouts if experiment.combined else abouts[0], seed)
+        return experiment.measure(setting, known[subject], seed)
 
     cells = [{"subject": title, "seed": seed} for title in chosen for seed in range(seeds)]
     return run_cells(cells, cell, path or data_folder() / "results" / experiment.table, progress=progress)

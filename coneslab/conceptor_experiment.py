@@ -1,0 +1,176 @@
+"""Is a decomposition faithful? Every planted concept, several seeds, against the truth and against controls.
+
+The world knows what "a pet" stands for (`world.FACTS`), so precision, ranking and both senses of a word can be checked,
+and so can what happens to the pictures when a component is taken out.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from .bias import bias, group_shares, rebalance
+from .compare import Row, rows_of
+from .conceptor import Decomposition, decompose
+from .diffusion import generate
+from .edits import Edit
+from .errors import ConeslabError
+from .metrics import kid
+from .personalize import textual_inversion
+from .vocabulary import Vocabulary, encode_vocabulary
+from .world import CLASSES, FACTS, article
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A word and what it stands for: component -> (the words that name it, its true share)."""
+
+    kind: str
+    word: str
+    components: dict[str, tuple[tuple[str, ...], float]]
+
+    @property
+    def prompt(self) -> str:
+        return self.word if self.kind == "exemplar" else f"{article(self.word)} {self.word}"
+
+
+def planted(name: str) -> Planted:
+    """ "hypernym:pet", "sense:bat", "exemplar:mascot", "profession:doctor". Raises ConeslabError for any other."""
+    kind, _, word = name.partition(":")
+    if kind == "profession" and word in CLASSES and CLASSES[word].share_man is not None:
+        man = float(CLASSES[word].share_man or 0.0)
+        return Planted(kind, word, {"man": (("man",), man), "woman": (("woman",), 1 - man)})
+    if kind not in ("hypernym", "sense", "exemplar") or word not in FACTS[kind]:
+        raise ConeslabError(f"{name!r} is not planted: choose one of {', '.join(PLANTED)}")
+    shares = FACTS[kind][word]
+    names = {part: (part, *CLASSES[part].synonyms) if part in CLASSES else (part,) for part in shares}
+    return Planted(kind, word, {part: (names[part], float(share)) for part, share in shares.items()})
+
+
+PLANTED = (
+    *(f"{kind}:{word}" for kind in ("hypernym", "sense", "exemplar") for word in FACTS[kind]),
+    *(f"profession:{name}" for name, info in CLASSES.items() if info.share_man is not None),
+)
+
+
+def component_shares(found: Decomposition, fact: Planted) -> dict[str, float]:
+    """Share of each true component's words in a decomposition."""
+    return {part: found.share(words) for part, (words, _) in fact.components.items()}
+
+
+def faithfulness(found: Decomposition, fact: Planted) -> dict[str, float]:
+    """Precision and recall of the true components in the top of a decomposition, and how their shares rank.
+
+    "precision at k", k the number of components: share of the top k words that name one; "recall at k": share of the
+    components named there; "recall at 10"; "rank correlation" (Spearman) and "error of shares" (mean absolute) of the
+    components' shares among themselves with the true ones.
+    """
+    top = [word for word, _ in found.top(10)]
+    named = {word: part for part, (words, _) in fact.components.items() for word in words}
+    count = len(fact.components)
+    hits = [named.get(word) for word in top]
+    got, true = component_shares(found, fact), {part: share for part, (_, share) in fact.components.items()}
+    total = sum(got.values())
+    relative = {part: value / total if total else 1 / count for part, value in got.items()}
+    ranks = spearmanr(list(got.values()), list(true.values())).statistic if len(set(true.values())) > 1 else np.nan
+    return {
+        "precision at k": sum(hit is not None for hit in hits[:count]) / count,
+        "recall at k": len({hit for hit in hits[:count] if hit}) / count,
+        "recall at 10": len({hit for hit in hits if hit}) / count,
+        "rank correlation": float(np.nan_to_num(ranks)) if len(set(true.values())) > 1 else np.nan,
+        "error of shares": float(np.mean([abs(relative[part] - true[part]) for part in true])),
+    }
+
+
+@lru_cache(maxsize=2)
+def _words(pipe: Any, judge: Any) -> Vocabulary:
+    return encode_vocabulary(pipe, judge, progress=False)
+
+
+def conceptor(setting: Any, fact: Planted, seed: int) -> list[Row]:
+    """One planted concept from one seed: faithfulness, reconstruction beside controls, removal, bias."""
+    pipe, judge = setting.pipe, setting.judge
+    words, how = _words(pipe, judge), {"batch": 12, "pictures": 64, "steps": 300}
+    found = decompose(pipe, fact.prompt, judge, vocabulary=words, seed=seed, progress=False, **how)
+    loose = decompose(pipe, fact.prompt, judge, vocabulary=words, seed=seed, sparsity=0.0, progress=False, **how)
+    rng, count = np.random.default_rng(seed), found.explain
+    random_words = replace(
+        found, words=tuple(rng.choice(words.words, count, replace=False)), coefficients=found.coefficients[:count]
+    )
+    real = judge.image_features(generate(pipe, [fact.prompt] * 48, seed=seed + 20_000, batch_size=24))
+    order = (words.features @ real.mean(0)).argsort(descending=True).tolist()
+    near = tuple(words.words[i] for i in order if words.words[i] in found.words)[:count]
+    nearest = replace(found, words=near, coefficients=np.ones(len(near), np.float32))
+    rows = []
+    sums = {"Conceptor": found, "no sparsity": loose, "random words": random_words, "nearest words": nearest}
+    for name, one in sums.items():
+        rows += rows_of(faithfulness(one, fact), condition=name, kind=fact.kind)
+    free = _free_token(pipe, fact, found, seed)
+    for name, edit in {**sums, "free token": free}.items():
+        with edit.applied(pipe):
+            drawn = judge.image_features(generate(pipe, [found.prompt] * 48, seed=seed + 30_000, batch_size=24))
+        values = {"likeness": float((drawn @ real.mean(0)).mean()), "KID": kid(drawn, real)}
+        rows += rows_of(values, condition=name, kind=fact.kind)
+    rows += _removals(setting, found, fact, seed)
+    if fact.kind == "profession":
+        rows += _balance(setting, found, fact, seed)
+    return rows
+
+
+def _free_token(pipe: Any, fact: Planted, found: Decomposition, seed: int) -> Edit:
+    """A vector trained on the same pictures without being a sum of words: the ceiling of reconstruction."""
+    shown = generate(pipe, [fact.prompt] * 64, seed=seed, batch_size=25)
+    about = SimpleNamespace(
+        name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=""
+    )
+    how: dict[str, Any] = {"steps": 300, "batch": 12, "learning_rate": 5e-3, "initial": ""}
+    return textual_inversion(pipe, about, seed=seed, progress=False, **how)
+
+
+def _removals(setting: Any, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
+    """Share of pictures that show a component before and after its words are taken out."""
+    groups = {part: words for part, (words, _) in fact.components.items()}
+    if len(groups) < 2:
+        return []
+
+    def shares(one: Decomposition) -> dict[str, float]:
+        with one.applied(setting.pipe):
+            drawn = generate(setting.pipe, [one.prompt] * 48, seed=seed + 40_000, batch_size=24)
+        return {part: share.estimate for part, share in group_shares(setting.judge, drawn, groups).items()}
+
+    before, rows = shares(found), []
+    for part, words in groups.items():
+        own = [word for word in words if found.share(word) > 0]
+        if not own or before[part] == 0 or found.share(own) > 0.999:
+            continue
+        values = {"share before": before[part], "share after": shares(found.without(*own))[part]}
+        rows += rows_of(values, condition="component removed", kind=fact.kind, component=part)
+    return rows
+
+
+def _balance(setting: Any, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
+    """How far the coefficients lean, how far the pictures do, and how far these do once those are balanced."""
+    groups = {part: words for part, (words, _) in fact.components.items()}
+
+    def men(edit: Edit | None, prompt: str) -> float:
+        with edit.applied(setting.pipe) if edit is not None else nullcontext():
+            drawn = generate(setting.pipe, [prompt] * 96, seed=seed + 50_000, batch_size=24)
+        return group_shares(setting.judge, drawn, groups)["man"].estimate
+
+    rows = rows_of(
+        {"man, planted": fact.components["man"][1], "man, pictures": men(None, fact.prompt)},
+        condition="untouched model", kind=fact.kind,
+    )  # fmt: skip
+    leaning = {"man, coefficients": bias(found, groups)["man"], "man, pictures": men(found, found.prompt)}
+    rows += rows_of(leaning, condition="Conceptor", kind=fact.kind)
+    try:
+        even = rebalance(found, groups)
+    except ConeslabError:  # neither word matters: nothing to balance, which is a result
+        return rows
+    return rows + rows_of({"man, pictures": men(even, even.prompt)}, condition="balanced", kind=fact.kind)
