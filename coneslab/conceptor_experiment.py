@@ -96,7 +96,8 @@ def _words(pipe: Any, judge: Any) -> Vocabulary:
 def conceptor(setting: Any, fact: Planted, seed: int) -> list[Row]:
     """One planted concept from one seed: faithfulness, reconstruction beside controls, removal, bias."""
     pipe, judge = setting.pipe, setting.judge
-    words, how = _words(pipe, judge), {"batch": 12, "pictures": 64, "steps": 300}
+    words = _words(pipe, judge)
+    how: dict[str, Any] = {"batch": 12, "pictures": 64, "steps": 300}
     found = decompose(pipe, fact.prompt, judge, vocabulary=words, seed=seed, progress=False, **how)
     loose = decompose(pipe, fact.prompt, judge, vocabulary=words, seed=seed, sparsity=0.0, progress=False, **how)
     rng, count = np.random.default_rng(seed), found.explain
