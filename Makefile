@@ -15,8 +15,6 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 LAB_ARGS ?=
-# The notebooks are drafts until the model that they run on has been trained.
-TESTED := $(if $(wildcard data/models/tiny/model_index.json),,coneslab tests)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: lab test notebooks bench clean
@@ -29,7 +27,7 @@ lab: $(VENV)/.coneslab
 test: $(VENV)/.coneslab-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=10 $(TESTED)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=10
 
 notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \

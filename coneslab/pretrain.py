@@ -377,6 +377,9 @@ def train(runs: Path, stages: Sequence[str], *, minutes: float | None = None) ->
 def export(runs: Path, models: Path | None = None) -> Path:
     """Put what is trained under `runs` into the folder of shipped models, with model cards and sums.
 
+    The cards' figures are those in `results/evaluation_tiny.json` and `evaluation_judge.json` beside that folder, which
+    `coneslab evaluate-model --json` writes.
+
     The U-Net's weights are stored in float16, everything else in float32. The autoencoder is runs/decoder's where
     there is one, else runs/vae's. Raises ConeslabError if the U-Net or the judge is missing.
     """
@@ -397,7 +400,21 @@ def export(runs: Path, models: Path | None = None) -> Path:
     shutil.copytree(runs / "judge" / "model", models / "judge", dirs_exist_ok=True)
     logs = {stage: Log.load(runs / stage / "log.json") for stage in ("vae", "decoder", "unet", "judge")
             if (runs / stage / "log.json").is_file()}  # fmt: skip
-    write_model_card(models / "tiny", {stage: log for stage, log in logs.items() if stage != "judge"})
-    write_model_card(models / "judge", {"judge": logs["judge"]})
+    by_model = {"judge": {"judge": logs.pop("judge")}, "tiny": logs}
+    for name, own in by_model.items():
+        write_model_card(models / name, own, _evaluated(models.parent / "results" / f"evaluation_{name}.json"))
     write_sums(models)
     return models
+
+
+def _evaluated(file: Path) -> dict[str, str] | None:
+    """What `coneslab evaluate-model --json FILE` found, a line of text a share; None if it was not run yet."""
+    if not file.is_file():
+        return None
+    rows = {}
+    for row in json.loads(file.read_text(encoding="utf-8"))["shares"]:
+        bar = "" if row["bar"] is None else f"; bar {row['bar']:.2f}: {'met' if row['met'] else 'missed'}"
+        real = "" if row["real"] is None else f"; on real pictures {row['real']['estimate']:.3f}"
+        interval = f"{row['estimate']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['values']}"
+        rows[row["name"]] = interval + bar + real
+    return rows

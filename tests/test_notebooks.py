@@ -7,8 +7,7 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-MODEL = FOLDER.parent / "data" / "models" / "tiny" / "model_index.json"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb")) if MODEL.is_file() else []  # drafts until there is a model to run them
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MEGABYTE = 1_000_000
 
 
