@@ -121,7 +121,7 @@ def finds_objects(
     """Whether the judge finds every named object in each picture, (n,) bool.
 
     The rule is a permutation test. A named object is swapped, in the caption, for each class that is not named; it
-    is found if p = (1 + swapped captions nearer to the picture) / (1 + swapped captions) is at most `level`
+    is found if p = (1 + swapped captions at least as near to the picture) / (1 + swapped captions) is at most `level`
     (Phipson and Smyth 2010). So an object that is not there passes in about that share of the pictures, for any
     judge, with no threshold to tune. To ask that no swap be nearer at all (level 0) turns away four pictures in
     five that do show all four. `judge_accuracy` reports both kinds of error on real pictures.
@@ -133,7 +133,7 @@ def finds_objects(
         options.append([_listed(named), *map(_listed, swapped)])
     found = []
     for named, (true, *swaps) in zip(objects, cosines(judge, images, options), strict=True):
-        nearer = (np.reshape(swaps, (len(named), -1)) > true).sum(1)  # (objects,)
+        nearer = (np.reshape(swaps, (len(named), -1)) >= true).sum(1)  # (objects,)
         found.append((1 + nearer <= level * (1 + len(swaps) // len(named))).all())
     return np.array(found)
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from . import world
-from .training import Feed, Log, Recipe, best_device, fit, mixed_precision
+from .training import Feed, Log, Recipe, best_device, fit, flushing_denormals, mixed_precision
 
 JUDGE = Recipe(
     minutes=17, batch_size=64, learning_rate=1e-3, warmup=150, decay=0.7, ema=0.998, weight_decay=0.05, muon=True
@@ -124,11 +124,11 @@ def scores(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     return scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
 
 
+@flushing_denormals()
 def train_judge(
     runs: Path, tokenizer: CLIPTokenizer, recipe: Recipe = JUDGE, *, device: torch.device | None = None
 ) -> Log:
     """Train the judge into runs/judge; the CLIPModel and its processor are saved as runs/judge/model."""
-    torch.set_flush_denormal(True)
     device = device or best_device()
     folder = runs / "judge"
     model, processor = build_judge(tokenizer, seed=recipe.seed)

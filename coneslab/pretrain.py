@@ -43,6 +43,7 @@ from .training import (
     batches,
     best_device,
     fit,
+    flushing_denormals,
     load_checkpoint,
     mixed_precision,
     save_checkpoint,
@@ -128,6 +129,7 @@ def picture_loss(made: Tensor, real: Tensor, weights: Tensor, *, softness: float
     return size(error, weights), 0.5 * (across + down)
 
 
+@flushing_denormals()
 def train_vae(
     runs: Path, recipe: Recipe = VAE, *, decoder_only: bool = False, device: torch.device | None = None
 ) -> Log:
@@ -135,7 +137,6 @@ def train_vae(
 
     Once the encoder is done its latents stay as they are: the U-Net learns on them, while the decoder may go on.
     """
-    torch.set_flush_denormal(True)
     device = device or best_device()
     folder = runs / ("decoder" if decoder_only else "vae")
     torch.manual_seed(recipe.seed)
@@ -306,11 +307,11 @@ PREVIEW_PROMPTS = (
 )  # fmt: skip
 
 
+@flushing_denormals()
 def train_unet(
     runs: Path, recipe: Recipe = UNET, *, pictures: int | None = None, device: torch.device | None = None
 ) -> Log:
     """Train U-Net and text encoder together on latents of runs/vae; the pipeline is saved as runs/unet/model."""
-    torch.set_flush_denormal(True)
     device = device or best_device()
     folder = runs / "unet"
     vae = AutoencoderKL.from_pretrained(runs / "vae" / "model").to(device).requires_grad_(False)

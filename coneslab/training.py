@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -280,6 +280,20 @@ def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, An
 Loss = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
+@contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """Take tiny numbers as 0 for the length of a block or function: they are slow, and gradients are full of them.
+
+    Begin before worker threads start, which inherit it.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@flushing_denormals()
 def fit(
     folder: Path,
     *,
@@ -300,9 +314,6 @@ def fit(
     and on KeyboardInterrupt. `preview(step)` runs at every checkpoint with averaged weights in place.
     `stop_after` ends the call (not the budget) at a step.
     """
-    torch.set_flush_denormal(
-        True
-    )  # before worker threads start, which inherit it; tiny gradients are slow otherwise
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / "checkpoint.safetensors", Log(facts=_run_facts(recipe, modules) | dict(facts or {}))
     weights = _named(modules)
