@@ -63,5 +63,6 @@ def test_has_something_to_move_exercises_and_references(path, code):
     listed = re.split(r"(?m)^#+ .*Exercises.*$", text)[-1]
     assert len(re.findall(r"(?i)\bexercise\b", text)) >= 2 or len(re.findall(r"(?m)^\d\. ", listed)) >= 2
     assert re.search(r"(?im)^#+ .*(references|reading|read on)", text)
-    shown = any(kind.startswith("image/") for kind in kinds) or any("<img " in words(output) for output in outputs(code))
-    assert shown, "no static figure for where no kernel runs"
+    pictures = [kind for kind in kinds if kind.startswith("image/")]
+    pictures += [1 for output in outputs(code) if "<img " in words(output)]
+    assert pictures, "no static figure for where no kernel runs"
