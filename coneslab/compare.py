@@ -71,7 +71,6 @@ def run_cells(
             result = [{"error": f"{type(result).__name__}: {result}"}]
         rows = pandas.DataFrame([{**cell, **row} for row in result])
         table = pandas.concat([table, rows], ignore_index=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, table.to_csv(index=False, float_format="%.6g").encode())
         bar.update()
     bar.close()
@@ -124,20 +123,24 @@ def measure(
     Draws `pictures` pictures a prompt. All edits measured with one `seed` start from the same noises.
     """
     prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
-    prior = prior_pictures(pipe, about, seed=seed)
     with edit.applied(pipe) if edit is not None else nullcontext():
         drawn = generate(pipe, prompts, seed=1000 * seed, steps=steps, guidance_scale=guidance_scale, batch_size=20)
     return {
         "text alignment": judge.text_alignment(drawn, [about.plain(prompt) for prompt in prompts]),
         "image alignment": judge.image_alignment(drawn, about.images),
         "subject share": float(subject_share(judge, drawn, about).mean()),
-        "concept loss": concept_loss(pipe, about, edit=edit, prior=prior).subject,
+        "concept loss": concept_loss(pipe, about, edit=edit).subject,
     }
 
 
 def rows_of(values: Mapping[str, float], **columns: Any) -> list[Row]:
     """One row for every measure, each with the same other columns."""
     return [{**columns, "measure": name, "value": value} for name, value in values.items()]
+
+
+def kept_neurons(folder: str | Path, about: Subject, *, seed: int, rounds: int) -> Path:
+    """The file in which `found_before` keeps the neurons of one search."""
+    return Path(folder) / f"{about.name}-{seed}-{rounds}.safetensors"
 
 
 def found_before(
@@ -147,7 +150,7 @@ def found_before(
 
     Neurons of another model, or found in another number of rounds, are found anew. Without a folder nothing is kept.
     """
-    path = None if folder is None else Path(folder) / f"{about.name}-{seed}-{rounds}.safetensors"
+    path = None if folder is None else kept_neurons(folder, about, seed=seed, rounds=rounds)
     if path is not None and path.is_file():
         kept = load_edit(path)
         if isinstance(kept, ConceptNeurons) and kept.fingerprint == model_fingerprint(pipe):
@@ -155,7 +158,6 @@ def found_before(
     prior = prior_pictures(pipe, about, seed=seed)
     found = find_concept_neurons(pipe, about, prior=prior, seed=seed, rounds=rounds, progress=False)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         found.save(path)
     return found
 

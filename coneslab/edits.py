@@ -145,8 +145,12 @@ def require_dose(dose: float) -> None:
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:
-    """Write a file in one go: an interruption leaves the old one, or none, but no half-written one."""
+    """Write a file in one go: an interruption leaves the old one, or none, but no half-written one.
+
+    Folders on the way are made.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(data)

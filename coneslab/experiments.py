@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from .compare import Row, found_before, measure, rows_of, run_cells
+from .compare import Row, found_before, kept_neurons, measure, rows_of, run_cells
 from .concatenation import (
     TunedNeurons,
     additivity,
@@ -104,6 +104,8 @@ def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
     def edits() -> Iterator[tuple[Edit | None, float]]:
         yield None, 0.0
         found, seconds = timed(lambda: find_concept_neurons(pipe, about, rounds=rounds, **common))
+        if setting.masks is not None:  # the other experiments need not search again
+            found.save(kept_neurons(setting.masks, about, seed=seed, rounds=rounds))
         binary = found.binary()
         yield found, seconds
         yield binary, seconds
@@ -222,16 +224,12 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
     pipe, judge = setting.pipe, setting.judge
     prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
     prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
-    priors = [prior_pictures(pipe, about, seed=seed) for about in subjects]
     options: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "batch_size": 20}
     with edit.applied(pipe) if edit is not None else nullcontext():
         drawn = generate(pipe, prompts, seed=1000 * seed, **options)
     plain = [reduce(lambda text, about: about.plain(text), subjects, prompt) for prompt in prompts]
     classes = [about.class_word for about in subjects]
-    losses = [
-        concept_loss(pipe, about, edit=edit, prior=prior).subject
-        for about, prior in zip(subjects, priors, strict=True)
-    ]
+    losses = [concept_loss(pipe, about, edit=edit).subject for about in subjects]
     return {
         "text alignment": judge.text_alignment(drawn, plain),
         "image alignment": float(np.mean([judge.image_alignment(drawn, about.images) for about in subjects])),

@@ -138,7 +138,6 @@ class _Checkpoint:
             for key, value in self.optimiser.state[weight].items():
                 tensors[f"{key}/{name}"] = torch.as_tensor(value)
         facts = {"step": step, "history": history, "identity": self.identity}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self.path, tensors, facts)
 
     def load(self) -> tuple[int, dict[str, list[float]]]:

@@ -107,7 +107,6 @@ def encode_vocabulary(
             total += judge.text_features([template.format(word) for word in chosen])
         features = total / total.norm(dim=1, keepdim=True)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, save({"features": features}))
     return Vocabulary(tuple(chosen), ids, vectors, features)
 
