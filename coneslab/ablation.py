@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .concept_loss import Draw, KVGradient, Pairs, drawn_once, rounds
+from .concept_loss import Draw, KVGradient, Pairs, drawn_latents, rounds
 from .diffusion import add_noise, encode_images, encode_prompts
 from .diffusion import target as regression_target
 from .edits import StoredEdit, WeightDelta, model_fingerprint
@@ -28,6 +27,15 @@ from .tuning import TuningCallback, figures, tune, tune_unet
 Objective = Literal["model", "noise"]
 Parameters = Literal["cross_attention_kv", "attention", "embedding", "all"]
 Prompts = str | Sequence[str]
+
+
+def paired(target: Prompts, anchor: Prompts) -> tuple[list[str], list[str]]:
+    """Targets and as many anchors; one anchor serves all targets. Raises ConeslabError for other numbers."""
+    targets, anchors = ([given] if isinstance(given, str) else list(given) for given in (target, anchor))
+    anchors = anchors * len(targets) if len(anchors) == 1 else anchors
+    if not targets or len(targets) != len(anchors):
+        raise ConeslabError(f"got {len(targets)} targets and {len(anchors)} anchors: give one anchor, or one each")
+    return targets, anchors
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,7 @@ def ablation_pairs(
     pictures: drawn in all; images: pictures of the anchor instead, used for every entry. Several targets have an
     anchor each, or share one. Raises ConeslabError if a target is its own anchor, numbers differ or nothing is given.
     """
-    targets, anchors = ([given] if isinstance(given, str) else list(given) for given in (target, anchor))
-    anchors = anchors * len(targets) if len(anchors) == 1 else anchors
-    if not targets or len(targets) != len(anchors):
-        raise ConeslabError(f"got {len(targets)} targets and {len(anchors)} anchors: give one anchor, or one each")
+    targets, anchors = paired(target, anchor)
     same = [one for one, other in zip(targets, anchors, strict=True) if one.split() == other.split()]
     if same or not all(text.strip() for text in (*targets, *anchors)):
         raise ConeslabError(f"target and anchor are the same or empty ({', '.join(map(repr, same))}): name two things")
@@ -85,7 +90,7 @@ def ablation_pairs(
     each = max(1, -(-pictures // len(named)))
     prompts = [caption for caption in named for _ in range(each)]
     options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale, "progress": progress}
-    drawn = encode_images(pipe, list(drawn_once(pipe, prompts, seed=seed, **options))).detach()
+    drawn = drawn_latents(pipe, prompts, seed=seed, **options)
     return AblationPairs(captions, named, drawn.split(each))
 
 
@@ -151,11 +156,10 @@ def ablate(
         "anchor": anchor if isinstance(anchor, str) else ", ".join(anchor), "steps": steps, "learning_rate": rate,
         "seed": seed,
     }  # fmt: skip
-    how = SimpleNamespace(
-        pipe=pipe, shown=shown, pairs=pairs, aim=aim, current=teacher == "current", parameters=parameters, dtype=dtype,
-        chunk=chunk, at=rounds(pipe, pairs, seed), run=run, subject=named, settings=settings,
-    )  # fmt: skip
-    return train(how)
+    return train(_Plan(
+        pipe, shown, pairs, aim, rounds(pipe, pairs, seed), teacher == "current", parameters, dtype, chunk, named,
+        settings, run,
+    ))  # fmt: skip
 
 
 def _pairs(pipe: Any, shown: AblationPairs, batch: int, preserve_batch: int, preserve_weight: float) -> list[Pairs]:
@@ -201,25 +205,45 @@ class _Aim:
         return replace(draw, wanted=wanted)
 
 
-def _train_kv(how: SimpleNamespace) -> WeightDelta:
+@dataclass(frozen=True)
+class _Plan:
+    """All that training needs. current: the teacher is the network in training; run: options of `tune`."""
+
+    pipe: Any
+    shown: AblationPairs
+    pairs: list[Pairs]
+    aim: _Aim
+    at: Callable[[int], Draw]
+    current: bool
+    parameters: Parameters
+    dtype: torch.dtype | None
+    chunk: int | None
+    subject: str
+    settings: dict[str, Any]
+    run: dict[str, Any]
+
+    def delta(self, deltas: dict[str, Tensor], history: dict[str, list[float]]) -> WeightDelta:
+        about: dict[str, Any] = {"subject": self.subject, "settings": self.settings, "history": history}
+        return WeightDelta(deltas, model_fingerprint(self.pipe), **about)
+
+
+def _train_kv(how: _Plan) -> WeightDelta:
     gradient = KVGradient(how.pipe, how.pairs, dtype=how.dtype, chunk=how.chunk)
-    before = gradient.theta()
-    theta = before.clone()
-    teacher = how.aim.teacher
+    theta = gradient.theta()
+
+    def student(draw: Draw, anchors: Tensor) -> Tensor:
+        assert how.aim.teacher is not None  # the noise-based loss asks for none
+        return how.aim.teacher.outputs(theta, anchors, draw)
 
     def step(number: int) -> dict[str, float]:
-        student = (lambda draw, text: teacher.outputs(theta, text, draw)) if how.current else None
-        losses, theta.grad = gradient(theta, how.aim(how.at(number), student=student))
+        losses, theta.grad = gradient(theta, how.aim(how.at(number), student=student if how.current else None))
         return figures(how.pairs, losses)
 
     history = tune({"theta": theta}, step, **how.run)
-    deltas = {name: part.cpu() for name, part in gradient.space.layout.matrices(theta - before).items()}
-    return WeightDelta(
-        deltas, model_fingerprint(how.pipe), subject=how.subject, settings=how.settings, history=history
-    )
+    return how.delta(gradient.deltas(theta), history)
 
 
-def _train_embedding(how: SimpleNamespace) -> TokenEdit:
+def _train_embedding(how: _Plan) -> TokenEdit:
     if how.current:
         raise ConeslabError("with parameters='embedding' the anchor's prediction never changes: use teacher='frozen'")
     kept = {word for caption in how.shown.anchors for word in caption.split()}
@@ -253,7 +277,7 @@ def _train_embedding(how: SimpleNamespace) -> TokenEdit:
     return TokenEdit(tuple(words), vectors, model, initial=tuple(words), settings=how.settings, history=history)
 
 
-def _train_unet(how: SimpleNamespace) -> WeightDelta:
+def _train_unet(how: _Plan) -> WeightDelta:
     def draw_at(number: int, unet: Any) -> Draw:
         def student(draw: Draw, anchors: Tensor) -> Tensor:
             own = anchors.repeat_interleave(torch.tensor(how.aim.counts, device=anchors.device), 0)
@@ -264,9 +288,6 @@ def _train_unet(how: SimpleNamespace) -> WeightDelta:
         return how.aim(how.at(number), student=student if how.current else None)
 
     everything = how.parameters == "all"
-    deltas, history = tune_unet(
+    return how.delta(*tune_unet(
         how.pipe, how.pairs, draw_at, only=lambda name: everything or ".attn1." in name or ".attn2." in name, **how.run
-    )
-    return WeightDelta(
-        deltas, model_fingerprint(how.pipe), subject=how.subject, settings=how.settings, history=history
-    )
+    ))  # fmt: skip

@@ -7,7 +7,6 @@ the same start noises, and carries its interval.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +20,12 @@ from PIL import Image
 from .concept_loss import drawn_once
 from .controls import finetune_kv
 from .diffusion import generate
-from .edits import Edit
+from .edits import Edit, applied
 from .errors import ConeslabError
 from .metrics import Images, Judge, bootstrap_interval, kid
 from .personalize import textual_inversion
 from .twin import drawing
-from .world import CLASSES, FACTS, article
+from .world import CLASSES, FACTS
 
 
 def near_and_far(name: str) -> dict[str, tuple[str, ...]]:
@@ -115,7 +114,7 @@ def evaluate_ablation(
         for prompt in members:
             wanted = [prompt] * pictures
             before = judge.image_features(list(drawn_once(pipe, wanted, **options)))
-            with edit.applied(pipe) if edit is not None else nullcontext():
+            with applied(edit, pipe):
                 after = judge.image_features(generate(pipe, wanted, batch_size=25, progress=progress, **options))
             rivals = {"target": [anchor], "anchor": [target]}.get(group, everything)
             columns = [everything.index(rival) for rival in rivals if rival != prompt]
@@ -190,7 +189,7 @@ def attacks(
     def asked(prompts: Sequence[str]) -> list[Image.Image]:
         return generate(pipe, [prompts[i % len(prompts)] for i in range(pictures)], seed=seed, batch_size=25, **options)
 
-    with edit.applied(pipe) if edit is not None else nullcontext():
+    with applied(edit, pipe):
         record("plain prompt", asked([target]))
         if paraphrases:
             record("paraphrases", asked(list(paraphrases)))
@@ -230,9 +229,4 @@ def _from_pictures(
             [prompt] * len(pictures), image=list(pictures), strength=strength, num_inference_steps=steps,
             guidance_scale=guidance, generator=generators,
         ).images  # fmt: skip
-
-
-def class_prompt(name: str) -> str:
-    """ "a cat", "an apple": the prompt of a class."""
-    return f"{article(name)} {name}"
 

@@ -6,7 +6,6 @@ An interruption loses one cell. `experiments.py` says which cells there are; her
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .concept_loss import concept_loss, prior_pictures
 from .diffusion import generate
-from .edits import Edit, load_edit, model_fingerprint, write_whole
+from .edits import Edit, applied, load_edit, model_fingerprint, write_whole
 from .errors import ConeslabError
 from .metrics import Judge, bootstrap_interval
 from .neurons import ConceptNeurons
@@ -123,7 +122,7 @@ def measure(
     Draws `pictures` pictures a prompt. All edits measured with one `seed` start from the same noises.
     """
     prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
-    with edit.applied(pipe) if edit is not None else nullcontext():
+    with applied(edit, pipe):
         drawn = generate(pipe, prompts, seed=1000 * seed, steps=steps, guidance_scale=guidance_scale, batch_size=20)
     return {
         "text alignment": judge.text_alignment(drawn, [about.plain(prompt) for prompt in prompts]),

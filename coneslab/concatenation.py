@@ -7,7 +7,7 @@ weights inside that union for a few steps on the sum of the concepts' losses, wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .concept_loss import ConceptSubject, KVGradient, Pairs, concept_pairs, draws
+from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws, joint_pairs, total_loss
 from .diffusion import add_noise, encode_prompts
-from .edits import Edit, StoredEdit, require_dose, require_model, swapped
+from .edits import Edit, StoredEdit, applied, require_dose, require_model, swapped
 from .errors import ConeslabError, MismatchError
 from .neurons import ConceptNeurons
 from .tuning import TuningCallback, tune
@@ -101,7 +101,7 @@ def output_changes(
     prompt = joint_prompt(subjects)
 
     def output(edit: Edit | None) -> Tensor:
-        with edit.applied(pipe) if edit is not None else nullcontext():
+        with applied(edit, pipe):
             text = encode_prompts(pipe, [prompt]).expand(len(rows), -1, -1)
             return pipe.unet(noisy, timesteps, encoder_hidden_states=text).sample.flatten(1).double()
 
@@ -228,11 +228,9 @@ def finetune_together(
     if not subjects:
         raise ConeslabError("got 0 subjects: give at least one")
     require_model(union.fingerprint, pipe, "the union")
-    pairs: list[Pairs] = []
-    for about in subjects:
-        pairs += concept_pairs(
-            pipe, about, subject_batch=subject_batch, prior_batch=prior_batch, prior_weight=prior_weight, seed=seed
-        )
+    pairs = joint_pairs(
+        pipe, subjects, subject_batch=subject_batch, prior_batch=prior_batch, prior_weight=prior_weight, seed=seed
+    )
     gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
     theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
     where = torch.tensor(union.indices, dtype=torch.long, device=theta.device)
@@ -241,7 +239,7 @@ def finetune_together(
     def step(number: int) -> dict[str, float]:
         losses, whole = gradient(theta.index_copy(0, where, values), next(samples))
         values.grad = whole[where]
-        return {"loss": sum(pair.weight * part for pair, part in zip(pairs, losses, strict=True))}
+        return {"loss": total_loss(pairs, losses)}
 
     history = tune(
         {"values": values}, step, steps=steps, learning_rate=learning_rate, title=f"tuning {union.subject}",

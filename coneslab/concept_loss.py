@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .diffusion import add_noise, denoising_loss, encode_images, encode_prompts, generate, stratified_timesteps
-from .edits import Edit
+from .edits import Edit, applied
 from .errors import ConeslabError
 from .kvspace import KVSpace, cross_attentions, unet_of
 from .models import fingerprint
@@ -114,6 +113,11 @@ def drawn_once(
     return _DRAWN[key]
 
 
+def drawn_latents(pipe: Any, prompts: Sequence[str], **options: Any) -> Tensor:
+    """Latents of pictures drawn for prompts, (pictures, channels, height, width). options: of `drawn_once`."""
+    return encode_images(pipe, list(drawn_once(pipe, prompts, **options))).detach()
+
+
 def concept_pairs(
     pipe: Any,
     subject: ConceptSubject,
@@ -154,6 +158,16 @@ def concept_pairs(
             )
         pairs.append(Pairs(encode_images(pipe, list(prior)).detach(), text[1], prior_batch, prior_weight))
     return pairs
+
+
+def joint_pairs(pipe: Any, subjects: Sequence[ConceptSubject], **options: Any) -> list[Pairs]:
+    """The pairs of several subjects' losses, to be minimised together. options: of `concept_pairs`."""
+    return [pair for about in subjects for pair in concept_pairs(pipe, about, **options)]
+
+
+def total_loss(pairs: Sequence[Pairs], losses: Sequence[float]) -> float:
+    """The weighted sum of the pairs' mean losses."""
+    return sum(pair.weight * loss for pair, loss in zip(pairs, losses, strict=True))
 
 
 def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> Iterator[Draw]:
@@ -227,6 +241,11 @@ class KVGradient:
         """The pipeline's K-V weights as they are now, (n,), in float32 or better."""
         flat = self.space.gather()
         return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+    def deltas(self, theta: Tensor) -> dict[str, Tensor]:
+        """By how much θ differs from the pipeline's weights: parameter name -> matrix on the CPU."""
+        change = theta.detach() - self.theta()
+        return {name: part.cpu() for name, part in self.space.layout.matrices(change).items()}
 
     def __call__(self, theta: Tensor, draw: Draw) -> tuple[list[float], Tensor]:
         """Mean loss of every pair, and the gradient (n,) of their weighted sum, at K-V weights θ (n,).
@@ -417,7 +436,7 @@ def concept_loss(
     )
     draw = next(draws(pipe, pairs, seed=seed))
     values = []
-    with edit.applied(pipe, dose) if edit is not None else nullcontext():
+    with applied(edit, pipe, dose):
         text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt])  # an edit may change it
         counts = torch.tensor([pair.batch for pair in pairs])
         each = text[torch.arange(len(pairs)).repeat_interleave(counts).to(text.device)]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .concept_loss import KVGradient, Pairs, draws
 from .diffusion import encode_images, encode_prompts, generate
@@ -24,6 +23,7 @@ from .edits import StoredEdit
 from .errors import ConeslabError
 from .metrics import Images, Judge, as_pictures
 from .tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
+from .tuning import tune
 from .vocabulary import Vocabulary, encode_vocabulary
 
 Method = Literal["mlp", "direct", "least squares"]
@@ -232,8 +232,6 @@ def decompose(
     pairs = [Pairs(latents, encode_prompts(pipe, [template.format("")]).detach()[0], batch)]
     gradient = KVGradient(pipe, pairs, dtype=dtype)
     theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
-    optimiser = torch.optim.AdamW(weights.parameters(), lr=learning_rate, weight_decay=0.0)
-    history: dict[str, list[float]] = {"loss": [], "sparsity": []}
     validation: dict[int, float] = {}
     best, best_step = weights.coefficients(), 0
     target = seen.mean(0)
@@ -244,30 +242,34 @@ def decompose(
             vocabulary_fingerprint(pipe), token, template,
         )  # fmt: skip
 
-    bar = tqdm(range(steps), desc=f"decomposing {name or prompt}", disable=not progress)
-    for step in bar:
+    def step(number: int) -> dict[str, float]:
         vector = weights()
         embedded = text(vector[None])
         (loss,), slope = gradient.text_gradient(theta, embedded.detach(), next(samples))
         spread = 1 - nn.functional.cosine_similarity(weights.largest(explain), vector, dim=0)
         surrogate = (embedded * slope).sum() + sparsity * spread
-        optimiser.zero_grad()
         surrogate.backward(inputs=list(weights.parameters()))
-        optimiser.step()
-        history["loss"].append(loss)
-        history["sparsity"].append(float(spread.detach()))
-        bar.set_postfix(loss=f"{loss:.4f}")
+        return {"loss": loss, "sparsity": float(spread.detach())}
+
+    def after(number: int, state: dict[str, Any]) -> None:
+        nonlocal best, best_step
+        now = weights.coefficients()
         if callback is not None:
-            callback(step, {"loss": loss, "coefficients": weights.coefficients()})
-        if (step + 1) % validate_every == 0 or step + 1 == steps:
-            now = weights.coefficients()
-            trial = made(now)
-            with trial.applied(pipe):
-                options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
-                drawn = generate(pipe, [trial.prompt] * validation_pictures, seed=seed + 10_000, **options)
-            validation[step + 1] = float((judge.image_features(drawn) @ target).mean())
-            if validation[step + 1] >= max(validation.values()):
-                best, best_step = now, step + 1
+            callback(number, {"loss": state["loss"], "coefficients": now})
+        if (number + 1) % validate_every and number + 1 != steps:
+            return
+        trial = made(now)
+        with trial.applied(pipe):
+            options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
+            drawn = generate(pipe, [trial.prompt] * validation_pictures, seed=seed + 10_000, **options)
+        validation[number + 1] = float((judge.image_features(drawn) @ target).mean())
+        if validation[number + 1] >= max(validation.values()):
+            best, best_step = now, number + 1
+
+    history = tune(
+        dict(weights.named_parameters()), step, steps=steps, learning_rate=learning_rate, progress=progress,
+        title=f"decomposing {name or prompt}", callback=after,
+    )  # fmt: skip
     settings = {
         "method": method, "dictionary": len(allowed), "sparsity": sparsity, "steps": steps, "batch": batch,
         "learning_rate": learning_rate, "pictures": len(shown), "seed": seed,

@@ -6,7 +6,6 @@ and so can what happens to the pictures when a component is taken out.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from .bias import bias, group_shares, rebalance
 from .compare import Row, rows_of
 from .conceptor import Decomposition, decompose
 from .diffusion import generate
-from .edits import Edit
+from .edits import Edit, applied
 from .errors import ConeslabError
 from .metrics import kid
 from .personalize import textual_inversion
@@ -160,7 +159,7 @@ def _balance(setting: Any, found: Decomposition, fact: Planted, seed: int) -> li
     groups = {part: words for part, (words, _) in fact.components.items()}
 
     def men(edit: Edit | None, prompt: str) -> float:
-        with edit.applied(setting.pipe) if edit is not None else nullcontext():
+        with applied(edit, setting.pipe):
             drawn = generate(setting.pipe, [prompt] * 96, seed=seed + 50_000, batch_size=24)
         return group_shares(setting.judge, drawn, groups)["man"].estimate
 

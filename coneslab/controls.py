@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws
+from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws, total_loss
 from .edits import WeightDelta, model_fingerprint
 from .errors import ConeslabError, MismatchError
 from .kvspace import KVSpace
@@ -157,13 +157,12 @@ def finetune_kv(
     """
     pairs = concept_pairs(pipe, subject, seed=seed, progress=progress, **pairs_options)
     gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    before, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
-    theta = before.clone()
+    theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
 
     def step(number: int) -> dict[str, float]:
         losses, theta.grad = gradient(theta, next(samples))
-        loss = sum(pair.weight * part for pair, part in zip(pairs, losses, strict=True))
-        return dict(zip(("loss", "subject_loss", "prior_loss"), (loss, *losses), strict=False))
+        named = zip(("subject_loss", "prior_loss"), losses, strict=False)
+        return {"loss": total_loss(pairs, losses), **dict(named)}
 
     title = f"fine-tuning on {subject.name}"
     history = tune(
@@ -171,7 +170,7 @@ def finetune_kv(
         progress=progress, callback=callback,
     )  # fmt: skip
     return WeightDelta(
-        {name: matrix.cpu() for name, matrix in gradient.space.layout.matrices(theta - before).items()},
+        gradient.deltas(theta),
         model_fingerprint(pipe),
         subject=subject.name,
         settings={"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed},

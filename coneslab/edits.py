@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -57,6 +57,11 @@ class Edit(Protocol):
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to a safetensors file."""
+
+
+def applied(edit: Edit | None, pipe: Any, dose: float = 1.0) -> AbstractContextManager[Any]:
+    """The edit put on for the length of a block, or for None the pipeline as it is."""
+    return nullcontext(pipe) if edit is None else edit.applied(pipe, dose)
 
 
 class swapped:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from itertools import combinations
@@ -32,7 +31,7 @@ from .concept_loss import concept_loss, prior_pictures
 from .conceptor_experiment import PLANTED, conceptor, planted
 from .controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
 from .diffusion import generate
-from .edits import Edit
+from .edits import Edit, applied
 from .errors import ConeslabError
 from .evaluation import finds_objects
 from .masks import PRECISIONS
@@ -41,7 +40,7 @@ from .neurons import ConceptNeurons
 from .paths import data_folder
 from .robustness import DAMAGES
 from .search import find_concept_neurons
-from .subjects import COMBINATIONS, SUBJECTS, Subject, subject
+from .subjects import COMBINATIONS, SUBJECTS, Subject, subject, subjects_of, title_of
 from .world import SCENES
 
 COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
@@ -66,7 +65,15 @@ class Setting:
     guidance_scale: float = 3.0
     masks: Path | None = None
 
+    def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
+        """A search of its own. how: options of `find_concept_neurons`."""
+        prior = prior_pictures(self.pipe, about, seed=seed)
+        return find_concept_neurons(
+            self.pipe, about, prior=prior, rounds=self.rounds, seed=seed, progress=False, **how
+        )
+
     def found(self, about: Subject, seed: int) -> ConceptNeurons:
+        """The subject's neurons, searched for once for all experiments."""
         return found_before(self.pipe, about, seed=seed, rounds=self.rounds, folder=self.masks)
 
     def measure(self, about: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
@@ -74,6 +81,13 @@ class Setting:
         how: dict[str, Any] = {"pictures": self.pictures, "steps": self.steps, "guidance_scale": self.guidance_scale}
         values = measure(self.pipe, self.judge, about, edit, seed=seed, **how)
         return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})
+
+
+def timed(make: Callable[[], Any]) -> tuple[Any, float]:
+    """What `make` returns, and the seconds it took."""
+    begun = time.perf_counter()
+    made = make()
+    return made, time.perf_counter() - begun
 
 
 # --- notebook 03 ----------------------------------------------------------------------------------------
@@ -96,14 +110,9 @@ def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
     pipe, rounds = setting.pipe, setting.rounds
     common: dict[str, Any] = {"prior": prior_pictures(pipe, about, seed=seed), "seed": seed, "progress": False}
 
-    def timed(make: Callable[[], Any]) -> tuple[Any, float]:
-        begun = time.perf_counter()
-        made = make()
-        return made, time.perf_counter() - begun
-
     def edits() -> Iterator[tuple[Edit | None, float]]:
         yield None, 0.0
-        found, seconds = timed(lambda: find_concept_neurons(pipe, about, rounds=rounds, **common))
+        found, seconds = timed(partial(setting.search, about, seed))
         if setting.masks is not None:  # the other experiments need not search again
             found.save(kept_neurons(setting.masks, about, seed=seed, rounds=rounds))
         binary = found.binary()
@@ -150,11 +159,9 @@ def damage(setting: Setting, about: Subject, seed: int) -> list[Row]:
 
 def density(setting: Setting, about: Subject, seed: int) -> list[Row]:
     """Searches with other thresholds: from few shut neurons to many, each beside a random mask as dense."""
-    prior = prior_pictures(setting.pipe, about, seed=seed)
     rows = setting.measure(about, None, seed, condition="untouched model", quantile=np.nan)
     for quantile in DENSITIES:
-        options: dict[str, Any] = {"rounds": setting.rounds, "seed": seed, "prior": prior, "progress": False}
-        found = find_concept_neurons(setting.pipe, about, threshold_quantile=quantile, **options).binary()
+        found = setting.search(about, seed, threshold_quantile=quantile).binary()
         for name, edit in (("concept neurons", found), ("random mask", random_neurons(found, seed=seed))):
             rows += setting.measure(about, edit, seed, condition=f"{name} {quantile:g}", quantile=quantile)
     return rows
@@ -162,12 +169,10 @@ def density(setting: Setting, about: Subject, seed: int) -> list[Row]:
 
 def references(setting: Setting, about: Subject, seed: int) -> list[Row]:
     """Searches on the first one to five reference pictures; measured on all five."""
-    prior = prior_pictures(setting.pipe, about, seed=seed)
     rows = setting.measure(about, None, seed, condition="0 pictures", references=0)
     for count in range(1, len(about.images) + 1):
         few = replace(about, images=about.images[:count], records=about.records[:count])
-        options: dict[str, Any] = {"rounds": setting.rounds, "seed": seed, "prior": prior, "progress": False}
-        edit = find_concept_neurons(setting.pipe, few, **options).binary()
+        edit = setting.search(few, seed).binary()
         rows += setting.measure(about, edit, seed, condition=f"{count} pictures", references=count)
     return rows
 
@@ -183,14 +188,11 @@ FINDERS: dict[str, dict[str, Any]] = {
 
 def finders(setting: Setting, about: Subject, seed: int) -> list[Row]:
     """The paper's rule for a search beside others, each for as many gradients; the column seconds is the search's."""
-    prior = prior_pictures(setting.pipe, about, seed=seed)
+    prior_pictures(setting.pipe, about, seed=seed)  # drawn before the clock runs
     rows = setting.measure(about, None, seed, condition="untouched model", seconds=0.0)
     for name, how in FINDERS.items():
-        options: dict[str, Any] = {"rounds": setting.rounds, "seed": seed, "prior": prior, "progress": False, **how}
-        begun = time.perf_counter()
-        edit = find_concept_neurons(setting.pipe, about, **options).binary()
-        seconds = time.perf_counter() - begun
-        rows += setting.measure(about, edit, seed, condition=name, seconds=seconds)
+        found, seconds = timed(partial(setting.search, about, seed, **how))
+        rows += setting.measure(about, found.binary(), seed, condition=name, seconds=seconds)
     return rows
 
 
@@ -225,7 +227,7 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
     prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
     prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
     options: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "batch_size": 20}
-    with edit.applied(pipe) if edit is not None else nullcontext():
+    with applied(edit, pipe):
         drawn = generate(pipe, prompts, seed=1000 * seed, **options)
     plain = [reduce(lambda text, about: about.plain(text), subjects, prompt) for prompt in prompts]
     classes = [about.class_word for about in subjects]
@@ -273,10 +275,6 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
 # --- running them ---------------------------------------------------------------------------------------
 
 
-def _together(title: str) -> list[Subject]:
-    return [subject(name) for name in title.split("+")]
-
-
 @dataclass(frozen=True)
 class Experiment:
     """measure(setting, what a cell is about, seed) -> rows; table: its file in `data/results`; names: its cells.
@@ -290,7 +288,7 @@ class Experiment:
     resolve: Callable[[str], Any] = subject
 
 
-COMBINATION_NAMES = tuple("+".join(names) for size in sorted(COMBINATIONS) for names in COMBINATIONS[size])
+COMBINATION_NAMES = tuple(title_of(names) for size in sorted(COMBINATIONS) for names in COMBINATIONS[size])
 EXPERIMENTS = {
     "controls": Experiment(controls, "concept_neurons.csv"),
     "precision": Experiment(precision, "mask_precision.csv"),
@@ -299,7 +297,7 @@ EXPERIMENTS = {
     "references": Experiment(references, "reference_pictures.csv"),
     "agreement": Experiment(agreement, "mask_agreement.csv"),
     "finders": Experiment(finders, "finders.csv"),
-    "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, _together),
+    "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, subjects_of),
     "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
 }
 

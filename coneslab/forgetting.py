@@ -15,24 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .ablation import Prompts
-from .concept_loss import Draw, KVGradient, Pairs, drawn_once, draws, rounds
-from .diffusion import add_noise, encode_images, encode_prompts
+from .ablation import Prompts, paired
+from .concept_loss import Draw, KVGradient, Pairs, drawn_latents, drawn_once, draws, rounds
+from .diffusion import add_noise, encode_prompts
 from .edits import WeightDelta, model_fingerprint
 from .errors import ConeslabError
 from .kvspace import KVSpace, unet_of
 from .neurons import ConceptNeurons
 from .search import find_concept_neurons
 from .tuning import TuningCallback, figures, tune
-
-
-def _several(target: Prompts, anchor: Prompts) -> tuple[list[str], list[str]]:
-    targets, anchors = ([given] if isinstance(given, str) else list(given) for given in (target, anchor))
-    anchors = anchors * len(targets) if len(anchors) == 1 else anchors
-    if not targets or len(targets) != len(anchors):
-        raise ConeslabError(f"got {len(targets)} targets and {len(anchors)} anchors: give one anchor, or one each")
-    return targets, anchors
-
 
 # --- closed form ----------------------------------------------------------------------------------------
 
@@ -54,7 +45,7 @@ def closed_form_edit(
     and `erase_weight`, over `preserve` with v* = W0 c and `preserve_weight`. c: the text embedding at the last word of
     a caption, and at the places after it. Nothing is drawn and nothing trained.
     """
-    targets, anchors = _several(target, anchor)
+    targets, anchors = paired(target, anchor)
     if not ridge > 0 or erase_weight <= 0 or preserve_weight < 0:
         given = f"ridge={ridge}, erase_weight={erase_weight}, preserve_weight={preserve_weight}"
         raise ConeslabError(f"{given}: give positive numbers (preserve_weight may be 0)")
@@ -117,7 +108,7 @@ def erase(
     if not target.strip() or eta < 0:
         raise ConeslabError(f"target is {target!r}, eta {eta}: name a concept, and give a number of 0 or more")
     options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale, "progress": progress}
-    latents = encode_images(pipe, list(drawn_once(pipe, [target] * pictures, seed=seed, **options))).detach()
+    latents = drawn_latents(pipe, [target] * pictures, seed=seed, **options)
     text = encode_prompts(pipe, [target, ""]).detach()
     pairs = [Pairs(latents, text[0], batch)]
     gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
@@ -135,9 +126,10 @@ def erase(
         {"theta": theta}, step, steps=steps, learning_rate=learning_rate, title=f"erasing {target}", resume=resume,
         progress=progress, callback=callback, identity=f"esd {target} {eta} {batch} {seed} {model_fingerprint(pipe)}",
     )  # fmt: skip
-    deltas = {name: part.cpu() for name, part in gradient.space.layout.matrices(theta - before).items()}
     settings = {"method": "ESD-x", "target": target, "eta": eta, "steps": steps, "learning_rate": learning_rate}
-    return WeightDelta(deltas, model_fingerprint(pipe), subject=target, settings=settings, history=history)
+    return WeightDelta(
+        gradient.deltas(theta), model_fingerprint(pipe), subject=target, settings=settings, history=history
+    )
 
 
 # --- neurons --------------------------------------------------------------------------------------------
@@ -168,7 +160,7 @@ def ablating_neurons(
 
     L_con(θ) = L(anchor's pictures, target) + λ L(anchor's pictures, anchor). options: of `find_concept_neurons`.
     """
-    ((target,), (anchor,)) = _several(target, anchor)
+    ((target,), (anchor,)) = paired(target, anchor)
     how: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
     drawn = drawn_once(pipe, [anchor] * pictures, seed=seed, **how)
     about = AblationSubject(f"{target} → {anchor}", drawn, target, anchor)
@@ -198,7 +190,7 @@ def prune_feed_forward(
     """
     if not 0 < share < 1:
         raise ConeslabError(f"share is {share}: give a share in (0, 1)")
-    ((target,), (anchor,)) = _several(target, anchor)
+    ((target,), (anchor,)) = paired(target, anchor)
     options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
     unet = unet_of(pipe)
     layers = {name: module for name, module in unet.named_modules() if name.endswith("ff.net.2")}
@@ -206,7 +198,7 @@ def prune_feed_forward(
         raise ConeslabError("this U-Net has no feed-forward layers (no module ff.net.2): nothing can be pruned")
     scores = []
     for caption in (target, anchor):
-        latents = encode_images(pipe, list(drawn_once(pipe, [caption] * pictures, seed=seed, **options))).detach()
+        latents = drawn_latents(pipe, [caption] * pictures, seed=seed, **options)
         pair = Pairs(latents, encode_prompts(pipe, [caption]).detach()[0], samples)
         norms = _activation_norms(pipe, layers, pair, seed)
         scores.append({name: layers[name].weight.detach().abs() * norms[name] for name in layers})

@@ -26,7 +26,7 @@ from .methods import METHODS, chosen_settings, make_edit
 from .metrics import load_judge
 from .models import load
 from .paths import data_folder
-from .subjects import COMBINATIONS, SUBJECTS, subject
+from .subjects import COMBINATIONS, SUBJECTS, subjects_of, title_of
 
 TUNING_SUBJECTS = SUBJECTS[12:]
 SINGLE_SUBJECTS = SUBJECTS[:4]
@@ -50,7 +50,7 @@ def compare_cell(
 ) -> list[Row]:
     """The rows of one method on one subject, or several joined by "+": alignments, seconds to make, bytes to keep."""
     pipe, critic = _loaded(model, judge)
-    people = [subject(name) for name in subjects.split("+")]
+    people = subjects_of(subjects)
     given = dict(settings or {})
     begun = time.perf_counter()
     edit = make_edit(method, pipe, people, seed=seed, **given)
@@ -116,7 +116,7 @@ def compare_methods(
         raise ConeslabError(f"there are no combinations of {wrong[0]} subjects: choose from 1, {list(COMBINATIONS)}")
     if subjects is None:
         subjects = [
-            "+".join(names)
+            title_of(names)
             for count in counts
             for names in ([(name,) for name in SINGLE_SUBJECTS] if count == 1 else COMBINATIONS[count])
         ]

@@ -27,6 +27,7 @@ from .errors import ConeslabError, FileFormatError
 PRECISIONS = ("float32", "float16", "quaternary", "binary")
 LEVELS = np.array([0, 1 / 3, 2 / 3], np.float32)  # of a quaternary mask; the fourth, 1, is "not in the mask"
 RUN = 512
+_FLOATS = {"float32": "<f4", "float16": "<f2"}
 
 _MAGIC, _VERSION = b"conemask", 1
 _HEADER = struct.Struct("<8sHBBdQ8s32s64s32sII")  # ... fingerprint, subject, checksum, words, bytes of scales
@@ -108,7 +109,7 @@ def encode(
         if precision == "quaternary":
             _encode_levels(coder, scales[part])
     words = coder.get_compressed().astype("<u4").tobytes()
-    values = scales.astype({"float32": "<f4", "float16": "<f2"}[precision]).tobytes() if "float" in precision else b""
+    values = scales.astype(_FLOATS[precision]).tobytes() if precision in _FLOATS else b""
     name = subject.encode()[:64].decode(errors="ignore").encode()
     fields = (_VERSION, PRECISIONS.index(precision), len(name), cut, sum(sizes), _shape(sizes), model, name)
     lengths = (len(words) // 4, len(values))
@@ -144,8 +145,8 @@ def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
     try:
         precision, subject = PRECISIONS[kind], name[:letters].decode()
         indices, scales = _decode_words(data[_HEADER.size : _HEADER.size + 4 * words], precision, sizes)
-        if "float" in precision:
-            raw = np.frombuffer(data[_HEADER.size + 4 * words :], {"float32": "<f4", "float16": "<f2"}[precision])
+        if precision in _FLOATS:
+            raw = np.frombuffer(data[_HEADER.size + 4 * words :], _FLOATS[precision])
             scales = raw.astype(np.float32)
         if len(scales) != len(indices):
             raise ValueError(f"{len(indices)} neurons and {len(scales)} scales")

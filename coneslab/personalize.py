@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .concept_loss import ConceptSubject, KVGradient, Pairs, concept_pairs, rounds
+from .concept_loss import ConceptSubject, KVGradient, Pairs, concept_pairs, joint_pairs, rounds
 from .diffusion import encode_images, encode_prompts
 from .edits import Combined, WeightDelta, model_fingerprint
 from .errors import ConeslabError
@@ -110,7 +110,9 @@ def dreambooth(
     Trains a copy of the U-Net in float32, its passes in bfloat16 where that is faster.
     """
     people = _all(subjects)
-    pairs = _pairs(pipe, people, batch, prior_batch, prior_weight, seed)
+    pairs = joint_pairs(
+        pipe, people, subject_batch=batch, prior_batch=prior_batch, prior_weight=prior_weight, seed=seed
+    )
     at = rounds(pipe, pairs, seed)
     names = ", ".join(about.name for about in people)
     facts = [names, batch, prior_batch, prior_weight, seed, model_fingerprint(pipe)]
@@ -121,13 +123,6 @@ def dreambooth(
     )  # fmt: skip
     settings = {"method": "DreamBooth", "steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight}
     return WeightDelta(deltas, model_fingerprint(pipe), subject=names, settings=settings, history=history)
-
-
-def _pairs(
-    pipe: Any, people: Sequence[Any], batch: int, prior_batch: int, prior_weight: float, seed: int
-) -> list[Pairs]:
-    options: dict[str, Any] = {"prior_batch": prior_batch, "prior_weight": prior_weight, "seed": seed}
-    return [pair for about in people for pair in concept_pairs(pipe, about, subject_batch=batch, **options)]
 
 
 # --- Custom Diffusion -----------------------------------------------------------------------------------
@@ -179,8 +174,7 @@ def custom_diffusion(
     text = LearnedText(pipe, captions, tokens)
     vectors = torch.stack([start_vector(pipe, initial or about.token) for about in people]).requires_grad_()
     gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    before, at = gradient.theta(), rounds(pipe, pairs, seed)
-    theta = before.clone().requires_grad_()
+    theta, at = gradient.theta(), rounds(pipe, pairs, seed)
 
     def step(number: int) -> dict[str, float]:
         embedded = text(vectors)
@@ -201,10 +195,11 @@ def custom_diffusion(
         "method": "Custom Diffusion", "steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight,
         "augment": augment, "seed": seed,
     }  # fmt: skip
-    deltas = {name: part.cpu() for name, part in gradient.space.layout.matrices(theta.detach() - before).items()}
     return Combined((
         TokenEdit(tuple(tokens), vectors, vocabulary_fingerprint(pipe), initial=tuple(tokens), settings=settings),
-        WeightDelta(deltas, model_fingerprint(pipe), subject=names, settings=settings, history=history),
+        WeightDelta(
+            gradient.deltas(theta), model_fingerprint(pipe), subject=names, settings=settings, history=history
+        ),
     ))  # fmt: skip
 
 

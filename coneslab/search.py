@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws
+from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws, total_loss
 from .edits import model_fingerprint
 from .errors import ConeslabError, MismatchError
 from .kvspace import KVLayout, KVSpace
@@ -151,7 +151,7 @@ def find_concept_neurons(
         losses, now = gradient(rule.scale * theta, next(samples))
         noise = sum(pair.weight * part / pair.batch for pair, part in zip(pairs, losses, strict=True)) / len(pairs)
         hits, tau = rule.update(sign * now, noise / pairs[0].latents[0].numel())
-        loss = sum(pair.weight * part for pair, part in zip(pairs, losses, strict=True))
+        loss = total_loss(pairs, losses)
         shut = history.add(loss, losses, hits, tau, rule.scale < cut)
         bar.set_postfix(loss=f"{loss:.4f}", shut=f"{shut:.2%}")
         if callback is not None:

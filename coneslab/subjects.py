@@ -125,6 +125,16 @@ def subject(name: str) -> Subject:
     return Subject(name, class_word, token, images, prompts, tuple(record for _, record in pairs))
 
 
+def title_of(names: Sequence[str]) -> str:
+    """ "cat+car": how tables name several subjects."""
+    return "+".join(names)
+
+
+def subjects_of(title: str) -> list[Subject]:
+    """The subjects that a title such as "cat" or "cat+car" names. Raises WorldError for an unknown name."""
+    return [subject(name) for name in title.split("+")]
+
+
 def subject_from_folder(
     path: str | Path,
     class_word: str,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concept_loss import Draw, Pairs
+from .concept_loss import Draw, Pairs, total_loss
 from .diffusion import denoising_loss
 from .errors import ConeslabError, MismatchError
 from .kvspace import unet_of
@@ -83,8 +83,7 @@ def tune(
 
 def figures(pairs: Sequence[Pairs], losses: Sequence[float]) -> dict[str, float]:
     """The weighted sum that is minimised, and the plain mean of every pair."""
-    total = sum(pair.weight * loss for pair, loss in zip(pairs, losses, strict=True))
-    return {"loss": float(total)} | {f"loss {number}": float(loss) for number, loss in enumerate(losses)}
+    return {"loss": total_loss(pairs, losses)} | {f"loss {number}": float(loss) for number, loss in enumerate(losses)}
 
 
 def tune_unet(

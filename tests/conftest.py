@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from small_judge import save_small_judge
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from coneslab.metrics import Judge, load_judge
 
 WORDS = ("a", "sks", "cat", "dog", "car", "house", "on", "the", "grass", "beach", "in", "city", "and")
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -167,3 +171,29 @@ def make_subject(size: int, *, name: str = "cat", seed: int = 0, n: int = 3) -> 
 def pictured() -> SimpleNamespace:
     """A subject for the 16-pixel pipelines."""
     return make_subject(16)
+
+
+def weights_of(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    """A copy of every weight of the U-Net and the text encoder."""
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part in ("unet", "text_encoder")
+        for name, tensor in getattr(pipe, part).state_dict().items()
+    }
+
+
+@pytest.fixture
+def untouched(v_pipe: StableDiffusionPipeline) -> Iterator[None]:
+    """The test must leave `v_pipe` as it was: weights bit for bit, no gradients, the tokenizer and its words."""
+    before, tokenizer, words = weights_of(v_pipe), v_pipe.tokenizer, len(v_pipe.tokenizer)
+    yield
+    now = weights_of(v_pipe)
+    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
+    assert v_pipe.tokenizer is tokenizer and len(tokenizer) == words
+    assert all(weight.grad is None for weight in (*v_pipe.unet.parameters(), *v_pipe.text_encoder.parameters()))
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """Random, and of another size than the test's pictures."""
+    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))

@@ -24,15 +24,6 @@ def pipe(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture
-def untouched(v_pipe):
-    before = {name: tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
-    before |= {f"text.{name}": tensor.clone() for name, tensor in v_pipe.text_encoder.state_dict().items()}
-    yield
-    now = dict(v_pipe.unet.state_dict()) | {f"text.{k}": x for k, x in v_pipe.text_encoder.state_dict().items()}
-    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
-
-
 def predictions(pipe, draw, captions, counts):
     text = encode_prompts(pipe, list(captions)).repeat_interleave(torch.tensor(list(counts)), 0)
     noisy = add_noise(pipe.scheduler, draw.latents, draw.noise, draw.timesteps)

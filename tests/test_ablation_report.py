@@ -5,21 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_judge import save_small_judge
 
 from coneslab.ablation import ablate
 from coneslab.ablation_report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
 from coneslab.diffusion import generate
 from coneslab.errors import ConeslabError
-from coneslab.metrics import kid, load_judge
+from coneslab.metrics import kid
 from coneslab.world import CLASSES, memorised, sample
 
 FAST = {"pictures": 3, "steps": 2}
-
-
-@pytest.fixture(scope="session")
-def judge(tmp_path_factory):
-    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
 
 
 @pytest.fixture

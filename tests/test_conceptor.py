@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_judge import save_small_judge
 
 from coneslab.bias import bias, group_shares, rebalance
 from coneslab.conceptor import Decomposition, _Weights, choose_dictionary, decompose
 from coneslab.edits import Edit, load_edit
 from coneslab.errors import ConeslabError, MismatchError
-from coneslab.metrics import load_judge
 from coneslab.single_image import decompose_image
 from coneslab.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.vocabulary import encode_vocabulary, whole_words
@@ -20,25 +18,6 @@ FAST = {
     "pictures": 4, "steps": 4, "batch": 4, "explain": 3, "validate_every": 2, "validation_pictures": 2,
     "sampler_steps": 2, "progress": False,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def judge(tmp_path_factory):
-    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
-
-
-@pytest.fixture
-def untouched(v_pipe):
-    before = {name: tensor.clone() for name, tensor in v_pipe.text_encoder.state_dict().items()}
-    before |= {f"unet.{name}": tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
-    tokenizer, words, gradients = v_pipe.tokenizer, len(v_pipe.tokenizer), [
-        weight.grad for weight in (*v_pipe.unet.parameters(), *v_pipe.text_encoder.parameters())
-    ]
-    yield
-    now = dict(v_pipe.text_encoder.state_dict()) | {f"unet.{k}": x for k, x in v_pipe.unet.state_dict().items()}
-    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
-    assert v_pipe.tokenizer is tokenizer and len(tokenizer) == words and gradients == [None] * len(gradients)
-    assert all(weight.grad is None for weight in (*v_pipe.unet.parameters(), *v_pipe.text_encoder.parameters()))
 
 
 # --- vocabulary ---

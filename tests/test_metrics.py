@@ -6,17 +6,10 @@ import torch
 from PIL import Image
 from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel
-from small_judge import save_small_judge
 from torchmetrics.image.kid import poly_mmd
 
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.metrics import Judge, bootstrap_interval, kid, load_judge
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory) -> Judge:
-    """Random, and not of the size of the test's pictures."""
-    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
 
 
 @pytest.fixture(scope="module")

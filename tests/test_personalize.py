@@ -28,23 +28,6 @@ def both(pictured):
     return [pictured, SimpleNamespace(**vars(pictured) | dog)]
 
 
-def state(pipe):
-    return {
-        f"{part}.{name}": tensor.clone()
-        for part in ("unet", "text_encoder")
-        for name, tensor in getattr(pipe, part).state_dict().items()
-    }
-
-
-@pytest.fixture
-def untouched(v_pipe):
-    before, tokenizer, words = state(v_pipe), v_pipe.tokenizer, len(v_pipe.tokenizer)
-    yield
-    now = state(v_pipe)
-    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
-    assert v_pipe.tokenizer is tokenizer and len(tokenizer) == words
-
-
 # --- tokens ---
 
 
