@@ -25,7 +25,7 @@ lab: $(VENV)/.coneslab
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: $(VENV)/.coneslab-test
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=10
 

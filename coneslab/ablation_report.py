@@ -229,4 +229,3 @@ def _from_pictures(
             [prompt] * len(pictures), image=list(pictures), strength=strength, num_inference_steps=steps,
             guidance_scale=guidance, generator=generators,
         ).images  # fmt: skip
-

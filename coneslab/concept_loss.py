@@ -287,9 +287,7 @@ class KVGradient:
             raise ConeslabError(f"the gradient in {self.dtype} is not finite: pass dtype=torch.float32")
         return (losses / torch.tensor([pair.batch for pair in self.pairs])).tolist(), gradients
 
-    def _loss(
-        self, theta: Tensor, text: Tensor, draw: Draw, rows: slice, counts: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, theta: Tensor, text: Tensor, draw: Draw, rows: slice, counts: list[int]) -> tuple[Tensor, Tensor]:
         each = denoising_loss(
             self._pipe,
             draw.latents[rows],

@@ -254,9 +254,7 @@ def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: 
         return predicted, (noisy - alpha * predicted) / sigma
     if kind == "v_prediction":
         return alpha * noisy - sigma * predicted, alpha * predicted + sigma * noisy
-    raise ConeslabError(
-        f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample'"
-    )
+    raise ConeslabError(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample'")
 
 
 def guided(

@@ -115,9 +115,7 @@ def right_scene(judge: Judge, images: Images, scenes: Sequence[str]) -> np.ndarr
     return np.array([list(SCENES)[index] for index in found]) == np.array(scenes)
 
 
-def finds_objects(
-    judge: Judge, images: Images, objects: Sequence[Sequence[str]], *, level: float = 0.05
-) -> np.ndarray:
+def finds_objects(judge: Judge, images: Images, objects: Sequence[Sequence[str]], *, level: float = 0.05) -> np.ndarray:
     """Whether the judge finds every named object in each picture, (n,) bool.
 
     The rule is a permutation test. A named object is swapped, in the caption, for each class that is not named; it

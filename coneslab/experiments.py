@@ -68,9 +68,7 @@ class Setting:
     def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
         """A search of its own. how: options of `find_concept_neurons`."""
         prior = prior_pictures(self.pipe, about, seed=seed)
-        return find_concept_neurons(
-            self.pipe, about, prior=prior, rounds=self.rounds, seed=seed, progress=False, **how
-        )
+        return find_concept_neurons(self.pipe, about, prior=prior, rounds=self.rounds, seed=seed, progress=False, **how)
 
     def found(self, about: Subject, seed: int) -> ConceptNeurons:
         """The subject's neurons, searched for once for all experiments."""
@@ -250,9 +248,7 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
         if step + 1 in TUNING_STEPS:
             snapshots[step + 1] = TunedNeurons(union, state["weights"]["values"].cpu().numpy())
 
-    finetune_together(
-        setting.pipe, union, subjects, steps=max(TUNING_STEPS), seed=seed, progress=False, callback=keep
-    )
+    finetune_together(setting.pipe, union, subjects, steps=max(TUNING_STEPS), seed=seed, progress=False, callback=keep)
     edits: dict[str, Edit | None] = {
         "untouched model": None,
         "random mask": random_neurons(union, seed=seed),

@@ -235,5 +235,3 @@ def _activation_norms(pipe: Any, layers: dict[str, Any], pair: Pairs, seed: int)
         for handle in handles:
             handle.remove()
     return {name: total.sqrt() for name, total in sums.items()}
-
-

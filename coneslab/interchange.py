@@ -90,9 +90,7 @@ def export_custom_diffusion(
     return [write_whole(Path(folder) / WEIGHTS, save(tensors, {"format": "pt"})), *written]
 
 
-def import_custom_diffusion(
-    pipe: StableDiffusionPipeline, folder: str | Path, *, weights: str = WEIGHTS
-) -> Combined:
+def import_custom_diffusion(pipe: StableDiffusionPipeline, folder: str | Path, *, weights: str = WEIGHTS) -> Combined:
     """Read Custom Diffusion weights, and every token file beside them, as one edit.
 
     Raises FileFormatError if they are missing or of another kind, MismatchError if they are of another model's shape.

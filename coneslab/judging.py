@@ -179,9 +179,7 @@ def train_judge(
             hard = F.cross_entropy(scale * cosines[..., 0], torch.zeros(size, dtype=torch.long, device=device))
             by_class = soft_entropy(scores(images, classes, scale), shown)
             by_scene = F.cross_entropy(scores(images, scenes, scale), place)
-            by_patch = F.cross_entropy(
-                patches.float().flatten(0, 1), patch_labels(records, patch).flatten().to(device)
-            )
+            by_patch = F.cross_entropy(patches.float().flatten(0, 1), patch_labels(records, patch).flatten().to(device))
             alone = shown.sum(1) == 1
             right = (scores(images, classes, scale).argmax(1) == shown.argmax(1))[alone].float().mean()
             total = clip + hard + by_class + 0.5 * by_scene + by_patch

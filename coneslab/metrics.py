@@ -117,9 +117,7 @@ class Judge:
         self, images: Images, prompts: str | Sequence[str], *, reduction: Literal["mean"] = "mean"
     ) -> float: ...
     @overload
-    def text_alignment(
-        self, images: Images, prompts: str | Sequence[str], *, reduction: Literal["none"]
-    ) -> Tensor: ...
+    def text_alignment(self, images: Images, prompts: str | Sequence[str], *, reduction: Literal["none"]) -> Tensor: ...
     def text_alignment(
         self, images: Images, prompts: str | Sequence[str], *, reduction: Reduction = "mean"
     ) -> float | Tensor:
@@ -137,16 +135,10 @@ class Judge:
         return _reduce((features * self.text_features(texts)).sum(-1), reduction)
 
     @overload
-    def image_alignment(
-        self, images: Images, references: Images, *, reduction: Literal["mean"] = "mean"
-    ) -> float: ...
+    def image_alignment(self, images: Images, references: Images, *, reduction: Literal["mean"] = "mean") -> float: ...
     @overload
-    def image_alignment(
-        self, images: Images, references: Images, *, reduction: Literal["none"]
-    ) -> Tensor: ...
-    def image_alignment(
-        self, images: Images, references: Images, *, reduction: Reduction = "mean"
-    ) -> float | Tensor:
+    def image_alignment(self, images: Images, references: Images, *, reduction: Literal["none"]) -> Tensor: ...
+    def image_alignment(self, images: Images, references: Images, *, reduction: Reduction = "mean") -> float | Tensor:
         """Mean cosine over all pairs of a picture and a reference.
 
         With reduction="none" one value a picture, (n,): its mean over the references.
@@ -207,8 +199,7 @@ def kid(
     a, b = (np.asarray(features, dtype=np.float64) for features in (features_a, features_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise MismatchError(
-            f"got features of shape {a.shape} and {b.shape}, expected (n, d) and (m, d): "
-            "take both from one judge"
+            f"got features of shape {a.shape} and {b.shape}, expected (n, d) and (m, d): take both from one judge"
         )
     size = min(len(a), len(b)) if subset_size is None else subset_size
     if size < 2 or size > min(len(a), len(b)):

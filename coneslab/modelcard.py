@@ -49,9 +49,7 @@ def loss_curve(logs: Mapping[str, Log]) -> Figure:
     for axis, (stage, log) in zip(axes, logs.items(), strict=True):
         minutes = [row["seconds"] / 60 for row in log.rows]
         axis.plot(minutes, [row["loss"] for row in log.rows], color="#0072B2", linewidth=1)
-        axis.set(
-            xlabel="training time (minutes)", ylabel="loss (mean of 20 steps)", title=_TITLES.get(stage, stage)
-        )
+        axis.set(xlabel="training time (minutes)", ylabel="loss (mean of 20 steps)", title=_TITLES.get(stage, stage))
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
     return figure
@@ -72,9 +70,7 @@ def _run_table(stage: str, log: Log) -> list[str]:
         "commit": f"`{facts['commit']}`",
         "at the end": ", ".join(f"{key} {value:.4f}" for key, value in last.items()),
     }
-    rows |= {
-        key.replace("_", " "): str(log.facts[key]) for key in ("pictures", "caption_dropout") if key in log.facts
-    }
+    rows |= {key.replace("_", " "): str(log.facts[key]) for key in ("pictures", "caption_dropout") if key in log.facts}
     return [
         f"### {_TITLES.get(stage, stage)}",
         "",

@@ -46,9 +46,7 @@ def file_sum(path: Path) -> str:
 def write_sums(models: Path) -> Path:
     """Write the sums of every file of the shipped folders under `models`; `verify` holds them to it."""
     files = sorted(path for name in SHIPPED for path in (models / name).rglob("*") if path.is_file())
-    sums = {
-        path.relative_to(models).as_posix(): file_sum(path) for path in files if path.suffix not in (".md", ".png")
-    }
+    sums = {path.relative_to(models).as_posix(): file_sum(path) for path in files if path.suffix not in (".md", ".png")}
     target = models / SUMS
     target.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     return target
@@ -63,9 +61,7 @@ def verify(folder: Path) -> None:
     try:
         sums = json.loads(table.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise FileFormatError(
-            f"the sums of the shipped models cannot be read ({error}): restore {table}"
-        ) from error
+        raise FileFormatError(f"the sums of the shipped models cannot be read ({error}): restore {table}") from error
     expected = {name: digest for name, digest in sums.items() if name.split("/")[0] == folder.name}
     wrong = [
         name for name, digest in expected.items()
@@ -90,9 +86,7 @@ def _check_layout(folder: Path) -> None:
         parts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
         kind = parts["_class_name"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise FileFormatError(
-            f"{index} is damaged ({error}): restore the folder or save the pipeline again"
-        ) from error
+        raise FileFormatError(f"{index} is damaged ({error}): restore the folder or save the pipeline again") from error
     if kind != "StableDiffusionPipeline":
         raise ConeslabError(
             f"{folder} holds a {kind}, expected a StableDiffusionPipeline: coneslab works on those only"

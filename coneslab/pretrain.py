@@ -196,8 +196,7 @@ def standardise_latents(vae: AutoencoderKL, device: torch.device, *, n: int | No
     images = world.sample(n or LATENT_SAMPLES, seed=77).images
     with mixed_precision(device):
         means = [
-            vae.encode(to_tensor(images[part], device)).latent_dist.mode().float()
-            for part in batches(len(images), 64)
+            vae.encode(to_tensor(images[part], device)).latent_dist.mode().float() for part in batches(len(images), 64)
         ]
     latents = torch.cat(means)
     shift, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -364,9 +363,7 @@ def train(runs: Path, stages: Sequence[str], *, minutes: float | None = None) ->
         if minutes is not None:
             recipe = replace(recipe, minutes=minutes)
         if stage in ("unet", "decoder") and not (runs / "vae" / "model").is_dir():
-            raise ConeslabError(
-                f"there is no autoencoder in {runs / 'vae'}: train it first (coneslab pretrain vae)"
-            )
+            raise ConeslabError(f"there is no autoencoder in {runs / 'vae'}: train it first (coneslab pretrain vae)")
         if stage == "unet":
             train_unet(runs, recipe)
         elif stage == "judge":

@@ -124,6 +124,4 @@ def decompose_image(
     bar.close()
     picture = draw([vector(words)])[0]
     similarity = float(judge.image_features(picture)[0] @ seen)
-    return ImageDecomposition(
-        tuple(words), goal, picture, similarity, tuple(removed), count["drawn"], count["passes"]
-    )
+    return ImageDecomposition(tuple(words), goal, picture, similarity, tuple(removed), count["drawn"], count["passes"])

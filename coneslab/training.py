@@ -359,9 +359,7 @@ def fit(
             figures["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.clip)
             if not torch.isfinite(norm):
-                raise ConeslabError(
-                    f"the loss is no longer finite at step {step} of {folder}: lower the learning rate"
-                )
+                raise ConeslabError(f"the loss is no longer finite at step {step} of {folder}: lower the learning rate")
             for stepper in steppers:
                 stepper.step()
                 stepper.zero_grad(set_to_none=True)

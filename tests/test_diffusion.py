@@ -39,9 +39,7 @@ def test_an_exact_prediction_gives_back_latents_and_noise(batch, kind):
     scheduler = DDIMScheduler(prediction_type=kind)
     times = torch.full((N,), 400)
     noisy = diffusion.add_noise(scheduler, latents, noise, times)
-    clean, error = diffusion.clean_and_noise(
-        scheduler, noisy, diffusion.target(scheduler, latents, noise, times), 400
-    )
+    clean, error = diffusion.clean_and_noise(scheduler, noisy, diffusion.target(scheduler, latents, noise, times), 400)
     torch.testing.assert_close(clean, latents, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(error, noise, rtol=1e-4, atol=1e-4)
 
@@ -179,9 +177,7 @@ def test_ddim_from_pure_noise_with_zero_terminal_snr(v_pipe):
         ours = diffusion.ddim_sample(
             v_pipe, diffusion.encode_prompts(v_pipe, "a cat"), noise, steps=5, guidance_scale=1.0
         )
-        theirs = v_pipe(
-            "a cat", num_inference_steps=5, guidance_scale=1.0, latents=noise, output_type="latent"
-        ).images
+        theirs = v_pipe("a cat", num_inference_steps=5, guidance_scale=1.0, latents=noise, output_type="latent").images
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     finally:
         v_pipe.scheduler = kept

@@ -75,9 +75,7 @@ def test_classify_takes_the_nearest_label_and_averages_phrasings(judge, pictures
     assert judge.classify(pictures, labels).tolist() == expected.tolist()
     grouped = [["a cat", "under the sea"], ["red"]]
     means = np.array([plain[1][[0, 4]].mean(0), plain[1][5]])
-    np.testing.assert_allclose(
-        judge.similarity(pictures, grouped), cosine_similarity(plain[0], means), atol=1e-5
-    )
+    np.testing.assert_allclose(judge.similarity(pictures, grouped), cosine_similarity(plain[0], means), atol=1e-5)
     assert judge.classify(pictures, grouped).tolist() == cosine_similarity(plain[0], means).argmax(1).tolist()
 
 
@@ -176,9 +174,7 @@ def nested_by_loop(values, subjects, seeds, resamples: int) -> list[float]:
         drawn_subjects = []
         for subject in rng.choice(np.unique(subjects), len(np.unique(subjects))):
             own = np.unique(seeds[subjects == subject])
-            drawn_seeds = [
-                values[(subjects == subject) & (seeds == seed)].mean() for seed in rng.choice(own, len(own))
-            ]
+            drawn_seeds = [values[(subjects == subject) & (seeds == seed)].mean() for seed in rng.choice(own, len(own))]
             drawn_subjects.append(np.mean(drawn_seeds))
         means.append(np.mean(drawn_subjects))
     return means

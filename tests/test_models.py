@@ -42,9 +42,7 @@ def test_a_folder_loads_as_it_was_saved(saved: Path, v_pipe: StableDiffusionPipe
 def test_the_dtype_is_what_was_asked_for(saved: Path, v_pipe: StableDiffusionPipeline):
     StableDiffusionPipeline.from_pretrained(saved).unet.half().save_pretrained(saved / "unet")
     pipe = models.load(saved)  # float16 in the file, as in the shipped U-Net
-    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {
-        torch.float32
-    }
+    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
     torch.testing.assert_close(pipe.unet.state_dict(), v_pipe.unet.state_dict(), rtol=1e-3, atol=1e-4)
     assert models.load(saved, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
 

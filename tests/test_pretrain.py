@@ -304,11 +304,7 @@ def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.Mo
     assert models.fingerprint(vae.encoder) == models.fingerprint(tuned.encoder)  # the latents stay
     assert models.fingerprint(vae.decoder) != models.fingerprint(tuned.decoder)
     card = (shipped / "tiny" / "README.md").read_text()
-    assert (
-        "Not measured yet" in card
-        and "U-Net and text encoder" in card
-        and (shipped / "tiny" / "loss.png").is_file()
-    )
+    assert "Not measured yet" in card and "U-Net and text encoder" in card and (shipped / "tiny" / "loss.png").is_file()
     modelcard.write_model_card(
         shipped / "tiny", {"unet": Log.load(runs / "unet" / "log.json")}, {"right class": 0.912345}
     )
