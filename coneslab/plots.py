@@ -38,11 +38,17 @@ def _grey_frame(axes: Any) -> None:
         spine.set_visible(False)
 
 
-def to_png(figure: Figure, dpi: int = 110) -> bytes:
-    """Return the figure as the bytes of a PNG file of 256 colours: a third of the size, which notebooks need."""
+def to_png(figure: Figure, dpi: int = 110, *, full_colour: int = 60_000) -> bytes:
+    """Return the figure as the bytes of a PNG file.
+
+    Above `full_colour` bytes it gets 256 colours of its own: a third of the size, which notebooks need.
+    """
     buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
-    Image.open(buffer).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white", pil_kwargs={"optimize": True})
+    if len(buffer.getvalue()) <= full_colour:
+        return buffer.getvalue()
+    picture = Image.open(buffer).convert("RGB")
+    picture.quantize(256, kmeans=1).save(small, "PNG", optimize=True)  # without k-means a yellow sun turns grey
     return small.getvalue()
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from coneslab import plots
 from coneslab.errors import ConeslabError
+from coneslab.world import sample
 
 
 def test_picture_grid_shows_every_picture_in_its_row():
@@ -45,3 +46,15 @@ def test_overlay_and_heatmap_become_pngs_with_alt_texts():
     for figure in (overlay, heat):
         assert figure.get_label()
         assert Image.open(io.BytesIO(plots.to_png(figure))).size[0] > 50
+
+
+def test_a_large_figure_gets_a_palette_close_to_its_colours():
+    figure = plots.picture_grid(list(sample(20, seed=0).images), columns=10)
+    full = Image.open(io.BytesIO(plots.to_png(figure, full_colour=10**9))).convert("RGB")
+    small = Image.open(io.BytesIO(plots.to_png(figure, full_colour=0)))
+    assert small.mode == "P" and small.size == full.size
+
+    def error(picture):
+        return np.abs(np.asarray(picture.convert("RGB"), int) - np.asarray(full, int)).mean()
+
+    assert error(small) < 0.8 * error(full.quantize(256)), "no better than Pillow's own palette"
