@@ -116,10 +116,12 @@ def measure(
     pictures: int = 2,
     steps: int = 25,
     guidance_scale: float = 3.0,
+    samples: int = 160,
 ) -> dict[str, float]:
     """Every measure of `MEASURES` for one edit (None: the model as it is), on a subject's evaluation prompts.
 
-    Draws `pictures` pictures a prompt. All edits measured with one `seed` start from the same noises.
+    Draws `pictures` pictures a prompt, and takes the loss over `samples` noises. All edits measured with one `seed`
+    start from the same noises.
     """
     prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
     with applied(edit, pipe):
@@ -128,7 +130,7 @@ def measure(
         "text alignment": judge.text_alignment(drawn, [about.plain(prompt) for prompt in prompts]),
         "image alignment": judge.image_alignment(drawn, about.images),
         "subject share": float(subject_share(judge, drawn, about).mean()),
-        "concept loss": concept_loss(pipe, about, edit=edit).subject,
+        "concept loss": concept_loss(pipe, about, edit=edit, samples=samples).subject,
     }
 
 

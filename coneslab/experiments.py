@@ -53,7 +53,8 @@ FRACTIONS = {"flipped": (0.005, 0.02, 0.05, 0.2), "dropped": (0.1, 0.3, 0.5, 0.8
 class Setting:
     """What all cells of an experiment share.
 
-    rounds: of a search; pictures: a prompt; masks: folder in which found neurons are kept between experiments.
+    rounds: of a search; pictures: a prompt; steps, guidance_scale: of drawing; samples: of a
+    denoising loss; masks: folder in which found neurons are kept between experiments.
     """
 
     pipe: Any
@@ -63,6 +64,7 @@ class Setting:
     pictures: int = 2
     steps: int = 25
     guidance_scale: float = 3.0
+    samples: int = 160
     masks: Path | None = None
 
     def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
@@ -76,8 +78,10 @@ class Setting:
 
     def measure(self, about: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
         """The rows of one condition; `columns` go beside each measure."""
-        how: dict[str, Any] = {"pictures": self.pictures, "steps": self.steps, "guidance_scale": self.guidance_scale}
-        values = measure(self.pipe, self.judge, about, edit, seed=seed, **how)
+        values = measure(
+            self.pipe, self.judge, about, edit, seed=seed, pictures=self.pictures, steps=self.steps,
+            guidance_scale=self.guidance_scale, samples=self.samples,
+        )  # fmt: skip
         return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})
 
 
@@ -220,7 +224,7 @@ def agreement(setting: Setting, about: Subject, seed: int) -> list[Row]:
 
 
 def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit | None, seed: int) -> dict[str, float]:
-    """Measures of pictures that should show all subjects: each subject's own, then their mean."""
+    """Measures of pictures that should show all subjects; alignment with each of them, with all, with the weakest."""
     pipe, judge = setting.pipe, setting.judge
     prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
     prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
@@ -229,10 +233,13 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
         drawn = generate(pipe, prompts, seed=1000 * seed, **options)
     plain = [reduce(lambda text, about: about.plain(text), subjects, prompt) for prompt in prompts]
     classes = [about.class_word for about in subjects]
-    losses = [concept_loss(pipe, about, edit=edit).subject for about in subjects]
+    losses = [concept_loss(pipe, about, edit=edit, samples=setting.samples).subject for about in subjects]
+    near = {about.name: judge.image_alignment(drawn, about.images) for about in subjects}
     return {
         "text alignment": judge.text_alignment(drawn, plain),
-        "image alignment": float(np.mean([judge.image_alignment(drawn, about.images) for about in subjects])),
+        "image alignment": float(np.mean(list(near.values()))),
+        "image alignment, weakest subject": min(near.values()),
+        **{f"image alignment, {name}": value for name, value in near.items()},
         "every subject found": float(finds_objects(judge, drawn, [classes] * len(drawn)).mean()),
         "concept loss": float(np.mean(losses)),
     }
@@ -261,6 +268,12 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
         steps = int(name.split()[1]) if name.endswith("steps") else 0
         values = measure_together(setting, subjects, edit, seed)
         rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=union.density)
+    own = [
+        concept_loss(setting.pipe, about, edit=mask.binary(), samples=setting.samples).subject
+        for about, mask in zip(subjects, found, strict=True)
+    ]
+    facts = {"condition": "own mask alone", "count": len(subjects), "steps": 0}
+    rows += rows_of({"concept loss": float(np.mean(own))}, **facts)
     sums = additivity(setting.pipe, [mask.binary() for mask in found], subjects)
     shares = {f"additivity: {name}": value for name, value in asdict(sums).items()}
     shares["overlap (Jaccard)"] = np.mean([a.overlap(b).jaccard for a, b in combinations(found, 2)])

@@ -1,0 +1,99 @@
+"""The experiments behind the tables, in small on a random model: all conditions, real numbers, nothing left on."""
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import make_pipeline, weights_of
+
+from coneslab import experiments
+from coneslab.cli import main
+from coneslab.errors import ConeslabError, WorldError
+from coneslab.experiments import EXPERIMENTS, Setting, run_experiment
+
+SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
+EXPECTED = {
+    "controls": (set(experiments.CONTROLS), SUBJECT_MEASURES),
+    "precision": ({"untouched model", "float32", "float16", "quaternary", "binary"}, SUBJECT_MEASURES),
+    "damage": ({"untouched model", "whole mask", "flipped 0.02", "dropped 0.5", "moved 1"}, SUBJECT_MEASURES),
+    "density": ({"untouched model", "concept neurons 0.9", "random mask 0.998"}, SUBJECT_MEASURES),
+    "references": ({f"{count} pictures" for count in range(6)}, SUBJECT_MEASURES),
+    "agreement": (
+        {"same subject, other seed", "another subject", "random mask"},
+        {"overlap (Jaccard)", "overlap by chance", "cosine of what they change"},
+    ),
+    "finders": ({"untouched model", *experiments.FINDERS}, SUBJECT_MEASURES),
+    "together": (
+        {"untouched model", "random mask", "own mask alone", "union", "union, float", "union, 10 steps"},
+        {"text alignment", "image alignment", "image alignment, cat", "every subject found", "additivity: cosine"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, judge):
+    """64-pixel pictures and room for long prompts; everything else as small as it gets."""
+    blocks = ("DownBlock2D", "CrossAttnDownBlock2D")
+    pipe = make_pipeline(
+        tmp_path_factory.mktemp("model"), widths=(8, 16), sample_size=32, tokens=64, down_blocks=blocks
+    )
+    masks = tmp_path_factory.mktemp("masks")
+    return Setting(
+        pipe, judge, rounds=2, finetune_steps=1, pictures=1, steps=1, guidance_scale=1.0, samples=8, masks=masks
+    )
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(experiments, "TUNING_STEPS", (1, 10))
+    monkeypatch.setattr(experiments, "DENSITIES", (0.9, 0.998))
+    monkeypatch.setattr(experiments, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_experiment_measures_every_condition(name, setting, tmp_path):
+    conditions, measures = EXPECTED[name]
+    before = weights_of(setting.pipe)
+    title = "cat+dog" if name == "together" else "cat"
+    table = run_experiment(name, setting, subjects=[title], seeds=1, path=tmp_path / "table.csv", progress=False)
+    assert conditions <= set(table.condition) and measures <= set(table.measure)
+    assert np.isfinite(table.value).all() and set(table.subject) == {title}
+    assert not table.duplicated(["subject", "seed", "condition", "measure"]).any()
+    now = weights_of(setting.pipe)
+    assert all(torch.equal(before[key], now[key]) for key in before)
+    pandas.testing.assert_frame_equal(pandas.read_csv(tmp_path / "table.csv"), table, check_dtype=False, rtol=1e-4)
+
+
+def test_an_edit_changes_what_is_measured_and_the_conditions_share_their_noises(setting, tmp_path):
+    table = run_experiment("precision", setting, subjects=["cat"], seeds=1, path=tmp_path / "t.csv", progress=False)
+    losses = table[table.measure == "concept loss"].set_index("condition").value
+    assert losses["float32"] != losses["untouched model"]
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-3) and losses["binary"] != losses["float32"]
+
+
+def test_neurons_are_searched_for_once_for_all_experiments(setting, tmp_path, monkeypatch):
+    run_experiment("precision", setting, subjects=["dog"], seeds=1, path=tmp_path / "first.csv", progress=False)
+
+    def again(*args, **options):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("coneslab.compare.find_concept_neurons", again)
+    run_experiment("damage", setting, subjects=["dog"], seeds=1, path=tmp_path / "second.csv", progress=False)
+    with pytest.raises(AssertionError, match="searched again"):
+        run_experiment("damage", setting, subjects=["house"], seeds=1, path=tmp_path / "third.csv", progress=False)
+
+
+def test_unknown_names_are_refused_before_anything_is_computed(setting, tmp_path):
+    path = tmp_path / "table.csv"
+    with pytest.raises(ConeslabError, match="choose one of controls"):
+        run_experiment("controlls", setting, path=path)
+    with pytest.raises(WorldError, match="unicorn"):
+        run_experiment("controls", setting, subjects=["cat", "unicorn"], path=path)
+    assert not path.exists()
+
+
+def test_the_command_line_names_every_experiment(capsys):
+    with pytest.raises(SystemExit):
+        main(["experiment", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in EXPERIMENTS)
