@@ -127,10 +127,18 @@ def measure(
     with applied(edit, pipe):
         drawn = generate(pipe, prompts, seed=1000 * seed, steps=steps, guidance_scale=guidance_scale, batch_size=20)
     return {
-        "text alignment": judge.text_alignment(drawn, [about.plain(prompt) for prompt in prompts]),
-        "image alignment": judge.image_alignment(drawn, about.images),
-        "subject share": float(subject_share(judge, drawn, about).mean()),
+        **alignments(judge, about, drawn),
         "concept loss": concept_loss(pipe, about, edit=edit, samples=samples).subject,
+    }
+
+
+def alignments(judge: Judge, about: Subject, drawn: Sequence[Any]) -> dict[str, float]:
+    """Text and image alignment and subject share of pictures of the evaluation prompts, as many of each, in order."""
+    prompts = [about.plain(prompt) for prompt in about.prompts for _ in range(len(drawn) // len(about.prompts))]
+    return {
+        "text alignment": judge.text_alignment(list(drawn), prompts),
+        "image alignment": judge.image_alignment(list(drawn), about.images),
+        "subject share": float(subject_share(judge, drawn, about).mean()),
     }
 
 

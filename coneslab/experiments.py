@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from .compare import Row, found_before, kept_neurons, measure, rows_of, run_cells
+from .compare import Row, alignments, found_before, kept_neurons, measure, rows_of, run_cells
 from .concatenation import (
     TunedNeurons,
     additivity,
@@ -40,7 +40,7 @@ from .neurons import ConceptNeurons
 from .paths import data_folder
 from .robustness import DAMAGES
 from .search import find_concept_neurons
-from .subjects import COMBINATIONS, SUBJECTS, Subject, subject, subjects_of, title_of
+from .subjects import COMBINATIONS, SUBJECTS, Subject, subject, subjects_of, title_of, wanted_pictures
 from .world import SCENES
 
 COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
@@ -95,6 +95,7 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
 # --- notebook 03 ----------------------------------------------------------------------------------------
 
 CONTROLS = (
+    "real pictures",
     "untouched model",
     "concept neurons, float",
     "concept neurons, binary",
@@ -105,6 +106,12 @@ CONTROLS = (
     "top-k |weight|",
     "K-V fine-tuning",
 )
+
+
+def real_pictures(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """The measures of the subject's own art in the scenes asked for: what there is to reach."""
+    drawn = wanted_pictures(about, n=setting.pictures, seed=1000 * seed)
+    return rows_of(alignments(setting.judge, about, drawn), condition=CONTROLS[0], seconds=0.0)
 
 
 def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
@@ -128,8 +135,8 @@ def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
             yield timed(partial(top_k_neurons, pipe, about, **options, **common))
         yield timed(lambda: finetune_kv(pipe, about, steps=setting.finetune_steps, **common))
 
-    rows = []
-    for name, (edit, seconds) in zip(CONTROLS, edits(), strict=True):
+    rows = real_pictures(setting, about, seed)
+    for name, (edit, seconds) in zip(CONTROLS[1:], edits(), strict=True):
         rows += setting.measure(about, edit, seed, condition=name, seconds=seconds)
     return rows
 

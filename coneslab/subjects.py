@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from .errors import ConeslabError, WorldError
-from .world import DATA, RARE_TOKENS, RESOLUTION, SCENES, Record, article, compose
+from .world import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, Record, article, compose
 
 SUBJECTS: tuple[str, ...] = tuple(DATA["subjects"])
 COMBINATIONS: dict[int, tuple[tuple[str, ...], ...]] = {
@@ -101,10 +101,29 @@ def evaluation_prompts(class_word: str, token: str) -> tuple[str, ...]:
     """Return the ten prompts a subject is measured on: seven new scenes, and three with another object."""
     phrase = f"{article(token)} {token} {class_word}"
     prompts = [f"{phrase} {SCENES[scene][0]}" for scene in _PROMPT_SCENES]
-    for scene, options in _COMPANIONS.items():
-        other = next(name for name in options if name != class_word)
+    for scene in _COMPANIONS:
+        other = _companion(class_word, scene)
         prompts.append(f"{phrase} and {article(other)} {other} {SCENES[scene][0]}")
     return tuple(prompts)
+
+
+def _companion(class_word: str, scene: str) -> str:
+    return next(name for name in _COMPANIONS[scene] if name != class_word)
+
+
+def wanted_pictures(about: Subject, *, n: int = 1, seed: int = 0) -> list[Image.Image]:
+    """What a subject's evaluation prompts ask for, put together from its own art: `n` pictures a prompt, in order.
+
+    The alignments of these real pictures are what a method can hope for. Raises ConeslabError for a subject that is
+    not of the sticker world.
+    """
+    if not about.records or about.prompts != evaluation_prompts(about.class_word, about.token):
+        raise ConeslabError(f"{about.name!r} is not of the sticker world: only its subjects can be put into new scenes")
+    own = (about.class_word, about.records[0].objects[0].style, None)
+    asked = [([own], scene) for scene in _PROMPT_SCENES]
+    asked += [([own, (_companion(about.class_word, scene), TRAIN_STYLES[0], None)], scene) for scene in _COMPANIONS]
+    asked = [one for one in asked for _ in range(n)]
+    return [Image.fromarray(compose(*one, seed=seed + i)[0]) for i, one in enumerate(asked)]
 
 
 def subject(name: str) -> Subject:

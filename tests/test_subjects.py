@@ -1,5 +1,7 @@
 """Personal subjects: what ships, and what comes from a user's folder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,3 +73,14 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         subjects.subject_from_folder(tmp_path, " ")
     with pytest.raises(WorldError, match="dragon"):
         subjects.subject("dragon")
+
+
+def test_wanted_pictures_show_the_subject_where_the_prompts_ask_for_it():
+    about = subjects.subject("robot")
+    drawn = subjects.wanted_pictures(about, n=2, seed=5)
+    assert len(drawn) == 2 * len(about.prompts)
+    beach = world.compose([("robot", "twemoji", None)], "beach", seed=5)[0]  # the first prompt's scene
+    assert about.prompts[0].endswith(world.SCENES["beach"][0]) and np.array_equal(drawn[0], beach)
+    assert len({picture.tobytes() for picture in (*drawn, *about.images)}) == len(drawn) + len(about.images)
+    with pytest.raises(ConeslabError, match="not of the sticker world"):
+        subjects.wanted_pictures(replace(about, records=()))
