@@ -134,8 +134,14 @@ def _compare(arguments: argparse.Namespace) -> None:
     from . import grid
     from .methods import METHODS
 
+    try:
+        settings = dict(json.loads(arguments.settings))
+    except (ValueError, TypeError) as error:
+        raise ConeslabError(f'--settings is {arguments.settings!r}: give JSON such as {{"steps": 50}}') from error
     methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
-    common = {"methods": methods, "model": arguments.model, "judge": arguments.judge}
+    common = {
+        "methods": methods, "model": arguments.model, "judge": arguments.judge, "folder": arguments.kept,
+    }  # fmt: skip
     print(f"{arguments.scheduler or f'{arguments.workers} worker(s) with {arguments.threads} threads each'}")
     with grid.dask_client(arguments.scheduler, workers=arguments.workers, threads=arguments.threads) as client:
         if arguments.tune:
@@ -147,6 +153,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             seeds=arguments.seeds,
             subjects=arguments.subjects.split(",") if arguments.subjects else None,
             pictures=arguments.pictures,
+            settings=settings,
             client=client,
             **common,
         )
@@ -173,6 +180,8 @@ def add_compare_parser(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
     compare.add_argument("--workers", type=int, default=1, help="processes of the cluster on this machine")
     compare.add_argument("--threads", type=int, default=2, help="threads in each of them")
+    compare.add_argument("--settings", default="{}", help='for all methods, as JSON, such as {"steps": 50}')
+    compare.add_argument("--kept", type=Path, default=Path("runs/kept"), help="where edits of single subjects are kept")
     compare.add_argument("--out", type=Path, help="the table (default: data/results/methods.csv)")
     compare.set_defaults(run=_compare)
 

@@ -7,9 +7,9 @@ table is made with others, so that no method is crippled and none is helped.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,7 @@ from .compare import Row, measure, rows_of, run_cells
 from .edits import write_whole
 from .errors import ConeslabError
 from .experiments import Setting, measure_together
-from .methods import METHODS, chosen_settings, make_edit
+from .methods import METHODS, Method, chosen_settings, make_edit
 from .metrics import load_judge
 from .models import load
 from .paths import data_folder
@@ -38,31 +38,30 @@ def _loaded(model: str, judge: str) -> tuple[Any, Any]:
     return load(model), load_judge(judge)
 
 
-def compare_cell(
-    method: str,
-    subjects: str,
-    seed: int,
-    *,
-    model: str = "tiny",
-    judge: str = "judge",
-    pictures: int = 2,
-    settings: Mapping[str, Any] | None = None,
-) -> list[Row]:
-    """The rows of one method on one subject, or several joined by "+": alignments, seconds to make, bytes to keep."""
-    pipe, critic = _loaded(model, judge)
-    people = subjects_of(subjects)
-    given = dict(settings or {})
-    begun = time.perf_counter()
-    edit = make_edit(method, pipe, people, seed=seed, **given)
-    facts = {
-        "count": len(people), "seconds": time.perf_counter() - begun, "bytes": edit.nbytes,
-        "settings": json.dumps({**chosen_settings(method), **given}, sort_keys=True),
-    }  # fmt: skip
-    if len(people) == 1:
-        values = measure(pipe, critic, people[0], edit, seed=seed, pictures=pictures)
-    else:
-        values = measure_together(Setting(pipe, critic, pictures=pictures), people, edit, seed)
-    return rows_of(values, condition=method, **facts)
+@dataclass(frozen=True)
+class _Cell:
+    """Measures one method on one subject, or several joined by "+"; a class, so that it can be sent to a worker."""
+
+    methods: Mapping[str, tuple[Method, dict[str, Any]]]  # each with its settings
+    model: str
+    judge: str
+    pictures: int
+    folder: Path | None
+
+    def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
+        pipe, critic = _loaded(self.model, self.judge)
+        people, (method, settings) = subjects_of(subject), self.methods[condition]
+        settings = {**settings, **json.loads(trial)}
+        edit, seconds = make_edit(method, pipe, people, seed=seed, folder=self.folder, **settings)
+        facts = {
+            "count": len(people), "seconds": seconds, "bytes": getattr(edit, "nbytes", np.nan),
+            "settings": json.dumps(settings, sort_keys=True),
+        }  # fmt: skip
+        if len(people) == 1:
+            values = measure(pipe, critic, people[0], edit, seed=seed, pictures=self.pictures)
+        else:
+            values = measure_together(Setting(pipe, critic, pictures=self.pictures), people, edit, seed)
+        return rows_of(values, **facts)
 
 
 @contextmanager
@@ -93,7 +92,7 @@ def _set_threads(count: int) -> None:
 def compare_methods(
     path: str | Path | None = None,
     *,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | Mapping[str, Method] = tuple(METHODS),
     counts: Sequence[int] = (1, 2, 3, 4),
     seeds: int = 3,
     subjects: Sequence[str] | None = None,
@@ -101,16 +100,20 @@ def compare_methods(
     model: str = "tiny",
     judge: str = "judge",
     pictures: int = 2,
+    settings: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
     """Every method on every subject and combination with these many subjects; the table goes on where it stands.
 
-    A cell that fails is recorded with its error. path: default `data/results/methods.csv`. subjects: names and
-    combinations ("cat+car") in place of those that ship. Raises ConeslabError for an unknown method or count.
+    A row a (subject, condition, seed, measure), the condition being the method. A cell that fails is recorded with its
+    error. path: default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names
+    and combinations ("cat+car") in place of those that ship. settings: for all methods, over those chosen. folder:
+    where edits of single subjects are kept, so that methods and combinations share them; on a cluster, one that all
+    workers see.
+    Raises ConeslabError for an unknown method or count.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise ConeslabError(f"{', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
+    chosen = _named(methods)
     wrong = [count for count in counts if count != 1 and count not in COMBINATIONS]
     if wrong:
         raise ConeslabError(f"there are no combinations of {wrong[0]} subjects: choose from 1, {list(COMBINATIONS)}")
@@ -120,12 +123,26 @@ def compare_methods(
             for count in counts
             for names in ([(name,) for name in SINGLE_SUBJECTS] if count == 1 else COMBINATIONS[count])
         ]
+    for title in subjects:
+        subjects_of(title)  # an unknown name is refused now, not cell by cell
     cells = [
-        {"method": method, "subjects": names, "seed": seed, "model": model, "judge": judge, "pictures": pictures}
-        for names, method, seed in product(subjects, methods, range(seeds))
+        {"subject": title, "condition": name, "seed": seed}
+        for seed, title, name in product(range(seeds), subjects, chosen)
     ]
     path = Path(path) if path is not None else data_folder() / "results" / "methods.csv"
-    return run_cells(cells, compare_cell, path, client=client, keep_going=True, progress=progress)
+    known = {name: chosen_settings(name) if METHODS.get(name) is method else {} for name, method in chosen.items()}
+    ready = {name: (method, {**known[name], **(settings or {})}) for name, method in chosen.items()}
+    run = _Cell(ready, model, judge, pictures, None if folder is None else Path(folder).absolute())
+    return run_cells(cells, run, path, client=client, keep_going=True, progress=progress)
+
+
+def _named(methods: Sequence[str] | Mapping[str, Method]) -> dict[str, Method]:
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ConeslabError(f"{', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in methods}
 
 
 def tune_methods(
@@ -135,39 +152,31 @@ def tune_methods(
     subjects: Sequence[str] = TUNING_SUBJECTS,
     model: str = "tiny",
     judge: str = "judge",
+    folder: str | Path | None = None,
     client: Any = None,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Choose every method's setting by the same number of trials on tuning subjects; writes and returns them.
 
     The score is the sum of text and image alignment, the mean over subjects. path: of the settings, default
-    `data/results/settings.json`; the trials are kept beside it, as `.csv`.
+    `data/results/settings.json`; the trials are kept beside it, as `.csv`. folder: as in `compare_methods`.
     """
     path = Path(path) if path is not None else data_folder() / "results" / "settings.json"
-    cells = []
-    for method, name in product(methods, subjects):
-        for setting, values in METHODS[method].choices.items():
-            cells += [
-                {"method": method, "subjects": name, "seed": 0, "trial": json.dumps({setting: value})}
-                for value in values
-            ]
-    table = run_cells(cells, _Trial(model, judge), path.with_suffix(".csv"), client=client, progress=progress)
+    chosen = _named(methods)
+    cells = [
+        {"subject": name, "condition": method, "seed": 0, "trial": json.dumps({setting: value})}
+        for method, name in product(chosen, subjects)
+        for setting, values in chosen[method].choices.items()
+        for value in values
+    ]
+    ready: dict[str, tuple[Method, dict[str, Any]]] = {name: (method, {}) for name, method in chosen.items()}
+    run = _Cell(ready, model, judge, 1, None if folder is None else Path(folder).absolute())
+    table = run_cells(cells, run, path.with_suffix(".csv"), client=client, progress=progress)
     scored = table[table.measure.isin(["text alignment", "image alignment"])]
-    score = scored.groupby(["method", "trial"]).value.mean()
-    chosen = {method: json.loads(score[method].idxmax()) for method in methods}
-    write_whole(path, (json.dumps(chosen, indent=1, sort_keys=True) + "\n").encode())
-    return chosen
-
-
-class _Trial:
-    """`compare_cell` with the settings of a trial; a class, so that it can be sent to a worker."""
-
-    def __init__(self, model: str, judge: str) -> None:
-        self.model, self.judge = model, judge
-
-    def __call__(self, method: str, subjects: str, seed: int, trial: str) -> list[Row]:
-        how: dict[str, Any] = {"model": self.model, "judge": self.judge, "pictures": 1}
-        return compare_cell(method, subjects, seed, settings=json.loads(trial), **how)
+    score = scored.groupby(["condition", "trial"]).value.mean()
+    best = {method: json.loads(score[method].idxmax()) for method in chosen}
+    write_whole(path, (json.dumps(best, indent=1, sort_keys=True) + "\n").encode())
+    return best
 
 
 def paper_table(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -178,8 +187,8 @@ def paper_table(table: pandas.DataFrame) -> pandas.DataFrame:
     part = table[table.measure.isin(["text alignment", "image alignment"])]
     if "error" in part:
         part = part[part.error.isna()]
-    means = part.groupby(["method", "count", "subjects", "measure"]).value.mean()
-    means = means.groupby(["method", "count", "measure"]).mean().unstack("measure")
+    means = part.groupby(["condition", "count", "subject", "measure"]).value.mean()
+    means = means.groupby(["condition", "count", "measure"]).mean().unstack("measure")
     shown = means.apply(lambda row: f"{row['text alignment']:.3f} / {row['image alignment']:.3f}", axis=1)
-    order = [name for name in METHODS if name in shown.index.levels[0]]
+    order = list(dict.fromkeys(part.condition))
     return shown.unstack("count").reindex(order).replace(np.nan, "")

@@ -1,18 +1,21 @@
 """Every way to personalise, by name: what `coneslab compare` goes through, and where your own method joins.
 
-A method is a function (pipe, subjects, seed, settings) -> edit; one or several subjects alike. `METHODS` names those
-that ship, with the settings chosen for them on tuning subjects (see `data/results/settings.json`).
+A method makes one edit for one subject or several. Some train on all subjects at once; others make an edit for each
+subject and join these, so that one subject's edit serves every combination and every method that builds on it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .concatenation import concatenate, finetune_together
-from .edits import Edit
+from .edits import Edit, load_edit, model_fingerprint, write_whole
 from .errors import ConeslabError
 from .merging import merge
 from .neurons import ConceptNeurons
@@ -21,82 +24,133 @@ from .personalize import custom_diffusion, dreambooth, textual_inversion
 from .search import find_concept_neurons
 from .subjects import Subject
 
-Make = Callable[..., Edit]
-
 
 @dataclass(frozen=True)
 class Method:
-    """make(pipe, subjects, seed=..., **settings) -> edit; choices: what `tune_methods` may choose from, by setting."""
+    """A way to personalise.
 
-    make: Make
+    make(pipe, subjects, seed=..., **settings) -> edit, of all subjects at once. With `single`, a function
+    (pipe, subject, seed=..., **settings) -> edit of one subject, it is make(pipe, subjects, edits, seed=..., **those of
+    the settings that `own_settings` names); `single` gets the others.
+    choices: what `grid.tune_methods` may choose from: setting -> values.
+    """
+
+    make: Callable[..., Edit]
+    single: Callable[..., Any] | None = None
+    own_settings: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
-def _masks(pipe: Any, subjects: Sequence[Subject], seed: int, **settings: Any) -> list[ConceptNeurons]:
-    return [find_concept_neurons(pipe, about, seed=seed, progress=False, **settings) for about in subjects]
+def _neurons(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
+    return find_concept_neurons(pipe, about, seed=seed, progress=False, **settings)
 
 
-def cones_float(pipe: Any, subjects: Sequence[Subject], *, seed: int = 0, **settings: Any) -> Edit:
-    """Concept neurons of each subject, graded, joined."""
-    return concatenate(*_masks(pipe, subjects, seed, **settings))
+def _customised(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> Edit:
+    return custom_diffusion(pipe, about, seed=seed, progress=False, **settings)
 
 
-def cones_binary(pipe: Any, subjects: Sequence[Subject], *, seed: int = 0, **settings: Any) -> Edit:
-    """Concept neurons of each subject, shut, joined."""
-    return concatenate(*[mask.binary() for mask in _masks(pipe, subjects, seed, **settings)])
+def _join_graded(pipe: Any, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
+    return concatenate(*found)
 
 
-def cones_tuned(
-    pipe: Any, subjects: Sequence[Subject], *, seed: int = 0, tuning_steps: int = 40,
-    tuning_rate: float = 1e-3, **settings: Any,
-) -> Edit:  # fmt: skip
-    """The union, tuned for a few steps on the joint loss."""
-    union = concatenate(*[mask.binary() for mask in _masks(pipe, subjects, seed, **settings)])
-    return finetune_together(
-        pipe, union, subjects, steps=tuning_steps, learning_rate=tuning_rate, seed=seed, progress=False
-    )
+def _join_binary(pipe: Any, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
+    return concatenate(*[mask.binary() for mask in found])
 
 
-def custom_diffusion_joint(pipe: Any, subjects: Sequence[Subject], *, seed: int = 0, **settings: Any) -> Edit:
-    """Custom Diffusion, all subjects at once."""
-    return custom_diffusion(pipe, subjects, seed=seed, progress=False, **settings)
+def _join_and_tune(
+    pipe: Any,
+    subjects: Sequence[Subject],
+    found: Sequence[ConceptNeurons],
+    *,
+    seed: int,
+    tuning_steps: int = 40,
+    tuning_rate: float = 1e-3,
+) -> Edit:
+    union = concatenate(*[mask.binary() for mask in found])
+    how: dict[str, Any] = {"steps": tuning_steps, "learning_rate": tuning_rate, "seed": seed, "progress": False}
+    return finetune_together(pipe, union, subjects, **how)
 
 
-def custom_diffusion_merged(pipe: Any, subjects: Sequence[Subject], *, seed: int = 0, **settings: Any) -> Edit:
-    """Custom Diffusion of each subject, merged in closed form."""
-    edits = [custom_diffusion(pipe, about, seed=seed, progress=False, **settings) for about in subjects]
+def _merge(pipe: Any, subjects: Sequence[Subject], edits: Sequence[Any], *, seed: int) -> Edit:
     return merge(pipe, edits, subjects) if len(edits) > 1 else edits[0]
 
 
-def _joint(train: Callable[..., Edit]) -> Make:
-    def make(pipe: Any, subjects: Sequence[Subject], *, seed: int = 0, **settings: Any) -> Edit:
+def _at_once(train: Callable[..., Edit]) -> Callable[..., Edit]:
+    def make(pipe: Any, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
         return train(pipe, subjects, seed=seed, progress=False, **settings)
 
     return make
 
 
 RATES = (3e-4, 1e-3, 3e-3)
+_TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998)}
+_TUNING = ("tuning_steps", "tuning_rate")
 METHODS: dict[str, Method] = {
-    "Cones, float": Method(cones_float, {"threshold_quantile": (0.99, 0.995, 0.998)}),
-    "Cones, binary": Method(cones_binary, {"threshold_quantile": (0.99, 0.995, 0.998)}),
-    "Cones + collaborative tuning": Method(cones_tuned, {"tuning_rate": RATES}),
-    "Textual Inversion": Method(_joint(textual_inversion), {"learning_rate": (3e-3, 1e-2, 3e-2)}),
-    "DreamBooth": Method(_joint(dreambooth), {"learning_rate": (3e-5, 1e-4, 3e-4)}),
-    "Custom Diffusion, joint": Method(custom_diffusion_joint, {"learning_rate": RATES}),
-    "Custom Diffusion, merged": Method(custom_diffusion_merged, {"learning_rate": RATES}),
+    "Cones, float": Method(_join_graded, _neurons, choices=_TAU),
+    "Cones, binary": Method(_join_binary, _neurons, choices=_TAU),
+    "Cones + collaborative tuning": Method(_join_and_tune, _neurons, _TUNING, {"tuning_rate": RATES}),
+    "Textual Inversion": Method(_at_once(textual_inversion), choices={"learning_rate": (3e-3, 1e-2, 3e-2)}),
+    "DreamBooth": Method(_at_once(dreambooth), choices={"learning_rate": (3e-5, 1e-4, 3e-4)}),
+    "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices={"learning_rate": RATES}),
+    "Custom Diffusion, merged": Method(_merge, _customised, choices={"learning_rate": RATES}),
 }
 
 
 def chosen_settings(name: str) -> dict[str, Any]:
-    """The settings a method was given on tuning subjects; none where nothing was chosen yet."""
+    """The settings a method was given on tuning subjects (`data/results/settings.json`), {} before any were."""
     file = data_folder() / "results" / "settings.json"
     if not file.is_file():
         return {}
     return dict(json.loads(file.read_text(encoding="utf-8")).get(name, {}))
 
 
-def make_edit(name: str, pipe: Any, subjects: Sequence[Subject], *, seed: int = 0, **settings: Any) -> Edit:
-    """The edit of a method by name, with its chosen settings and those given. Raises ConeslabError for another name."""
-    if name not in METHODS:
-        raise ConeslabError(f"{name!r} is no method: choose one of {', '.join(METHODS)}, or pass an edit of your own")
-    return METHODS[name].make(pipe, list(subjects), seed=seed, **{**chosen_settings(name), **settings})
+def make_edit(
+    method: str | Method,
+    pipe: Any,
+    subjects: Sequence[Subject],
+    *,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> tuple[Edit, float]:
+    """The edit that a method makes, and the seconds it takes to make from nothing.
+
+    method: of `METHODS` by name, then with its chosen settings besides those given; or one of your own. folder: where
+    the edits of single subjects are kept, with their seconds, for other combinations and methods.
+    Raises ConeslabError for an unknown name, and what the method raises.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ConeslabError(f"{method!r} is no method: choose one of {', '.join(METHODS)}, or pass a Method")
+        settings = {**chosen_settings(method), **settings}
+        method = METHODS[method]
+    if method.single is None:
+        begun = time.perf_counter()
+        return method.make(pipe, list(subjects), seed=seed, **settings), time.perf_counter() - begun
+    own = {name: value for name, value in settings.items() if name in method.own_settings}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    made = [_single(method.single, pipe, about, seed, rest, folder) for about in subjects]
+    begun = time.perf_counter()
+    edit = method.make(pipe, list(subjects), [one for one, _ in made], seed=seed, **own)
+    return edit, time.perf_counter() - begun + sum(seconds for _, seconds in made)
+
+
+def _single(
+    single: Callable[..., Any], pipe: Any, about: Subject, seed: int, settings: dict[str, Any], folder: Any
+) -> tuple[Any, float]:
+    """The edit of one subject, made or read, and its seconds."""
+    if folder is not None:
+        pictures = [picture.tobytes() for picture in about.images]
+        facts = [single.__qualname__, model_fingerprint(pipe), about.prompt, sorted(settings.items())]
+        key = hashlib.sha256(repr(facts).encode() + b"".join(pictures)).hexdigest()[:16]
+        file = Path(folder) / f"{about.name}-{seed}-{key}.safetensors"
+        noted = file.with_suffix(".json")
+        if noted.is_file():  # written last
+            return load_edit(file), float(json.loads(noted.read_text(encoding="utf-8"))["seconds"])
+    begun = time.perf_counter()
+    edit = single(pipe, about, seed=seed, **settings)
+    seconds = time.perf_counter() - begun
+    if folder is not None:
+        edit.save(file)
+        write_whole(noted, json.dumps({"seconds": seconds}).encode())
+    return edit, seconds

@@ -153,6 +153,15 @@ def sd_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline
     )
 
 
+@pytest.fixture(scope="session")
+def world_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    """Pictures of the sticker world's size and room for its prompts; everything else as small as it gets."""
+    blocks = ("DownBlock2D", DOWN)
+    return make_pipeline(
+        tmp_path_factory.mktemp("world"), widths=(8, 16), sample_size=32, tokens=64, down_blocks=blocks, seed=3
+    )
+
+
 def make_subject(size: int, *, name: str = "cat", seed: int = 0, n: int = 3) -> SimpleNamespace:
     """Anything with pictures, prompts and words will do as a subject."""
     pixels = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)

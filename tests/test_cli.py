@@ -26,3 +26,8 @@ def test_errors_are_told_in_one_line_without_a_traceback(tmp_path, capsys):
     assert cli.main(["build-stickers", str(tmp_path)]) == 1
     told = capsys.readouterr().err
     assert told.startswith("coneslab: ") and "@lobehub/fluent-emoji-3d" in told and "Traceback" not in told
+
+
+def test_settings_that_are_no_json_are_told(capsys):
+    assert cli.main(["compare", "--settings", "steps=50"]) == 1
+    assert "steps=50" in capsys.readouterr().err

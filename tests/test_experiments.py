@@ -4,7 +4,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import make_pipeline, weights_of
+from conftest import weights_of
 
 from coneslab import experiments
 from coneslab.cli import main
@@ -31,15 +31,10 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory, judge):
-    """64-pixel pictures and room for long prompts; everything else as small as it gets."""
-    blocks = ("DownBlock2D", "CrossAttnDownBlock2D")
-    pipe = make_pipeline(
-        tmp_path_factory.mktemp("model"), widths=(8, 16), sample_size=32, tokens=64, down_blocks=blocks
-    )
+def setting(world_pipe, tmp_path_factory, judge):
     masks = tmp_path_factory.mktemp("masks")
     return Setting(
-        pipe, judge, rounds=2, finetune_steps=1, pictures=1, steps=1, guidance_scale=1.0, samples=8, masks=masks
+        world_pipe, judge, rounds=2, finetune_steps=1, pictures=1, steps=1, guidance_scale=1.0, samples=8, masks=masks
     )
 
 

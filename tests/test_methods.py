@@ -1,0 +1,139 @@
+"""Methods under one interface, and the table of them: shared parts, your own method, settings by trials, resuming."""
+
+import json
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import weights_of
+from small_judge import save_small_judge
+
+from coneslab import grid
+from coneslab.cli import main
+from coneslab.edits import WeightDelta, model_fingerprint
+from coneslab.errors import ConeslabError, WorldError
+from coneslab.methods import METHODS, Method, make_edit
+from coneslab.subjects import subjects_of
+
+SHORT = {
+    "Cones, float": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9},
+    "Cones, binary": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9},
+    "Cones + collaborative tuning": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9, "tuning_steps": 1},
+    "Textual Inversion": {"steps": 1},
+    "DreamBooth": {"steps": 1, "batch": 2, "prior_batch": 2},
+    "Custom Diffusion, joint": {"steps": 1, "batch": 2, "prior_batch": 2},
+    "Custom Diffusion, merged": {"steps": 1, "batch": 2, "prior_batch": 2},
+}
+
+
+@pytest.mark.parametrize("title", ["cat", "cat+dog"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_an_edit_that_goes_on_and_off(name, title, world_pipe, tmp_path):
+    before = weights_of(world_pipe)
+    edit, seconds = make_edit(name, world_pipe, subjects_of(title), folder=tmp_path, **SHORT[name])
+    assert seconds > 0 and edit.nbytes > 0
+    with edit.applied(world_pipe):
+        now = weights_of(world_pipe)
+        assert any(before[key].shape != now[key].shape or not torch.equal(before[key], now[key]) for key in before)
+    now = weights_of(world_pipe)
+    assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
+
+
+def single(calls):
+    def make(pipe, about, *, seed, size=1.0):
+        calls.append((about.name, seed, size))
+        name, weight = next(iter(pipe.unet.named_parameters()))
+        return WeightDelta({name: torch.full_like(weight, size)}, model_fingerprint(pipe), subject=about.name)
+
+    return make
+
+
+def first(pipe, subjects, edits, *, seed, turned=False):
+    return edits[-1 if turned else 0]
+
+
+def test_single_edits_are_made_once_and_their_seconds_count_every_time(world_pipe, tmp_path):
+    calls = []
+    own = Method(first, single(calls), ("turned",))
+    both, turned = subjects_of("cat+dog"), {"turned": True}
+    edit, seconds = make_edit(own, world_pipe, both, folder=tmp_path)
+    again, later = make_edit(own, world_pipe, both, folder=tmp_path, **turned)
+    assert (edit.subject, again.subject) == ("cat", "dog")
+    assert calls == [("cat", 0, 1.0), ("dog", 0, 1.0)] and later >= 0.5 * seconds
+    make_edit(own, world_pipe, both, folder=tmp_path, seed=1)  # another seed, other settings, no folder: made anew
+    make_edit(own, world_pipe, both, folder=tmp_path, size=2.0)
+    make_edit(own, world_pipe, both)
+    assert len(calls) == 8
+
+
+@pytest.fixture(scope="module")
+def folders(world_pipe, tmp_path_factory):
+    model = tmp_path_factory.mktemp("saved")
+    world_pipe.save_pretrained(model)
+    return {"model": str(model), "judge": str(save_small_judge(tmp_path_factory.mktemp("saved_judge")))}
+
+
+def broken(pipe, subjects, *, seed):
+    raise RuntimeError("no luck")
+
+
+def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folders, tmp_path):
+    path, calls = tmp_path / "table.csv", []
+    methods = {"mine": Method(first, single(calls)), "broken": Method(broken)}
+    options = {"methods": methods, "subjects": ["cat", "cat+dog"], "seeds": 1, "pictures": 1, "progress": False}
+    table = grid.compare_methods(path, **options, **folders)
+    failed = table[table.error.notna()]
+    assert list(failed.condition) == ["broken", "broken"] and set(failed.error) == {"RuntimeError: no luck"}
+    good = table[table.error.isna()]
+    assert set(good.condition) == {"mine"} and (good["bytes"] > 0).all() and np.isfinite(good.value).all()
+    assert good.groupby("subject")["count"].first().to_dict() == {"cat": 1, "cat+dog": 2}
+    made = len(calls)
+    again = grid.compare_methods(path, **options, **folders)
+    assert len(calls) == made and again.error.notna().sum() == 2  # only the broken cells were tried again
+    shown = grid.paper_table(table)
+    one = good[good.subject == "cat"].set_index("measure").value
+    assert shown.loc["mine", 1] == f"{one['text alignment']:.3f} / {one['image alignment']:.3f}"
+
+
+def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeypatch):
+    path, calls = tmp_path / "settings.json", []
+    own = Method(first, single(calls), choices={"size": (0.1, 0.2, 0.3)})
+    monkeypatch.setitem(METHODS, "own", own)
+    best = {0.1: 0.5, 0.2: 0.9, 0.3: 0.4}
+
+    def measured(pipe, judge, about, edit, **how):
+        size = round(float(next(iter(edit.deltas.values())).flatten()[0]), 3)
+        return {"text alignment": best[size], "image alignment": 0.1, "concept loss": -10 * size}
+
+    monkeypatch.setattr(grid, "measure", measured)
+    options = {"methods": ["own"], "subjects": ["cat", "dog"], "progress": False}
+    assert grid.tune_methods(path, **options, **folders) == {"own": {"size": 0.2}}
+    assert json.loads(path.read_text()) == {"own": {"size": 0.2}}
+    trials = pandas.read_csv(path.with_suffix(".csv"))
+    assert trials.groupby(["subject", "trial"]).ngroups == 6 and len(calls) == 6
+
+
+def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
+    path = tmp_path / "table.csv"
+    with pytest.raises(ConeslabError, match="no such method"):
+        grid.compare_methods(path, methods=["Cone"])
+    with pytest.raises(ConeslabError, match="combinations of 9"):
+        grid.compare_methods(path, counts=[9])
+    with pytest.raises(WorldError, match="unicorn"):
+        grid.compare_methods(path, subjects=["cat+unicorn"])
+    with pytest.raises(ConeslabError, match="no method"):
+        make_edit("Cone", None, [])
+    assert not path.exists()
+
+
+def test_the_command_runs_on_a_cluster_of_processes(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compare", "--methods", "Textual Inversion", "--subjects", "cat", "--seeds", "1", "--pictures", "1"]
+    arguments += ["--settings", '{"steps": 1}', "--threads", "1", "--out", "table.csv"]
+    arguments += ["--model", folders["model"], "--judge", folders["judge"]]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "1 worker(s) with 1 threads each" in told and "Textual Inversion" in told
+    table = pandas.read_csv(tmp_path / "table.csv")
+    assert set(table.condition) == {"Textual Inversion"} and table.seconds.min() > 0
