@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy.stats import spearmanr
 
 from .bias import bias, group_shares, rebalance
@@ -24,6 +25,9 @@ from .metrics import kid
 from .personalize import textual_inversion
 from .vocabulary import Vocabulary, encode_vocabulary
 from .world import CLASSES, FACTS, article
+
+TRAINING: dict[str, Any] = {"batch": 12, "pictures": 64, "steps": 300}
+PICTURES = 48  # drawn for every measurement; twice as many where a share is compared with one half
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ def faithfulness(found: Decomposition, fact: Planted) -> dict[str, float]:
     got, true = component_shares(found, fact), {part: share for part, (_, share) in fact.components.items()}
     total = sum(got.values())
     relative = {part: value / total if total else 1 / count for part, value in got.items()}
-    ranks = spearmanr(list(got.values()), list(true.values())).statistic if len(set(true.values())) > 1 else np.nan
+    ranks = np.nan if len(set(true.values())) == 1 else 0.0  # equal shares have no order; none found, no rank
+    if ranks == 0 and len(set(got.values())) > 1:
+        ranks = float(spearmanr(list(got.values()), list(true.values())).statistic)
     return {
         "precision at k": sum(hit is not None for hit in hits[:count]) / count,
         "recall at k": len({hit for hit in hits[:count] if hit}) / count,
         "recall at 10": len({hit for hit in hits if hit}) / count,
-        "rank correlation": float(np.nan_to_num(ranks)) if len(set(true.values())) > 1 else np.nan,
+        "rank correlation": ranks,
         "error of shares": float(np.mean([abs(relative[part] - true[part]) for part in true])),
     }
 
@@ -92,18 +98,24 @@ def _words(pipe: Any, judge: Any) -> Vocabulary:
     return encode_vocabulary(pipe, judge, progress=False)
 
 
+def _drawn(setting: Any, prompt: str, n: int, seed: int) -> list[Image.Image]:
+    how: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale}
+    return generate(setting.pipe, [prompt] * n, seed=seed, batch_size=24, **how)
+
+
 def conceptor(setting: Any, fact: Planted, seed: int) -> list[Row]:
     """One planted concept from one seed: faithfulness, reconstruction beside controls, removal, bias."""
     pipe, judge = setting.pipe, setting.judge
     words = _words(pipe, judge)
-    how: dict[str, Any] = {"batch": 12, "pictures": 64, "steps": 300}
-    found = decompose(pipe, fact.prompt, judge, vocabulary=words, seed=seed, progress=False, **how)
-    loose = decompose(pipe, fact.prompt, judge, vocabulary=words, seed=seed, sparsity=0.0, progress=False, **how)
+    how: dict[str, Any] = {"vocabulary": words, "seed": seed, "progress": False, **TRAINING}
+    how |= {"sampler_steps": setting.steps, "guidance_scale": setting.guidance_scale}
+    found = decompose(pipe, fact.prompt, judge, **how)
+    loose = decompose(pipe, fact.prompt, judge, sparsity=0.0, **how)
     rng, count = np.random.default_rng(seed), found.explain
     random_words = replace(
         found, words=tuple(rng.choice(words.words, count, replace=False)), coefficients=found.coefficients[:count]
     )
-    real = judge.image_features(generate(pipe, [fact.prompt] * 48, seed=seed + 20_000, batch_size=24))
+    real = judge.image_features(_drawn(setting, fact.prompt, PICTURES, seed + 20_000))
     order = (words.features @ real.mean(0)).argsort(descending=True).tolist()
     near = tuple(words.words[i] for i in order if words.words[i] in found.words)[:count]
     nearest = replace(found, words=near, coefficients=np.ones(len(near), np.float32))
@@ -111,10 +123,10 @@ def conceptor(setting: Any, fact: Planted, seed: int) -> list[Row]:
     sums = {"Conceptor": found, "no sparsity": loose, "random words": random_words, "nearest words": nearest}
     for name, one in sums.items():
         rows += rows_of(faithfulness(one, fact), condition=name, kind=fact.kind)
-    free = _free_token(pipe, fact, found, seed)
+    free = _free_token(setting, fact, found, seed)
     for name, edit in {**sums, "free token": free}.items():
         with edit.applied(pipe):
-            drawn = judge.image_features(generate(pipe, [found.prompt] * 48, seed=seed + 30_000, batch_size=24))
+            drawn = judge.image_features(_drawn(setting, found.prompt, PICTURES, seed + 30_000))
         values = {"likeness": float((drawn @ real.mean(0)).mean()), "KID": kid(drawn, real)}
         rows += rows_of(values, condition=name, kind=fact.kind)
     rows += _removals(setting, found, fact, seed)
@@ -123,14 +135,14 @@ def conceptor(setting: Any, fact: Planted, seed: int) -> list[Row]:
     return rows
 
 
-def _free_token(pipe: Any, fact: Planted, found: Decomposition, seed: int) -> Edit:
+def _free_token(setting: Any, fact: Planted, found: Decomposition, seed: int) -> Edit:
     """A vector trained on the same pictures without being a sum of words: the ceiling of reconstruction."""
-    shown = generate(pipe, [fact.prompt] * 64, seed=seed, batch_size=25)
+    shown = _drawn(setting, fact.prompt, TRAINING["pictures"], seed)
     about = SimpleNamespace(
         name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=""
     )
-    how: dict[str, Any] = {"steps": 300, "batch": 12, "learning_rate": 5e-3, "initial": ""}
-    return textual_inversion(pipe, about, seed=seed, progress=False, **how)
+    how = {"steps": TRAINING["steps"], "batch": TRAINING["batch"], "learning_rate": 5e-3, "initial": ""}
+    return textual_inversion(setting.pipe, about, seed=seed, progress=False, **how)
 
 
 def _removals(setting: Any, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
@@ -141,7 +153,7 @@ def _removals(setting: Any, found: Decomposition, fact: Planted, seed: int) -> l
 
     def shares(one: Decomposition) -> dict[str, float]:
         with one.applied(setting.pipe):
-            drawn = generate(setting.pipe, [one.prompt] * 48, seed=seed + 40_000, batch_size=24)
+            drawn = _drawn(setting, one.prompt, PICTURES, seed + 40_000)
         return {part: share.estimate for part, share in group_shares(setting.judge, drawn, groups).items()}
 
     before, rows = shares(found), []
@@ -160,7 +172,7 @@ def _balance(setting: Any, found: Decomposition, fact: Planted, seed: int) -> li
 
     def men(edit: Edit | None, prompt: str) -> float:
         with applied(edit, setting.pipe):
-            drawn = generate(setting.pipe, [prompt] * 96, seed=seed + 50_000, batch_size=24)
+            drawn = _drawn(setting, prompt, 2 * PICTURES, seed + 50_000)
         return group_shares(setting.judge, drawn, groups)["man"].estimate
 
     rows = rows_of(

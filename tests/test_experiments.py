@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import weights_of
 
-from coneslab import experiments
+from coneslab import conceptor_experiment, experiments
 from coneslab.cli import main
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import EXPERIMENTS, Setting, run_experiment
@@ -40,6 +40,8 @@ def setting(world_pipe, tmp_path_factory, judge):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
+    monkeypatch.setattr(conceptor_experiment, "TRAINING", {"batch": 2, "pictures": 4, "steps": 2})
+    monkeypatch.setattr(conceptor_experiment, "PICTURES", 6)
     monkeypatch.setattr(experiments, "TUNING_STEPS", (1, 10))
     monkeypatch.setattr(experiments, "DENSITIES", (0.9, 0.998))
     monkeypatch.setattr(experiments, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
@@ -57,6 +59,24 @@ def test_an_experiment_measures_every_condition(name, setting, tmp_path):
     now = weights_of(setting.pipe)
     assert all(torch.equal(before[key], now[key]) for key in before)
     pandas.testing.assert_frame_equal(pandas.read_csv(tmp_path / "table.csv"), table, check_dtype=False, rtol=1e-4)
+
+
+@pytest.mark.parametrize("title", ["hypernym:pet", "profession:doctor"])
+def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(title, setting, tmp_path):
+    before = weights_of(setting.pipe)
+    table = run_experiment("conceptor", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
+    made = {"Conceptor", "no sparsity", "random words", "nearest words"}
+    assert made | {"free token"} <= set(table.condition)
+    recall = table[table.measure == "recall at 10"].set_index("condition").value
+    assert set(recall.index) == made and recall.between(0, 1).all()
+    assert set(table[table.measure == "KID"].condition) == made | {"free token"}
+    if title.startswith("profession"):
+        planted = table[table.measure == "man, planted"].value
+        assert len(planted) == 1 and 0 < planted.iloc[0] < 1 and "man, coefficients" in set(table.measure)
+    now = weights_of(setting.pipe)
+    assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
+    with pytest.raises(ConeslabError, match="not planted"):
+        run_experiment("conceptor", setting, subjects=["hypernym:unicorn"], path=tmp_path / "t.csv")
 
 
 def test_an_edit_changes_what_is_measured_and_the_conditions_share_their_noises(setting, tmp_path):
