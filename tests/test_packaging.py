@@ -1,6 +1,7 @@
 """The package as others get it: dependency lists that agree, a wheel that works offline away from the checkout."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -157,3 +158,12 @@ def test_installed_wheel_runs_the_tour_offline(installed, tmp_path):
     lines = run_away(installed, tmp_path, TOUR).splitlines()[-3:]
     assert str(installed) in lines[0] and "(64, 64), (64, 64)" in lines[0]
     assert all(-1 <= float(line) <= 1 for line in lines[1:])
+
+
+def test_the_names_that_type_checkers_see_are_those_that_load():
+    tree = ast.parse(Path(coneslab.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    assert {name for _, name in seen} == set(coneslab.__all__)
+    for module, name in seen:
+        assert getattr(coneslab, name) is getattr(importlib.import_module(f"coneslab.{module}"), name)
