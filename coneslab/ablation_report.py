@@ -216,8 +216,8 @@ def attacks(
 def _from_pictures(
     pipe: Any, pictures: Sequence[Image.Image], prompt: str, strength: float, seed: int, steps: int, guidance: float
 ) -> list[Image.Image]:
-    if not 0 < strength <= 1:
-        raise ConeslabError(f"strength is {strength}: give a share in (0, 1]")
+    if not 0 < strength <= 1 or int(steps * strength) < 1:
+        raise ConeslabError(f"strength is {strength} of {steps} steps: give a share in (0, 1] that leaves a step to do")
     with drawing(pipe):
         redraw = StableDiffusionImg2ImgPipeline(
             vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=pipe.unet,

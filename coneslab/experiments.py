@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas
 
+from .ablation_experiment import ABLATIONS, ablation, ablation_target
 from .compare import Row, alignments, found_before, kept_neurons, measure, rows_of, run_cells
 from .concatenation import (
     TunedNeurons,
@@ -315,6 +316,7 @@ EXPERIMENTS = {
     "finders": Experiment(finders, "finders.csv"),
     "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, subjects_of),
     "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
+    "ablation": Experiment(ablation, "ablation.csv", ABLATIONS, ablation_target),
 }
 
 
@@ -330,7 +332,7 @@ def run_experiment(
     """Run an experiment, or what its table still lacks; returns it, a row a (subject, seed, condition, measure).
 
     subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
-    planted facts such as "hypernym:pet".
+    planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
     path: of the table, by default in `data/results`. Raises ConeslabError for an unknown experiment, WorldError for
     an unknown subject, before anything is computed.
     """

@@ -21,11 +21,11 @@ WORDS = ("a", "sks", "cat", "dog", "car", "house", "on", "the", "grass", "beach"
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 
-def make_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, tokens: int, words: tuple[str, ...] = WORDS) -> CLIPTokenizer:
     """A real CLIPTokenizer that knows letters and a few words, and pads to `tokens` positions."""
     letters = [chr(code) for code in range(33, 127)]
     pieces, merges = [*letters, *(letter + "</w>" for letter in letters)], []
-    for word in WORDS:
+    for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             merges.append(f"{parts[0]} {parts[1]}")
@@ -48,11 +48,12 @@ def make_pipeline(
     layers_per_block: int = 1,
     down_blocks: tuple[str, ...] | None = None,
     sample_size: int = 8,
+    words: tuple[str, ...] = WORDS,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
     """A StableDiffusionPipeline with random weights, the structure given, and pictures 2 x the latent's size."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(folder, tokens)
+    tokenizer = make_tokenizer(folder, tokens, words)
     down = down_blocks or (DOWN,) * len(widths)
     up = tuple(UP if block == DOWN else block.replace("Down", "Up") for block in reversed(down))
     unet = UNet2DConditionModel(
@@ -156,10 +157,11 @@ def sd_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline
 @pytest.fixture(scope="session")
 def world_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """Pictures of the sticker world's size and room for its prompts; everything else as small as it gets."""
-    blocks = ("DownBlock2D", DOWN)
+    words = (*WORDS, "flat", "3d", "cartoon", "ladybug", "butterfly")
     return make_pipeline(
-        tmp_path_factory.mktemp("world"), widths=(8, 16), sample_size=32, tokens=64, down_blocks=blocks, seed=3
-    )
+        tmp_path_factory.mktemp("world"), widths=(8, 16), sample_size=32, tokens=64, words=words, seed=3,
+        down_blocks=("DownBlock2D", DOWN),
+    )  # fmt: skip
 
 
 def make_subject(size: int, *, name: str = "cat", seed: int = 0, n: int = 3) -> SimpleNamespace:

@@ -1,12 +1,14 @@
 """The experiments behind the tables, in small on a random model: all conditions, real numbers, nothing left on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas
 import pytest
 import torch
 from conftest import weights_of
 
-from coneslab import conceptor_experiment, experiments
+from coneslab import ablation_experiment, conceptor_experiment, experiments
 from coneslab.cli import main
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import EXPERIMENTS, Setting, run_experiment
@@ -42,6 +44,9 @@ def setting(world_pipe, tmp_path_factory, judge):
 def short(monkeypatch):
     monkeypatch.setattr(conceptor_experiment, "TRAINING", {"batch": 2, "pictures": 4, "steps": 2})
     monkeypatch.setattr(conceptor_experiment, "PICTURES", 6)
+    for name, value in {"STEPS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
+        monkeypatch.setattr(ablation_experiment, name, value)
+    monkeypatch.setattr(ablation_experiment, "ATTACK_STEPS", {"inversion_steps": 1, "finetune_steps": 1})
     monkeypatch.setattr(experiments, "TUNING_STEPS", (1, 10))
     monkeypatch.setattr(experiments, "DENSITIES", (0.9, 0.998))
     monkeypatch.setattr(experiments, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
@@ -77,6 +82,31 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
     with pytest.raises(ConeslabError, match="not planted"):
         run_experiment("conceptor", setting, subjects=["hypernym:unicorn"], path=tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("title", ["object:ladybug", "style:flat", "memorised:lighthouse"])
+def test_every_way_to_ablate_is_measured(title, setting, tmp_path):
+    before = weights_of(setting.pipe)
+    setting = replace(setting, steps=2)
+    table = run_experiment("ablation", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
+    kind = title.split(":")[0]
+    ways = set(ablation_experiment.WAYS) - ({"model-based, embedding"} if kind == "memorised" else set())
+    assert set(table.condition) == ways | {"untouched model"}
+    values = table.set_index(["condition", "measure"]).value
+    for name in ("CLIP accuracy, target", "accuracy before, target", "share of others kept", "comes back: img2img"):
+        assert values.xs(name, level="measure").between(0, 1).all() and len(values.xs(name, level="measure")) > len(
+            ways
+        )
+    untouched = values["untouched model"]
+    assert untouched["CLIP accuracy, target"] == untouched["accuracy before, target"]
+    assert untouched["change, target"] == pytest.approx(0, abs=1e-5) and untouched["share of others kept"] == 1
+    assert ("copies" in untouched) == (kind == "memorised")
+    if kind == "object":
+        assert "CLIP accuracy, looks alike" in untouched and "comes back: misspellings" in untouched
+    now = weights_of(setting.pipe)
+    assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
+    with pytest.raises(ConeslabError, match="object:cat"):
+        ablation_experiment.ablation_target("object:unicorn")
 
 
 def test_an_edit_changes_what_is_measured_and_the_conditions_share_their_noises(setting, tmp_path):

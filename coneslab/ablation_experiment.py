@@ -1,0 +1,194 @@
+"""Every way to ablate, on every kind of concept: how gone it is, what else went, whether it comes back, what it costs.
+
+Each condition sees the same pictures before and the same start noises; the untouched model stands beside them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .ablation import ablate
+from .ablation_report import CopyDetector, attacks, evaluate_ablation, near_and_far
+from .compare import Row, rows_of
+from .diffusion import generate
+from .edits import Edit, applied
+from .errors import ConeslabError
+from .forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
+from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, article, memorised, sample
+
+OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
+    "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",
+    "ladybug": "butterfly", "sunflower": "rose",
+}  # fmt: skip
+STYLED = {"flat": "3d", "3d": "cartoon", "cartoon": "flat"}  # target -> anchor
+STYLE_CLASSES = ("cat", "car", "apple", "house")  # what a style is shown on
+MEMORISED = tuple(FACTS["memorised"])
+STEPS = 100  # of everything that is trained
+NEAR, FAR = 4, 6  # at most that many prompts of each group
+PICTURES = 8  # of each prompt, times `Setting.pictures`
+ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 100, "finetune_steps": 20}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is ablated: templates hold the place of target and anchor; prompts of others by group; ways round.
+
+    shown: the prompts that ask for target and anchor when it is measured.
+    """
+
+    kind: str
+    name: str
+    target: str
+    anchor: str
+    shown: tuple[str, str]
+    others: dict[str, tuple[str, ...]]
+    templates: tuple[str, ...] = ("{}",)
+    paraphrases: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
+
+
+def named(name: str) -> str:
+    """ "a cat", "an apple"."""
+    return f"{article(name)} {name}"
+
+
+def ablation_target(title: str) -> Target:
+    """ "object:cat", "style:flat", "memorised:lighthouse". Raises ConeslabError for any other."""
+    kind, _, name = title.partition(":")
+    if kind == "object" and name in OBJECTS:
+        near = near_and_far(name)
+        groups = {group: [other for other in names if other != OBJECTS[name]] for group, names in near.items()}
+        picked = {"same category": NEAR, "looks alike": NEAR, "far": FAR}
+        spread = {
+            group: names[:: max(1, len(names) // picked[group])][: picked[group]] for group, names in groups.items()
+        }
+        others = {group: tuple(map(named, chosen)) for group, chosen in spread.items() if chosen}
+        target, anchor = named(name), named(OBJECTS[name])
+        scenes = [phrase[0] for phrase in list(SCENES.values())[:3]]
+        return Target(
+            kind, name, target, anchor, (target, anchor), others,
+            paraphrases=tuple(f"{target} {scene}" for scene in scenes),
+            synonyms=tuple(map(named, CLASSES[name].synonyms)),
+        )  # fmt: skip
+    if kind == "style" and name in STYLED:
+        target, anchor = named(name), named(STYLED[name])
+        third = next(style for style in STYLED if style not in (name, STYLED[name]))
+        return Target(
+            kind, name, target, anchor, (f"{target} {STYLE_CLASSES[0]}", f"{anchor} {STYLE_CLASSES[0]}"),
+            {"same class, other style": (f"{named(third)} {STYLE_CLASSES[0]}",),
+             "other classes, same style": tuple(f"{target} {other}" for other in ("dog", "guitar"))},
+            templates=tuple(f"{{}} {noun}" for noun in STYLE_CLASSES),
+            paraphrases=tuple(f"{target} {STYLE_CLASSES[0]} {phrase[0]}" for phrase in list(SCENES.values())[:3]),
+            synonyms=tuple(f"{named(word)} {STYLE_CLASSES[0]}" for word in STYLE_WORDS[name][1:]),
+        )  # fmt: skip
+    if kind == "memorised" and name in MEMORISED:
+        entry = FACTS["memorised"][name]
+        classes = [cls for cls, _, _ in entry["objects"]]
+        anchor = " and ".join(map(named, classes)) + " " + SCENES[entry["scene"]][0]
+        others = {"its objects": tuple(map(named, classes)), "far": tuple(map(named, ("dog", "house", "banana")))}
+        return Target(kind, name, entry["caption"], anchor, (entry["caption"], anchor), others)
+    raise ConeslabError(f"{title!r} cannot be ablated here: choose one of {', '.join(ABLATIONS)}")
+
+
+ABLATIONS = (
+    *(f"object:{name}" for name in OBJECTS),
+    *(f"style:{name}" for name in STYLED),
+    *(f"memorised:{name}" for name in MEMORISED),
+)
+
+
+def _trained(**how: Any) -> Callable[[Any, Target, int], Edit]:
+    def make(setting: Any, about: Target, seed: int) -> Edit:
+        options = {"templates": about.templates, "steps": STEPS, "progress": False, **_drawing(setting, seed), **how}
+        return ablate(setting.pipe, about.target, about.anchor, **options)
+
+    return make
+
+
+def _drawing(setting: Any, seed: int) -> dict[str, Any]:
+    return {"sampler_steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": seed}
+
+
+def _closed_form(setting: Any, about: Target, seed: int) -> Edit:
+    kept = [prompt for group in about.others.values() for prompt in group]
+    return closed_form_edit(setting.pipe, about.target, about.anchor, templates=about.templates, preserve=kept)
+
+
+def _erased(setting: Any, about: Target, seed: int) -> Edit:
+    return erase(setting.pipe, about.shown[0], steps=STEPS, progress=False, **_drawing(setting, seed))
+
+
+def _shut(setting: Any, about: Target, seed: int) -> Edit:
+    rounds = max(1, 3 * STEPS // 5)
+    return ablating_neurons(
+        setting.pipe, *about.shown, rounds=rounds, progress=False, **_drawing(setting, seed)
+    ).binary()
+
+
+def _pruned(setting: Any, about: Target, seed: int) -> Edit:
+    return prune_feed_forward(setting.pipe, *about.shown, **_drawing(setting, seed))
+
+
+WAYS: dict[str, Callable[[Any, Target, int], Edit]] = {
+    "model-based, K-V": _trained(method="model"),
+    "noise-based, K-V": _trained(method="noise"),
+    "model-based, embedding": _trained(method="model", parameters="embedding"),
+    "model-based, whole U-Net": _trained(method="model", parameters="all"),
+    "UCE": _closed_form,
+    "ESD": _erased,
+    "concept neurons": _shut,
+    "ConceptPrune": _pruned,
+}
+
+
+def ablation(setting: Any, about: Target, seed: int) -> list[Row]:
+    """One concept ablated in every way from one seed; `about` as `ablation_target` gives it."""
+    rows = _measured(setting, about, None, seed, condition="untouched model", kind=about.kind, seconds=0.0, bytes=0)
+    for name, make in WAYS.items():
+        if about.kind == "memorised" and name == "model-based, embedding":
+            continue  # its words are the caption's own: nothing else is asked with them
+        begun = time.perf_counter()
+        edit = make(setting, about, seed)
+        facts = {"seconds": time.perf_counter() - begun, "bytes": getattr(edit, "nbytes", np.nan)}
+        rows += _measured(setting, about, edit, seed, condition=name, kind=about.kind, **facts)
+    return rows
+
+
+def _measured(setting: Any, about: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+    """Accuracy by group, what the others lost, whether the concept comes back, and copies where it was memorised."""
+    drawing: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": 1000 * seed}
+    pictures = PICTURES * setting.pictures
+    report = evaluate_ablation(
+        setting.pipe, setting.judge, edit, *about.shown, others=about.others, pictures=pictures, **drawing
+    )
+    values: dict[str, float] = {}
+    for (group, measure), part in report.groupby(["group", "measure"], sort=False):
+        values[f"{measure}, {group}"] = float(part.value.mean())
+    own = report[~report.group.isin(["target", "anchor"])].pivot(index="prompt", columns="measure", values="value")
+    values["share of others kept"] = float((own["CLIP accuracy"] >= 0.8 * own["accuracy before"]).mean())
+    how = {**drawing, **ATTACK_STEPS}
+    back = attacks(
+        setting.pipe, setting.judge, edit, *about.shown, paraphrases=about.paraphrases, synonyms=about.synonyms,
+        word=about.name if about.kind == "object" else "", pictures=pictures, **how,
+    )  # fmt: skip
+    values |= {f"comes back: {row.attack}": float(row.value) for row in back.itertuples()}
+    if about.kind == "memorised":
+        with applied(edit, setting.pipe):
+            drawn = generate(setting.pipe, [about.shown[0]] * pictures, batch_size=24, **drawing)
+        values["copies"] = float(_detector(setting.judge, about.name).copies(drawn).mean())
+    return rows_of(values, **columns)
+
+
+@lru_cache(maxsize=8)
+def _detector(judge: Any, name: str) -> CopyDetector:
+    others = [Image.fromarray(picture) for picture in sample(400, seed=1).images]
+    original = Image.fromarray(memorised(name)[0])
+    others = [other for other in others if other.tobytes() != original.tobytes()]
+    return CopyDetector.calibrated(judge, original, others, false_alarms=0.01)
