@@ -61,8 +61,8 @@ class Setting:
     pipe: Any
     judge: Judge
     rounds: int = 60
-    finetune_steps: int = 200
-    pictures: int = 2
+    finetune_steps: int = 100
+    pictures: int = 1
     steps: int = 25
     guidance_scale: float = 3.0
     samples: int = 160

@@ -191,6 +191,7 @@ def intervals(
             axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
         axes.set_xlabel(group or value, fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
     for axes in grid.flat[len(groups) :]:
@@ -213,6 +214,7 @@ def heatmap(
     columns: Sequence[str],
     label: str,
     title: str = "",
+    x_label: str = "",
     annotate: bool = True,
     form: str = ".2g",
 ) -> Figure:
@@ -232,6 +234,7 @@ def heatmap(
         mask=np.isnan(np.asarray(values, float)),
     )
     axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+    axes.set_xlabel(x_label)
     axes.set_title(title, fontsize=10)
     return _finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
 
