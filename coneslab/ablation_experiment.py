@@ -17,6 +17,7 @@ from PIL import Image
 from .ablation import ablate
 from .ablation_report import CopyDetector, attacks, evaluate_ablation, near_and_far
 from .compare import Row, rows_of
+from .concept_loss import drawn_once
 from .diffusion import generate
 from .edits import Edit, applied
 from .errors import ConeslabError
@@ -158,6 +159,24 @@ def ablation(setting: Any, about: Target, seed: int) -> list[Row]:
         edit = make(setting, about, seed)
         facts = {"seconds": time.perf_counter() - begun, "bytes": getattr(edit, "nbytes", np.nan)}
         rows += _measured(setting, about, edit, seed, condition=name, kind=about.kind, **facts)
+    return rows
+
+
+def collateral(setting: Any, about: Target, seed: int) -> list[Row]:
+    """What ablating one concept does to every class: a row a (class as condition, share the judge takes for it)."""
+    edit = WAYS["model-based, K-V"](setting, about, seed)
+    names, each = list(CLASSES), PICTURES // 2 * setting.pictures
+    prompts = [named(name) for name in names for _ in range(each)]
+    how: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": 2000 * seed}
+    shares = {"right class before": drawn_once(setting.pipe, prompts, **how)}
+    with edit.applied(setting.pipe):
+        shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **how))
+    labels = [named(name) for name in names]
+    rows = []
+    for measure, drawn in shares.items():
+        taken = setting.judge.classify(list(drawn), labels).numpy().reshape(len(names), each)
+        for number, name in enumerate(names):
+            rows += rows_of({measure: float((taken[number] == number).mean())}, condition=name, kind=about.kind)
     return rows
 
 

@@ -115,11 +115,14 @@ def add_experiment_parser(commands: argparse._SubParsersAction) -> None:
         help="make one of the notebooks' tables over subjects and seeds; goes on where the table stands",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    names = "controls, precision, damage, density, references, agreement, finders, together, conceptor"
+    names = (
+        "controls, precision, damage, density, references, agreement, finders, together, conceptor, ablation, "
+        "collateral"
+    )
     experiment.add_argument("name", help=f"one of {names}")
     experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     experiment.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
-    experiment.add_argument("--subjects", help="names by commas, such as cat, cat+car or hypernym:pet")
+    experiment.add_argument("--subjects", help="names by commas, such as cat, cat+car, hypernym:pet or object:cat")
     experiment.add_argument("--seeds", type=int, default=3)
     experiment.add_argument("--rounds", type=int, default=60, help="rounds of a search")
     experiment.add_argument("--finetune-steps", type=int, default=100, help="steps of K-V fine-tuning (controls)")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from .ablation_experiment import ABLATIONS, ablation, ablation_target
+from .ablation_experiment import ABLATIONS, OBJECTS, ablation, ablation_target, collateral
 from .compare import Row, alignments, found_before, kept_neurons, measure, rows_of, run_cells
 from .concatenation import (
     TunedNeurons,
@@ -317,6 +317,7 @@ EXPERIMENTS = {
     "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, subjects_of),
     "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
     "ablation": Experiment(ablation, "ablation.csv", ABLATIONS, ablation_target),
+    "collateral": Experiment(collateral, "collateral.csv", ABLATIONS[: len(OBJECTS)], ablation_target),
 }
 
 

@@ -10,8 +10,10 @@ from conftest import weights_of
 
 from coneslab import ablation_experiment, conceptor_experiment, experiments
 from coneslab.cli import main
+from coneslab.diffusion import generate
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import EXPERIMENTS, Setting, run_experiment
+from coneslab.world import CLASSES
 
 SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
 EXPECTED = {
@@ -107,6 +109,18 @@ def test_every_way_to_ablate_is_measured(title, setting, tmp_path):
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
     with pytest.raises(ConeslabError, match="object:cat"):
         ablation_experiment.ablation_target("object:unicorn")
+
+
+def test_collateral_damage_is_measured_for_every_class(setting, tmp_path):
+    title = "object:ladybug"
+    table = run_experiment("collateral", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
+    wide = table.pivot(index="condition", columns="measure", values="value")
+    assert set(wide.index) == set(CLASSES) and wide.notna().all().all()
+    prompts = [ablation_experiment.named(name) for name in CLASSES]
+    drawn = generate(setting.pipe, prompts, seed=0, steps=1, guidance_scale=1.0)
+    taken = setting.judge.classify(drawn, prompts).numpy()
+    expected = dict(zip(CLASSES, (taken == np.arange(len(taken))).astype(float), strict=True))
+    assert wide["right class before"].to_dict() == expected
 
 
 def test_an_edit_changes_what_is_measured_and_the_conditions_share_their_noises(setting, tmp_path):
