@@ -1,6 +1,7 @@
 # make lab        JupyterLab on the notebooks (the first run sets everything up)
 # make test       ruff, mypy, unit tests, and every notebook
 # make notebooks  run every notebook again and save its outputs in place
+# make book       the site: notebooks as they were saved, results, model cards, reference, in build/book/html
 # make bench      the benchmarks, printed side by side
 #
 # PYTHON=...      the Python (3.11 or later) that makes the virtual environment
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 LAB_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab test notebooks bench clean
+.PHONY: lab test notebooks book bench clean
 
 lab: $(VENV)/.coneslab
 	@echo "Open the address below in a browser (Ctrl-C stops the server)."
@@ -33,11 +34,15 @@ notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.timeout=900 --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
+book: $(VENV)/.coneslab-book
+	$(BIN)/python docs/build.py build/book
+	@echo "Open build/book/html/index.html in a browser; it needs no server and no network."
+
 bench: $(VENV)/.coneslab-test
 	@for benchmark in tests/benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build/book
 
 # The stamps make a second `make` start at once; they are older than what decides the environment when that changes.
 $(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
@@ -46,6 +51,10 @@ $(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $(VENV)/.coneslab $(VENV)/.coneslab-book $@
+
+$(VENV)/.coneslab-book: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[book]'
 	@touch $(VENV)/.coneslab $@
 
 $(BIN)/python:

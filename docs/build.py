@@ -1,0 +1,125 @@
+"""Build the site: python docs/build.py build/book
+
+What Sphinx reads is put together in `build/book/source`, in the layout of the repository, so that every link between
+README, notebooks and model cards works there as it does here. The site is then in `build/book/html`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sphinx.cmd.build import main as sphinx
+from tables import evaluation, experiments, markdown_table, methods
+
+from notebooks import card, cleaned, thumbnail
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("README.md", "data/README.md", "data/models/*/*.md", "data/models/*/*.png", "data/results/*.png")
+
+MODULES = re.compile(r"(?m)^```\{modules\}\n([^`]+)```$")  # a group of modules on a page of docs/
+
+
+def assemble(source: Path) -> None:
+    """Put everything that Sphinx reads into `source`. Files that did not change are left alone: Sphinx skips them."""
+    wanted = dict(_files())
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        if path.relative_to(source).as_posix() not in wanted:
+            path.unlink()
+    for name, content in wanted.items():
+        path = source / name
+        if not path.exists() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def _files() -> Iterator[tuple[str, bytes]]:
+    """Names, relative to the source folder, and contents."""
+    for path in (ROOT / "docs").rglob("*.md"):
+        text = MODULES.sub(lambda group: module_table(group[1].split()), path.read_text(encoding="utf-8"))
+        yield path.relative_to(ROOT / "docs").as_posix(), text.encode()
+    for path in (ROOT / "coneslab").glob("[!_]*.py"):
+        yield f"api/{path.stem}.md", reference(path.stem).encode()
+    for pattern in COPIED:
+        for path in ROOT.glob(pattern):
+            yield path.relative_to(ROOT).as_posix(), path.read_bytes()
+    cards = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        shown = card(path)
+        yield f"notebooks/{path.name}", cleaned(path).encode()
+        yield f"parts/{path.stem}.png", thumbnail(shown.picture)
+        cards.append(_card(path.stem, shown.title, shown.alt, line_about(path.name)))
+    yield "parts/cards.md", "\n".join([":::::{container} gallery", *cards, ":::::", ""]).encode()
+    results = ROOT / "data" / "results"
+    for path in results.glob("evaluation_*.json"):
+        yield f"parts/{path.stem}.md", evaluation(path).encode()
+    yield "parts/methods.md", methods(results / "methods.csv").encode()
+    yield "parts/experiments.md", experiments(results).encode()
+    yield "parts/door.md", door().encode()
+
+
+def _card(stem: str, title: str, alt: str, line: str) -> str:
+    alt = re.sub(r"([\[\]\\])", r"\\\1", " ".join(alt.split()))
+    picture = f"[![{alt}](parts/{stem}.png)](notebooks/{stem}.ipynb)"
+    return f"::::{{container}} gallery-card\n{picture}\n\n[{title}](notebooks/{stem}.ipynb)\n\n{line}\n::::"
+
+
+def line_about(name: str) -> str:
+    """What the README's table says about a notebook."""
+    row = re.search(rf"(?m)^\|.*\(notebooks/{re.escape(name)}\) \| (.+) \|$", (ROOT / "README.md").read_text("utf-8"))
+    if row is None:
+        raise ValueError(f"README.md says nothing about notebooks/{name}: give it a line in the table of notebooks")
+    return row[1][0].upper() + row[1][1:] + "."
+
+
+def reference(module: str) -> str:
+    """The page of one module."""
+    return f"# coneslab.{module}\n\n```{{eval-rst}}\n.. automodule:: coneslab.{module}\n```\n"
+
+
+def module_table(modules: Sequence[str]) -> str:
+    """Modules with the first lines of their docstrings, and their pages in the order of reading."""
+    rows = [[f"{{py:mod}}`{name} <coneslab.{name}>`", about(ast.get_docstring(parsed(name)))] for name in modules]
+    pages = "\n".join(f"{name} <{name}>" for name in modules)
+    return f"{markdown_table(['module', 'what it holds'], rows)}\n\n```{{toctree}}\n:hidden:\n\n{pages}\n```"
+
+
+def parsed(module: str) -> ast.Module:
+    return ast.parse((ROOT / "coneslab" / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def about(docstring: str | None) -> str:
+    """The first sentence or so: the first paragraph of a docstring, in one line."""
+    return " ".join((docstring or "").partition("\n\n")[0].split())
+
+
+def door() -> str:
+    """The names that `import coneslab` offers, as a table; their docstrings are read, nothing is imported."""
+    rows = []
+    for node in ast.walk(parsed("__init__")):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            inside = [
+                part for part in parsed(str(node.module)).body if isinstance(part, ast.FunctionDef | ast.ClassDef)
+            ]
+            first = {part.name: about(ast.get_docstring(part)) for part in inside}
+            for name in (alias.name for alias in node.names if alias.name in first):
+                rows.append([f"{{py:obj}}`{name} <coneslab.{node.module}.{name}>`", first[name]])
+    return markdown_table(["name", "what it is"], sorted(rows))
+
+
+def main(folder: str) -> int:
+    source, html = Path(folder) / "source", Path(folder) / "html"
+    assemble(source)
+    shutil.rmtree(html, ignore_errors=True)  # a page that is no more must not stay
+    return sphinx([
+        "--builder", "html", "--conf-dir", str(ROOT / "docs"), "--doctree-dir", str(Path(folder) / "doctrees"),
+        "--fail-on-warning", "--keep-going", "--quiet", str(source), str(html),
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

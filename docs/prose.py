@@ -1,0 +1,122 @@
+"""coneslab's docstrings, which are plain prose, as reStructuredText.
+
+They are written to be read in a terminal: names in single backticks, formulas in Unicode, arguments explained in
+running text ("rounds: K. threshold: τ as an absolute value"), examples indented. Here names become links, arguments
+and examples code, and everything else stays the words that it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+from functools import cache
+from typing import Any
+
+from sphinx.application import Sphinx
+
+import coneslab
+
+ROOM = 108  # characters of a line in the package's longest-indented docstrings
+MARKUP = re.compile(r"[\\*|_]")  # what reStructuredText would read something into
+PIECES = re.compile(
+    r"`(?P<code>[^`]+)`"
+    r"|arXiv (?P<arxiv>\d{4}\.\d{4,5})"
+    r"|\b(?P<error>[A-Z][a-z]\w+Error)\b"
+    r"|(?<![\w.])(?P<arguments>[a-z]\w*(?:, [a-z]\w*)*)(?=:\s)"
+)
+
+
+@cache
+def modules() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(coneslab.__path__))
+
+
+def full_name(name: str) -> str:
+    """Where `name` is documented, as far as it shows: "plots.show" -> "coneslab.plots.show"."""
+    name = name.removesuffix("()").removeprefix("coneslab.")
+    first = name.partition(".")[0]
+    if first in modules() and (name != first or first not in coneslab._MODULE):
+        return f"coneslab.{name}"
+    return f"coneslab.{coneslab._MODULE[first]}.{name}" if first in coneslab._MODULE else name
+
+
+def code(text: str) -> str:
+    """What stood between backticks: a link to a module or an object where it names one, else a literal."""
+    if re.fullmatch(r"\w+\.py", text) and text[:-3] in modules():
+        return f":py:mod:`{text} <coneslab.{text[:-3]}>`"
+    if re.fullmatch(r"[A-Za-z][\w.]*(\(\))?", text):
+        return f":py:obj:`{text} <{full_name(text)}>`"
+    return f"``{text}``"
+
+
+def inline(text: str, arguments: frozenset[str] = frozenset()) -> str:
+    """One paragraph or line of prose, with nothing in it that could be mistaken for markup."""
+    parts, end = [], 0
+    for found in PIECES.finditer(text):
+        parts.append(MARKUP.sub(r"\\\g<0>", text[end : found.start()]))
+        parts.append(_piece(found, arguments))
+        end = found.end()
+    return "".join([*parts, MARKUP.sub(r"\\\g<0>", text[end:])])
+
+
+def _piece(found: re.Match[str], arguments: frozenset[str]) -> str:
+    if found["code"]:
+        shown = code(found["code"].replace("\n", " "))
+    elif found["arxiv"]:
+        shown = f"`arXiv {found['arxiv']} <https://arxiv.org/abs/{found['arxiv']}>`__"
+    elif found["error"]:
+        shown = f":py:exc:`{found['error']} <coneslab.errors.{found['error']}>`"
+    elif set(names := found["arguments"].split(", ")) <= arguments:
+        shown = ", ".join(f"**{name}**" for name in names)
+    else:
+        return MARKUP.sub(r"\\\g<0>", found[0])
+    before, after = found.string[: found.start()][-1:], found.string[found.end() :][:1]
+    return ("\\ " if before.strip() else "") + shown + ("\\ " if after.isalnum() else "")
+
+
+def paragraphs(block: str) -> list[str]:
+    """Parts that begin on a line of their own although there was room on the line before: so they were meant."""
+    parts: list[list[str]] = [[]]
+    for line in block.split("\n"):
+        if parts[-1] and len(parts[-1][-1]) + 1 + len(line.split(" ")[0]) <= ROOM:
+            parts.append([])
+        parts[-1].append(line)
+    return ["\n".join(part) for part in parts]
+
+
+def to_rst(text: str, arguments: frozenset[str] = frozenset()) -> str:
+    """A docstring as reStructuredText: indented blocks and doctests stay code, other blocks are prose."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        if block.startswith("    "):
+            blocks += ["::", block]
+        elif block.startswith(">>> "):
+            blocks.append(block)
+        else:
+            blocks += [inline(paragraph, arguments) for paragraph in paragraphs(block)]
+    return "\n\n".join(blocks)
+
+
+def arguments_of(thing: Any) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(thing).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
+def rewrite(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [*to_rst("\n".join(lines), arguments_of(thing)).split("\n"), ""]
+
+
+def readable_defaults(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, arguments: str | None, result: str | None
+) -> tuple[str | None, str | None]:
+    """`= <factory>` of a dataclass is no Python, and a signature with it would be shown unparsed."""
+    return (arguments and arguments.replace("<factory>", "..."), result)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", rewrite)
+    app.connect("autodoc-process-signature", readable_defaults)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

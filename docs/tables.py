@@ -1,0 +1,98 @@
+"""Tables of the site, made from the files in `data/results`. A number that is in none of them is nowhere on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TIDY = {"subject", "seed", "condition", "measure", "value"}
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def interval(share: Mapping[str, float] | None) -> str:
+    """A share with its interval, as everywhere in the project: 0.983 [0.971, 0.993]."""
+    return f"{share['estimate']:.3f} [{share['low']:.3f}, {share['high']:.3f}]" if share else ""
+
+
+def evaluation(path: Path) -> str:
+    """The shares of `coneslab evaluate-model`, from its JSON file; a column that would be empty is left out."""
+    shares = json.loads(path.read_text(encoding="utf-8"))["shares"]
+    columns = {
+        "": [share["name"] for share in shares],
+        "share": [interval(share) for share in shares],
+        "on real pictures": [interval(share["real"]) for share in shares],
+        "to be reached": ["" if share["bar"] is None else f"{share['bar']:.2f}" for share in shares],
+        "reached": [{True: "yes", False: "no", None: ""}[share["met"]] for share in shares],
+        "pictures": [f"{share['values']:,}" for share in shares],
+    }
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    filled = {name or "what is asked": cells for name, cells in filled.items()}
+    return markdown_table(list(filled), zip(*filled.values(), strict=True))
+
+
+def methods(path: Path) -> str:
+    """`coneslab compare`, from its CSV file: the paper's table, then single subjects with intervals."""
+    if not path.exists():
+        return f"This table has not been made yet. `coneslab compare` makes it, as `data/results/{path.name}`."
+    from coneslab.grid import paper_table
+
+    table = read(path)
+    shown = paper_table(table)
+    columns = ["method", *("1 subject" if count == 1 else f"{count} subjects" for count in shown.columns)]
+    rows = [[name, *cells] for name, cells in zip(shown.index, shown.to_numpy(), strict=True)]
+    parts = ["Text alignment / image alignment, means over subjects and seeds.", markdown_table(columns, rows)]
+    single = table[table["count"] == 1]
+    if len(single):
+        parts += [f"One subject, with 95 % bootstrap intervals: {size(single)}.", summary(single)]
+    return "\n\n".join(parts)
+
+
+def experiments(folder: Path) -> str:
+    """Every table of `coneslab experiment` that is there, summed up; none that is not."""
+    from coneslab.experiments import EXPERIMENTS
+
+    parts = []
+    for name, experiment in EXPERIMENTS.items():
+        path = folder / experiment.table
+        if path.exists():
+            table = read(path)
+            about = (experiment.measure.__doc__ or "").partition("\n")[0]
+            parts.append(f"### {path.stem.replace('_', ' ').capitalize()}\n\n{about}")
+            parts.append(f"Means with 95 % bootstrap intervals: {size(table)}. `coneslab experiment {name}`.")
+            parts.append(summary(table))
+    return "\n\n".join(parts) or "No table has been made yet. `coneslab experiment NAME` makes them, in `data/results`."
+
+
+def read(path: Path) -> Any:
+    """A tidy table without the cells that failed. Raises ValueError if columns are missing."""
+    import pandas
+
+    table = pandas.read_csv(path)
+    if missing := TIDY - set(table.columns):
+        raise ValueError(f"{path.name} lacks the columns {', '.join(sorted(missing))}")
+    return table[table.value.notna()]
+
+
+def size(table: Any) -> str:
+    subjects, seeds = table.subject.nunique(), table.seed.nunique()
+    return f"{subjects} subject{'s' * (subjects > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+
+
+def summary(table: Any) -> str:
+    """A row a condition, a column a measure, each cell a mean with its interval."""
+    from coneslab.compare import summarise
+
+    means = summarise(table)
+    measures = list(dict.fromkeys(means.measure))
+    rows = [
+        [condition, *(cells.get(measure, "") for measure in measures)]
+        for condition, part in means.groupby("condition", sort=False)
+        for cells in [{row.measure: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in part.itertuples()}]
+    ]
+    return markdown_table(["condition", *measures], rows)
