@@ -47,7 +47,8 @@ def test_conda_environment_has_the_same_dependencies():
 def test_constraints_pin_every_direct_dependency_within_its_range():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(split(line) for line in lines if line and not line.startswith("#"))
-    wanted = dict(map(split, [*REQUIREMENTS, *(entry for extra in EXTRAS.values() for entry in extra)]))
+    extras = [entry for extra in EXTRAS.values() for entry in extra if not entry.startswith("coneslab[")]
+    wanted = dict(map(split, [*REQUIREMENTS, *extras]))
     assert pins.keys() == wanted.keys()
     for name, pin in pins.items():
         assert numbers(pin.removeprefix("==")) >= numbers(wanted[name].removeprefix(">=")), name

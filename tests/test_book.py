@@ -1,0 +1,339 @@
+"""The site: built without a warning; links that lead somewhere, pictures with words, headings in order, dark enough.
+
+Every check of the built pages is a function of a folder, and is shown here to find what is wrong in a broken one.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+
+for needed in ("sphinx", "myst_nb", "pydata_sphinx_theme", "sphinx-mathjax-offline", "bs4", "tinycss2.color3"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install -c constraints.txt -e '.[test]'")
+
+import tinycss2  # noqa: E402
+from bs4 import BeautifulSoup  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+sys.path.insert(0, str(ROOT / "docs"))
+
+import prose  # noqa: E402
+import tables  # noqa: E402
+
+import notebooks  # noqa: E402
+
+# --- the checks -----------------------------------------------------------------------------------------
+
+
+def pages(folder: Path) -> dict[Path, BeautifulSoup]:
+    """Every page; what lies in `_static` serves them and is none."""
+    paths = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.relative_to(folder).parts]
+    return {path: BeautifulSoup(path.read_bytes(), "html.parser") for path in paths}
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Links and sources inside the site whose file, or whose place in it, is not there."""
+    parsed = pages(folder)
+    places = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in parsed.items()}
+    wrong = []
+    for path, page in parsed.items():
+        for tag in page.find_all(["a", "img", "link", "script"]):
+            address = urlsplit(tag.get("href") or tag.get("src") or "")
+            if address.scheme or address.netloc or not (address.path or address.fragment):
+                continue
+            target = (path.parent / unquote(address.path)).resolve() if address.path else path
+            here = (
+                not address.fragment or target.suffix != ".html" or unquote(address.fragment) in places.get(target, ())
+            )
+            if not target.is_file() or not here:
+                wrong.append(f"{path.relative_to(folder)}: {address.geturl()}")
+    return wrong
+
+
+def wordless_pictures(folder: Path) -> list[str]:
+    return [
+        f"{path.relative_to(folder)}: {str(picture)[:100]}"
+        for path, page in pages(folder).items()
+        for picture in page.find_all("img")
+        if not picture.get("alt", "").strip()
+    ]
+
+
+def headings_out_of_order(folder: Path) -> list[str]:
+    """Pages without exactly one h1, and headings more than one level below the one before."""
+    wrong = []
+    for path, page in pages(folder).items():
+        levels = [int(heading.name[1]) for heading in page.find_all(re.compile("^h[1-6]$"))]
+        if levels.count(1) != 1 or any(below > above + 1 for above, below in zip([0, *levels], levels, strict=False)):
+            wrong.append(f"{path.relative_to(folder)}: {levels}")
+    return wrong
+
+
+def fetched_from_elsewhere(folder: Path) -> list[str]:
+    """What a browser would load from a network by itself."""
+    wrong = []
+    for path, page in pages(folder).items():
+        for tag in page.select("script[src], img[src], iframe[src], source[src], link[href]"):
+            address = tag.get("src") or tag["href"]
+            if urlsplit(address).netloc:
+                wrong.append(f"{path.relative_to(folder)}: {address}")
+    for path in folder.rglob("*.css"):
+        found = re.findall(r"(?:url\(|@import)\s*[\"']?\s*(?:https?:)?//[^\"')]+", path.read_text(encoding="utf-8"))
+        wrong += [f"{path.relative_to(folder)}: {address}" for address in found]
+    return wrong
+
+
+def declarations(sheet: Path) -> list[tuple[str, str, str]]:
+    """(selector, property, value) of a style sheet, quotes left out of selectors."""
+    rules = tinycss2.parse_stylesheet(sheet.read_text(encoding="utf-8"), skip_comments=True, skip_whitespace=True)
+    return [
+        (selector.strip(), item.name, tinycss2.serialize(item.value).strip())
+        for rule in rules
+        if rule.type == "qualified-rule"
+        for selector in tinycss2.serialize(rule.prelude).replace('"', "").split(",")
+        for item in tinycss2.parse_blocks_contents(rule.content)
+        if item.type == "declaration"
+    ]
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of two colours, 1 to 21 (WCAG 2.2)."""
+
+    def luminance(colour: str) -> float:
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+            for part in tinycss2.color3.parse_color(colour)[:3]
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted([luminance(one), luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+WORDS = ("text-base", "text-muted", "heading", "link", "link-higher-contrast", "inline-code")
+ENOUGH = 4.5  # for text of normal size (WCAG 2.2, AA)
+
+
+def faint_text(folder: Path) -> list[str]:
+    """Colours of text, of code, and those written into pages, that stand out too little from what is behind them."""
+    sheets = ("styles/pydata-sphinx-theme.css", "book.css")  # what the second says counts
+    theme = [item for sheet in sheets for item in declarations(folder / "_static" / sheet)]
+    code = declarations(folder / "_static" / "pygments.css")
+    wrong = []
+    for look in ("light", "dark"):
+        root = f"html[data-theme={look}]"
+        named = {name: value for selector, name, value in theme if selector in (":root", root) and name[:2] == "--"}
+
+        def colour(value: str, named: dict[str, str] = named) -> str:
+            while found := re.fullmatch(r"var\((--[\w-]+)\)", value):
+                value = named[found[1]]
+            return value
+
+        behind = [colour(f"var(--pst-color-{name})") for name in ("background", "surface")]
+        front = {name: colour(f"var(--pst-color-{name})") for name in WORDS}
+        front |= {s: value for s, name, value in code if s.startswith(f"{root} .highlight .") and name == "color"}
+        wrong += [
+            f"{look}: {name} {value} on {ground}, {contrast(value, ground):.2f}"
+            for name, value in front.items()
+            for ground in behind
+            if value != "inherit" and contrast(value, ground) < ENOUGH
+        ]
+    for path, page in pages(folder).items():
+        for tag in page.find_all(style=re.compile(r"color\s*:")):
+            style = {item.name: tinycss2.serialize(item.value).strip() for item in _style(tag["style"])}
+            front, ground = style.get("color"), style.get("background-color")
+            if front and contrast(front, ground or "white") < ENOUGH:
+                wrong.append(f"{path.relative_to(folder)}: {tag['style']}")
+    return wrong
+
+
+def _style(text: str) -> list:
+    return [item for item in tinycss2.parse_blocks_contents(text) if item.type == "declaration"]
+
+
+# --- the site -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("book")
+    built = subprocess.run([sys.executable, ROOT / "docs" / "build.py", folder], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    return folder / "html"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "check", [broken_links, wordless_pictures, headings_out_of_order, fetched_from_elsewhere, faint_text]
+)
+def test_site(site, check):
+    assert check(site) == []
+
+
+@pytest.mark.slow
+def test_site_has_every_notebook_in_order_and_every_model_card(site):
+    page = BeautifulSoup((site / "notebooks.html").read_bytes(), "html.parser")
+    shown = [link["href"] for link in page.select(".gallery-card p:nth-of-type(2) a")]
+    assert shown == [f"notebooks/{path.stem}.html" for path in NOTEBOOKS]
+    for card in (ROOT / "data" / "models").glob("*/README.md"):
+        assert (site / card.relative_to(ROOT).with_suffix(".html")).is_file()
+
+
+@pytest.mark.slow
+def test_site_keeps_the_alt_texts_of_notebooks_and_no_widgets(site):
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, as_version=4).cells
+        saved = [alt for cell in cells if cell.cell_type == "code" for _, alt in notebooks.pictures(cell)]
+        page = BeautifulSoup((site / "notebooks" / f"{path.stem}.html").read_bytes(), "html.parser")
+        shown = [picture["alt"] for picture in page.find_all("img")]
+        assert [alt for alt in saved if alt not in shown] == []
+        assert "vnd.jupyter.widget" not in str(page) and "it/s]" not in page.text
+
+
+@pytest.mark.slow
+def test_reference_shows_every_public_function(site):
+    page = BeautifulSoup((site / "api" / "search.html").read_bytes(), "html.parser")
+    entry = page.find(id="coneslab.search.find_concept_neurons")
+    assert "threshold_quantile" in entry.text
+    about = entry.find_next_sibling("dd")
+    assert [strong.text for strong in about.find_all("strong")][:2] == ["subject", "method"]
+    assert about.find("a", href="https://arxiv.org/abs/2303.05125")
+    assert "θ_j ∂L_con/∂θ_j > τ" in about.text
+
+
+# --- each check on something broken -------------------------------------------------------------------
+
+
+def write(folder: Path, body: str, name: str = "page.html") -> Path:
+    (folder / name).write_text(f"<!doctype html><title>x</title><body>{body}</body>", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("link", ["gone.html", "page.html#gone", "#gone", "../page.html"])
+def test_broken_links_are_found(tmp_path, link):
+    good = '<a href="#here" id="here">a</a> <a href="page.html#here">b</a> <a href="https://arxiv.org/x">c</a>'
+    assert broken_links(write(tmp_path, good)) == []
+    assert broken_links(write(tmp_path, f'{good} <a href="{link}">d</a>')) == [f"page.html: {link}"]
+
+
+def test_missing_pictures_are_found(tmp_path):
+    assert broken_links(write(tmp_path, '<img src="gone.png" alt="a cat">')) == ["page.html: gone.png"]
+
+
+@pytest.mark.parametrize("alt", ["", 'alt=""', 'alt=" "'])
+def test_pictures_without_words_are_found(tmp_path, alt):
+    assert wordless_pictures(write(tmp_path, '<img alt="a cat" src="data:,">')) == []
+    assert len(wordless_pictures(write(tmp_path, f'<img {alt} src="data:,">'))) == 1
+
+
+@pytest.mark.parametrize("levels", ["", "2", "11", "13", "1224"])
+def test_headings_out_of_order_are_found(tmp_path, levels):
+    assert headings_out_of_order(write(tmp_path, "<h1>a</h1><h2>b</h2><h3>c</h3><h2>d</h2>")) == []
+    assert headings_out_of_order(write(tmp_path, "".join(f"<h{n}>x</h{n}>" for n in levels)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="//fonts.example/x.css">',
+        '<img alt="x" src="http://pictures.example/x.png">',
+    ],
+)
+def test_what_is_fetched_from_elsewhere_is_found(tmp_path, body):
+    assert fetched_from_elsewhere(write(tmp_path, '<a href="https://arxiv.org">a</a><img alt="x" src="x.png">')) == []
+    assert len(fetched_from_elsewhere(write(tmp_path, body))) == 1
+
+
+def test_fonts_from_elsewhere_are_found(tmp_path):
+    (tmp_path / "x.css").write_text("@font-face { src: url('https://fonts.example/x.woff2') }")
+    assert len(fetched_from_elsewhere(tmp_path)) == 1
+
+
+def styles(folder: Path, *, text: str = "#222", code: str = "#7928a1") -> Path:
+    names = [f"--pst-color-{name}: {text};" for name in WORDS]
+    look = "html[data-theme={}] { --pst-color-background: %s; --pst-color-surface: %s; {} }"
+    sheet = folder / "_static" / "styles" / "pydata-sphinx-theme.css"
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    light = look.replace("%s", "#fff").replace("{}", "light", 1).replace("{}", " ".join(names))
+    dark = look.replace("%s", "#000").replace("{}", "dark", 1).replace("{}", " ".join(names).replace(text, "#fff"))
+    sheet.write_text(light + dark)
+    (folder / "_static" / "book.css").touch()
+    (folder / "_static" / "pygments.css").write_text(f'html[data-theme="light"] .highlight .k {{ color: {code} }}')
+    return folder
+
+
+def test_faint_text_is_found(tmp_path):
+    assert contrast("#000", "#fff") == pytest.approx(21)
+    assert contrast("#777", "#fff") == pytest.approx(4.48, abs=0.01)  # the well-known grey that just fails
+    assert faint_text(styles(tmp_path)) == []
+    assert len(faint_text(styles(tmp_path, text="#aaa"))) == 2 * len(WORDS)
+    assert len(faint_text(styles(tmp_path, code="#ff8080"))) == 2
+    styles(write(tmp_path, '<td style="background-color: #ffff00; color: #f1f1f1">0.5</td>'))
+    assert len(faint_text(tmp_path)) == 1
+
+
+# --- what the pages are made of -------------------------------------------------------------------------
+
+
+def test_notebooks_lose_what_only_a_kernel_can_use(tmp_path):
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    bar = nbformat.v4.new_output("display_data", {**widget, "text/plain": "x:   0%|          | 0/5 [00:00<?, ?it/s]"})
+    view = nbformat.v4.new_output("display_data", {**widget, "text/plain": "(Sliders appear here.)"})
+    picture = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": "<PIL.Image>"})
+    links = "[there](00_x.ipynb), [to come](07_y.ipynb), [wrong](00_z.ipynb), [below](#end)"
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# X\n\n{links}"),
+        nbformat.v4.new_code_cell("import this"),
+        nbformat.v4.new_code_cell("a = 1\ndraw('cat')", outputs=[bar, view, picture]),
+    ]
+    path = tmp_path / "00_x.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {}}), path)
+    text, set_up, shown = nbformat.reads(notebooks.cleaned(path), as_version=4).cells
+    assert text.source.endswith('[there](00_x.ipynb), to come, [wrong](00_z.ipynb), <a href="#end">below</a>')
+    assert "hide-input" in set_up.metadata.tags
+    assert [dict(output.data) for output in shown.outputs[:1]] == [{"text/plain": "(Sliders appear here.)"}]
+    (image,) = BeautifulSoup(shown.outputs[1].data["text/html"], "html.parser").find_all("img")
+    assert image["alt"] == "The picture that this cell shows: draw('cat')"
+
+
+def test_docstrings_become_what_they_say():
+    text = "Shut V* |θ|_j.\n\nscale: s in `shut`, see `plots.show` and `search.py`.\nRaises MaskError.\n\n    x = f(1)"
+    assert prose.to_rst(text, frozenset({"scale"})).split("\n\n") == [
+        r"Shut V\* \|θ\|\_j.",
+        "**scale**: s in :py:obj:`shut <shut>`, see :py:obj:`plots.show <coneslab.plots.show>` and "
+        ":py:mod:`search.py <coneslab.search>`.",
+        "Raises :py:exc:`MaskError <coneslab.errors.MaskError>`.",
+        "::",
+        "    x = f(1)",
+    ]
+
+
+def test_a_table_of_methods_joins_when_it_is_there(tmp_path):
+    path = tmp_path / "methods.csv"
+    assert "coneslab compare" in tables.methods(path) and "0." not in tables.methods(path)
+    rows = [
+        f"{subject},{method},{seed},1,{measure},{value}"
+        for subject, more in (("cat", 0.0), ("dog", 0.2))
+        for method, value in (("mine", 0.4 + more), ("theirs", 0.1 + more))
+        for seed in (0, 1)
+        for measure in ("text alignment", "image alignment")
+    ]
+    path.write_text("subject,condition,seed,count,measure,value\n" + "\n".join([*rows, "fox,mine,0,1,,"]) + "\n")
+    shown = tables.methods(path)
+    assert "| mine | 0.500 / 0.500 |" in shown and "| theirs | 0.200 / 0.200 |" in shown
+    assert "2 subjects, 2 seeds" in shown and "| mine | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |" in shown
+
+
+def test_evaluations_are_shown_as_they_were_saved():
+    for path in (ROOT / "data" / "results").glob("evaluation_*.json"):
+        shown = tables.evaluation(path).splitlines()
+        shares = json.loads(path.read_text(encoding="utf-8"))["shares"]
+        assert len(shown) == len(shares) + 2
+        assert f"{shares[0]['estimate']:.3f} [{shares[0]['low']:.3f}, " in shown[2]
