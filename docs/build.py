@@ -25,16 +25,11 @@ MODULES = re.compile(r"(?m)^```\{modules\}\n([^`]+)```$")  # a group of modules 
 
 
 def assemble(source: Path) -> None:
-    """Put everything that Sphinx reads into `source`. Files that did not change are left alone: Sphinx skips them."""
-    wanted = dict(_files())
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        if path.relative_to(source).as_posix() not in wanted:
-            path.unlink()
-    for name, content in wanted.items():
+    """Put everything that Sphinx reads into `source`."""
+    for name, content in _files():
         path = source / name
-        if not path.exists() or path.read_bytes() != content:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def _files() -> Iterator[tuple[str, bytes]]:
@@ -112,13 +107,15 @@ def door() -> str:
 
 
 def main(folder: str) -> int:
-    source, html = Path(folder) / "source", Path(folder) / "html"
+    """Build everything anew: what is kept from one time to the next would not know that the code in docs/ changed."""
+    source, html, kept = (Path(folder) / name for name in ("source", "html", "doctrees"))
+    for path in (source, html, kept):
+        shutil.rmtree(path, ignore_errors=True)
     assemble(source)
-    shutil.rmtree(html, ignore_errors=True)  # a page that is no more must not stay
-    return sphinx([
-        "--builder", "html", "--conf-dir", str(ROOT / "docs"), "--doctree-dir", str(Path(folder) / "doctrees"),
-        "--fail-on-warning", "--keep-going", "--quiet", str(source), str(html),
-    ])  # fmt: skip
+    return sphinx(
+        ["--builder", "html", "--conf-dir", str(ROOT / "docs"), "--doctree-dir", str(kept)]
+        + ["--fail-on-warning", "--keep-going", "--quiet", str(source), str(html)]
+    )
 
 
 if __name__ == "__main__":

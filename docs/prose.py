@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
+import sys
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -32,37 +34,42 @@ def modules() -> frozenset[str]:
     return frozenset(module.name for module in pkgutil.iter_modules(coneslab.__path__))
 
 
-def full_name(name: str) -> str:
-    """Where `name` is documented, as far as it shows: "plots.show" -> "coneslab.plots.show"."""
+def full_name(name: str, home: ModuleType) -> str:
+    """Where `name` is documented, looked up as the module that mentions it would: "KVGradient", "plots.show"."""
     name = name.removesuffix("()").removeprefix("coneslab.")
-    first = name.partition(".")[0]
-    if first in modules() and (name != first or first not in coneslab._MODULE):
+    first, _, rest = name.partition(".")
+    found = getattr(home, first, None) or getattr(coneslab, first, None)
+    if inspect.ismodule(found) or (found is None and first in modules()):
         return f"coneslab.{name}"
-    return f"coneslab.{coneslab._MODULE[first]}.{name}" if first in coneslab._MODULE else name
+    if getattr(found, "__module__", "").startswith("coneslab.") and hasattr(found, "__qualname__"):
+        return f"{found.__module__}.{name}"
+    return name
 
 
-def code(text: str) -> str:
+def code(text: str, home: ModuleType = coneslab) -> str:
     """What stood between backticks: a link to a module or an object where it names one, else a literal."""
     if re.fullmatch(r"\w+\.py", text) and text[:-3] in modules():
         return f":py:mod:`{text} <coneslab.{text[:-3]}>`"
     if re.fullmatch(r"[A-Za-z][\w.]*(\(\))?", text):
-        return f":py:obj:`{text} <{full_name(text)}>`"
+        return f":py:obj:`{text} <{full_name(text, home)}>`"
     return f"``{text}``"
 
 
-def inline(text: str, arguments: frozenset[str] = frozenset()) -> str:
+def inline(text: str, arguments: frozenset[str] = frozenset(), home: ModuleType = coneslab) -> str:
     """One paragraph or line of prose, with nothing in it that could be mistaken for markup."""
     parts, end = [], 0
     for found in PIECES.finditer(text):
         parts.append(MARKUP.sub(r"\\\g<0>", text[end : found.start()]))
-        parts.append(_piece(found, arguments))
+        parts.append(_piece(found, arguments, home))
         end = found.end()
     return "".join([*parts, MARKUP.sub(r"\\\g<0>", text[end:])])
 
 
-def _piece(found: re.Match[str], arguments: frozenset[str]) -> str:
-    if found["code"]:
-        shown = code(found["code"].replace("\n", " "))
+def _piece(found: re.Match[str], arguments: frozenset[str], home: ModuleType) -> str:
+    if found["code"] in arguments:
+        shown = f"``{found['code']}``"
+    elif found["code"]:
+        shown = code(found["code"].replace("\n", " "), home)
     elif found["arxiv"]:
         shown = f"`arXiv {found['arxiv']} <https://arxiv.org/abs/{found['arxiv']}>`__"
     elif found["error"]:
@@ -85,7 +92,7 @@ def paragraphs(block: str) -> list[str]:
     return ["\n".join(part) for part in parts]
 
 
-def to_rst(text: str, arguments: frozenset[str] = frozenset()) -> str:
+def to_rst(text: str, arguments: frozenset[str] = frozenset(), home: ModuleType = coneslab) -> str:
     """A docstring as reStructuredText: indented blocks and doctests stay code, other blocks are prose."""
     blocks = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
@@ -94,7 +101,7 @@ def to_rst(text: str, arguments: frozenset[str] = frozenset()) -> str:
         elif block.startswith(">>> "):
             blocks.append(block)
         else:
-            blocks += [inline(paragraph, arguments) for paragraph in paragraphs(block)]
+            blocks += [inline(paragraph, arguments, home) for paragraph in paragraphs(block)]
     return "\n\n".join(blocks)
 
 
@@ -106,7 +113,14 @@ def arguments_of(thing: Any) -> frozenset[str]:
 
 
 def rewrite(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [*to_rst("\n".join(lines), arguments_of(thing)).split("\n"), ""]
+    home = sys.modules[next(part for part in _from_the_longest(name) if part in sys.modules)]
+    lines[:] = [*to_rst("\n".join(lines), arguments_of(thing), home).split("\n"), ""]
+
+
+def _from_the_longest(name: str) -> list[str]:
+    """For "a.b.c": a.b.c, a.b, a."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def readable_defaults(

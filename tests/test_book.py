@@ -304,10 +304,10 @@ def test_notebooks_lose_what_only_a_kernel_can_use(tmp_path):
 
 
 def test_docstrings_become_what_they_say():
-    text = "Shut V* |θ|_j.\n\nscale: s in `shut`, see `plots.show` and `search.py`.\nRaises MaskError.\n\n    x = f(1)"
+    text = "Shut V* |θ|_j.\n\nscale: s in `scale`, see `plots.show` and `search.py`.\nRaises MaskError.\n\n    x = f(1)"
     assert prose.to_rst(text, frozenset({"scale"})).split("\n\n") == [
         r"Shut V\* \|θ\|\_j.",
-        "**scale**: s in :py:obj:`shut <shut>`, see :py:obj:`plots.show <coneslab.plots.show>` and "
+        "**scale**: s in ``scale``, see :py:obj:`plots.show <coneslab.plots.show>` and "
         ":py:mod:`search.py <coneslab.search>`.",
         "Raises :py:exc:`MaskError <coneslab.errors.MaskError>`.",
         "::",
