@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from result_tables import evaluation, experiments, markdown_table, methods
 from sphinx.cmd.build import main as sphinx
-from tables import evaluation, experiments, markdown_table, methods
 
 from notebooks import card, cleaned, thumbnail
 

@@ -1,4 +1,4 @@
-"""How Sphinx makes the site out of the folder that `assemble.py` put together: `make book`."""
+"""How Sphinx makes the site out of the folder that `build.py` puts together: `make book`."""
 
 import sys
 from importlib.resources import files

@@ -37,7 +37,7 @@ def modules() -> frozenset[str]:
 def full_name(name: str, home: ModuleType) -> str:
     """Where `name` is documented, looked up as the module that mentions it would: "KVGradient", "plots.show"."""
     name = name.removesuffix("()").removeprefix("coneslab.")
-    first, _, rest = name.partition(".")
+    first = name.partition(".")[0]
     found = getattr(home, first, None) or getattr(coneslab, first, None)
     if inspect.ismodule(found) or (found is None and first in modules()):
         return f"coneslab.{name}"

@@ -24,7 +24,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 sys.path.insert(0, str(ROOT / "docs"))
 
 import prose  # noqa: E402
-import tables  # noqa: E402
+import result_tables as tables  # noqa: E402
 
 import notebooks  # noqa: E402
 
