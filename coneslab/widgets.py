@@ -131,9 +131,9 @@ class Overtaken(Exception):
 class Explorer:
     """Controls, a status line and a picture; made by `explorer`.
 
-    controls: name -> widget; image: the live picture, empty until a control is moved; status: what is going on;
-    box: all of them, to put inside another widget. As the last line of a cell it displays itself: the still picture
-    first, then the box.
+    controls: name -> widget; image: the live picture, empty until a control is moved; png: its bytes; status: what is
+    going on; box: all of them, to put inside another widget. As the last line of a cell it displays itself: the
+    still picture first, then the box.
 
     In a notebook a change only asks for a drawing. It is made a moment later by the kernel's main loop, between
     cells, because JupyterLab may report changes in a thread of their own: drawn there, an edit would be on the
@@ -145,7 +145,9 @@ class Explorer:
         self, render: Callable[..., Picture | Iterator[Picture]], controls: dict[str, Any], still: Picture | None
     ) -> None:
         self.render, self.controls, self.still = render, controls, still
-        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(display="none", max_width="100%"))
+        # not an Image: that one has no alt text, and its view breaks on a tooltip (ipywidgets 8.1)
+        self.image = ipywidgets.HTML(layout=ipywidgets.Layout(display="none", max_width="100%"))
+        self.png = b""
         self.status = ipywidgets.HTML()
         rows = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
         self.box = ipywidgets.VBox([rows, self.status, self.image])
@@ -157,7 +159,7 @@ class Explorer:
         self._kept: dict[tuple, tuple[bytes, str]] = {}
         self._say(_START)
         for widget in controls.values():
-            widget.observe(self._changed, names="value")
+            widget.observe(lambda change: self.ask(), names="value")
 
     @property
     def values(self) -> dict[str, Any]:
@@ -178,7 +180,8 @@ class Explorer:
 
     # --- asking, and being overtaken ---
 
-    def _changed(self, change: dict[str, Any]) -> None:
+    def ask(self) -> None:
+        """Ask for a drawing, as moving a control does; in a notebook it begins when the cell has ended."""
         if self.loop is None:
             self.draw()
             return
@@ -212,7 +215,7 @@ class Explorer:
         self._say("drawing …", busy=True)
         try:
             for picture, final in self._pictures(self.values):
-                self.image.value, self.image.tooltip = picture
+                self.png, self.image.value = picture[0], _img(*picture)
                 self.image.layout.display = ""
                 if not final:
                     self._say("a quick preview; drawing it in full …", busy=True)
@@ -267,26 +270,31 @@ class Explorer:
 
     def _ipython_display_(self) -> None:
         if self.still is not None:
-            display(_html(*png(self.still)))
+            display(HTML(_img(*png(self.still))))
         else:
             self._asked += 1
             place = None
             for _ in self._drawing():
-                picture = _html(bytes(self.image.value), str(self.image.tooltip))
+                picture = HTML(self.image.value)
                 if place is None:
                     place = display(picture, display_id=True)
                 else:
                     place.update(picture)
             if not self._failed:  # saved notebooks hold the picture once
-                self.image.value, self.image.layout.display = b"", "none"
+                self.png, self.image.value, self.image.layout.display = b"", "", "none"
                 self._say(_START)
         bundle = dict(self.box._repr_mimebundle_() or {})
         display({**bundle, "text/plain": _NO_KERNEL}, raw=True)
 
 
-def _html(data: bytes, alt: str) -> HTML:
+def _img(data: bytes, alt: str) -> str:
+    """A picture in HTML; its size is said beforehand, or the page would jump at every new one."""
+    width, height = Image.open(io.BytesIO(data)).size
     source = base64.b64encode(data).decode()
-    return HTML(f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{source}">')
+    return (
+        f'<img alt="{html.escape(alt)}" width="{width}" height="{height}" style="max-width:100%;height:auto" '
+        f'src="data:image/png;base64,{source}">'
+    )
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -326,7 +334,7 @@ def explorer(
 
     >>> view = explorer(lambda grey: np.full((4, 4, 3), grey, np.uint8), grey=slider(0, 255, 0))
     >>> view.controls["grey"].value = 128
-    >>> bytes(view.image.value[:4])
+    >>> view.png[:4]
     b'\\x89PNG'
     """
     if not controls:
@@ -396,7 +404,7 @@ class Playground(Explorer):
         self._forget(name)
         self.controls["edit"].options = self._menu()
         self.controls["edit"].value = name
-        self._changed({})  # also where the menu has not changed
+        self.ask()  # also where the menu has not changed
 
     # --- the menu and the prompt ---
 
