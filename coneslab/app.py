@@ -18,7 +18,7 @@ from .edits import load_edit
 from .errors import ConeslabError
 from .search import find_concept_neurons
 from .subjects import SUBJECTS, subject
-from .widgets import Limits, playground
+from .widgets import Limits, control, playground
 
 EDITS = "CONESLAB_EDITS"  # names the folder of edit files
 _ABOUT = """<h1>Concept neurons</h1>
@@ -37,11 +37,13 @@ class Page:
     def __init__(self, pipe: Any, folder: Path | None, names: Sequence[str], limits: Limits, rounds: int) -> None:
         self.pipe, self.folder, self.rounds = pipe, folder, rounds
         self.playground = playground(pipe, folder, limits=limits)
-        self.choice = ipywidgets.Dropdown(options=list(names), description="subject")
+        self.choice = control(list(names), "subject")
         self.button = ipywidgets.Button(description="Find its neurons", button_style="primary")
         self.progress = ipywidgets.HTML()
         self.button.on_click(self._clicked)
-        line = ipywidgets.HBox([self.choice, self.button, self.progress], layout={"flex_flow": "row wrap"})
+        line = ipywidgets.HBox(
+            [self.choice, self.button, self.progress], layout={"flex_flow": "row wrap", "grid_gap": "0 1.2em"}
+        )
         self.box = ipywidgets.VBox([ipywidgets.HTML(_ABOUT), line, self.playground.box, ipywidgets.HTML(_ASLEEP)])
         self._waiting = False
 
@@ -60,7 +62,8 @@ class Page:
         self.button.disabled = True
         try:
             name = str(self.choice.value)
-            self.playground.add(name, self._known(name) or self._search(name))
+            known = self._known(name)
+            self.playground.add(name, self._search(name) if known is None else known)
             self.playground.controls["prompt"].value = subject(name).prompts[0]
             self._say(f"found: {name} is in the menu of edits")
         except Exception as error:  # shown, and the page stays usable

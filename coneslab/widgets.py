@@ -149,7 +149,9 @@ class Explorer:
         self.image = ipywidgets.HTML(layout=ipywidgets.Layout(display="none", max_width="100%"))
         self.png = b""
         self.status = ipywidgets.HTML()
-        rows = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
+        rows = ipywidgets.HBox(
+            list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap", grid_gap="0 1.2em")
+        )
         self.box = ipywidgets.VBox([rows, self.status, self.image])
         self.loop = running_loop()
         self._asked = 0  # requests so far: a drawing whose number is lower has been overtaken
@@ -390,9 +392,9 @@ class Playground(Explorer):
             "dose": slider(0.0, limits.dose, min(1.0, limits.dose), step=0.05),
             "prompt": start["prompt"] or self._own_prompt(first),
             "seed": ipywidgets.BoundedIntText(value=start["seed"], min=0, max=_SEEDS),
-            "pictures": slider(1, limits.pictures, min(start["pictures"], limits.pictures)),
-            "steps": slider(1, limits.steps, min(start["steps"], limits.steps)),
-            "guidance": slider(1.0, limits.guidance, min(start["guidance"], limits.guidance), step=0.5),
+            "pictures": ipywidgets.IntSlider(start["pictures"], 1, limits.pictures),
+            "steps": ipywidgets.IntSlider(start["steps"], 1, limits.steps),
+            "guidance": slider(1.0, limits.guidance, start["guidance"], step=0.5),
         }
         super().__init__(self._draw_both, {name: control(given, name) for name, given in made.items()}, None)
         self.controls["prompt"].layout.width = "48.5em"
@@ -506,8 +508,8 @@ def playground(
     *,
     prompt: str | None = None,
     seed: int = 0,
-    pictures: int = 4,
-    steps: int = 25,
+    pictures: int | None = None,
+    steps: int | None = None,
     guidance_scale: float = 3.0,
     preview_steps: int = 6,
     limits: Limits | None = None,
@@ -516,13 +518,16 @@ def playground(
 
     edits: name -> Edit, or a folder of edit files; one that cannot be read says so when it is chosen. A preview of
     `preview_steps` comes first, and is drawn in full unless the controls move on. prompt: default the words that
-    the edit was found for. limits: the ends of the controls, which hold for whatever is sent.
+    the edit was found for. pictures, steps: default 4 and 25, or as many as the limits allow. limits: the ends of the
+    controls, which hold for whatever is sent.
     Raises ConeslabError if there is no such folder, or the start lies outside the limits.
 
         widgets.playground(pipe, {"cat": found.binary()})
     """
     limits = limits or Limits()
     known: Mapping[str, Edit | str] = _edits_in(Path(edits)) if isinstance(edits, str | Path) else dict(edits or {})
+    pictures = min(4, limits.pictures) if pictures is None else pictures
+    steps = min(25, limits.steps) if steps is None else steps
     start = {"seed": seed, "pictures": pictures, "steps": steps, "guidance": guidance_scale}
     limits.require(dose=0, prompt=_PROMPT if prompt is None else prompt, **start)  # type: ignore[arg-type]
     return Playground(pipe, known, limits, start | {"prompt": prompt, "preview_steps": preview_steps})
