@@ -31,8 +31,8 @@ lab: $(VENV)/.coneslab
 
 # Only this machine reaches the page unless APP_ARGS says otherwise. Visitors see no code and can run none: Voilà leaves
 # the sources out, starts the kernels itself, and passes on nothing but messages of widgets; what widgets may ask
-# for is limited in Python (widgets.Limits). Each visitor's kernel takes some 0.7 GB; it ends with the page, or after
-# half an hour without a message. One thread a kernel, or thirty of them would wait for each other.
+# for is limited in Python (widgets.Limits). A visitor's kernel takes 0.7 GB, and 1.2 GB once it has searched; it
+# ends with the page, or after half an hour without a message. One thread each, or thirty would wait for each other.
 app: $(VENV)/.coneslab-app
 	@mkdir -p '$(EDITS)'
 	CONESLAB_EDITS="$$(realpath '$(EDITS)')" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/voila \

@@ -23,6 +23,11 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
+
+from coneslab import ConceptNeurons, load, subject
+from coneslab.edits import model_fingerprint
+from coneslab.kvspace import KVSpace
 
 pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright: pip install -e '.[test]'")
 from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright  # noqa: E402
@@ -301,22 +306,6 @@ def test_the_playground_draws_with_the_shipped_model(visit: Visit, lab: Any) -> 
     assert next_picture(cell, before) != before
 
 
-def test_the_tour_runs_and_its_dose_slider_draws(visit: Visit, lab: Any) -> None:
-    tour = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", 4)
-    (parameters,) = [cell for cell in tour.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = re.sub(r"ROUNDS = \d+", "ROUNDS = 4", parameters.source)  # the search has tests of its own
-    for cell in tour.cells:
-        cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
-    nbformat.write(tour, lab[2] / "00_tour.ipynb")
-    cells = run_all(visit, lab, "00_tour.ipynb")
-    (cell,) = [cell for cell in cells if cell.get_by_role("slider").count()]
-    cell.scroll_into_view_if_needed()
-    cell.get_by_role("slider").focus()
-    visit.page.keyboard.press("ArrowLeft")
-    next_picture(cell, None)
-    visit.photograph("tour_dose", cell)
-
-
 def write_notebook(path: Path, cells: list[str]) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -327,15 +316,22 @@ def write_notebook(path: Path, cells: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page as `make app` serves it: its address."""
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The page as `make app` serves it: its address and its folder of edits."""
     folder = tmp_path_factory.mktemp("app")
     port = free_port()
     make = ["make", "--old-file", f"{sys.prefix}/.coneslab-app", f"VENV={sys.prefix}", f"EDITS={folder / 'edits'}",
             f"APP_ARGS=--no-browser --port={port} --Voila.port_retries=0", "app"]  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     with server(make, folder, f"{address}/voila/static/none"):
-        yield address
+        yield address, folder / "edits"
+
+
+def some_neurons() -> ConceptNeurons:
+    """An edit of the shipped model."""
+    pipe = load("tiny", device="cpu")
+    scale = (torch.rand(KVSpace(pipe).n, generator=torch.Generator().manual_seed(0)) > 0.1).float()
+    return ConceptNeurons.from_scale(scale, KVSpace(pipe).layout, model_fingerprint(pipe), subject="cat")
 
 
 SEND = """kernel => new Promise((resolve, reject) => {
@@ -358,9 +354,9 @@ SEND = """kernel => new Promise((resolve, reject) => {
 })"""
 
 
-def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, app: str) -> None:
-    page = visit.page
-    response = page.goto(app)
+def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, app: tuple[str, Path]) -> None:
+    page, (address, folder) = visit.page, app
+    response = page.goto(address)
     assert response is not None and response.ok
     expect(page.get_by_role("heading", name="Concept neurons")).to_be_visible()
     body = page.locator("body")
@@ -383,10 +379,12 @@ def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, 
     prompt.press("Enter")
     next_picture(body, before)
 
+    some_neurons().save(folder / "cat.safetensors")  # another visitor was quicker; the search has tests of its own
     page.get_by_role("button", name="Find its neurons").click()
     expect(page.get_by_text("found: cat is in the menu of edits")).to_be_visible()
     next_picture(body, None)
-    assert control(body, "edit").locator("select").input_value() != "no edit"
+    expect(control(body, "edit").locator("select")).to_have_value("cat")
+    expect(prompt).to_have_value(subject("cat").prompts[0])
     visit.photograph("app_found")
 
     kernel = re.search(r'"kernelId": ?"([0-9a-f-]+)"', page.content())
@@ -394,5 +392,5 @@ def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, 
     replies = page.evaluate(SEND, kernel[1])
     assert "kernel_info_reply" in replies and "execute_reply" not in replies
     for path in ("api/contents", "api/kernels", "lab", "tree"):
-        answer = page.request.post(f"{app}/{path}")
+        answer = page.request.post(f"{address}/{path}")
         assert answer.status in (403, 404, 405), path
