@@ -223,7 +223,7 @@ LIVE = ".widget-html img"  # beside it there is the still picture, which is no w
 
 def next_picture(part: Locator, before: str | None) -> str:
     """Wait until the picture is another one, whole, and the status line is quiet."""
-    status = part.locator("[role=status]")
+    status = part.get_by_text(re.compile("drawing (…|it in full)"))
     image = part.locator(LIVE)
     until(lambda: image.is_visible() and image.get_attribute("src") != before and status.count() == 0)
     until(lambda: image.evaluate("image => image.complete && image.naturalWidth > 0"))
@@ -377,12 +377,12 @@ def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, 
     visit.photograph("app_error")
     prompt.fill("a dog in the snow")
     prompt.press("Enter")
-    next_picture(body, before)
+    before = next_picture(body, before)
 
     some_neurons().save(folder / "cat.safetensors")  # another visitor was quicker; the search has tests of its own
     page.get_by_role("button", name="Find its neurons").click()
     expect(page.get_by_text("found: cat is in the menu of edits")).to_be_visible()
-    next_picture(body, None)
+    next_picture(body, before)
     expect(control(body, "edit").locator("select")).to_have_value("cat")
     expect(prompt).to_have_value(subject("cat").prompts[0])
     visit.photograph("app_found")
