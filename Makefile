@@ -1,4 +1,5 @@
 # make lab        JupyterLab on the notebooks (the first run sets everything up)
+# make app        the playground as a web page, for a class
 # make test       ruff, mypy, unit tests, and every notebook
 # make notebooks  run every notebook again and save its outputs in place
 # make book       the site: notebooks as they were saved, results, model cards, reference, in build/book/html
@@ -7,6 +8,8 @@
 # PYTHON=...      the Python (3.11 or later) that makes the virtual environment
 # VENV=...        where it goes (.venv)
 # LAB_ARGS=...    more arguments for JupyterLab, for example LAB_ARGS="--ip=0.0.0.0" inside a container
+# APP_ARGS=...    more arguments for Voilà, for example APP_ARGS="--Voila.ip=0.0.0.0" to let a class in
+# EDITS=...       the folder of edit files that the page offers and adds to (runs/app)
 # Without an NVIDIA GPU on Linux, the CPU build of torch saves gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make lab
 
@@ -16,14 +19,27 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 LAB_ARGS ?=
+APP_ARGS ?=
+EDITS ?= runs/app
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab test notebooks book bench clean
+.PHONY: lab app test notebooks book bench clean
 
 lab: $(VENV)/.coneslab
 	@echo "Open the address below in a browser (Ctrl-C stops the server)."
 	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_tour.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+# Only this machine reaches the page unless APP_ARGS says otherwise. Visitors see no code and can run none: Voilà leaves
+# the sources out, starts the kernels itself, and passes on nothing but messages of widgets; what widgets may ask
+# for is limited in Python (widgets.Limits). A visitor's kernel takes 0.7 GB, and 1.2 GB once it has searched; it
+# ends with the page, or after half an hour without a message. One thread each, or thirty would wait for each other.
+app: $(VENV)/.coneslab-app
+	@mkdir -p '$(EDITS)'
+	CONESLAB_EDITS="$$(realpath '$(EDITS)')" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/voila \
+		notebooks/app/playground.ipynb --Voila.ip=127.0.0.1 --VoilaConfiguration.strip_sources=True \
+		--MappingKernelManager.cull_interval=60 --MappingKernelManager.cull_idle_timeout=1800 \
+		--MappingKernelManager.cull_connected=True $(APP_ARGS)
 
 test: $(VENV)/.coneslab-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -49,9 +65,13 @@ $(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.coneslab-app: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[app]'
+	@touch $(VENV)/.coneslab $@
+
 $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
-	@touch $(VENV)/.coneslab $(VENV)/.coneslab-book $@
+	@touch $(VENV)/.coneslab $(VENV)/.coneslab-app $(VENV)/.coneslab-book $@
 
 $(VENV)/.coneslab-book: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[book]'

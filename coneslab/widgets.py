@@ -2,15 +2,22 @@
 
 `explorer` is all that a notebook needs: it makes controls from plain values, draws when one of them is let go, says
 when it is busy, and shows an error as text instead of losing it in a log. A still picture is displayed first, so
-that a notebook read without a kernel shows something.
+that a notebook read without a kernel shows something. `playground` is one for any pipeline and any edits.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+import signal
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -20,11 +27,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from . import plots
+from .diffusion import generate
+from .edits import Edit, load_edit
 from .errors import ConeslabError
 
 Picture = Figure | Image.Image | np.ndarray
 _SMALL = 256  # pixels; pictures lower than this are enlarged, without smoothing
 _KEPT = 64  # pictures remembered by the values of their controls
+_SETTLE = 0.12  # seconds without a change before it is drawn: a held arrow key is one request, not ten
+_PAUSE = 0.02  # seconds between two pictures of a drawing, for the kernel to take what was sent meanwhile
+_SEEDS = 2**31 - 1
+_PROMPT = "a cat on the beach"
+_START = "Move a control to draw."
 _NO_KERNEL = "(Sliders and their picture appear here when this cell is run; the still picture above is an example.)"
 
 
@@ -110,95 +124,211 @@ def png(picture: Picture) -> tuple[bytes, str]:
     return buffer.getvalue(), f"A picture, {picture.width} by {picture.height} pixels"
 
 
+class Overtaken(Exception):
+    """Newer values than those being drawn are waiting; `Explorer.check` raises it to give the drawing up."""
+
+
 class Explorer:
     """Controls, a status line and a picture; made by `explorer`.
 
-    controls: name -> widget; image: the live picture, empty until a control is moved; status: what is going on;
-    box: all of them, to put inside another widget. As the last line of a cell it displays itself: the still picture
-    first, then the box.
+    controls: name -> widget; image: the live picture, empty until a control is moved; png: its bytes; status: what is
+    going on; box: all of them, to put inside another widget. As the last line of a cell it displays itself: the
+    still picture first, then the box.
+
+    In a notebook a change only asks for a drawing. It is made a moment later by the kernel's main loop, between
+    cells, because JupyterLab may report changes in a thread of their own: drawn there, an edit would be on the
+    pipeline while a cell is using it. Controls stay enabled meanwhile (a disabled one loses the keyboard), and only the
+    newest values are drawn. Without a running loop, in a script, a change is drawn at once.
     """
 
     def __init__(
-        self, render: Callable[..., Picture], controls: dict[str, ipywidgets.Widget], still: Picture | None
+        self, render: Callable[..., Picture | Iterator[Picture]], controls: dict[str, Any], still: Picture | None
     ) -> None:
         self.render, self.controls, self.still = render, controls, still
-        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(display="none", max_width="100%"))
-        self.status = ipywidgets.HTML("Move a control to draw.")
-        rows = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
+        # not an Image: that one has no alt text, and its view breaks on a tooltip (ipywidgets 8.1)
+        self.image = ipywidgets.HTML(layout=ipywidgets.Layout(display="none", max_width="100%"))
+        self.png = b""
+        self.status = ipywidgets.HTML()
+        rows = ipywidgets.HBox(
+            list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap", grid_gap="0 1.2em")
+        )
         self.box = ipywidgets.VBox([rows, self.status, self.image])
+        self.loop = running_loop()
+        self._asked = 0  # requests so far: a drawing whose number is lower has been overtaken
+        self._drawn = 0  # the request that is being drawn, or was drawn last
+        self._under_way: Iterator[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._kept: dict[tuple, tuple[bytes, str]] = {}
+        self._say(_START)
         for widget in controls.values():
-            widget.observe(self._changed, names="value")
+            widget.observe(lambda change: self.ask(), names="value")
 
     @property
     def values(self) -> dict[str, Any]:
         """What the controls say now: name -> value, the arguments of the next call of `render`."""
         return {name: widget.value for name, widget in self.controls.items()}
 
+    def check(self) -> None:
+        """Raise Overtaken if the controls have moved on: call it now and then inside a long `render`."""
+        if self._drawn != self._asked:
+            raise Overtaken
+
     def draw(self) -> bool:
-        """Draw for the controls as they are. Returns whether it worked; if not, `status` shows the error."""
-        self._busy(True)
+        """Draw for the controls as they are, to the end. Returns whether it worked; if not, `status` says why."""
+        self._asked += 1
+        for _ in self._drawing():
+            pass
+        return not self._failed
+
+    # --- asking, and being overtaken ---
+
+    def ask(self) -> None:
+        """Ask for a drawing, as moving a control does; in a notebook it begins when the cell has ended."""
+        if self.loop is None:
+            self.draw()
+            return
+        self._asked += 1
+        self._say("drawing …", busy=True)
+        self.loop.call_soon_threadsafe(self._go_on_in, _SETTLE)
+
+    def _go_on_in(self, seconds: float) -> None:
+        assert self.loop is not None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        """Take the drawing one picture further; begin anew if it was overtaken."""
+        if self._under_way is None or self._drawn != self._asked:
+            self._under_way = self._drawing()
         try:
-            self.image.value, self.image.tooltip = self._rendered()
-            self.image.layout.display = ""
-            self.status.value = ""
-            return True
+            with _interruptible():
+                next(self._under_way)
+        except (StopIteration, KeyboardInterrupt):  # the latter would end the kernel's loop; the status line says it
+            self._under_way = None
+        else:
+            self._go_on_in(_PAUSE)
+
+    # --- drawing ---
+
+    def _drawing(self) -> Iterator[None]:
+        """Draw for the newest values; pauses after each picture, so that newer ones can come in between."""
+        self._drawn, self._failed = self._asked, False
+        self._say("drawing …", busy=True)
+        try:
+            for picture, final in self._pictures(self.values):
+                self.png, self.image.value = picture[0], _img(*picture)
+                self.image.layout.display = ""
+                if not final:
+                    self._say("a quick preview; drawing it in full …", busy=True)
+                yield
+            self._say("")
+        except Overtaken:
+            self._failed = True
         except Exception as error:  # a notebook must show any error, and the controls must stay usable
+            self._failed = True
             self.image.layout.display = "none"  # the old picture would belong to other values
             kind = "" if isinstance(error, ConeslabError) else f"{type(error).__name__}: "
-            self.status.value = f'<span style="color:#b00020">{html.escape(f"{kind}{error}")}</span>'
-            return False
-        except BaseException:
-            self.status.value = "Interrupted; move a control to draw again."
+            self._say(f"{kind}{error}", error=True)
+        except KeyboardInterrupt:
+            self._failed = True
+            self._say("Interrupted; move a control to draw again.")
             raise
-        finally:
-            self._busy(False)
 
-    def _changed(self, change: dict[str, Any]) -> None:
-        self.draw()
-
-    def _rendered(self) -> tuple[bytes, str]:
-        values = self.values
-        key = tuple(values.items())
+    def _pictures(self, values: dict[str, Any]) -> Iterator[tuple[tuple[bytes, str], bool]]:
+        """What `render` draws, as PNG and alt text, and whether no better picture can follow."""
+        key: tuple | None = tuple(values.items())
         try:
-            known = self._kept.get(key)
+            known = self._kept.get(key)  # type: ignore[arg-type]
         except TypeError:  # a value that cannot be hashed, such as a list: draw every time
-            return png(self.render(**values))
+            key = known = None
         if known is None:
-            known = png(self.render(**values))
-            while len(self._kept) >= _KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = known
-        return known
+            made = self.render(**values)
+            if isinstance(made, Iterator):
+                for picture in made:
+                    known = png(picture)
+                    yield known, False
+                if known is None:
+                    raise ConeslabError("the render function yielded no picture: expected some, the best one last")
+                self._keep(key, known)
+                return
+            known = png(made)
+            self._keep(key, known)
+        yield known, True
 
-    def _busy(self, busy: bool) -> None:
-        if busy:
-            self.status.value = "<i>drawing …</i>"
-        for widget in self.controls.values():
-            if widget.has_trait("disabled"):
-                widget.disabled = busy  # what is moved meanwhile would queue up behind this picture
+    def _keep(self, key: tuple | None, picture: tuple[bytes, str]) -> None:
+        if key is None:
+            return
+        while len(self._kept) >= _KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = picture
+
+    def _say(self, text: str, *, busy: bool = False, error: bool = False) -> None:
+        style = "font-style:italic" if busy else "color:#b00020" if error else ""
+        role = "alert" if error else "status"  # read aloud by screen readers, an error at once
+        self.status.value = f'<span role="{role}" style="{style}">{html.escape(text)}</span>' if text else ""
+
+    # --- being displayed ---
 
     def _ipython_display_(self) -> None:
         if self.still is not None:
-            data, alt = png(self.still)
-        elif self.draw():
-            data, alt = bytes(self.image.value), str(self.image.tooltip)
-            self.image.value, self.image.layout.display = b"", "none"
-            self.status.value = "Move a control to draw."
+            display(HTML(_img(*png(self.still))))
         else:
-            data, alt = b"", ""
-        if data:
-            source = base64.b64encode(data).decode()
-            display(HTML(f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{source}">'))
+            self._asked += 1
+            place = None
+            for _ in self._drawing():
+                picture = HTML(self.image.value)
+                if place is None:
+                    place = display(picture, display_id=True)
+                else:
+                    place.update(picture)
+            if not self._failed:  # saved notebooks hold the picture once
+                self.png, self.image.value, self.image.layout.display = b"", "", "none"
+                self._say(_START)
         bundle = dict(self.box._repr_mimebundle_() or {})
         display({**bundle, "text/plain": _NO_KERNEL}, raw=True)
 
 
-def explorer(render: Callable[..., Picture], *, still: Picture | None = None, **controls: Any) -> Explorer:
+def _img(data: bytes, alt: str) -> str:
+    """A picture in HTML; its size is said beforehand, or the page would jump at every new one."""
+    width, height = Image.open(io.BytesIO(data)).size
+    source = base64.b64encode(data).decode()
+    return (
+        f'<img alt="{html.escape(alt)}" width="{width}" height="{height}" style="max-width:100%;height:auto" '
+        f'src="data:image/png;base64,{source}">'
+    )
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs the cell this is called from, or None in a script."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the stop button interrupt what runs between cells, where a kernel ignores it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def explorer(
+    render: Callable[..., Picture | Iterator[Picture]], *, still: Picture | None = None, **controls: Any
+) -> Explorer:
     """Let a reader call `render` with sliders, checkboxes and menus, and see what it draws.
 
-    render: called with one keyword argument a control; returns a Figure, a PIL picture or a uint8 array. It is called
-    when a control is let go, and not again for values it has drawn before. controls: name -> what `control` takes.
+    render: called with one keyword argument a control; returns a Figure, a PIL picture or a uint8 array, or yields
+    several, each better than the one before (a quick preview first). It is called when a control is let go, and not
+    again for values it has drawn before. Between two pictures of a generator the kernel may run something else, so do
+    not yield inside `with edit.applied(pipe)`. controls: name -> what `control` takes.
     still: the picture displayed above the controls, and the only one seen without a kernel; default: what `render`
     draws for the controls as they start. Raises ConeslabError for a control that cannot be made.
 
@@ -206,10 +336,198 @@ def explorer(render: Callable[..., Picture], *, still: Picture | None = None, **
 
     >>> view = explorer(lambda grey: np.full((4, 4, 3), grey, np.uint8), grey=slider(0, 255, 0))
     >>> view.controls["grey"].value = 128
-    >>> bytes(view.image.value[:4])
+    >>> view.png[:4]
     b'\\x89PNG'
     """
     if not controls:
         raise ConeslabError("an explorer needs a control: give at least one, such as seed=range(8)")
     made = {name: control(given, name.replace("_", " ")) for name, given in controls.items()}
     return Explorer(render, made, still)
+
+
+# --- a playground: any pipeline, any edits --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a playground draws at once. Held in Python: a web page's visitor can send what no slider shows.
+
+    prompt: characters; dose and guidance: the upper ends of their ranges.
+    """
+
+    pictures: int = 8
+    steps: int = 50
+    prompt: int = 200
+    dose: float = 1.5
+    guidance: float = 12.0
+
+    def require(self, *, dose: float, prompt: str, seed: int, pictures: int, steps: int, guidance: float) -> None:
+        """Raise ConeslabError for values outside the limits, and for an empty prompt."""
+        if not prompt.strip():
+            raise ConeslabError("the prompt is empty: say what to draw, for example “a cat on the beach”")
+        if len(prompt) > self.prompt:
+            raise ConeslabError(f"the prompt has {len(prompt)} characters: give at most {self.prompt}")
+        for name, value, low, high in (
+            ("dose", dose, 0, self.dose),
+            ("seed", seed, 0, _SEEDS),
+            ("pictures", pictures, 1, self.pictures),
+            ("steps", steps, 1, self.steps),
+            ("guidance", guidance, 1, self.guidance),
+        ):
+            if not low <= value <= high:  # NaN fails, too
+                raise ConeslabError(f"{name} is {value:g}: give a number from {low:g} to {high:g}")
+
+
+class Playground(Explorer):
+    """Any pipeline with any edits on it, beside the untouched model; made by `playground`."""
+
+    def __init__(self, pipe: Any, edits: Mapping[str, Edit | str], limits: Limits, start: dict[str, Any]) -> None:
+        self.pipe, self.limits = pipe, limits
+        self.edits: dict[str, Edit | str] = dict(edits)
+        self.preview_steps = start.pop("preview_steps")
+        self._untouched: dict[tuple, list[Image.Image]] = {}
+        first = next(iter(self.edits), "")
+        made = {
+            "edit": ipywidgets.Dropdown(options=self._menu(), value=first),
+            "dose": slider(0.0, limits.dose, min(1.0, limits.dose), step=0.05),
+            "prompt": start["prompt"] or self._own_prompt(first),
+            "seed": ipywidgets.BoundedIntText(value=start["seed"], min=0, max=_SEEDS),
+            "pictures": ipywidgets.IntSlider(start["pictures"], 1, limits.pictures),
+            "steps": ipywidgets.IntSlider(start["steps"], 1, limits.steps),
+            "guidance": slider(1.0, limits.guidance, start["guidance"], step=0.5),
+        }
+        super().__init__(self._draw_both, {name: control(given, name) for name, given in made.items()}, None)
+        self.controls["prompt"].layout.width = "48.5em"
+        self.controls["edit"].observe(self._follow, names="value")
+
+    def add(self, name: str, edit: Edit) -> None:
+        """Put an edit into the menu, in place of one of the same name, and choose it."""
+        self.edits[name] = edit
+        self._forget(name)
+        self.controls["edit"].options = self._menu()
+        self.controls["edit"].value = name
+        self.ask()  # also where the menu has not changed
+
+    # --- the menu and the prompt ---
+
+    def _forget(self, name: str) -> None:
+        """Forget what was drawn with an earlier edit of this name."""
+        self._kept = {key: picture for key, picture in self._kept.items() if ("edit", name) not in key}
+
+    def _menu(self) -> list[tuple[str, str]]:
+        """The entries, with the words that an edit was made for: without them in the prompt it shows little."""
+        words = {name: _words(edit) for name, edit in self.edits.items()}
+        return [("no edit", ""), *((f"{name} (“{words[name]}”)" if words[name] else name, name) for name in self.edits)]
+
+    def _own_prompt(self, name: str) -> str:
+        words = _words(self.edits.get(name, ""))
+        return f"{words} on the beach" if words else _PROMPT
+
+    def _follow(self, change: dict[str, Any]) -> None:
+        """Another edit: take its own prompt, unless the reader wrote one."""
+        if self.controls["prompt"].value in (_PROMPT, self._own_prompt(change["old"])):
+            self.controls["prompt"].value = self._own_prompt(change["new"])
+
+    # --- drawing ---
+
+    def _draw_both(self, edit: str, dose: float, **asked: Any) -> Iterator[Figure]:
+        """First both rows in few steps, then the edit's row in full, then the other one too."""
+        self.limits.require(dose=dose, **asked)
+        chosen = self.edits.get(edit) if edit else None
+        if edit and chosen is None:
+            raise ConeslabError(f"there is no edit {edit!r} here: choose one from the menu")
+        if isinstance(chosen, str):
+            raise ConeslabError(chosen)
+        quick = min(self.preview_steps, asked["steps"])
+        title = textwrap.fill(f"“{asked['prompt']}”", 70).replace("$", r"\$")  # matplotlib would read it as a formula
+
+        def figure(edited: list[Image.Image], untouched: list[Image.Image]) -> Figure:
+            rows = [edited, untouched] if edited else [untouched]
+            labels = [f"{textwrap.fill(edit, 16)}\ndose {dose:g}", "untouched model"][-len(rows) :]
+            return plots.picture_grid(rows, row_labels=labels, title=title)
+
+        def edited(steps: int) -> list[Image.Image]:
+            if chosen is None:
+                return []
+            with chosen.applied(self.pipe, dose):
+                return self._generate(asked | {"steps": steps})
+
+        if quick < asked["steps"]:
+            soon, known = edited(quick), self._without_edit(asked)
+            yield figure(soon, known or self._without_edit(asked | {"steps": quick}, draw=True))
+            if chosen is not None and not known:
+                full = edited(asked["steps"])
+                yield figure(full, self._without_edit(asked | {"steps": quick}, draw=True))
+                yield figure(full, self._without_edit(asked, draw=True))
+                return
+        yield figure(edited(asked["steps"]), self._without_edit(asked, draw=True))
+
+    def _without_edit(self, asked: dict[str, Any], *, draw: bool = False) -> list[Image.Image]:
+        """The untouched model's pictures, remembered: most controls change the edit alone. Empty if not known."""
+        key = tuple(asked.values())
+        if key not in self._untouched and draw:
+            pictures = self._generate(asked)
+            while len(self._untouched) >= _KEPT:
+                del self._untouched[next(iter(self._untouched))]
+            self._untouched[key] = pictures
+        return self._untouched.get(key, [])
+
+    def _generate(self, asked: dict[str, Any]) -> list[Image.Image]:
+        return generate(
+            self.pipe,
+            [asked["prompt"]] * asked["pictures"],
+            seed=asked["seed"],
+            steps=asked["steps"],
+            guidance_scale=asked["guidance"],
+            callback=lambda *_: self.check(),
+        )
+
+
+def _words(edit: Edit | str) -> str:
+    """The subject's words that an edit was made for, such as "a qtp robot"; empty if it does not say."""
+    settings = getattr(edit, "settings", None)
+    return str(settings.get("prompt", "")) if isinstance(settings, Mapping) else ""
+
+
+def _edits_in(folder: Path) -> dict[str, Edit | str]:
+    """Every edit file in a folder by its name; for one that cannot be read, what is wrong with it."""
+    if not folder.is_dir():
+        raise ConeslabError(f"{folder} is not a folder: give one with edit files (edit.save), or a mapping of edits")
+    found: dict[str, Edit | str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            found[file.stem] = load_edit(file)
+        except ConeslabError as error:
+            found[file.stem] = str(error)
+    return found
+
+
+def playground(
+    pipe: Any,
+    edits: Mapping[str, Edit] | str | Path | None = None,
+    *,
+    prompt: str | None = None,
+    seed: int = 0,
+    pictures: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float = 3.0,
+    preview_steps: int = 6,
+    limits: Limits | None = None,
+) -> Playground:
+    """Let a reader draw with any pipeline and any edits, beside the untouched model from the same noise.
+
+    edits: name -> Edit, or a folder of edit files; one that cannot be read says so when it is chosen. A preview of
+    `preview_steps` comes first, and is drawn in full unless the controls move on. prompt: default the words that
+    the edit was found for. pictures, steps: default 4 and 25, or as many as the limits allow. limits: the ends of the
+    controls, which hold for whatever is sent.
+    Raises ConeslabError if there is no such folder, or the start lies outside the limits.
+
+        widgets.playground(pipe, {"cat": found.binary()})
+    """
+    limits = limits or Limits()
+    known: Mapping[str, Edit | str] = _edits_in(Path(edits)) if isinstance(edits, str | Path) else dict(edits or {})
+    pictures = min(4, limits.pictures) if pictures is None else pictures
+    steps = min(25, limits.steps) if steps is None else steps
+    start = {"seed": seed, "pictures": pictures, "steps": steps, "guidance": guidance_scale}
+    limits.require(dose=0, prompt=_PROMPT if prompt is None else prompt, **start)  # type: ignore[arg-type]
+    return Playground(pipe, known, limits, start | {"prompt": prompt, "preview_steps": preview_steps})

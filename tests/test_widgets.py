@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import html
 import io
+import signal
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
@@ -12,9 +19,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coneslab import widgets
+from coneslab import find_concept_neurons, generate, widgets
+from coneslab.edits import StoredEdit, swapped
 from coneslab.errors import ConeslabError
-from coneslab.widgets import control, explorer, slider
+from coneslab.kvspace import KVSpace
+from coneslab.widgets import control, explorer, playground, slider
 
 
 def grey(level: int) -> np.ndarray:
@@ -29,17 +38,56 @@ def pixels(data: bytes) -> np.ndarray:
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Everything that was displayed, in order."""
     outputs: list[Any] = []
-    monkeypatch.setattr(widgets, "display", lambda thing, raw=False: outputs.append(thing))
+
+    def display(thing: Any, raw: bool = False, display_id: bool = False) -> Any:
+        place = len(outputs)
+        outputs.append(thing)
+        return SimpleNamespace(update=lambda new: outputs.__setitem__(place, new)) if display_id else None
+
+    monkeypatch.setattr(widgets, "display", display)
     return outputs
+
+
+class Loop:
+    """An event loop with a clock of its own: `run` does what is due, until nothing is left or the time is up."""
+
+    def __init__(self) -> None:
+        self.now, self.waiting = 0.0, []
+
+    def call_soon_threadsafe(self, job: Any, *arguments: Any) -> None:
+        self.waiting.append(SimpleNamespace(due=self.now, job=lambda: job(*arguments)))
+
+    def call_later(self, seconds: float, job: Any) -> Any:
+        timer = SimpleNamespace(due=self.now + seconds, job=job)
+        timer.cancel = lambda: timer in self.waiting and self.waiting.remove(timer)
+        self.waiting.append(timer)
+        return timer
+
+    def run(self, seconds: float = 60.0) -> None:
+        end = self.now + seconds
+        while due := [timer for timer in self.waiting if timer.due <= end]:
+            first = min(due, key=lambda timer: timer.due)
+            self.waiting.remove(first)
+            self.now = max(self.now, first.due)
+            first.job()
+        self.now = end
+
+
+def in_a_notebook(view: Any) -> Loop:
+    """Let the view draw as in a notebook: later, between cells."""
+    view.loop = Loop()
+    return view.loop
 
 
 def test_moving_a_control_draws_for_its_value() -> None:
     view = explorer(grey, level=slider(0, 255, 0))
     for level in (200, 10):
         view.controls["level"].value = level
-        assert (pixels(view.image.value) == level).all()
+        assert (pixels(view.png) == level).all()
     assert view.image.layout.display != "none"
     assert view.status.value == ""
+    assert 'alt="A picture, 256 by 256 pixels"' in view.image.value
+    assert base64.b64encode(view.png).decode() in view.image.value
 
 
 def test_small_pictures_are_enlarged_without_smoothing() -> None:
@@ -70,21 +118,140 @@ def test_an_error_shows_as_text_and_the_next_value_draws_again() -> None:
     assert view.image.layout.display == "none"
     assert not view.controls["level"].disabled
     view.controls["level"].value = 2
-    assert (pixels(view.image.value) == 2).all()
+    assert (pixels(view.png) == 2).all()
     assert view.status.value == "" and view.image.layout.display != "none"
 
 
-def test_controls_are_disabled_while_it_draws_and_not_after() -> None:
+def test_it_says_that_it_is_busy_and_leaves_the_controls_enabled() -> None:
     seen: list[tuple[bool, str]] = []
 
     def render(level: int, sure: bool) -> np.ndarray:
-        seen.append((view.controls["level"].disabled and view.controls["sure"].disabled, view.status.value))
+        seen.append((view.controls["level"].disabled or view.controls["sure"].disabled, view.status.value))
         return grey(level)
 
     view = explorer(render, level=range(4), sure=False)
     view.controls["level"].value = 3
-    assert len(seen) == 1 and seen[0][0] and "drawing" in seen[0][1]
-    assert not view.controls["level"].disabled and not view.controls["sure"].disabled
+    ((disabled, said),) = seen
+    assert not disabled, "a disabled control loses the keyboard"
+    assert "drawing" in said and 'role="status"' in said
+    assert view.status.value == ""
+
+
+def test_in_a_notebook_only_the_values_where_it_settles_are_drawn() -> None:
+    calls: list[int] = []
+    view = explorer(lambda level: calls.append(level) or grey(level), level=range(200))
+    loop = in_a_notebook(view)
+    for level in range(10, 20):
+        view.controls["level"].value = level
+        loop.run(0.05)
+    assert calls == [] and "drawing" in view.status.value
+    loop.run()
+    assert calls == [19] and (pixels(view.png) == 19).all() and view.status.value == ""
+
+
+def test_a_preview_is_shown_first_and_then_refined() -> None:
+    def render(level: int) -> Any:
+        yield grey(level)
+        yield grey(level + 1)
+
+    view = explorer(render, level=range(0, 200, 10))
+    loop = in_a_notebook(view)
+    view.controls["level"].value = 50
+    loop.run(0.13)
+    assert (pixels(view.png) == 50).all() and "preview" in view.status.value
+    loop.run()
+    assert (pixels(view.png) == 51).all() and view.status.value == ""
+    view.controls["level"].value = 60
+    loop.run()
+    view.controls["level"].value = 50
+    loop.run(0.121)
+    assert (pixels(view.png) == 51).all(), "what is known in full needs no preview"
+
+
+def test_newer_values_overtake_a_drawing_between_its_pictures() -> None:
+    finished: list[int] = []
+
+    def render(level: int) -> Any:
+        yield grey(level)
+        finished.append(level)
+        yield grey(level + 1)
+
+    view = explorer(render, level=range(0, 200, 10))
+    loop = in_a_notebook(view)
+    view.controls["level"].value = 50
+    loop.run(0.121)  # the preview is there, the rest is not
+    view.controls["level"].value = 60
+    loop.run()
+    assert finished == [60] and (pixels(view.png) == 61).all()
+    view.controls["level"].value = 50  # given up, so not taken for drawn
+    loop.run()
+    assert finished == [60, 50] and (pixels(view.png) == 51).all()
+
+
+def test_a_long_render_can_ask_whether_it_was_overtaken() -> None:
+    log: list[str] = []
+
+    def render(level: int) -> np.ndarray:
+        log.append(f"begin {level}")
+        if level == 1:
+            view.controls["level"].value = 2  # as another thread may report it, in the middle of the drawing
+        view.check()
+        log.append(f"end {level}")
+        return grey(level)
+
+    view = explorer(render, level=range(4))
+    loop = in_a_notebook(view)
+    view.controls["level"].value = 1
+    loop.run()
+    assert log == ["begin 1", "begin 2", "end 2"]
+    assert (pixels(view.png) == 2).all() and view.status.value == ""
+
+
+def test_an_interrupt_between_cells_is_said_and_does_not_end_the_loop() -> None:
+    def render(level: int) -> np.ndarray:
+        if level == 1:
+            signal.raise_signal(signal.SIGINT)
+        return grey(level)
+
+    view = explorer(render, level=range(4))
+    loop = in_a_notebook(view)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so a kernel waits for its next message
+    try:
+        view.controls["level"].value = 1
+        loop.run()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "Interrupted" in view.status.value
+    view.controls["level"].value = 2
+    loop.run()
+    assert (pixels(view.png) == 2).all()
+
+
+def test_a_change_reported_by_another_thread_is_drawn_by_the_loop_that_made_the_view() -> None:
+    threads: list[str] = []
+
+    def render(level: int) -> np.ndarray:
+        threads.append(threading.current_thread().name)
+        return grey(level)
+
+    async def notebook() -> None:
+        view = explorer(render, level=range(4))
+        other = threading.Thread(target=lambda: setattr(view.controls["level"], "value", 3))
+        other.start()
+        other.join()
+        assert not threads
+        while not view.image.value:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(notebook(), 30))
+    assert threads == [threading.main_thread().name]
+
+
+def test_a_generator_without_pictures_is_an_error() -> None:
+    view = explorer(lambda level: iter(()), level=range(4))
+    view.controls["level"].value = 2
+    assert "yielded no picture" in view.status.value
 
 
 def test_an_interrupt_is_passed_on_and_leaves_the_controls_usable() -> None:
@@ -103,7 +270,7 @@ def test_values_drawn_before_are_not_drawn_again() -> None:
     for level in (1, 2, 1, 2):
         view.controls["level"].value = level
     assert calls == [1, 2]
-    assert (pixels(view.image.value) == 2).all()
+    assert (pixels(view.png) == 2).all()
     for level in range(3, 100):
         view.controls["level"].value = level
     view.controls["level"].value = 1  # long ago: forgotten, so that memory stays bounded
@@ -114,7 +281,7 @@ def test_values_that_cannot_be_hashed_are_drawn() -> None:
     several = ipywidgets.SelectMultiple(options=["a", "b"], value=["a"])
     view = explorer(lambda names, more: grey(len(names)), names=several, more=ipywidgets.FloatRangeSlider())
     several.value = ["a", "b"]
-    assert (pixels(view.image.value) == 2).all()
+    assert (pixels(view.png) == 2).all()
 
 
 def test_controls_are_made_from_plain_values() -> None:
@@ -171,9 +338,9 @@ def test_without_a_still_picture_the_first_drawing_is_displayed_once(shown: list
     view._ipython_display_()
     data = base64.b64decode(shown[0].data.split("base64,")[1].split('"')[0])
     assert (pixels(data) == 9).all()
-    assert view.image.value == b"" and view.image.layout.display == "none"  # saved notebooks hold it once
+    assert view.image.value == "" and view.image.layout.display == "none"  # saved notebooks hold it once
     view.controls["level"].value = 100
-    assert (pixels(view.image.value) == 100).all()
+    assert (pixels(view.png) == 100).all()
 
 
 def test_an_error_in_the_first_drawing_leaves_the_controls(shown: list[Any]) -> None:
@@ -184,3 +351,180 @@ def test_an_error_in_the_first_drawing_leaves_the_controls(shown: list[Any]) -> 
     view._ipython_display_()
     assert len(shown) == 1 and "application/vnd.jupyter.widget-view+json" in shown[0]
     assert "no model here: load one" in view.status.value
+
+
+def test_the_first_drawing_is_displayed_in_one_place_as_it_gets_better(shown: list[Any]) -> None:
+    def render(level: int) -> Any:
+        yield grey(level)
+        assert len(shown) == 1
+        yield grey(level + 1)
+
+    explorer(render, level=range(4))._ipython_display_()
+    picture, _ = shown
+    assert (pixels(base64.b64decode(picture.data.split("base64,")[1].split('"')[0])) == 1).all()
+
+
+# --- the playground -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shift(StoredEdit):
+    """An edit that one can see: it moves every weight that reads the text."""
+
+    by: float
+    settings: dict = field(default_factory=dict)
+
+    def applied(self, pipe: Any, dose: float = 1.0) -> Any:
+        weights = list(KVSpace(pipe).parameters.values())
+        return swapped(lambda: [(weight, weight.detach() + dose * self.by) for weight in weights], pipe)
+
+
+def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[list[list[np.ndarray]]]:
+    """The pictures of every figure from now on, row by row."""
+    seen: list[list[list[np.ndarray]]] = []
+    real = widgets.plots.picture_grid
+
+    def picture_grid(pictures: Any, **options: Any) -> Figure:
+        seen.append([[np.asarray(picture) for picture in row] for row in pictures])
+        return real(pictures, **options)
+
+    monkeypatch.setattr(widgets.plots, "picture_grid", picture_grid)
+    return seen
+
+
+def same(ours: list[np.ndarray], theirs: list[Any]) -> bool:
+    return len(ours) == len(theirs) and all((a == np.asarray(b)).all() for a, b in zip(ours, theirs, strict=True))
+
+
+SMALL = {"pictures": 2, "steps": 4, "preview_steps": 2}
+
+
+def test_the_playground_draws_the_edit_beside_the_untouched_model(
+    v_pipe: Any, untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit, seen = Shift(0.3), rows_of(monkeypatch)
+    view = playground(v_pipe, {"shift": edit}, prompt="a cat", seed=5, **SMALL)
+    view.controls["dose"].value = 0.5
+    plain = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, steps=steps) for steps in (2, 4)}
+    with edit.applied(v_pipe, 0.5):
+        edited = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, steps=steps) for steps in (2, 4)}
+    assert not same([np.asarray(picture) for picture in edited[4]], plain[4])
+    stages = [(edited[2], plain[2]), (edited[4], plain[2]), (edited[4], plain[4])]
+    assert len(seen) == 3
+    for got, (above, below) in zip(seen, stages, strict=True):
+        assert same(got[0], above) and same(got[1], below)
+    assert view.image.value and view.status.value == ""
+    view.controls["edit"].value = ""
+    assert len(seen[-1]) == 1 and same(seen[-1][0], plain[4])
+
+
+def test_a_change_of_dose_does_not_draw_the_untouched_model_again(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = widgets.generate
+    monkeypatch.setattr(widgets, "generate", lambda *a, **k: calls.append(k["steps"]) or real(*a, **k))
+    view = playground(v_pipe, {"shift": Shift(0.3)}, prompt="a cat", **SMALL)
+    view.controls["dose"].value = 0.5
+    assert calls == [2, 2, 4, 4]
+    calls.clear()
+    view.controls["dose"].value = 0.75
+    assert calls == [2, 4]
+
+
+def test_an_overtaken_playground_stops_between_steps_with_the_weights_back(v_pipe: Any, untouched: None) -> None:
+    view = playground(v_pipe, {"shift": Shift(0.3)}, prompt="a cat", **SMALL)
+    loop, steps = in_a_notebook(view), []
+    check = view.check
+
+    def counting() -> None:
+        steps.append(view.controls["dose"].value)
+        if len(steps) == 1:
+            view.controls["dose"].value = 0.25
+        check()
+
+    view.check = counting  # type: ignore[method-assign]
+    view.controls["dose"].value = 0.5
+    loop.run()
+    assert steps.count(0.5) == 1 and view.image.value and view.status.value == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("steps", 500, "steps is 500: give a number from 1 to 50"),
+        ("pictures", 0, "pictures is 0"),
+        ("prompt", " ", "the prompt is empty"),
+        ("prompt", "cat" * 100, "300 characters: give at most 200"),
+        ("dose", float("nan"), "dose is nan"),
+        ("guidance", 1e9, "guidance is 1e+09"),
+        ("seed", -1, "seed is -1"),
+    ],
+)
+def test_limits_hold_for_whatever_is_sent(v_pipe: Any, name: str, value: Any, said: str) -> None:
+    view = playground(v_pipe, prompt="a cat", **SMALL)
+    control = view.controls[name]
+    for end in ("min", "max"):  # a visitor of a web page can move the ends of a slider, too
+        if hasattr(control, end):
+            setattr(control, end, {"min": -(10**10), "max": 10**10}[end])
+    if value != value:
+        view.values_sent = {**view.values, name: value}
+        with pytest.raises(ConeslabError, match=said):
+            view.limits.require(**{key: given for key, given in view.values_sent.items() if key != "edit"})
+        return
+    control.value = value
+    assert said in html.unescape(view.status.value) and 'role="alert"' in view.status.value
+    assert view.image.layout.display == "none"
+
+
+def test_a_folder_of_edits_is_a_menu_and_a_damaged_file_says_so_when_it_is_chosen(
+    v_pipe: Any, pictured: Any, tmp_path: Path
+) -> None:
+    found = find_concept_neurons(v_pipe, pictured, rounds=1, prior_images=2, prior_steps=1, progress=False)
+    found.save(tmp_path / "cat.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not one")
+    view = playground(v_pipe, tmp_path, **SMALL)
+    labels = [label for label, _ in view.controls["edit"].options]
+    assert labels == ["no edit", "broken", "cat (“a sks cat”)"]
+    assert view.controls["edit"].value == "broken" and view.controls["prompt"].value == "a cat on the beach"
+    view.draw()
+    assert "broken.safetensors is not a whole safetensors file" in view.status.value
+    view.controls["edit"].value = "cat"
+    assert view.controls["prompt"].value == "a sks cat on the beach"
+    assert view.image.value and view.status.value == ""
+    view.controls["prompt"].value = "a dog"
+    view.controls["edit"].value = ""
+    assert view.controls["prompt"].value == "a dog", "what the reader wrote stays"
+    with pytest.raises(ConeslabError, match="not a folder"):
+        playground(v_pipe, tmp_path / "none")
+
+
+def test_an_edit_of_another_model_is_refused_in_words(v_pipe: Any, epsilon_pipe: Any, pictured: Any) -> None:
+    found = find_concept_neurons(epsilon_pipe, pictured, rounds=1, prior_images=2, prior_steps=1, progress=False)
+    view = playground(v_pipe, {"cat": found}, prompt="a cat", **SMALL)
+    assert not view.draw()
+    assert "load the model it was found on" in view.status.value
+
+
+def test_an_edit_added_later_is_chosen_and_replaces_one_of_its_name(
+    v_pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = playground(v_pipe, prompt="a cat", **SMALL)
+    loop, seen = in_a_notebook(view), rows_of(monkeypatch)
+    view.add("shift", Shift(0.3))
+    loop.run()
+    view.add("shift", Shift(0.6))
+    loop.run()
+    with Shift(0.6).applied(v_pipe):
+        assert same(seen[-1][0], generate(v_pipe, ["a cat"] * 2, steps=4))
+    assert view.controls["edit"].value == "shift"
+
+
+def test_a_prompt_with_dollars_is_not_read_as_a_formula(v_pipe: Any) -> None:
+    view = playground(v_pipe, prompt=r"a $\frac cat$ on the beach", **SMALL)
+    assert view.draw(), view.status.value
+
+
+def test_a_start_outside_the_limits_is_refused(v_pipe: Any) -> None:
+    with pytest.raises(ConeslabError, match="steps is 100"):
+        playground(v_pipe, steps=100)
+    with pytest.raises(ConeslabError, match="prompt is empty"):
+        playground(v_pipe, prompt="")

@@ -1,0 +1,396 @@
+"""The widgets in a real browser: JupyterLab and the app are started, Chromium opens them, moves and looks.
+
+Screenshots are written to build/screenshots. Needs Playwright's Python package and a Chromium (CHROMIUM names one).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+
+from coneslab import ConceptNeurons, load, subject
+from coneslab.edits import model_fingerprint
+from coneslab.kvspace import KVSpace
+
+pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright: pip install -e '.[test]'")
+from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SCREENSHOTS = ROOT / "build" / "screenshots"
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--no-first-run"]  # fmt: skip
+PATIENCE = int(
+    os.environ.get("PATIENCE", "240")
+)  # seconds for any one thing; most of it is for machines that do other work, too
+
+expect.set_options(timeout=PATIENCE * 1000)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/it"),
+]
+
+CELLS = [
+    """
+import numpy as np
+from coneslab import ConeslabError, widgets
+
+def stripe(level, side, bright, text):
+    if not text:
+        raise ConeslabError("the text is empty: write one")
+    picture = np.full((64, 64, 3), level, np.uint8)
+    half = picture[:, :32] if side == "left" else picture[:, 32:]
+    half[..., 0] = 255 if bright else 90
+    return picture
+
+widgets.explorer(stripe, level=range(0, 255, 5), side=["left", "right"], bright=False, text="words")
+""",
+    """
+import coneslab
+from coneslab.neurons import ConceptNeurons
+from coneslab.edits import model_fingerprint
+from coneslab.kvspace import KVSpace
+import torch
+
+pipe = coneslab.load("tiny")
+layout = KVSpace(pipe).layout
+scale = (torch.rand(layout.n, generator=torch.Generator().manual_seed(0)) > 0.3).float()
+some = ConceptNeurons.from_scale(scale, layout, model_fingerprint(pipe), subject="some")
+widgets.playground(pipe, {"some neurons": some}, pictures=2, steps=6, preview_steps=2)
+""",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """For this module only: Playwright's loop must be gone when other tests run theirs."""
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ALONE)
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """A page of the browser, and what went wrong in it."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.set_default_timeout(PATIENCE * 1000)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", self._said)
+
+    def _said(self, message: Any) -> None:
+        """Keep an error, unless it is about another host: Voilà asks one for MathJax, and does without it offline."""
+        if message.type == "error" and re.match(r"(http://127\.0\.0\.1|$)", message.location["url"]):
+            self.errors.append(f"{message.text} ({message.location['url']})")
+
+    def photograph(self, name: str, part: Locator | None = None) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        (part or self.page).screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+@pytest.fixture
+def visit(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """A new visitor, in a window of a laptop's size. A failure leaves a screenshot."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    visitor = Visit(context.new_page())
+    try:
+        yield visitor
+        assert visitor.errors == []
+    finally:
+        try:
+            visitor.photograph(f"last_{request.node.name}")
+        except Error:
+            pass
+        context.close()
+
+
+@contextmanager
+def server(command: list[str | Path], folder: Path, ready: str, **environment: str) -> Iterator[None]:
+    """Run a server until the block ends; `ready` is the address that answers when it is up."""
+    own = {"HOME": folder, "JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime",
+           "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
+           "IPYTHONDIR": folder / "ipython", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
+    log = folder / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, env=os.environ | {name: str(value) for name, value in own.items()} | environment,
+        )  # fmt: skip
+        try:
+            until(lambda: answers(ready) or process.poll() is not None)
+            assert process.poll() is None, log.read_text()
+            yield
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # it ends its kernels
+            process.wait(60)
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def until(true: Callable[[], Any]) -> Any:
+    """Wait for something, and return it."""
+    end = time.monotonic() + PATIENCE
+    while not (value := true()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
+    """JupyterLab on this machine alone: its address, its token and the folder of its notebooks."""
+    folder = tmp_path_factory.mktemp("lab")
+    notebooks = folder / "notebooks"
+    notebooks.mkdir()
+    for name, text in {  # no question about news; all cells in the page, also those out of sight
+        "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+        "notebook-extension/tracker": '{"windowingMode": "none"}',
+    }.items():
+        file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    port, token = free_port(), secrets.token_hex(16)
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+               f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+               f"--ServerApp.root_dir={notebooks}"]  # fmt: skip
+    with server(command, folder, f"{address}/api"):
+        yield address, token, notebooks
+
+
+def run_all(visit: Visit, lab: tuple[str, str, Path], name: str) -> list[Locator]:
+    """Open a notebook and run its cells from the menu; returns its code cells when the last one is done."""
+    address, token, notebooks = lab
+    page = visit.page
+    page.goto(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}?token={token}")
+    page.get_by_text("| Idle").wait_for()
+    cells = page.locator(".jp-CodeCell")
+    count = sum(cell.cell_type == "code" for cell in nbformat.read(notebooks / name, 4).cells)
+    numbers = [cells.nth(i).locator(".jp-InputArea-prompt") for i in range(count)]
+
+    def started() -> bool:
+        """Ask again where JupyterLab has dropped the request: it does so while it still connects to the kernel."""
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(2000)
+        return re.search(r"[\d*]", numbers[-1].inner_text()) is not None
+
+    until(started)
+    until(lambda: all(re.search(r"\d", number.inner_text()) for number in numbers))
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").count() == 0
+    return [cells.nth(i) for i in range(count)]
+
+
+LIVE = ".widget-html img"  # beside it there is the still picture, which is no widget
+
+
+def next_picture(part: Locator, before: str | None) -> str:
+    """Wait until the picture is another one, whole, and the status line is quiet."""
+    status = part.get_by_text(re.compile("drawing (…|it in full)"))
+    image = part.locator(LIVE)
+    until(lambda: image.is_visible() and image.get_attribute("src") != before and status.count() == 0)
+    until(lambda: image.evaluate("image => image.complete && image.naturalWidth > 0"))
+    return str(image.get_attribute("src"))
+
+
+def colour(part: Locator, x: float) -> list[int]:
+    """The colour of the live picture, x of the way from left to right."""
+    return part.locator(LIVE).evaluate(
+        """(image, x) => {
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+            const context = canvas.getContext("2d");
+            context.drawImage(image, 0, 0);
+            return [...context.getImageData(x * canvas.width, canvas.height / 2, 1, 1).data].slice(0, 3);
+        }""",
+        x,
+    )
+
+
+def control(part: Locator, label: str) -> Locator:
+    """The box of the control with this label."""
+    return part.locator(".widget-inline-hbox, .jupyter-widget-inline-hbox").filter(
+        has=part.page.get_by_text(label, exact=True)
+    )
+
+
+def test_an_explorer_follows_slider_menu_checkbox_and_text(visit: Visit, lab: Any) -> None:
+    write_notebook(lab[2] / "explorer.ipynb", CELLS[:1])
+    (cell,) = run_all(visit, lab, "explorer.ipynb")
+    expect(cell.locator("img")).to_be_visible()  # the still picture
+    visit.photograph("explorer_start", cell)
+
+    handle = control(cell, "level").get_by_role("slider")
+    handle.focus()
+    for _ in range(4):
+        visit.page.keyboard.press("ArrowRight")
+    before = next_picture(cell, None)
+    until(lambda: colour(cell, 0.75) == [20, 20, 20])
+    assert colour(cell, 0.25) == [90, 20, 20]
+    assert handle.evaluate("handle => handle === document.activeElement"), "the keyboard was lost"
+    visit.photograph("explorer_moved", cell)
+
+    cell.locator("select").select_option("right")
+    before = next_picture(cell, before)
+    assert colour(cell, 0.75) == [90, 20, 20]
+    cell.get_by_role("checkbox").check()
+    before = next_picture(cell, before)
+    assert colour(cell, 0.75) == [255, 20, 20]
+
+    text = cell.locator("input[type=text]")
+    text.fill("")
+    text.press("Enter")
+    expect(cell.get_by_role("alert")).to_have_text("the text is empty: write one")
+    expect(cell.locator(LIVE)).to_be_hidden()
+    visit.photograph("explorer_error", cell)
+    text.fill("words")
+    text.press("Enter")
+    next_picture(cell, None)
+    expect(cell.get_by_role("alert")).to_have_count(0)
+
+
+def test_the_playground_draws_with_the_shipped_model(visit: Visit, lab: Any) -> None:
+    write_notebook(lab[2] / "playground.ipynb", [CELLS[0], CELLS[1]])
+    _, cell = run_all(visit, lab, "playground.ipynb")
+    visit.photograph("playground_start", cell)
+    control(cell, "dose").get_by_role("slider").focus()
+    visit.page.keyboard.press("ArrowLeft")
+    before = next_picture(cell, None)
+    visit.photograph("playground_moved", cell)
+    cell.locator("select").select_option("no edit")
+    before = next_picture(cell, before)
+    prompt = cell.locator("input[type=text]").first
+    prompt.fill(" ")
+    prompt.press("Enter")
+    expect(cell.get_by_role("alert")).to_contain_text("the prompt is empty")
+    visit.photograph("playground_error", cell)
+    prompt.fill("a dog in the snow")
+    prompt.press("Enter")
+    assert next_picture(cell, before) != before
+
+
+def write_notebook(path: Path, cells: list[str]) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+
+
+# --- the app --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The page as `make app` serves it: its address and its folder of edits."""
+    folder = tmp_path_factory.mktemp("app")
+    port = free_port()
+    make = ["make", "--old-file", f"{sys.prefix}/.coneslab-app", f"VENV={sys.prefix}", f"EDITS={folder / 'edits'}",
+            f"APP_ARGS=--no-browser --port={port} --Voila.port_retries=0", "app"]  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    with server(make, folder, f"{address}/voila/static/none"):
+        yield address, folder / "edits"
+
+
+def some_neurons() -> ConceptNeurons:
+    """An edit of the shipped model."""
+    pipe = load("tiny", device="cpu")
+    scale = (torch.rand(KVSpace(pipe).n, generator=torch.Generator().manual_seed(0)) > 0.1).float()
+    return ConceptNeurons.from_scale(scale, KVSpace(pipe).layout, model_fingerprint(pipe), subject="cat")
+
+
+SEND = """kernel => new Promise((resolve, reject) => {
+    const socket = new WebSocket(`ws://${location.host}/api/kernels/${kernel}/channels`);
+    const send = (type, content) => socket.send(JSON.stringify({
+        header: {msg_id: type, msg_type: type, username: "", session: "visitor", version: "5.3", date: ""},
+        parent_header: {}, metadata: {}, channel: "shell", content, buffers: [],
+    }));
+    const answers = [];
+    socket.onerror = reject;
+    socket.onopen = () => {
+        send("execute_request", {code: "1", silent: false, store_history: false, user_expressions: {}});
+        send("kernel_info_request", {});
+    };
+    socket.onmessage = event => {
+        const message = JSON.parse(event.data);
+        if (message.parent_header.session === "visitor") answers.push(message.header.msg_type);
+        if (message.header.msg_type === "kernel_info_reply" && answers.includes("kernel_info_reply")) resolve(answers);
+    };
+})"""
+
+
+def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, app: tuple[str, Path]) -> None:
+    page, (address, folder) = visit.page, app
+    response = page.goto(address)
+    assert response is not None and response.ok
+    expect(page.get_by_role("heading", name="Concept neurons")).to_be_visible()
+    body = page.locator("body")
+    before = next_picture(body, None)
+    assert "app.page(" not in page.content(), "visitors see the sources"
+    visit.photograph("app_start")
+
+    control(body, "seed").locator("input").fill("3")
+    control(body, "seed").locator("input").press("Enter")
+    before = next_picture(body, before)
+    steps = control(body, "steps").locator(".widget-readout")
+    steps.fill("500")
+    steps.press("Enter")
+    prompt = control(body, "prompt").locator("input")
+    prompt.fill("cat " * 100)
+    prompt.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("characters: give at most 200")
+    visit.photograph("app_error")
+    prompt.fill("a dog in the snow")
+    prompt.press("Enter")
+    before = next_picture(body, before)
+
+    some_neurons().save(folder / "cat.safetensors")  # another visitor was quicker; the search has tests of its own
+    page.get_by_role("button", name="Find its neurons").click()
+    expect(page.get_by_text("found: cat is in the menu of edits")).to_be_visible()
+    next_picture(body, before)
+    expect(control(body, "edit").locator("select")).to_have_value("cat")
+    expect(prompt).to_have_value(subject("cat").prompts[0])
+    visit.photograph("app_found")
+
+    kernel = re.search(r'"kernelId": ?"([0-9a-f-]+)"', page.content())
+    assert kernel is not None
+    replies = page.evaluate(SEND, kernel[1])
+    assert "kernel_info_reply" in replies and "execute_reply" not in replies
+    for path in ("api/contents", "api/kernels", "lab", "tree"):
+        answer = page.request.post(f"{address}/{path}")
+        assert answer.status in (403, 404, 405), path
