@@ -7,6 +7,7 @@ table is made with others, so that no method is crippled and none is helped.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,9 +79,22 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
             yield client
         return
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    with LocalCluster(processes=True, **options) as cluster, Client(cluster) as client:
-        client.run(_set_threads, threads)
-        yield client
+    before = dict(os.environ)
+    try:
+        with LocalCluster(processes=True, env={"OMP_NUM_THREADS": threads}, **options) as cluster:
+            _restore(before)
+            with Client(cluster) as client:
+                client.run(_set_threads, threads)
+                yield client
+    finally:
+        _restore(before)
+
+
+def _restore(environment: Mapping[str, str]) -> None:
+    """Undo what starting workers leaves behind: distributed sets OMP_NUM_THREADS=1 in this process as well."""
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _set_threads(count: int) -> None:

@@ -1,6 +1,7 @@
 """Methods under one interface, and the table of them: shared parts, your own method, settings by trials, resuming."""
 
 import json
+import os
 
 import numpy as np
 import pandas
@@ -125,6 +126,14 @@ def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
     with pytest.raises(ConeslabError, match="no method"):
         make_edit("Cone", None, [])
     assert not path.exists()
+
+
+def test_a_cluster_leaves_the_environment_of_this_process_alone():
+    before = dict(os.environ)
+    with grid.dask_client(workers=1, threads=2) as client:
+        assert dict(os.environ) == before  # notebooks started from here would run on one thread
+        assert list(client.run(torch.get_num_threads).values()) == [2]
+    assert dict(os.environ) == before
 
 
 def test_the_command_runs_on_a_cluster_of_processes(folders, tmp_path, monkeypatch, capsys):
