@@ -22,7 +22,7 @@ from .diffusion import generate
 from .edits import Edit, applied
 from .errors import ConeslabError
 from .forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
-from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, article, memorised, sample
+from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, memorised, sample, with_article
 
 OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
     "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",
@@ -55,11 +55,6 @@ class Target:
     synonyms: tuple[str, ...] = ()
 
 
-def named(name: str) -> str:
-    """ "a cat", "an apple"."""
-    return f"{article(name)} {name}"
-
-
 def ablation_target(title: str) -> Target:
     """ "object:cat", "style:flat", "memorised:lighthouse". Raises ConeslabError for any other."""
     kind, _, name = title.partition(":")
@@ -70,30 +65,33 @@ def ablation_target(title: str) -> Target:
         spread = {
             group: names[:: max(1, len(names) // picked[group])][: picked[group]] for group, names in groups.items()
         }
-        others = {group: tuple(map(named, chosen)) for group, chosen in spread.items() if chosen}
-        target, anchor = named(name), named(OBJECTS[name])
+        others = {group: tuple(map(with_article, chosen)) for group, chosen in spread.items() if chosen}
+        target, anchor = with_article(name), with_article(OBJECTS[name])
         scenes = [phrase[0] for phrase in list(SCENES.values())[:3]]
         return Target(
             kind, name, target, anchor, (target, anchor), others,
             paraphrases=tuple(f"{target} {scene}" for scene in scenes),
-            synonyms=tuple(map(named, CLASSES[name].synonyms)),
+            synonyms=tuple(map(with_article, CLASSES[name].synonyms)),
         )  # fmt: skip
     if kind == "style" and name in STYLED:
-        target, anchor = named(name), named(STYLED[name])
+        target, anchor = with_article(name), with_article(STYLED[name])
         third = next(style for style in STYLED if style not in (name, STYLED[name]))
         return Target(
             kind, name, target, anchor, (f"{target} {STYLE_CLASSES[0]}", f"{anchor} {STYLE_CLASSES[0]}"),
-            {"same class, other style": (f"{named(third)} {STYLE_CLASSES[0]}",),
+            {"same class, other style": (f"{with_article(third)} {STYLE_CLASSES[0]}",),
              "other classes, same style": tuple(f"{target} {other}" for other in ("dog", "guitar"))},
             templates=tuple(f"{{}} {noun}" for noun in STYLE_CLASSES),
             paraphrases=tuple(f"{target} {STYLE_CLASSES[0]} {phrase[0]}" for phrase in list(SCENES.values())[:3]),
-            synonyms=tuple(f"{named(word)} {STYLE_CLASSES[0]}" for word in STYLE_WORDS[name][1:]),
+            synonyms=tuple(f"{with_article(word)} {STYLE_CLASSES[0]}" for word in STYLE_WORDS[name][1:]),
         )  # fmt: skip
     if kind == "memorised" and name in MEMORISED:
         entry = FACTS["memorised"][name]
         classes = [cls for cls, _, _ in entry["objects"]]
-        anchor = " and ".join(map(named, classes)) + " " + SCENES[entry["scene"]][0]
-        others = {"its objects": tuple(map(named, classes)), "far": tuple(map(named, ("dog", "house", "banana")))}
+        anchor = " and ".join(map(with_article, classes)) + " " + SCENES[entry["scene"]][0]
+        others = {
+            "its objects": tuple(map(with_article, classes)),
+            "far": tuple(map(with_article, ("dog", "house", "banana"))),
+        }
         return Target(kind, name, entry["caption"], anchor, (entry["caption"], anchor), others)
     raise ConeslabError(f"{title!r} cannot be ablated here: choose one of {', '.join(ABLATIONS)}")
 
@@ -166,12 +164,12 @@ def collateral(setting: Any, about: Target, seed: int) -> list[Row]:
     """What ablating one concept does to every class: a row a (class as condition, share the judge takes for it)."""
     edit = WAYS["model-based, K-V"](setting, about, seed)
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
-    prompts = [named(name) for name in names for _ in range(each)]
+    prompts = [with_article(name) for name in names for _ in range(each)]
     how: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": 2000 * seed}
     shares = {"right class before": drawn_once(setting.pipe, prompts, **how)}
     with edit.applied(setting.pipe):
         shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **how))
-    labels = [named(name) for name in names]
+    labels = [with_article(name) for name in names]
     rows = []
     for measure, drawn in shares.items():
         taken = setting.judge.classify(list(drawn), labels).numpy().reshape(len(names), each)

@@ -21,7 +21,7 @@ from .metrics import Judge, bootstrap_interval
 from .neurons import ConceptNeurons
 from .search import find_concept_neurons
 from .subjects import Subject
-from .world import STYLE_WORDS, STYLES, article
+from .world import STYLE_WORDS, STYLES, with_article
 
 MEASURES = {
     "text alignment": "cosine of picture and prompt",
@@ -102,7 +102,7 @@ def subject_share(judge: Judge, images: Sequence[Any], about: Subject) -> np.nda
 
     Only for subjects of the sticker world: "a sticker cat" must be nearer than "a 3d cat", "a flat cat" and so on.
     """
-    labels = [[f"{article(word)} {word} {about.class_word}" for word in STYLE_WORDS[style][:1]] for style in STYLES]
+    labels = [[with_article(f"{word} {about.class_word}") for word in STYLE_WORDS[style][:1]] for style in STYLES]
     return judge.classify(list(images), labels).numpy() == STYLES.index(about.records[0].objects[0].style)
 
 

@@ -24,7 +24,7 @@ from .errors import ConeslabError
 from .metrics import kid
 from .personalize import textual_inversion
 from .vocabulary import Vocabulary, encode_vocabulary
-from .world import CLASSES, FACTS, article
+from .world import CLASSES, FACTS, with_article
 
 TRAINING: dict[str, Any] = {"batch": 12, "pictures": 64, "steps": 300}
 PICTURES = 48  # drawn for every measurement; twice as many where a share is compared with one half
@@ -40,7 +40,7 @@ class Planted:
 
     @property
     def prompt(self) -> str:
-        return self.word if self.kind == "exemplar" else f"{article(self.word)} {self.word}"
+        return self.word if self.kind == "exemplar" else with_article(self.word)
 
 
 def planted(name: str) -> Planted:

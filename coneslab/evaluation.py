@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from .diffusion import generate
 from .errors import ConeslabError
 from .metrics import Images, Interval, Judge, as_pictures, bootstrap_interval
-from .world import CLASSES, COLOURS, SCENES, STYLE_WORDS, STYLES, TRAIN_STYLES, article, compose
+from .world import CLASSES, COLOURS, SCENES, STYLE_WORDS, STYLES, TRAIN_STYLES, compose, with_article
 
 #: The shares that the shipped model is held to (guidance 3, 25 steps, every class, 8 seeds, prompts with scenes).
 BARS = {"right class": 0.90, "right scene": 0.95, "both of a pair": 0.75, "all four of four": 0.40}
@@ -42,7 +42,7 @@ class Question:
 
 def _listed(objects: Sequence[str], style: str | None = None, colour: str | None = None) -> str:
     words = [" ".join(filter(None, (style and STYLE_WORDS[style][0], colour, name))) for name in objects]
-    phrases = [f"{article(phrase)} {phrase}" for phrase in words]
+    phrases = [with_article(phrase) for phrase in words]
     return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
 

@@ -67,7 +67,7 @@ def build_judge(tokenizer: CLIPTokenizer, *, seed: int = 0) -> tuple[CLIPModel, 
 def listed(names: Sequence[str], scene: str | None, style: str | None = None) -> str:
     """A plain caption: "a flat cat, a flat dog and a flat car on the beach"; without a scene or style if it is None."""
     named = [f"{world.STYLE_WORDS[style][0]} {name}" if style else name for name in names]
-    parts = [f"{world.article(name)} {name}" for name in named]
+    parts = [world.with_article(name) for name in named]
     text = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     return f"{text} {world.SCENES[scene][0]}" if scene else text
 

@@ -20,7 +20,7 @@ from .edits import Combined, WeightDelta, model_fingerprint
 from .errors import ConeslabError
 from .tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from .tuning import TuningCallback, figures, tune, tune_unet
-from .world import article
+from .world import with_article
 
 SMALL_WORDS, LARGE_WORDS = ("very small", "far away"), ("zoomed in", "close up")  # as in Custom Diffusion's code
 
@@ -228,7 +228,7 @@ def scaled_pairs(
             sized = _rescaled(picture, scale, generator)
             words = small if scale < 0.6 else large if scale > 1 else ()
             word = words[version % len(words)] if words else ""
-            caption = f"{article(word)} {word} {subject.token} {subject.class_word}" if word else subject.prompt
+            caption = with_article(f"{word} {subject.token} {subject.class_word}") if word else subject.prompt
             groups.setdefault(caption, []).append(sized)
     total, left = sum(map(len, groups.values())), batch
     texts = encode_prompts(pipe, list(groups)).detach()

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from .errors import ConeslabError, WorldError
-from .world import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, Record, article, compose
+from .world import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, Record, article, compose, with_article
 
 SUBJECTS: tuple[str, ...] = tuple(DATA["subjects"])
 COMBINATIONS: dict[int, tuple[tuple[str, ...], ...]] = {
@@ -57,12 +57,12 @@ class Subject:
     @property
     def prompt(self) -> str:
         """ "a sks cat": the caption of every reference picture (Cones, Sec. 3.1; DreamBooth, Sec. 3.1)."""
-        return f"{article(self.token)} {self.phrase}"
+        return with_article(self.phrase)
 
     @property
     def prior_prompt(self) -> str:
         """ "a cat": the caption of the prior pictures."""
-        return f"{article(self.class_word)} {self.class_word}"
+        return with_article(self.class_word)
 
     def plain(self, prompt: str) -> str:
         """Return `prompt` without the rare token, with its article mended: what text alignment compares with."""
@@ -99,11 +99,11 @@ class Subject:
 
 def evaluation_prompts(class_word: str, token: str) -> tuple[str, ...]:
     """Return the ten prompts a subject is measured on: seven new scenes, and three with another object."""
-    phrase = f"{article(token)} {token} {class_word}"
+    phrase = with_article(f"{token} {class_word}")
     prompts = [f"{phrase} {SCENES[scene][0]}" for scene in _PROMPT_SCENES]
     for scene in _COMPANIONS:
-        other = _companion(class_word, scene)
-        prompts.append(f"{phrase} and {article(other)} {other} {SCENES[scene][0]}")
+        other = with_article(_companion(class_word, scene))
+        prompts.append(f"{phrase} and {other} {SCENES[scene][0]}")
     return tuple(prompts)
 
 

@@ -204,6 +204,11 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
+def with_article(words: str) -> str:
+    """ "a cat", "an orange cat"."""
+    return f"{article(words)} {words}"
+
+
 def _noun_phrase(plan: _Plan, named_style: bool, alone: bool, random: Random) -> str:
     if plan.bare:
         return str(plan.word)

@@ -13,7 +13,7 @@ from coneslab.cli import main
 from coneslab.diffusion import generate
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import EXPERIMENTS, Setting, run_experiment
-from coneslab.world import CLASSES
+from coneslab.world import CLASSES, with_article
 
 SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
 EXPECTED = {
@@ -116,7 +116,7 @@ def test_collateral_damage_is_measured_for_every_class(setting, tmp_path):
     table = run_experiment("collateral", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
     wide = table.pivot(index="condition", columns="measure", values="value")
     assert set(wide.index) == set(CLASSES) and wide.notna().all().all()
-    prompts = [ablation_experiment.named(name) for name in CLASSES]
+    prompts = [with_article(name) for name in CLASSES]
     drawn = generate(setting.pipe, prompts, seed=0, steps=1, guidance_scale=1.0)
     taken = setting.judge.classify(drawn, prompts).numpy()
     expected = dict(zip(CLASSES, (taken == np.arange(len(taken))).astype(float), strict=True))
