@@ -5,10 +5,9 @@ Each condition sees the same pictures before and the same start noises; the unto
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 
 from .ablation import ablate
 from .ablation_report import CopyDetector, attacks, evaluate_ablation, near_and_far
-from .compare import Row, rows_of
+from .compare import Row, Setting, rows_of, timed
 from .concept_loss import drawn_once
 from .diffusion import generate
 from .edits import Edit, applied
@@ -103,39 +102,39 @@ ABLATIONS = (
 )
 
 
-def _trained(**how: Any) -> Callable[[Any, Target, int], Edit]:
-    def make(setting: Any, about: Target, seed: int) -> Edit:
+def _trained(**how: Any) -> Callable[[Setting, Target, int], Edit]:
+    def make(setting: Setting, about: Target, seed: int) -> Edit:
         options = {"templates": about.templates, "steps": STEPS, "progress": False, **_drawing(setting, seed), **how}
         return ablate(setting.pipe, about.target, about.anchor, **options)
 
     return make
 
 
-def _drawing(setting: Any, seed: int) -> dict[str, Any]:
+def _drawing(setting: Setting, seed: int) -> dict[str, Any]:
     return {"sampler_steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": seed}
 
 
-def _closed_form(setting: Any, about: Target, seed: int) -> Edit:
+def _closed_form(setting: Setting, about: Target, seed: int) -> Edit:
     kept = [prompt for group in about.others.values() for prompt in group]
     return closed_form_edit(setting.pipe, about.target, about.anchor, templates=about.templates, preserve=kept)
 
 
-def _erased(setting: Any, about: Target, seed: int) -> Edit:
+def _erased(setting: Setting, about: Target, seed: int) -> Edit:
     return erase(setting.pipe, about.shown[0], steps=STEPS, progress=False, **_drawing(setting, seed))
 
 
-def _shut(setting: Any, about: Target, seed: int) -> Edit:
+def _shut(setting: Setting, about: Target, seed: int) -> Edit:
     rounds = max(1, 3 * STEPS // 5)
     return ablating_neurons(
         setting.pipe, *about.shown, rounds=rounds, progress=False, **_drawing(setting, seed)
     ).binary()
 
 
-def _pruned(setting: Any, about: Target, seed: int) -> Edit:
+def _pruned(setting: Setting, about: Target, seed: int) -> Edit:
     return prune_feed_forward(setting.pipe, *about.shown, **_drawing(setting, seed))
 
 
-WAYS: dict[str, Callable[[Any, Target, int], Edit]] = {
+WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
     "model-based, K-V": _trained(method="model"),
     "noise-based, K-V": _trained(method="noise"),
     "model-based, embedding": _trained(method="model", parameters="embedding"),
@@ -147,25 +146,24 @@ WAYS: dict[str, Callable[[Any, Target, int], Edit]] = {
 }
 
 
-def ablation(setting: Any, about: Target, seed: int) -> list[Row]:
+def ablation(setting: Setting, about: Target, seed: int) -> list[Row]:
     """One concept ablated in every way from one seed; `about` as `ablation_target` gives it."""
     rows = _measured(setting, about, None, seed, condition="untouched model", kind=about.kind, seconds=0.0, bytes=0)
     for name, make in WAYS.items():
         if about.kind == "memorised" and name == "model-based, embedding":
             continue  # its words are the caption's own: nothing else is asked with them
-        begun = time.perf_counter()
-        edit = make(setting, about, seed)
-        facts = {"seconds": time.perf_counter() - begun, "bytes": getattr(edit, "nbytes", np.nan)}
+        edit, seconds = timed(partial(make, setting, about, seed))
+        facts = {"seconds": seconds, "bytes": getattr(edit, "nbytes", np.nan)}
         rows += _measured(setting, about, edit, seed, condition=name, kind=about.kind, **facts)
     return rows
 
 
-def collateral(setting: Any, about: Target, seed: int) -> list[Row]:
+def collateral(setting: Setting, about: Target, seed: int) -> list[Row]:
     """What ablating one concept does to every class: a row a (class as condition, share the judge takes for it)."""
     edit = WAYS["model-based, K-V"](setting, about, seed)
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
     prompts = [with_article(name) for name in names for _ in range(each)]
-    how: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": 2000 * seed}
+    how: dict[str, Any] = {**setting.drawing, "seed": 2000 * seed}
     shares = {"right class before": drawn_once(setting.pipe, prompts, **how)}
     with edit.applied(setting.pipe):
         shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **how))
@@ -178,9 +176,9 @@ def collateral(setting: Any, about: Target, seed: int) -> list[Row]:
     return rows
 
 
-def _measured(setting: Any, about: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+def _measured(setting: Setting, about: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
     """Accuracy by group, what the others lost, whether the concept comes back, and copies where it was memorised."""
-    drawing: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": 1000 * seed}
+    drawing: dict[str, Any] = {**setting.drawing, "seed": 1000 * seed}
     pictures = PICTURES * setting.pictures
     report = evaluate_ablation(
         setting.pipe, setting.judge, edit, *about.shown, others=about.others, pictures=pictures, **drawing

@@ -5,7 +5,12 @@ An interruption loses one cell. `experiments.py` says which cells there are; her
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,28 +152,82 @@ def rows_of(values: Mapping[str, float], **columns: Any) -> list[Row]:
     return [{**columns, "measure": name, "value": value} for name, value in values.items()]
 
 
-def kept_neurons(folder: str | Path, about: Subject, *, seed: int, rounds: int) -> Path:
-    """The file in which `found_before` keeps the neurons of one search."""
-    return Path(folder) / f"{about.name}-{seed}-{rounds}.safetensors"
+def timed(make: Callable[[], Any]) -> tuple[Any, float]:
+    """What `make` returns, and the seconds it took."""
+    begun = time.perf_counter()
+    made = make()
+    return made, time.perf_counter() - begun
 
 
-def found_before(
-    pipe: Any, about: Subject, *, seed: int, folder: str | Path | None, rounds: int = 60
-) -> ConceptNeurons:
-    """Concept neurons of a subject, read from `folder` if they were found there before, else found and kept there.
-
-    Neurons of another model, or found in another number of rounds, are found anew. Without a folder nothing is kept.
-    """
-    path = None if folder is None else kept_neurons(folder, about, seed=seed, rounds=rounds)
-    if path is not None and path.is_file():
-        kept = load_edit(path)
-        if isinstance(kept, ConceptNeurons) and kept.fingerprint == model_fingerprint(pipe):
-            return kept
+def neurons(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
+    """A search without a progress bar; its prior pictures are drawn before, once for all searches from one seed."""
     prior = prior_pictures(pipe, about, seed=seed)
-    found = find_concept_neurons(pipe, about, prior=prior, seed=seed, rounds=rounds, progress=False)
-    if path is not None:
-        found.save(path)
-    return found
+    return find_concept_neurons(pipe, about, prior=prior, seed=seed, progress=False, **settings)
+
+
+def kept(
+    make: Callable[..., Any], pipe: Any, about: Subject, *, seed: int, folder: str | Path | None, **settings: Any
+) -> tuple[Any, float]:
+    """The edit make(pipe, about, seed=..., **settings) and the seconds it takes to make, read from `folder` if there.
+
+    Edits made by another function, on another model, with other pictures or settings are made anew and kept beside.
+    Without a folder nothing is kept.
+    """
+    how = partial(make, pipe, about, seed=seed, **settings)
+    if folder is None:
+        return timed(how)
+    facts = [make.__qualname__, model_fingerprint(pipe), about.prompt, sorted(settings.items())]
+    pictures = b"".join(picture.tobytes() for picture in about.images)
+    key = hashlib.sha256(repr(facts).encode() + pictures).hexdigest()[:16]
+    file = Path(folder) / f"{about.name}-{seed}-{key}.safetensors"
+    noted = file.with_suffix(".json")
+    if noted.is_file():  # written last
+        return load_edit(file), float(json.loads(noted.read_text(encoding="utf-8"))["seconds"])
+    edit, seconds = timed(how)
+    edit.save(file)
+    write_whole(noted, json.dumps({"seconds": seconds}).encode())
+    return edit, seconds
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of an experiment share.
+
+    rounds: of a search; pictures: a prompt; steps, guidance_scale: of drawing; samples: of a denoising loss; masks:
+    folder in which found neurons are kept between experiments.
+    """
+
+    pipe: Any
+    judge: Judge
+    rounds: int = 60
+    finetune_steps: int = 100
+    pictures: int = 1
+    steps: int = 25
+    guidance_scale: float = 3.0
+    samples: int = 160
+    masks: Path | None = None
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Options of `generate`."""
+        return {"steps": self.steps, "guidance_scale": self.guidance_scale}
+
+    def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
+        """A search of its own. how: options of `find_concept_neurons`."""
+        return neurons(self.pipe, about, seed=seed, rounds=self.rounds, **how)
+
+    def found_in(self, about: Subject, seed: int) -> tuple[ConceptNeurons, float]:
+        """The subject's neurons, searched for once for all experiments, and the seconds of that search."""
+        return kept(neurons, self.pipe, about, seed=seed, folder=self.masks, rounds=self.rounds)
+
+    def found(self, about: Subject, seed: int) -> ConceptNeurons:
+        return self.found_in(about, seed)[0]
+
+    def measure(self, about: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+        """The rows of one condition; `columns` go beside each measure."""
+        how = {"pictures": self.pictures, "samples": self.samples, **self.drawing}
+        values = measure(self.pipe, self.judge, about, edit, seed=seed, **how)
+        return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})
 
 
 def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float = 0.95) -> pandas.DataFrame:

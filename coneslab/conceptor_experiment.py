@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from .bias import bias, group_shares, rebalance
-from .compare import Row, rows_of
+from .compare import Row, Setting, rows_of
 from .conceptor import Decomposition, decompose
 from .diffusion import generate
 from .edits import Edit, applied
@@ -98,12 +98,11 @@ def _words(pipe: Any, judge: Any) -> Vocabulary:
     return encode_vocabulary(pipe, judge, progress=False)
 
 
-def _drawn(setting: Any, prompt: str, n: int, seed: int) -> list[Image.Image]:
-    how: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale}
-    return generate(setting.pipe, [prompt] * n, seed=seed, batch_size=24, **how)
+def _drawn(setting: Setting, prompt: str, n: int, seed: int) -> list[Image.Image]:
+    return generate(setting.pipe, [prompt] * n, seed=seed, batch_size=24, **setting.drawing)
 
 
-def conceptor(setting: Any, fact: Planted, seed: int) -> list[Row]:
+def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     """One planted concept from one seed: faithfulness, reconstruction beside controls, removal, bias."""
     pipe, judge = setting.pipe, setting.judge
     words = _words(pipe, judge)
@@ -135,7 +134,7 @@ def conceptor(setting: Any, fact: Planted, seed: int) -> list[Row]:
     return rows
 
 
-def _free_token(setting: Any, fact: Planted, found: Decomposition, seed: int) -> Edit:
+def _free_token(setting: Setting, fact: Planted, found: Decomposition, seed: int) -> Edit:
     """A vector trained on the same pictures without being a sum of words: the ceiling of reconstruction."""
     shown = _drawn(setting, fact.prompt, TRAINING["pictures"], seed)
     about = SimpleNamespace(
@@ -145,7 +144,7 @@ def _free_token(setting: Any, fact: Planted, found: Decomposition, seed: int) ->
     return textual_inversion(setting.pipe, about, seed=seed, progress=False, **how)
 
 
-def _removals(setting: Any, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
+def _removals(setting: Setting, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
     """Share of pictures that show a component before and after its words are taken out."""
     groups = {part: words for part, (words, _) in fact.components.items()}
     if len(groups) < 2:
@@ -166,7 +165,7 @@ def _removals(setting: Any, found: Decomposition, fact: Planted, seed: int) -> l
     return rows
 
 
-def _balance(setting: Any, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
+def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
     """How far the coefficients lean, how far the pictures do, and how far these do once those are balanced."""
     groups = {part: words for part, (words, _) in fact.components.items()}
 

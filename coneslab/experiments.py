@@ -6,7 +6,6 @@ Every one goes over subjects and seeds, cell by cell, goes on where its table st
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
@@ -18,7 +17,7 @@ import numpy as np
 import pandas
 
 from .ablation_experiment import ABLATIONS, OBJECTS, ablation, ablation_target, collateral
-from .compare import Row, alignments, found_before, kept_neurons, measure, rows_of, run_cells
+from .compare import Row, Setting, alignments, rows_of, run_cells, timed
 from .concatenation import (
     TunedNeurons,
     additivity,
@@ -36,11 +35,8 @@ from .edits import Edit, applied
 from .errors import ConeslabError
 from .evaluation import finds_objects
 from .masks import PRECISIONS
-from .metrics import Judge
-from .neurons import ConceptNeurons
 from .paths import data_folder
 from .robustness import DAMAGES
-from .search import find_concept_neurons
 from .subjects import COMBINATIONS, SUBJECTS, Subject, subject, subjects_of, title_of, wanted_pictures
 from .world import SCENES
 
@@ -48,49 +44,6 @@ COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
 TUNING_STEPS = (10, 20, 40, 80)
 DENSITIES = (0.9, 0.98, 0.99, 0.995, 0.998)  # quantiles that serve as threshold
 FRACTIONS = {"flipped": (0.005, 0.02, 0.05, 0.2), "dropped": (0.1, 0.3, 0.5, 0.8), "moved": (0.1, 0.3, 0.6, 1.0)}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all cells of an experiment share.
-
-    rounds: of a search; pictures: a prompt; steps, guidance_scale: of drawing; samples: of a
-    denoising loss; masks: folder in which found neurons are kept between experiments.
-    """
-
-    pipe: Any
-    judge: Judge
-    rounds: int = 60
-    finetune_steps: int = 100
-    pictures: int = 1
-    steps: int = 25
-    guidance_scale: float = 3.0
-    samples: int = 160
-    masks: Path | None = None
-
-    def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
-        """A search of its own. how: options of `find_concept_neurons`."""
-        prior = prior_pictures(self.pipe, about, seed=seed)
-        return find_concept_neurons(self.pipe, about, prior=prior, rounds=self.rounds, seed=seed, progress=False, **how)
-
-    def found(self, about: Subject, seed: int) -> ConceptNeurons:
-        """The subject's neurons, searched for once for all experiments."""
-        return found_before(self.pipe, about, seed=seed, rounds=self.rounds, folder=self.masks)
-
-    def measure(self, about: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
-        """The rows of one condition; `columns` go beside each measure."""
-        values = measure(
-            self.pipe, self.judge, about, edit, seed=seed, pictures=self.pictures, steps=self.steps,
-            guidance_scale=self.guidance_scale, samples=self.samples,
-        )  # fmt: skip
-        return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})
-
-
-def timed(make: Callable[[], Any]) -> tuple[Any, float]:
-    """What `make` returns, and the seconds it took."""
-    begun = time.perf_counter()
-    made = make()
-    return made, time.perf_counter() - begun
 
 
 # --- notebook 03 ----------------------------------------------------------------------------------------
@@ -122,9 +75,7 @@ def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
 
     def edits() -> Iterator[tuple[Edit | None, float]]:
         yield None, 0.0
-        found, seconds = timed(partial(setting.search, about, seed))
-        if setting.masks is not None:  # the other experiments need not search again
-            found.save(kept_neurons(setting.masks, about, seed=seed, rounds=rounds))
+        found, seconds = setting.found_in(about, seed)
         binary = found.binary()
         yield found, seconds
         yield binary, seconds
@@ -132,7 +83,7 @@ def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
         yield timed(lambda: reversed_neurons(pipe, about, rounds=rounds, **common).binary())
         criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
         for criterion in criteria:
-            options = {"criterion": criterion, "like": binary, "rounds": max(1, rounds // 4)}
+            options: dict[str, Any] = {"criterion": criterion, "like": binary, "rounds": max(1, rounds // 4)}
             yield timed(partial(top_k_neurons, pipe, about, **options, **common))
         yield timed(lambda: finetune_kv(pipe, about, steps=setting.finetune_steps, **common))
 
@@ -236,9 +187,8 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
     pipe, judge = setting.pipe, setting.judge
     prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
     prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
-    options: dict[str, Any] = {"steps": setting.steps, "guidance_scale": setting.guidance_scale, "batch_size": 20}
     with applied(edit, pipe):
-        drawn = generate(pipe, prompts, seed=1000 * seed, **options)
+        drawn = generate(pipe, prompts, seed=1000 * seed, batch_size=20, **setting.drawing)
     plain = [reduce(lambda text, about: about.plain(text), subjects, prompt) for prompt in prompts]
     classes = [about.class_word for about in subjects]
     losses = [concept_loss(pipe, about, edit=edit, samples=setting.samples).subject for about in subjects]

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pandas
 
-from .compare import Row, measure, rows_of, run_cells
+from .compare import Row, Setting, measure, rows_of, run_cells
 from .edits import write_whole
 from .errors import ConeslabError
-from .experiments import Setting, measure_together
+from .experiments import measure_together
 from .methods import METHODS, Method, chosen_settings, make_edit
 from .metrics import load_judge
 from .models import load

@@ -6,22 +6,21 @@ subject and join these, so that one subject's edit serves every combination and 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .compare import kept, neurons, timed
 from .concatenation import concatenate, finetune_together
-from .edits import Edit, load_edit, model_fingerprint, write_whole
+from .edits import Edit
 from .errors import ConeslabError
 from .merging import merge
 from .neurons import ConceptNeurons
 from .paths import data_folder
 from .personalize import custom_diffusion, dreambooth, textual_inversion
-from .search import find_concept_neurons
 from .subjects import Subject
 
 
@@ -39,10 +38,6 @@ class Method:
     single: Callable[..., Any] | None = None
     own_settings: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-
-
-def _neurons(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
-    return find_concept_neurons(pipe, about, seed=seed, progress=False, **settings)
 
 
 def _customised(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> Edit:
@@ -86,9 +81,9 @@ RATES = (3e-4, 1e-3, 3e-3)
 _TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998)}
 _TUNING = ("tuning_steps", "tuning_rate")
 METHODS: dict[str, Method] = {
-    "Cones, float": Method(_join_graded, _neurons, choices=_TAU),
-    "Cones, binary": Method(_join_binary, _neurons, choices=_TAU),
-    "Cones + collaborative tuning": Method(_join_and_tune, _neurons, _TUNING, {"tuning_rate": RATES}),
+    "Cones, float": Method(_join_graded, neurons, choices=_TAU),
+    "Cones, binary": Method(_join_binary, neurons, choices=_TAU),
+    "Cones + collaborative tuning": Method(_join_and_tune, neurons, _TUNING, {"tuning_rate": RATES}),
     "Textual Inversion": Method(_at_once(textual_inversion), choices={"learning_rate": (3e-3, 1e-2, 3e-2)}),
     "DreamBooth": Method(_at_once(dreambooth), choices={"learning_rate": (3e-5, 1e-4, 3e-4)}),
     "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices={"learning_rate": RATES}),
@@ -125,32 +120,9 @@ def make_edit(
         settings = {**chosen_settings(method), **settings}
         method = METHODS[method]
     if method.single is None:
-        begun = time.perf_counter()
-        return method.make(pipe, list(subjects), seed=seed, **settings), time.perf_counter() - begun
+        return timed(partial(method.make, pipe, list(subjects), seed=seed, **settings))
     own = {name: value for name, value in settings.items() if name in method.own_settings}
     rest = {name: value for name, value in settings.items() if name not in own}
-    made = [_single(method.single, pipe, about, seed, rest, folder) for about in subjects]
-    begun = time.perf_counter()
-    edit = method.make(pipe, list(subjects), [one for one, _ in made], seed=seed, **own)
-    return edit, time.perf_counter() - begun + sum(seconds for _, seconds in made)
-
-
-def _single(
-    single: Callable[..., Any], pipe: Any, about: Subject, seed: int, settings: dict[str, Any], folder: Any
-) -> tuple[Any, float]:
-    """The edit of one subject, made or read, and its seconds."""
-    if folder is not None:
-        pictures = [picture.tobytes() for picture in about.images]
-        facts = [single.__qualname__, model_fingerprint(pipe), about.prompt, sorted(settings.items())]
-        key = hashlib.sha256(repr(facts).encode() + b"".join(pictures)).hexdigest()[:16]
-        file = Path(folder) / f"{about.name}-{seed}-{key}.safetensors"
-        noted = file.with_suffix(".json")
-        if noted.is_file():  # written last
-            return load_edit(file), float(json.loads(noted.read_text(encoding="utf-8"))["seconds"])
-    begun = time.perf_counter()
-    edit = single(pipe, about, seed=seed, **settings)
-    seconds = time.perf_counter() - begun
-    if folder is not None:
-        edit.save(file)
-        write_whole(noted, json.dumps({"seconds": seconds}).encode())
-    return edit, seconds
+    made = [kept(method.single, pipe, about, seed=seed, folder=folder, **rest) for about in subjects]
+    edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=seed, **own))
+    return edit, seconds + sum(before for _, before in made)
