@@ -101,7 +101,7 @@ def page(
     limits: Limits | None = None,
     rounds: int = 60,
 ) -> Page:
-    """Make the page. Searches take about half a minute on two cores, once a subject.
+    """Make the page, with its first picture drawn. Searches take about half a minute on two cores, once a subject.
 
     folder: edit files to begin with, and where new ones go; default what the environment variable CONESLAB_EDITS
     names; made if missing; without either, what a visitor finds is gone with the page. limits: see `Limits`; less
@@ -112,4 +112,6 @@ def page(
     if where is not None:
         where.mkdir(parents=True, exist_ok=True)
     limits = limits or Limits(pictures=6, steps=30)
-    return Page(pipe, where, subjects, limits, rounds)
+    made = Page(pipe, where, subjects, limits, rounds)
+    made.playground.draw()  # now: what changes while the browser connects may never reach it
+    return made

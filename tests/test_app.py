@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def test_finds_once_and_keeps_it_for_the_next_visitor(
     assert searches == ["dog"] and second.playground.controls["edit"].value == "dog"
     third = make(v_pipe, folder)
     assert third.playground.controls["edit"].value == "dog"
+
+
+def test_a_page_is_served_with_its_first_picture(v_pipe: Any) -> None:
+    async def served() -> app.Page:  # as in a notebook, where changes are drawn after the cell
+        return app.page(v_pipe, limits=app.Limits(pictures=1, steps=1))
+
+    playground = asyncio.run(served()).playground
+    assert playground.png and "drawing" not in playground.status.value
 
 
 def test_without_a_folder_what_it_finds_stays_with_the_page(
