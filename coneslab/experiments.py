@@ -31,11 +31,13 @@ from .concept_loss import concept_loss, prior_pictures
 from .conceptor_experiment import PLANTED, conceptor, planted
 from .controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
 from .diffusion import generate
-from .edits import Edit, applied
+from .edits import Combined, Edit, applied
 from .errors import ConeslabError
 from .evaluation import finds_objects
 from .masks import PRECISIONS
+from .merging import compress
 from .paths import data_folder
+from .personalize import custom_diffusion, textual_inversion
 from .robustness import DAMAGES
 from .subjects import COMBINATIONS, SUBJECTS, Subject, subject, subjects_of, title_of, wanted_pictures
 from .world import SCENES
@@ -104,6 +106,44 @@ def precision(setting: Setting, about: Subject, seed: int) -> list[Row]:
         edit = found.to(name)
         rows += setting.measure(about, edit, seed, condition=name, bytes=len(edit.to_bytes()))
     return rows
+
+
+ENERGIES = (0.6, 0.9)  # of a compressed delta; the first is the paper's
+
+
+def storage(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """Bytes of one subject as each method keeps it, beside its loss, and of the binary mask in other encodings."""
+    import pyroaring  # of the extra "test"
+
+    pipe, found = setting.pipe, setting.found(about, seed)
+    trained: dict[str, Any] = {"seed": seed, "steps": setting.finetune_steps, "progress": False}
+    tuned: Any = custom_diffusion(pipe, about, **trained)
+    vectors, delta = tuned.edits
+    edits: dict[str, tuple[Edit | None, int]] = {
+        "untouched model": (None, 0),
+        "Textual Inversion": ((inverted := textual_inversion(pipe, about, **trained)), inverted.nbytes),
+        **{f"mask, {name}": ((mask := found.to(name)), len(mask.to_bytes())) for name in PRECISIONS},
+        "Custom Diffusion": (tuned, tuned.nbytes),
+    }
+    for energy in ENERGIES:
+        small = Combined((vectors, compress(delta, energy=energy)))
+        edits[f"Custom Diffusion, {energy:.0%} of its energy"] = (small, small.nbytes)
+    rows = []
+    for name, (edit, size) in edits.items():
+        loss = concept_loss(pipe, about, edit=edit, samples=setting.samples).subject
+        rows += rows_of({"bytes": size, "concept loss": loss}, condition=name)
+    binary, n = found.binary(), found.layout.n
+    bitmap = pyroaring.BitMap(binary.indices)
+    bitmap.run_optimize()
+    sizes = {
+        "binary mask, entropy bound": binary.entropy_bound,
+        "binary mask, roaring bitmap": len(bitmap.serialize()),
+        "binary mask, int32 indices": 4 * len(binary),
+        "binary mask, one bit a neuron": -(-n // 8),
+        "all keys and values, float16": 2 * n,
+        "all keys and values, float32": 4 * n,
+    }
+    return rows + [row for name, size in sizes.items() for row in rows_of({"bytes": size}, condition=name)]
 
 
 def damage(setting: Setting, about: Subject, seed: int) -> list[Row]:
@@ -259,6 +299,7 @@ COMBINATION_NAMES = tuple(title_of(names) for size in sorted(COMBINATIONS) for n
 EXPERIMENTS = {
     "controls": Experiment(controls, "concept_neurons.csv"),
     "precision": Experiment(precision, "mask_precision.csv"),
+    "storage": Experiment(storage, "mask_storage.csv"),
     "damage": Experiment(damage, "mask_damage.csv"),
     "density": Experiment(density, "mask_density.csv"),
     "references": Experiment(references, "reference_pictures.csv"),

@@ -19,6 +19,10 @@ SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "conce
 EXPECTED = {
     "controls": (set(experiments.CONTROLS), SUBJECT_MEASURES),
     "precision": ({"untouched model", "float32", "float16", "quaternary", "binary"}, SUBJECT_MEASURES),
+    "storage": (
+        {"untouched model", "Textual Inversion", "mask, binary", "Custom Diffusion", "binary mask, entropy bound"},
+        {"bytes", "concept loss"},
+    ),
     "damage": ({"untouched model", "whole mask", "flipped 0.02", "dropped 0.5", "moved 1"}, SUBJECT_MEASURES),
     "density": ({"untouched model", "concept neurons 0.9", "random mask 0.998"}, SUBJECT_MEASURES),
     "references": ({f"{count} pictures" for count in range(6)}, SUBJECT_MEASURES),
