@@ -19,7 +19,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coneslab import find_concept_neurons, generate, widgets
+from coneslab import explorers, find_concept_neurons, generate, widgets
 from coneslab.edits import StoredEdit, swapped
 from coneslab.errors import ConeslabError
 from coneslab.kvspace import KVSpace
@@ -44,7 +44,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         outputs.append(thing)
         return SimpleNamespace(update=lambda new: outputs.__setitem__(place, new)) if display_id else None
 
-    monkeypatch.setattr(widgets, "display", display)
+    monkeypatch.setattr(explorers, "display", display)
     return outputs
 
 
@@ -92,7 +92,7 @@ def test_moving_a_control_draws_for_its_value() -> None:
 
 def test_small_pictures_are_enlarged_without_smoothing() -> None:
     checks = np.uint8(np.indices((4, 4)).sum(0) % 2 * 255)[..., None].repeat(3, -1)
-    data, _ = widgets.png(checks)
+    data, _ = explorers.png(checks)
     assert pixels(data).shape == (256, 256, 3)
     assert set(np.unique(pixels(data))) == {0, 255}
 
@@ -100,10 +100,10 @@ def test_small_pictures_are_enlarged_without_smoothing() -> None:
 def test_every_kind_of_picture_is_taken() -> None:
     figure = Figure(figsize=(1, 1))
     figure.set_label("what it shows")
-    assert widgets.png(figure)[1] == "what it shows"
-    assert pixels(widgets.png(Image.fromarray(grey(7)))[0])[0, 0, 0] == 7
+    assert explorers.png(figure)[1] == "what it shows"
+    assert pixels(explorers.png(Image.fromarray(grey(7)))[0])[0, 0, 0] == 7
     with pytest.raises(ConeslabError, match="returned list"):
-        widgets.png([1, 2])  # type: ignore[arg-type]
+        explorers.png([1, 2])  # type: ignore[arg-type]
 
 
 def test_an_error_shows_as_text_and_the_next_value_draws_again() -> None:
