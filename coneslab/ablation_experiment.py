@@ -21,7 +21,7 @@ from .diffusion import generate
 from .edits import Edit, applied
 from .errors import ConeslabError
 from .forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
-from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, memorised, sample, with_article
+from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, sample, with_article
 
 OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
     "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",
@@ -86,7 +86,7 @@ def ablation_target(title: str) -> Target:
     if kind == "memorised" and name in MEMORISED:
         entry = FACTS["memorised"][name]
         classes = [cls for cls, _, _ in entry["objects"]]
-        anchor = " and ".join(map(with_article, classes)) + " " + SCENES[entry["scene"]][0]
+        anchor = f"{listed([with_article(name) for name in classes])} {SCENES[entry['scene']][0]}"
         others = {
             "its objects": tuple(map(with_article, classes)),
             "far": tuple(map(with_article, ("dog", "house", "banana"))),

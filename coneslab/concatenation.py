@@ -22,6 +22,7 @@ from .edits import Edit, StoredEdit, applied, require_dose, require_model, swapp
 from .errors import ConeslabError, MismatchError
 from .neurons import ConceptNeurons
 from .tuning import TuningCallback, tune
+from .world import listed
 
 
 def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
@@ -136,8 +137,8 @@ def additivity(
 
 
 def joint_prompt(subjects: Sequence[ConceptSubject]) -> str:
-    """ "a sks cat and a zwx dog": the prompt that names all subjects."""
-    return " and ".join(about.prompt for about in subjects)
+    """ "a sks cat, a zwx dog and a vqz car": the prompt that names all subjects, as captions do."""
+    return listed([about.prompt for about in subjects])
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from .diffusion import generate
 from .errors import ConeslabError
 from .metrics import Images, Interval, Judge, as_pictures, bootstrap_interval
-from .world import CLASSES, COLOURS, SCENES, STYLE_WORDS, STYLES, TRAIN_STYLES, compose, with_article
+from .world import CLASSES, COLOURS, SCENES, STYLE_WORDS, STYLES, TRAIN_STYLES, compose, listed, with_article
 
 #: The shares that the shipped model is held to (guidance 3, 25 steps, every class, 8 seeds, prompts with scenes).
 BARS = {"right class": 0.90, "right scene": 0.95, "both of a pair": 0.75, "all four of four": 0.40}
@@ -37,13 +37,12 @@ class Question:
     @property
     def prompt(self) -> str:
         """The caption in the world's own grammar: "a flat red cat on the beach", "a cat, a dog and a car ..."."""
-        return f"{_listed(self.objects, self.style, self.colour)} {SCENES[self.scene][0]}"
+        return f"{_named(self.objects, self.style, self.colour)} {SCENES[self.scene][0]}"
 
 
-def _listed(objects: Sequence[str], style: str | None = None, colour: str | None = None) -> str:
+def _named(objects: Sequence[str], style: str | None = None, colour: str | None = None) -> str:
     words = [" ".join(filter(None, (style and STYLE_WORDS[style][0], colour, name))) for name in objects]
-    phrases = [with_article(phrase) for phrase in words]
-    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+    return listed([with_article(phrase) for phrase in words])
 
 
 def questions(
@@ -100,7 +99,7 @@ def right_class(judge: Judge, images: Images, names: Sequence[str]) -> tuple[np.
     A class is the mean of its phrasings, one a scene.
     """
     classes = list(CLASSES)
-    labels = [[f"{_listed([name])} {phrases[0]}" for phrases in SCENES.values()] for name in classes]
+    labels = [[f"{_named([name])} {phrases[0]}" for phrases in SCENES.values()] for name in classes]
     found = [classes[index] for index in judge.classify(images, labels)]
     return np.array(found) == np.array(names), found
 
@@ -110,7 +109,7 @@ def right_scene(judge: Judge, images: Images, scenes: Sequence[str]) -> np.ndarr
 
     A scene is the mean of its phrasings, one a class.
     """
-    labels = [[f"{_listed([name])} {phrases[0]}" for name in CLASSES] for phrases in SCENES.values()]
+    labels = [[f"{_named([name])} {phrases[0]}" for name in CLASSES] for phrases in SCENES.values()]
     found = judge.classify(images, labels)
     return np.array([list(SCENES)[index] for index in found]) == np.array(scenes)
 
@@ -128,7 +127,7 @@ def finds_objects(judge: Judge, images: Images, objects: Sequence[Sequence[str]]
     for named in objects:
         others = [name for name in CLASSES if name not in named]
         swapped = [(*named[:i], other, *named[i + 1 :]) for i in range(len(named)) for other in others]
-        options.append([_listed(named), *map(_listed, swapped)])
+        options.append([_named(named), *map(_named, swapped)])
     found = []
     for named, (true, *swaps) in zip(objects, cosines(judge, images, options), strict=True):
         nearer = (np.reshape(swaps, (len(named), -1)) >= true).sum(1)  # (objects,)
@@ -222,7 +221,7 @@ def _ask_all(judge: Judge, draw: Draw, seeds: int, limit: int | None, extras: bo
     hits: dict[str, tuple[np.ndarray, list[str]]] = {}
 
     def keep(name: str, right: np.ndarray, asked: Sequence[Question]) -> None:
-        hits[name] = (right, [_listed(one.objects) for one in asked])
+        hits[name] = (right, [_named(one.objects) for one in asked])
 
     asked = questions(1, seeds=seeds, limit=limit, seed=seed)
     images = draw(asked)
@@ -328,7 +327,7 @@ def judge_accuracy(
         others = [rng.choice([other for other in CLASSES if other not in one.objects]) for one in asked]
         named = [(*one.objects[:-1], str(other)) for one, other in zip(asked, others, strict=True)]
         right = finds_objects(judge, _real(asked, styles, seed), named)
-        hits[name] = (right, [_listed(one.objects) for one in asked])
+        hits[name] = (right, [_named(one.objects) for one in asked])
     bars = {"right class": 0.98} | {f"right class, {style}": 0.98 for style in styles}
     rows = tuple(Share(name, _interval(right, prompts), bars.get(name)) for name, (right, prompts) in hits.items())
     classes, mistaken = _by_class(everything["pairs"])

@@ -209,6 +209,11 @@ def with_article(words: str) -> str:
     return f"{article(words)} {words}"
 
 
+def listed(phrases: Sequence[str]) -> str:
+    """ "a cat, a dog and a car": how captions name several things."""
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+
+
 def _noun_phrase(plan: _Plan, named_style: bool, alone: bool, random: Random) -> str:
     if plan.bare:
         return str(plan.word)
@@ -259,7 +264,7 @@ def _caption(plans: list[_Plan], scene: str, random: Random) -> str:
         joint = "and" if random.random() < 0.6 else random.choice(DATA["joints"])
         text = f"{phrases[0]} {joint} {phrases[1]}"
     else:
-        text = ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
+        text = listed(phrases)
     if whole_style:
         text += f" in {STYLE_WORDS[plans[0].style][0]} style"
     if len(plans) < 4 and random.random() < SHARES["opening"]:
@@ -406,8 +411,7 @@ def compose(
         plan.size = random.choice(_SIZES[len(objects)])
         plans.append(plan)
     if caption is None:
-        parts = [f"{article(p.colour or p.name)} {p.colour + ' ' if p.colour else ''}{p.name}" for p in plans]
-        caption = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
-        caption += f" {SCENES[scene][0]}"
+        named = listed([with_article(" ".join(filter(None, (plan.colour, plan.name)))) for plan in plans])
+        caption = f"{named} {SCENES[scene][0]}"
     image, things = _draw(plans, scene, random)
     return image, Record(tuple(things), scene, caption, fact)

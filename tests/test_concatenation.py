@@ -170,3 +170,5 @@ def test_additivity_is_that_of_the_outputs(v_pipe, found, both):
 
 def test_the_joint_prompt_names_every_subject(both):
     assert joint_prompt(both) == "a sks cat and a sks dog"
+    assert joint_prompt([*both, both[0]]) == "a sks cat, a sks dog and a sks cat"
+    assert joint_prompt(both[:1]) == "a sks cat"
