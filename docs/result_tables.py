@@ -65,7 +65,7 @@ def experiments(folder: Path) -> str:
             about = (experiment.measure.__doc__ or "").partition("\n")[0]
             parts.append(f"### {path.stem.replace('_', ' ').capitalize()}\n\n{about}")
             parts.append(f"Means with 95 % bootstrap intervals: {size(table)}. `coneslab experiment {name}`.")
-            parts.append(summary(table))
+            parts += by_count(table)
     return "\n\n".join(parts) or "No table has been made yet. `coneslab experiment NAME` makes them, in `data/results`."
 
 
@@ -84,15 +84,32 @@ def size(table: Any) -> str:
     return f"{subjects} subject{'s' * (subjects > 1)}, {seeds} seed{'s' * (seeds > 1)}"
 
 
+def mean(row: Any) -> str:
+    """A mean with its interval, large numbers whole."""
+    digits = ",.0f" if abs(row.value) >= 1000 else ".3f"
+    return f"{row.value:{digits}} [{row.low:{digits}}, {row.high:{digits}}]"
+
+
+def by_count(table: Any) -> list[str]:
+    """One summary, or one for every number of subjects in a picture."""
+    if "count" not in table:
+        return [summary(table)]
+    parts = []
+    for count, part in table.groupby("count"):
+        parts += [f"{count} subjects in a picture, {part.subject.nunique()} combinations:", summary(part)]
+    return parts
+
+
 def summary(table: Any) -> str:
-    """A row a condition, a column a measure, each cell a mean with its interval."""
+    """A row a condition, a column a measure that all subjects have, each cell a mean with its interval."""
     from coneslab.compare import summarise
 
-    means = summarise(table)
+    shared = table.groupby("measure").subject.transform("nunique") == table.subject.nunique()
+    means = summarise(table[shared])
     measures = list(dict.fromkeys(means.measure))
     rows = [
         [condition, *(cells.get(measure, "") for measure in measures)]
         for condition, part in means.groupby("condition", sort=False)
-        for cells in [{row.measure: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in part.itertuples()}]
+        for cells in [{row.measure: mean(row) for row in part.itertuples()}]
     ]
     return markdown_table(["condition", *measures], rows)

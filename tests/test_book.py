@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas
 import pytest
 
 for needed in ("sphinx", "myst_nb", "pydata_sphinx_theme", "sphinx-mathjax-offline", "bs4", "tinycss2.color3"):
@@ -329,6 +330,18 @@ def test_a_table_of_methods_joins_when_it_is_there(tmp_path):
     shown = tables.methods(path)
     assert "| mine | 0.500 / 0.500 |" in shown and "| theirs | 0.200 / 0.200 |" in shown
     assert "2 subjects, 2 seeds" in shown and "| mine | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |" in shown
+
+
+def test_pictures_of_several_subjects_are_summed_up_by_their_number():
+    rows = [
+        {"subject": title, "condition": "union", "seed": 0, "count": count, "measure": measure, "value": value}
+        for title, count in (("a+b", 2), ("b+c", 2), ("a+b+c", 3))
+        for measure, value in (("nearness", 0.25 * count), (f"near {title[0]}", 0.9), ("bytes", 4000.0 * count))
+    ]
+    two, first, three, second = tables.by_count(pandas.DataFrame(rows))
+    assert two == "2 subjects in a picture, 2 combinations:" and three.startswith("3 subjects")
+    assert "0.500 [0.500, 0.500]" in first and "8,000 [8,000, 8,000]" in first and "near a" not in first + two
+    assert "0.750 [" in second
 
 
 def test_evaluations_are_shown_as_they_were_saved():
