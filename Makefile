@@ -3,12 +3,14 @@
 # make test       ruff, mypy, unit tests, and every notebook
 # make notebooks  run every notebook again and save its outputs in place
 # make book       the site: notebooks as they were saved, results, model cards, reference, in build/book/html
+# make assignments  the students' versions of the exercises, in build/coursework/release (see the README)
 # make bench      the benchmarks, printed side by side
 #
 # PYTHON=...      the Python (3.11 or later) that makes the virtual environment
 # VENV=...        where it goes (.venv)
 # LAB_ARGS=...    more arguments for JupyterLab, for example LAB_ARGS="--ip=0.0.0.0" inside a container
 # APP_ARGS=...    more arguments for Voilà, for example APP_ARGS="--Voila.ip=0.0.0.0" to let a class in
+# COURSE=...      the course folder of nbgrader, with versions, submissions and grades (build/coursework)
 # EDITS=...       the folder of edit files that the page offers and adds to (runs/app)
 # Without an NVIDIA GPU on Linux, the CPU build of torch saves gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make lab
@@ -20,10 +22,11 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 LAB_ARGS ?=
 APP_ARGS ?=
+COURSE ?= build/coursework
 EDITS ?= runs/app
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab app test notebooks book bench clean
+.PHONY: lab app test notebooks book assignments bench clean
 
 lab: $(VENV)/.coneslab
 	@echo "Open the address below in a browser (Ctrl-C stops the server)."
@@ -54,6 +57,14 @@ book: $(VENV)/.coneslab-book
 	$(BIN)/python docs/build.py build/book
 	@echo "Open build/book/html/index.html in a browser; it needs no server and no network."
 
+# nbgrader writes beside what it reads, so it is given a copy: nothing of a course appears in the checkout. It calls
+# alembic, too, by name.
+assignments: $(VENV)/.coneslab-coursework
+	@mkdir -p '$(COURSE)' && cp -R coursework/. '$(COURSE)'
+	@export PATH="$$(realpath '$(BIN)'):$$PATH" && cd '$(COURSE)' && for assignment in source/*/; do \
+		nbgrader generate_assignment --force "$$(basename "$$assignment")" || exit 1; done
+	@echo "Hand out the notebooks in $(COURSE)/release."
+
 bench: $(VENV)/.coneslab-test
 	@for benchmark in tests/benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
 
@@ -71,10 +82,14 @@ $(VENV)/.coneslab-app: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
-	@touch $(VENV)/.coneslab $(VENV)/.coneslab-app $(VENV)/.coneslab-book $@
+	@touch $(VENV)/.coneslab $(VENV)/.coneslab-app $(VENV)/.coneslab-book $(VENV)/.coneslab-coursework $@
 
 $(VENV)/.coneslab-book: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[book]'
+	@touch $(VENV)/.coneslab $@
+
+$(VENV)/.coneslab-coursework: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[coursework]'
 	@touch $(VENV)/.coneslab $@
 
 $(BIN)/python:
