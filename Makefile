@@ -3,6 +3,7 @@
 # make test       ruff, mypy, unit tests, and every notebook
 # make notebooks  run every notebook again and save its outputs in place
 # make book       the site: notebooks as they were saved, results, model cards, reference, in build/book/html
+# make hosts      write the set-up cells and the links to Colab and Binder anew, from the address in pyproject.toml
 # make bench      the benchmarks, printed side by side
 #
 # PYTHON=...      the Python (3.11 or later) that makes the virtual environment
@@ -23,7 +24,7 @@ APP_ARGS ?=
 EDITS ?= runs/app
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab app test notebooks book bench clean
+.PHONY: lab app test notebooks book hosts bench clean
 
 lab: $(VENV)/.coneslab
 	@echo "Open the address below in a browser (Ctrl-C stops the server)."
@@ -54,6 +55,9 @@ book: $(VENV)/.coneslab-book
 	$(BIN)/python docs/build.py build/book
 	@echo "Open build/book/html/index.html in a browser; it needs no server and no network."
 
+hosts: $(VENV)/.coneslab-test
+	$(BIN)/python docs/hosts.py
+
 bench: $(VENV)/.coneslab-test
 	@for benchmark in tests/benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
 
@@ -62,11 +66,11 @@ clean:
 
 # The stamps make a second `make` start at once; they are older than what decides the environment when that changes.
 $(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab]'
 	@touch $@
 
 $(VENV)/.coneslab-app: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[app]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab,app]'
 	@touch $(VENV)/.coneslab $@
 
 $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
@@ -74,7 +78,7 @@ $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.coneslab $(VENV)/.coneslab-app $(VENV)/.coneslab-book $@
 
 $(VENV)/.coneslab-book: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[book]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab,book]'
 	@touch $(VENV)/.coneslab $@
 
 $(BIN)/python:
