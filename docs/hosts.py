@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from result_tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -79,6 +81,15 @@ def minutes_of(source: str) -> float | None:
     """What a set-up cell says about its notebook."""
     found = re.search(r"(?m)^MINUTES = ([\d.]+)", source)
     return float(found[1]) if found else None
+
+
+def running_times(paths: Sequence[Path]) -> str:
+    """How long notebooks run, as their own set-up cells say: a table for the site."""
+    rows = []
+    for path in paths:
+        code = (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        rows.append([f"[{path.stem}](notebooks/{path.name})", f"{minutes_of(next(code)):g} min"])
+    return markdown_table(["notebook", "all cells, on two CPU cores"], rows)
 
 
 def with_links(text: str, line: str) -> str:

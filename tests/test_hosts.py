@@ -206,7 +206,11 @@ def colab(wheel, tmp_path, monkeypatch) -> Path:
     (own / "shared.pth").write_text(f"{shared}\n")
     startup = folder / "ipython" / "profile_default" / "startup" / "colab.py"
     startup.parent.mkdir(parents=True)
-    startup.write_text("import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')")
+    startup.write_text(
+        "import importlib.machinery, importlib.util, sys\n"
+        "spec = importlib.machinery.ModuleSpec('google.colab', None)\n"
+        "sys.modules['google.colab'] = importlib.util.module_from_spec(spec)\n"
+    )
     environment = {
         "HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": "", "PIP_NO_INDEX": "1",
         "PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore",
