@@ -44,6 +44,7 @@ html_sidebars = {page: [] for page in ("index", "notebooks", "results", "instruc
 html_theme_options = {
     "show_prev_next": True,
     "navigation_with_keys": False,
+    "header_links_before_dropdown": 6,
     "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
