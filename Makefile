@@ -3,6 +3,7 @@
 # make test       ruff, mypy, unit tests, and every notebook
 # make notebooks  run every notebook again and save its outputs in place
 # make book       the site: notebooks as they were saved, results, model cards, reference, in build/book/html
+# make hosts      write the set-up cells and the links to Colab and Binder anew, from the address in pyproject.toml
 # make assignments  the students' versions of the exercises, in build/coursework/release (see the README)
 # make bench      the benchmarks, printed side by side
 #
@@ -26,7 +27,7 @@ COURSE ?= build/coursework
 EDITS ?= runs/app
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab app test notebooks book assignments bench clean
+.PHONY: lab app test notebooks book hosts assignments bench clean
 
 lab: $(VENV)/.coneslab
 	@echo "Open the address below in a browser (Ctrl-C stops the server)."
@@ -57,6 +58,9 @@ book: $(VENV)/.coneslab-book
 	$(BIN)/python docs/build.py build/book
 	@echo "Open build/book/html/index.html in a browser; it needs no server and no network."
 
+hosts: $(VENV)/.coneslab-test
+	$(BIN)/python docs/hosts.py
+
 # nbgrader writes beside what it reads, so it is given a copy: nothing of a course appears in the checkout. It calls
 # alembic, too, by name.
 assignments: $(VENV)/.coneslab-coursework
@@ -73,11 +77,11 @@ clean:
 
 # The stamps make a second `make` start at once; they are older than what decides the environment when that changes.
 $(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab]'
 	@touch $@
 
 $(VENV)/.coneslab-app: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[app]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab,app]'
 	@touch $(VENV)/.coneslab $@
 
 $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
@@ -85,11 +89,11 @@ $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.coneslab $(VENV)/.coneslab-app $(VENV)/.coneslab-book $(VENV)/.coneslab-coursework $@
 
 $(VENV)/.coneslab-book: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[book]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab,book]'
 	@touch $(VENV)/.coneslab $@
 
 $(VENV)/.coneslab-coursework: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[coursework]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab,coursework]'
 	@touch $(VENV)/.coneslab $@
 
 $(BIN)/python:

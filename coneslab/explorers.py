@@ -278,8 +278,15 @@ class Explorer:
             if not self._failed:  # saved notebooks hold the picture once
                 self.png, self.image.value, self.image.layout.display = b"", "", "none"
                 self._say(_START)
-        bundle = dict(self.box._repr_mimebundle_() or {})
-        display({**bundle, "text/plain": _NO_KERNEL}, raw=True)
+        display({**_view(self.box), "text/plain": _NO_KERNEL}, raw=True)
+
+
+def _view(box: ipywidgets.Widget) -> dict[str, Any]:
+    """What a page needs to show a widget, by kinds of data."""
+    if hasattr(box, "_repr_mimebundle_"):
+        return dict(box._repr_mimebundle_() or {})
+    shown = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}  # ipywidgets 7, which is Colab's
+    return {"application/vnd.jupyter.widget-view+json": shown}
 
 
 def _img(data: bytes, alt: str) -> str:

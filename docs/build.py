@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hosts import running_times
 from result_tables import evaluation, experiments, markdown_table, methods
 from sphinx.cmd.build import main as sphinx
 
@@ -48,6 +49,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
         yield f"notebooks/{path.name}", cleaned(path).encode()
         yield f"parts/{path.stem}.png", thumbnail(shown.picture)
         cards.append(_card(path.stem, shown.title, shown.alt, line_about(path.name)))
+    yield "parts/minutes.md", running_times(sorted((ROOT / "notebooks").glob("*.ipynb"))).encode()
     yield "parts/cards.md", "\n".join([":::::{container} gallery", *cards, ":::::", ""]).encode()
     results = ROOT / "data" / "results"
     for path in results.glob("evaluation_*.json"):

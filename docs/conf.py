@@ -20,7 +20,7 @@ exclude_patterns = ["README.md", "parts"]  # included by other pages
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # The reference: plain signatures, one argument a line where they are long, members in the order of the file.
@@ -40,10 +40,11 @@ html_static_path = ["_static", str(files("sphinx-mathjax-offline") / "static" / 
 mathjax_path = "tex-svg-full.js"
 html_css_files = ["book.css"]
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {"index": [], "notebooks": [], "results": []}
+html_sidebars = {page: [] for page in ("index", "notebooks", "results", "instructors", "syllabus", "glossary")}
 html_theme_options = {
     "show_prev_next": True,
     "navigation_with_keys": False,
+    "header_links_before_dropdown": 6,
     "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],

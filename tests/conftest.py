@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,3 +210,14 @@ def untouched(v_pipe: StableDiffusionPipeline) -> Iterator[None]:
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     """Random, and of another size than the test's pictures."""
     return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, root], check=True)
+    (built,) = folder.glob("coneslab-*.whl")
+    return built

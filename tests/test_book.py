@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 sys.path.insert(0, str(ROOT / "docs"))
 
+import hosts  # noqa: E402
 import prose  # noqa: E402
 import result_tables as tables  # noqa: E402
 
@@ -302,6 +303,32 @@ def test_notebooks_lose_what_only_a_kernel_can_use(tmp_path):
     assert [dict(output.data) for output in shown.outputs[:1]] == [{"text/plain": "(Sliders appear here.)"}]
     (image,) = BeautifulSoup(shown.outputs[1].data["text/html"], "html.parser").find_all("img")
     assert image["alt"] == "The picture that this cell shows: draw('cat')"
+
+
+CITED = re.compile(r"\[\d\d, [^]]+\]\((notebooks/\w+\.ipynb)#[\w-]+\),\s+the\s+cell\s+with\s+`([^`]+)`")
+
+
+def test_the_cells_that_instructors_are_sent_to_are_there():
+    guide = (ROOT / "docs" / "instructors.md").read_text(encoding="utf-8")
+    cited = CITED.findall(guide)
+    assert len(cited) == len(re.findall(r"the\s+cell\s+with\s+`", guide)) >= 10
+    for name, words in cited:
+        cells = nbformat.read(ROOT / name, as_version=4).cells
+        found = [cell.id for cell in cells if cell.cell_type == "code" and words in cell.source]
+        assert len(found) == 1, f"{name}: `{words}` is in {found}"
+
+
+def test_the_glossary_is_in_the_order_of_the_alphabet():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = re.findall(r"(?m)^(\w[^\n]*)\n  \S", text)
+    assert len(terms) > 40 and terms == sorted(terms, key=str.lower)
+
+
+def test_running_times_are_those_of_the_set_up_cells():
+    table = hosts.running_times(NOTEBOOKS)
+    assert table.count(" min |") == len(NOTEBOOKS)
+    source = next(c.source for c in nbformat.read(NOTEBOOKS[0], as_version=4).cells if c.cell_type == "code")
+    assert f"[{NOTEBOOKS[0].stem}](notebooks/{NOTEBOOKS[0].name}) | {hosts.minutes_of(source):g} min |" in table
 
 
 def test_docstrings_become_what_they_say():

@@ -333,6 +333,13 @@ def test_a_still_picture_is_displayed_before_the_controls_and_costs_no_drawing(s
     assert calls == []
 
 
+def test_controls_are_shown_in_the_same_way_by_ipywidgets_7() -> None:
+    box = ipywidgets.VBox([])
+    old = explorers._view(SimpleNamespace(model_id=box.model_id))  # has no _repr_mimebundle_
+    kind = "application/vnd.jupyter.widget-view+json"
+    assert old[kind] == explorers._view(box)[kind]
+
+
 def test_without_a_still_picture_the_first_drawing_is_displayed_once(shown: list[Any]) -> None:
     view = explorer(grey, level=slider(0, 255, 9))
     view._ipython_display_()

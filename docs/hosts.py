@@ -1,0 +1,156 @@
+"""What lets every notebook run on Colab and Binder: its set-up cell and its links, from one address.
+
+    python docs/hosts.py                                        all notebooks, and the README: `make hosts`
+    python docs/hosts.py --minutes 3 notebooks/04_x.ipynb       a new one, which takes 3 minutes on two CPU cores
+
+A notebook on Colab is a single file, so its first code cell has to say by itself where coneslab comes from. It is
+written here, from the repository's address in pyproject.toml; tests/test_hosts.py checks that all are as written. A
+cell that changes is run, alone, for its saved output. Every other cell and output stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from result_tables import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+BRANCH = "main"
+FIRST = "00_tour.ipynb"  # what the README's links open
+
+SET_UP = """\
+# Set-up, written by `make hosts`: on Colab this installs coneslab, anywhere else it is there already.
+import importlib.util
+import subprocess
+import sys
+
+SOURCE = "git+{address}"
+if importlib.util.find_spec("coneslab") is None:
+    if "google.colab" not in sys.modules:
+        raise ModuleNotFoundError(f"coneslab is not installed here: try `make lab`, or %pip install {{SOURCE}}")
+    print("installing coneslab ...")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
+
+import coneslab  # first: it keeps transformers from asking for torchvision
+import diffusers
+import torch
+
+MINUTES = {minutes:g}  # for all cells, on two CPU cores
+device = "cuda" if torch.cuda.is_available() else "cpu"
+threads = torch.get_num_threads()
+print(f"coneslab {{coneslab.__version__}}, diffusers {{diffusers.__version__}}, torch {{torch.__version__}}")
+if device == "cuda":
+    print(f"on {{torch.cuda.get_device_name()}}; on two CPU cores this notebook takes about {{MINUTES:g}} min")
+else:
+    minutes = MINUTES * 2 / min(threads, 2)
+    print(f"on the CPU (threads: {{threads}}); this notebook takes about {{minutes:g}} min")"""
+
+LINKS = re.compile(r"(?m)^\[Open (?:the tour )?in Colab\]\(\S+\) ·\s\[in Binder\]\(\S+\)$")
+
+
+def address() -> str:
+    """Where the repository is: the only place that says so is pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["urls"]["Repository"].removesuffix("/")
+
+
+def set_up(address: str, minutes: float) -> str:
+    """The source of a set-up cell. minutes: how long the notebook takes on two CPU cores."""
+    return SET_UP.format(address=address, minutes=minutes)
+
+
+def links(address: str, name: str, what: str = "") -> str:
+    """Markdown that opens notebooks/`name` on Colab and on Binder. what: "the tour ", where the place does not say."""
+    place = address.removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{place}/blob/{BRANCH}/notebooks/{name}"
+    binder = f"https://mybinder.org/v2/gh/{place}/{BRANCH}?urlpath=lab/tree/notebooks/{name}"
+    return f"[Open {what}in Colab]({colab}) ·\n[in Binder]({binder})"
+
+
+def minutes_of(source: str) -> float | None:
+    """What a set-up cell says about its notebook."""
+    found = re.search(r"(?m)^MINUTES = ([\d.]+)", source)
+    return float(found[1]) if found else None
+
+
+def running_times(paths: Sequence[Path]) -> str:
+    """How long notebooks run, as their own set-up cells say: a table for the site."""
+    rows = []
+    for path in paths:
+        code = (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        rows.append([f"[{path.stem}](notebooks/{path.name})", f"{minutes_of(next(code)):g} min"])
+    return markdown_table(["notebook", "all cells, on two CPU cores"], rows)
+
+
+def with_links(text: str, line: str) -> str:
+    """Markdown with `line` in place of the links that it has, or below its title."""
+    if LINKS.search(text):
+        return LINKS.sub(lambda old: line, text)
+    title, _, rest = text.partition("\n")
+    return f"{title}\n\n{line}\n\n{rest.lstrip()}" if rest.strip() else f"{title}\n\n{line}"
+
+
+def refresh(path: Path, minutes: float | None = None) -> bool:
+    """Write the set-up cell and the links of a notebook anew; returns whether the file changed.
+
+    Raises ValueError where it is not known how long the notebook takes, or a first cell is missing.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    title = notebook.cells[0]
+    cell = next((each for each in notebook.cells if each.cell_type == "code"), None)
+    if title.cell_type != "markdown" or not title.source.startswith("# ") or cell is None:
+        raise ValueError(f"{path.name} must begin with a heading, and have code: its first code cell is the set-up")
+    minutes = minutes or minutes_of(cell.source)
+    if minutes is None:
+        raise ValueError(f"{path.name} does not say how long it takes: python docs/hosts.py --minutes N {path.name}")
+    before = nbformat.writes(notebook)
+    title.source = with_links(title.source, links(address(), path.name))
+    source = set_up(address(), minutes)
+    if source != cell.source:
+        cell.source = source
+        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed(source))]
+    if nbformat.writes(notebook) == before:
+        return False
+    nbformat.write(notebook, path)
+    return True
+
+
+def printed(source: str) -> str:
+    """What a cell prints, run alone, with as many threads as torch takes by itself."""
+    own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", source], cwd=folder, env=own, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the set-up cell does not run:\n{done.stderr}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(NOTEBOOKS.glob("*.ipynb")))
+    parser.add_argument("--minutes", type=float, help="how long the named notebook takes on two CPU cores")
+    given = parser.parse_args()
+    if given.minutes and len(given.notebooks) != 1:
+        parser.error("--minutes says something about one notebook: name it")
+    for path in given.notebooks:
+        if refresh(path, given.minutes):
+            print(f"written: {path}")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if (new := with_links(text, links(address(), FIRST, "the tour "))) != text:
+        readme.write_text(new, encoding="utf-8")
+        print(f"written: {readme}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The notebooks elsewhere: one set-up cell and one address for all, Colab in small, Binder, development containers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+import torch
+import yaml
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+sys.path.insert(0, str(ROOT / "docs"))
+
+import hosts  # noqa: E402
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def first_code(path: Path) -> nbformat.NotebookNode:
+    return next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+
+
+# --- one source for all notebooks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_has_the_set_up_and_the_links_that_are_written_for_it(path):
+    cell = first_code(path)
+    minutes = hosts.minutes_of(cell.source)
+    assert minutes is not None, f"run: python docs/hosts.py --minutes N notebooks/{path.name}"
+    assert cell.source == hosts.set_up(hosts.address(), minutes), "run: make hosts"
+    (output,) = cell.outputs
+    assert re.search(r"coneslab [\d.]+, diffusers .*, torch .*\n.*about [\d.]+ min", output.text)
+    title = nbformat.read(path, as_version=4).cells[0].source
+    assert hosts.links(hosts.address(), path.name) in title, "run: make hosts"
+
+
+def test_readme_opens_the_tour():
+    assert hosts.links(hosts.address(), "00_tour.ipynb", "the tour ") in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_nothing_names_another_address():
+    files = [*ROOT.glob("*.*"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/**/*.ipynb"), *ROOT.glob("data/*.md")]
+    found = {
+        place
+        for path in files
+        if path.is_file() and path.suffix in (".md", ".toml", ".yml", ".cff", ".ipynb")
+        for place in re.findall(r"https://github\.com/[\w-]+/coneslab\b", path.read_text(encoding="utf-8"))
+    }
+    assert found == {hosts.address()}
+
+
+@pytest.fixture
+def draft(tmp_path, monkeypatch) -> Path:
+    """A notebook that somebody has begun, with an old set-up and something to lose."""
+    monkeypatch.setattr(hosts, "printed", lambda source: "ready\n")
+    output = nbformat.v4.new_output("stream", name="stdout", text="42\n")
+    cells = [
+        nbformat.v4.new_markdown_cell("# 09 · New\n\nWhat it is about.", id="title"),
+        nbformat.v4.new_code_cell("import coneslab", id="old", execution_count=1),
+        nbformat.v4.new_code_cell(
+            "print(6 * 7)", id="kept", execution_count=2, outputs=[output], metadata={"tags": ["x"]}
+        ),
+    ]
+    path = tmp_path / "09_new.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {"state": {}}}), path)
+    return path
+
+
+def test_a_new_notebook_gets_both_and_keeps_the_rest(draft):
+    kept = nbformat.read(draft, as_version=4)
+    with pytest.raises(ValueError, match="09_new.ipynb does not say how long it takes: .*--minutes"):
+        hosts.refresh(draft)
+    assert hosts.refresh(draft, minutes=2.5)
+    title, cell, other = nbformat.read(draft, as_version=4).cells
+    assert title.source.split("\n\n") == ["# 09 · New", hosts.links(hosts.address(), draft.name), "What it is about."]
+    assert cell.source == hosts.set_up(hosts.address(), 2.5) and "MINUTES = 2.5  #" in cell.source
+    assert (cell.id, cell.execution_count, cell.outputs[0].text) == ("old", 1, "ready\n")
+    assert other == kept.cells[2] and nbformat.read(draft, as_version=4).metadata == kept.metadata
+    assert not hosts.refresh(draft), "written twice, it is the same"
+
+
+def test_a_new_address_replaces_the_old_one_everywhere(draft, monkeypatch):
+    hosts.refresh(draft, minutes=3)
+    monkeypatch.setattr(hosts, "address", lambda: "https://github.com/someone/else")
+    assert hosts.refresh(draft)
+    text = draft.read_text(encoding="utf-8")
+    assert "coneslab/coneslab" not in text and text.count("someone/else") == 3 and "MINUTES = 3 " in text
+
+
+def test_a_notebook_without_a_title_is_refused(draft):
+    notebook = nbformat.read(draft, as_version=4)
+    notebook.cells[0].source = "No heading."
+    nbformat.write(notebook, draft)
+    with pytest.raises(ValueError, match="must begin with a heading"):
+        hosts.refresh(draft, minutes=1)
+
+
+# --- what the cell does, step by step -------------------------------------------------------------------
+
+SET_UP = hosts.set_up(hosts.address(), 3)
+
+
+def test_set_up_says_what_it_found(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    exec(SET_UP, found := {})
+    said = capsys.readouterr().out
+    assert found["device"] == "cpu" and f"torch {torch.__version__}" in said and "(threads: 1)" in said
+    assert "about 6 min" in said, "one thread takes twice as long as two"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    exec(SET_UP, {})
+    assert "about 3 min" in capsys.readouterr().out, "more than two are not promised to help"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    exec(SET_UP, found := {})
+    assert found["device"] == "cuda" and "on Some GPU; on two CPU cores" in capsys.readouterr().out
+
+
+def test_set_up_elsewhere_tells_how_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"make lab.*pip install git\+{hosts.address()}"):
+        exec(SET_UP, {})
+
+
+def test_set_up_on_colab_asks_for_one_thing(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
+    exec(SET_UP, {})
+    assert asked == [], "it is there already"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(SET_UP, {})
+    assert asked == [[sys.executable, "-m", "pip", "install", "-q", f"git+{hosts.address()}"]]
+
+
+# What Colab had in August 2026 (the pip-freeze.txt of googlecolab/backend-info). Its kernel has imported some of these
+# before the first cell runs, and its pages show the widgets of ipywidgets 7 only: none of them may be replaced.
+COLAB = {
+    "torch": "2.11.0", "diffusers": "0.39.0", "transformers": "5.15.0", "accelerate": "1.14.0", "safetensors": "0.8.0",
+    "numpy": "2.1.3", "scipy": "1.16.3", "pandas": "2.2.3", "pillow": "11.3.0", "matplotlib": "3.10.0",
+    "seaborn": "0.13.2", "ipywidgets": "7.7.1", "ipython": "7.34.0", "tqdm": "4.67.3",
+}  # fmt: skip
+
+
+def test_colab_keeps_what_it_has():
+    lacking = set()
+    for requirement in PROJECT["dependencies"]:
+        name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
+        if name not in COLAB:
+            lacking.add(name)
+        else:
+            assert [*map(int, COLAB[name].split("."))] >= [*map(int, bound.split("."))], requirement
+    assert lacking == {"constriction", "distributed"}, "what else would be installed there?"
+
+
+# --- Colab in small -------------------------------------------------------------------------------------
+
+BACKEND = """
+import pathlib, shutil
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    (wheel,) = pathlib.Path(__file__).parent.glob("*.whl")
+    return pathlib.Path(shutil.copy(wheel, folder)).name
+"""
+
+
+def repository(folder: Path, wheel: Path) -> Path:
+    """A git repository that installs as `wheel`: it stands in for the one on the network."""
+    folder.mkdir()
+    (folder / wheel.name).write_bytes(wheel.read_bytes())
+    (folder / "backend.py").write_text(BACKEND)
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    git = ["git", "-C", folder, "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "the wheel"]):
+        subprocess.run([*git, *command], check=True)
+    return folder
+
+
+@pytest.fixture
+def colab(wheel, tmp_path, monkeypatch) -> Path:
+    """A Python with everything that this one has, except coneslab, and a Jupyter kernel in it that looks like Colab's.
+
+    No network: whoever asks git for the address in the notebook gets the wheel.
+    """
+    folder = tmp_path / "colab"
+    venv.create(folder / "python", symlinks=True)
+    (own,) = (folder / "python").glob("lib/python*/site-packages")
+    shared = folder / "shared"
+    shared.mkdir()
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        if "coneslab" not in entry.name and entry.suffix != ".pth":
+            (shared / entry.name).symlink_to(entry)
+    (own / "shared.pth").write_text(f"{shared}\n")
+    startup = folder / "ipython" / "profile_default" / "startup" / "colab.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text(
+        "import importlib.machinery, importlib.util, sys\n"
+        "spec = importlib.machinery.ModuleSpec('google.colab', None)\n"
+        "sys.modules['google.colab'] = importlib.util.module_from_spec(spec)\n"
+    )
+    environment = {
+        "HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": "", "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore",
+        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": hosts.address(),
+        "GIT_CONFIG_KEY_0": f"url.{repository(folder / 'repository', wheel).as_uri()}.insteadOf",
+        **dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9"),
+    }  # fmt: skip
+    kernel = folder / "jupyter" / "kernels" / "colab" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    command = [str(folder / "python" / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": command, "display_name": "Colab", "language": "python", "env": environment}))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+    return own
+
+
+@pytest.mark.slow
+def test_the_tour_runs_on_colab_to_its_end(colab, tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    parameters = next(cell for cell in code if "parameters" in cell.metadata.get("tags", []))
+    notebook.cells.insert(notebook.cells.index(parameters) + 1, nbformat.v4.new_code_cell("ROUNDS = 2"))
+    notebook.cells.append(where := nbformat.v4.new_code_cell("print(coneslab.__file__)"))
+    before = {entry.name for entry in colab.iterdir()}
+    alone = tmp_path / "content"
+    alone.mkdir()
+    NotebookClient(notebook, timeout=600, kernel_name="colab", resources={"metadata": {"path": str(alone)}}).execute()
+    said = "".join(output.text for output in code[0].outputs)
+    assert re.match(r"installing coneslab \.\.\.\nconeslab [\d.]+, diffusers", said), said
+    assert where.outputs[0].text.strip() == str(colab / "coneslab" / "__init__.py")
+    new = {entry.name for entry in colab.iterdir()} - before
+    assert {name.partition("-")[0] for name in new} == {"coneslab"}, "the rest was there, and stays as it was"
+
+
+# --- Binder and development containers ------------------------------------------------------------------
+
+
+def test_binder_finds_one_python_and_the_checkout():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    (python,) = [entry for entry in environment["dependencies"] if re.match(r"python\b", str(entry))]
+    assert re.fullmatch(r"python=3\.\d+", python), "repo2docker reads no other form, and falls back to an older Python"
+    assert f"Programming Language :: Python :: {python[7:]}" in PROJECT["classifiers"]
+    assert environment["dependencies"][-1]["pip"][-1] == "-e ."
+    assert not [name for name in ("binder", ".binder") if (ROOT / name).exists()], "it would hide environment.yml"
+    assert (ROOT / "notebooks" / hosts.FIRST).is_file()
+
+
+def test_the_development_container_refers_to_what_is_there():
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
+    version = container["image"].partition(":")[2]
+    assert f"Programming Language :: Python :: {version}" in PROJECT["classifiers"]
+    make, target = container["postCreateCommand"].split()
+    dry = subprocess.run([make, "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True)
+    assert dry.returncode == 0 and "pip install -c constraints.txt -e '.[lab]'" in dry.stdout
+    interpreter = container["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
+    assert interpreter == f"${{containerWorkspaceFolder}}/{Path(target).parent}/bin/python"
+    assert {str(port) for port in container["forwardPorts"]} == set(container["portsAttributes"])
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for port in container["portsAttributes"].values():
+        assert f"\n{port['label'].split('make ')[1]}: " in makefile
