@@ -112,9 +112,7 @@ ENERGIES = (0.6, 0.9)  # of a compressed delta; the first is the paper's
 
 
 def storage(setting: Setting, about: Subject, seed: int) -> list[Row]:
-    """Bytes of one subject as each method keeps it, beside its loss, and of the binary mask in other encodings."""
-    import pyroaring  # of the extra "test"
-
+    """Bytes of one subject as each method keeps it, beside its loss; plain encodings and the bound to compare."""
     pipe, found = setting.pipe, setting.found(about, seed)
     trained: dict[str, Any] = {"seed": seed, "steps": setting.finetune_steps, "progress": False}
     tuned: Any = custom_diffusion(pipe, about, **trained)
@@ -133,11 +131,8 @@ def storage(setting: Setting, about: Subject, seed: int) -> list[Row]:
         loss = concept_loss(pipe, about, edit=edit, samples=setting.samples).subject
         rows += rows_of({"bytes": size, "concept loss": loss}, condition=name)
     binary, n = found.binary(), found.layout.n
-    bitmap = pyroaring.BitMap(binary.indices)
-    bitmap.run_optimize()
     sizes = {
         "binary mask, entropy bound": binary.entropy_bound,
-        "binary mask, roaring bitmap": len(bitmap.serialize()),
         "binary mask, int32 indices": 4 * len(binary),
         "binary mask, one bit a neuron": -(-n // 8),
         "all keys and values, float16": 2 * n,
