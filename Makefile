@@ -36,12 +36,15 @@ lab: $(VENV)/.coneslab
 
 # Only this machine reaches the page unless APP_ARGS says otherwise. Visitors see no code and can run none: Voilà leaves
 # the sources out, starts the kernels itself, and passes on nothing but messages of widgets; what widgets may ask
-# for is limited in Python (widgets.Limits). A visitor's kernel takes 0.7 GB, and 1.2 GB once it has searched; it
-# ends with the page, or after half an hour without a message. One thread each, or thirty would wait for each other.
+# for is limited in Python (widgets.Limits). What the coursework brings to JupyterLab cannot load in the page and is
+# kept out of it. A visitor's kernel takes 0.7 GB, and 1.2 GB once it has searched; it ends with the page, or after half
+# an hour without a message. One thread each, or thirty would wait for each other.
 app: $(VENV)/.coneslab-app
 	@mkdir -p '$(EDITS)'
 	CONESLAB_EDITS="$$(realpath '$(EDITS)')" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/voila \
 		notebooks/app/playground.ipynb --Voila.ip=127.0.0.1 --VoilaConfiguration.strip_sources=True \
+		--VoilaConfiguration.extension_denylist=@jupyter-notebook/lab-extension \
+		--VoilaConfiguration.extension_denylist=@jupyter/nbgrader \
 		--MappingKernelManager.cull_interval=60 --MappingKernelManager.cull_idle_timeout=1800 \
 		--MappingKernelManager.cull_connected=True $(APP_ARGS)
 
