@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -128,6 +129,18 @@ def test_an_assignment_is_saved_without_outputs_and_well_formed(name):
         assert {what for _, what in MARKS.findall(cell.source)} <= {wanted}, cell.id
         assert not about(cell).solution or "### BEGIN SOLUTION" in cell.source, cell.id
         assert max(map(len, cell.source.splitlines())) <= 120, cell.id
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_a_text_above_the_answer_says_what_to_call_it(name):
+    told = ""
+    for cell in cells(source(name)):
+        if cell.cell_type == "markdown":
+            told = cell.source
+        elif about(cell).solution:
+            for node in ast.parse(cell.source).body:
+                called = [node.name] if isinstance(node, ast.FunctionDef) else [each.id for each in node.targets]
+                assert all(f"`{each}`" in told for each in called), called
 
 
 def filled_in(release: Path, solved: Path) -> nbformat.NotebookNode:
