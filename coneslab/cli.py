@@ -116,8 +116,8 @@ def add_experiment_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = (
-        "controls, precision, damage, density, references, agreement, finders, together, conceptor, ablation, "
-        "collateral"
+        "controls, precision, storage, damage, density, references, agreement, finders, together, conceptor, "
+        "ablation, collateral"
     )
     experiment.add_argument("name", help=f"one of {names}")
     experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
