@@ -81,7 +81,7 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
     before = dict(os.environ)
     try:
-        with LocalCluster(processes=True, env={"OMP_NUM_THREADS": threads}, **options) as cluster:
+        with LocalCluster(processes=True, **options) as cluster:
             _restore(before)
             with Client(cluster) as client:
                 client.run(_set_threads, threads)
