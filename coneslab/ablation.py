@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .concept_loss import Draw, KVGradient, Pairs, drawn_latents, rounds
+from .concept_loss import KVGradient
 from .diffusion import add_noise, encode_images, encode_prompts
 from .diffusion import target as regression_target
 from .edits import StoredEdit, WeightDelta, model_fingerprint
 from .errors import ConeslabError
+from .pairs import Draw, Pairs, drawn_latents, rounds
 from .tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from .training import mixed_precision
 from .tuning import TuningCallback, figures, tune, tune_unet

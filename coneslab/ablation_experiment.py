@@ -16,11 +16,11 @@ from PIL import Image
 from .ablation import ablate
 from .ablation_report import CopyDetector, attacks, evaluate_ablation, near_and_far
 from .compare import Row, Setting, rows_of, timed
-from .concept_loss import drawn_once
 from .diffusion import generate
 from .edits import Edit, applied
 from .errors import ConeslabError
 from .forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
+from .pairs import drawn_once
 from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, sample, with_article
 
 OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category

@@ -17,12 +17,12 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from .concept_loss import drawn_once
 from .controls import finetune_kv
 from .diffusion import generate
 from .edits import Edit, applied
 from .errors import ConeslabError
 from .metrics import Images, Judge, bootstrap_interval, kid
+from .pairs import drawn_once
 from .personalize import textual_inversion
 from .twin import drawing
 from .world import CLASSES, FACTS

@@ -18,12 +18,13 @@ import numpy as np
 import pandas
 from tqdm.auto import tqdm
 
-from .concept_loss import concept_loss, prior_pictures
+from .concept_loss import concept_loss
 from .diffusion import generate
 from .edits import Edit, applied, load_edit, model_fingerprint, write_whole
 from .errors import ConeslabError
 from .metrics import Judge, bootstrap_interval
 from .neurons import ConceptNeurons
+from .pairs import prior_pictures
 from .search import find_concept_neurons
 from .subjects import Subject
 from .world import STYLE_WORDS, STYLES, with_article

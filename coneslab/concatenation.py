@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws, joint_pairs, total_loss
+from .concept_loss import KVGradient
 from .diffusion import add_noise, encode_prompts
 from .edits import Edit, StoredEdit, applied, require_dose, require_model, swapped
 from .errors import ConeslabError, MismatchError
 from .neurons import ConceptNeurons
+from .pairs import ConceptSubject, concept_pairs, draws, joint_pairs, total_loss
 from .tuning import TuningCallback, tune
 from .world import listed
 

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .concept_loss import KVGradient, Pairs, draws
+from .concept_loss import KVGradient
 from .diffusion import encode_images, encode_prompts, generate
 from .edits import StoredEdit
 from .errors import ConeslabError
 from .metrics import Images, Judge, as_pictures
+from .pairs import Pairs, draws
 from .tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
 from .tuning import tune
 from .vocabulary import Vocabulary, encode_vocabulary

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws, total_loss
+from .concept_loss import KVGradient
 from .edits import WeightDelta, model_fingerprint
 from .errors import ConeslabError, MismatchError
 from .kvspace import KVSpace
 from .neurons import ConceptNeurons
+from .pairs import ConceptSubject, concept_pairs, draws, total_loss
 from .search import find_concept_neurons
 from .tuning import TuningCallback, tune
 

@@ -27,7 +27,7 @@ from .concatenation import (
     joint_prompt,
     output_changes,
 )
-from .concept_loss import concept_loss, prior_pictures
+from .concept_loss import concept_loss
 from .conceptor_experiment import PLANTED, conceptor, planted
 from .controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
 from .diffusion import generate
@@ -36,6 +36,7 @@ from .errors import ConeslabError
 from .evaluation import finds_objects
 from .masks import PRECISIONS
 from .merging import compress
+from .pairs import prior_pictures
 from .paths import data_folder
 from .personalize import custom_diffusion, textual_inversion
 from .robustness import DAMAGES

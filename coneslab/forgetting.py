@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from .ablation import Prompts, paired
-from .concept_loss import Draw, KVGradient, Pairs, drawn_latents, drawn_once, draws, rounds
+from .concept_loss import KVGradient
 from .diffusion import add_noise, encode_prompts
 from .edits import WeightDelta, model_fingerprint
 from .errors import ConeslabError
 from .kvspace import KVSpace, unet_of
 from .neurons import ConceptNeurons
+from .pairs import Draw, Pairs, drawn_latents, drawn_once, draws, rounds
 from .search import find_concept_neurons
 from .tuning import TuningCallback, figures, tune
 

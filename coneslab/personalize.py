@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .concept_loss import ConceptSubject, KVGradient, Pairs, concept_pairs, joint_pairs, rounds
+from .concept_loss import KVGradient
 from .diffusion import encode_images, encode_prompts
 from .edits import Combined, WeightDelta, model_fingerprint
 from .errors import ConeslabError
+from .pairs import ConceptSubject, Pairs, concept_pairs, joint_pairs, rounds
 from .tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from .tuning import TuningCallback, figures, tune, tune_unet
 from .world import with_article

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concept_loss import ConceptSubject, KVGradient, concept_pairs, draws, total_loss
+from .concept_loss import KVGradient
 from .edits import model_fingerprint
 from .errors import ConeslabError, MismatchError
 from .kvspace import KVLayout, KVSpace
 from .neurons import ConceptNeurons
+from .pairs import ConceptSubject, concept_pairs, draws, total_loss
 
 Method = Literal["adaptive", "curvature", "bands", "straight-through"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .concept_loss import Draw, Pairs, total_loss
 from .diffusion import denoising_loss
 from .errors import ConeslabError, MismatchError
 from .kvspace import unet_of
+from .pairs import Draw, Pairs, total_loss
 from .training import load_checkpoint, mixed_precision, save_checkpoint
 
 Step = Callable[[int], dict[str, float]]

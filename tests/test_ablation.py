@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from coneslab.ablation import ablate, ablation_pairs
-from coneslab.concept_loss import rounds
 from coneslab.diffusion import add_noise, denoising_loss, encode_prompts, target
 from coneslab.edits import Edit, WeightDelta, load_edit
 from coneslab.errors import ConeslabError
 from coneslab.forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
 from coneslab.kvspace import KVSpace
+from coneslab.pairs import rounds
 from coneslab.tokens import TokenEdit
 
 DRAW = {"pictures": 4, "sampler_steps": 2}
@@ -169,8 +169,8 @@ def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe, untouched):
 
 def test_erasure_aims_away_from_the_target(v_pipe, untouched):
     edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch=4, progress=False)
-    from coneslab.concept_loss import Pairs, drawn_once
     from coneslab.diffusion import encode_images
+    from coneslab.pairs import Pairs, drawn_once
 
     latents = encode_images(v_pipe, list(drawn_once(v_pipe, ["a cat"] * 4, steps=2)))
     pair = Pairs(latents, encode_prompts(v_pipe, ["a cat"]).detach()[0], 4)
@@ -200,8 +200,8 @@ def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe, untouched)
             gone = delta != 0
             assert (weights[name][gone] == 0).all() and gone.sum(1).max() <= round(0.1 * delta.shape[1])
     # the scores by hand, for one layer
-    from coneslab.concept_loss import Pairs, drawn_once
     from coneslab.diffusion import encode_images
+    from coneslab.pairs import Pairs, drawn_once
 
     layer, scores = "mid_block.attentions.0.transformer_blocks.0.ff.net.2", []
     module = v_pipe.unet.get_submodule(layer)

@@ -108,7 +108,8 @@ def test_tuning_stays_inside_the_union_and_lowers_the_loss(v_pipe, found, both):
 
 def test_one_step_is_adamw_on_the_sum_of_the_losses(v_pipe, found, both):
     """The first step of AdamW moves every weight by the learning rate against the sign of its gradient."""
-    from coneslab.concept_loss import KVGradient, concept_pairs, draws
+    from coneslab.concept_loss import KVGradient
+    from coneslab.pairs import concept_pairs, draws
 
     union = concatenate(*found)
     tuned = finetune_together(v_pipe, union, both, steps=1, learning_rate=1e-2, dtype=torch.float32, **OPTIONS)

@@ -78,8 +78,8 @@ def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge,
 
 def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge, untouched):
     """One step of `decompose` against the loss written out, its gradient through the whole U-Net."""
-    from coneslab.concept_loss import Pairs, draws
     from coneslab.diffusion import denoising_loss, encode_images
+    from coneslab.pairs import Pairs, draws
     from coneslab.tokens import LearnedText
 
     words = encode_vocabulary(v_pipe, judge, progress=False)

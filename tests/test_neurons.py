@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coneslab import concept_loss as loss_module
-from coneslab.concept_loss import KVGradient, concept_loss, concept_pairs, draws, prior_pictures
+from coneslab import pairs as pairs_module
+from coneslab.concept_loss import KVGradient, concept_loss
 from coneslab.controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
 from coneslab.edits import Edit, load_edit, model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.kvspace import KVLayer, KVLayout, KVSpace
 from coneslab.neurons import ConceptNeurons
+from coneslab.pairs import concept_pairs, draws, prior_pictures
 from coneslab.search import find_concept_neurons, quantiles
 from coneslab.twin import frozen_twin
 
@@ -278,7 +279,7 @@ def test_settings_out_of_range_are_refused(v_pipe, pictured, wrong):
 
 
 def test_without_a_prior_only_the_subject_counts(v_pipe, pictured, monkeypatch):
-    monkeypatch.setattr(loss_module, "generate", lambda *a, **k: pytest.fail("no prior picture is needed"))
+    monkeypatch.setattr(pairs_module, "generate", lambda *a, **k: pytest.fail("no prior picture is needed"))
     found = find_concept_neurons(v_pipe, pictured, **{**SEARCH, "prior_images": 5}, prior_weight=0.0)
     assert "prior_loss" not in found.history
     assert np.allclose(found.history["loss"], found.history["subject_loss"])
@@ -286,8 +287,8 @@ def test_without_a_prior_only_the_subject_counts(v_pipe, pictured, monkeypatch):
 
 def test_prior_pictures_are_drawn_once(v_pipe, pictured, monkeypatch):
     calls = []
-    original = loss_module.generate
-    monkeypatch.setattr(loss_module, "generate", lambda *a, **k: calls.append(k) or original(*a, **k))
+    original = pairs_module.generate
+    monkeypatch.setattr(pairs_module, "generate", lambda *a, **k: calls.append(k) or original(*a, **k))
     first = prior_pictures(v_pipe, pictured, n=2, steps=1, seed=9)
     assert prior_pictures(v_pipe, pictured, n=2, steps=1, seed=9) is first and len(calls) == 1
     prior_pictures(v_pipe, pictured, n=2, steps=1, seed=10)

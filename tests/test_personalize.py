@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from coneslab.concept_loss import KVGradient, concept_pairs, draws
+from coneslab.concept_loss import KVGradient
 from coneslab.diffusion import denoising_loss, encode_prompts
 from coneslab.edits import Combined, Edit, WeightDelta, load_edit, model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.kvspace import KVSpace
 from coneslab.merging import LowRankDelta, compress, merge, merge_matrices
+from coneslab.pairs import concept_pairs, draws
 from coneslab.personalize import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
 from coneslab.tokens import LearnedText, TokenEdit, embedding_of, start_vector, vocabulary_fingerprint, with_tokens
 

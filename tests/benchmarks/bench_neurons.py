@@ -21,10 +21,11 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import coneslab.models  # noqa: E402
-from coneslab.concept_loss import KVGradient, concept_pairs, draws  # noqa: E402
+from coneslab.concept_loss import KVGradient  # noqa: E402
 from coneslab.diffusion import denoising_loss, encode_images, encode_prompts  # noqa: E402
 from coneslab.errors import ConeslabError  # noqa: E402
 from coneslab.kvspace import KVSpace  # noqa: E402
+from coneslab.pairs import concept_pairs, draws  # noqa: E402
 from coneslab.search import quantiles  # noqa: E402
 from coneslab.subjects import subject  # noqa: E402
 
