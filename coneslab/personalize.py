@@ -101,6 +101,7 @@ def dreambooth(
     prior_weight: float = 1.0,
     weight_decay: float = 0.0,
     seed: int = 0,
+    dtype: torch.dtype | None = None,
     resume: str | Any | None = None,
     progress: bool = True,
     callback: TuningCallback | None = None,
@@ -108,7 +109,8 @@ def dreambooth(
     """Tune the whole U-Net on the subjects, with prior preservation (Ruiz et al. 2023, arXiv 2208.12242, Eq. 2).
 
     The text encoder stays as it is. batch, prior_batch: samples a subject and step; prior_weight: λ.
-    Trains a copy of the U-Net in float32, its passes in bfloat16 where that is faster.
+    Trains a copy of the U-Net in float32, its passes in `dtype`: float32 or bfloat16, default bfloat16 where that is
+    faster.
     """
     people = _all(subjects)
     pairs = joint_pairs(
@@ -120,7 +122,7 @@ def dreambooth(
     deltas, history = tune_unet(
         pipe, pairs, lambda number, unet: at(number), steps=steps, learning_rate=learning_rate,
         weight_decay=weight_decay, title=f"DreamBooth of {names}", identity=f"dreambooth {facts}", progress=progress,
-        callback=callback, resume=resume,
+        callback=callback, resume=resume, dtype=dtype,
     )  # fmt: skip
     settings = {"method": "DreamBooth", "steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight}
     return WeightDelta(deltas, model_fingerprint(pipe), subject=names, settings=settings, history=history)

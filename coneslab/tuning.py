@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,13 +93,18 @@ def tune_unet(
     draw_at: Callable[[int, Any], Draw],
     *,
     only: Callable[[str], bool] = lambda name: True,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """Minimise the pairs' weighted losses in weights of the U-Net itself; returns their change, and the history.
 
     Trains a copy in float32, its passes in bfloat16 where that is faster. draw_at(step, the copy) -> the samples;
-    only(name): whether a weight is trained; options: of `tune`.
+    only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16; options: of `tune`.
+    Raises ConeslabError for another dtype.
     """
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ConeslabError(f"dtype is {dtype}: passes run in torch.float32 or torch.bfloat16")
+    passes = {None: mixed_precision, torch.float32: lambda device: nullcontext()}.get(dtype, _in_bfloat16)
     unet = copy.deepcopy(unet_of(pipe)).float().requires_grad_(False).train()
     weights = {name: weight.requires_grad_(True) for name, weight in unet.named_parameters() if only(name)}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -108,7 +114,7 @@ def tune_unet(
 
     def step(number: int) -> dict[str, float]:
         draw = draw_at(number, unet)
-        with mixed_precision(unet.device):
+        with passes(unet.device):
             each = denoising_loss(
                 stand_in, draw.latents.float(), text, noise=draw.noise.float(), timesteps=draw.timesteps,
                 mask=draw.mask, wanted=draw.wanted, reduction="none",
@@ -118,6 +124,10 @@ def tune_unet(
 
     history = tune(weights, step, **options)
     return {name: weight.detach() - before[name] for name, weight in weights.items()}, history
+
+
+def _in_bfloat16(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 class _Checkpoint:
