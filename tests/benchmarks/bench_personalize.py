@@ -1,6 +1,7 @@
 """How much faster a step of our Textual Inversion, DreamBooth and Custom Diffusion is than of diffusers' examples.
 
-    python tests/benchmarks/bench_personalize.py --scripts FOLDER [--methods ...] [--batch 8] [--steps 20] [--threads 2]
+    python tests/benchmarks/bench_personalize.py --scripts FOLDER [--methods ...] [--precision float32|bfloat16|own]
+        [--model FOLDER] [--batch 8] [--steps 20] [--warmup 3] [--threads 2]
 
 FOLDER is `examples` of a checkout of diffusers at the installed version (or name it in DIFFUSERS_EXAMPLES); nothing of
 it is kept here. Both sides of a method run as they are, in a process each, and take their steps in turn: one step of
@@ -8,8 +9,9 @@ ours, one of theirs, from the end of one optimiser step to the end of the next, 
 machine slows both alike. The ratio is the median of these pairs, with the tenth and ninetieth percentile. Below it
 stands where the time of a step goes.
 
-The same on both sides: model, five pictures of the subject, prior pictures, resolution, samples a step, float32,
-weight of the prior loss 1, AdamW, threads; no checkpointing of gradients, augmentation, validation, logs or files.
+The same on both sides: model, five pictures of the subject, prior pictures, resolution, samples a step, precision
+(but for "own": what each side does unasked, float32 theirs, bfloat16 ours where that is faster), weight of the prior
+loss 1, AdamW, threads; no checkpointing of gradients, augmentation, validation, logs or files.
 Theirs alone, and without a switch: Textual Inversion mirrors pictures at random and draws each one's caption from 27;
 DreamBooth and Custom Diffusion clip gradients; all encode pictures and captions at every step.
 """
@@ -52,6 +54,7 @@ SCRIPTS = {
 }
 NEEDED = ("accelerate", "torchvision", "huggingface_hub", "packaging", "safetensors", "tqdm")  # what the scripts import
 PARTS = ("load pictures", "autoencoder", "text encoder", "U-Net", "backward", "clip", "optimiser")
+PRECISIONS = {"float32": (torch.float32, "no"), "bfloat16": (torch.bfloat16, "bf16"), "own": (None, "no")}
 NAMES = {"clock": "all", "busy": "of processors"}
 NEVER = 10**9
 RATE = 1e-6  # so small that a thousand steps change nothing that matters here
@@ -113,9 +116,9 @@ def measured(run: Callable[[], object]) -> None:
     run()
 
 
-def ours(method: str, model: str, batch: int) -> None:
+def ours(method: str, model: str, precision: str, batch: int) -> None:
     pipe, about = coneslab.load(model, device="cpu"), coneslab.subject(WORD)
-    common: dict[str, Any] = {"steps": NEVER, "batch": batch, "learning_rate": RATE, "dtype": torch.float32}
+    common: dict[str, Any] = {"steps": NEVER, "batch": batch, "learning_rate": RATE, "dtype": PRECISIONS[precision][0]}
     new = replace(about, token=NEW)
     if method == "textual_inversion":
         coneslab.textual_inversion(pipe, new, initial=WORD, **common)
@@ -137,13 +140,15 @@ def theirs(script: str, options: Sequence[str]) -> None:
 # --- the process that asks ------------------------------------------------------------------------------
 
 
-def options_of(method: str, model: Path, folder: Path, resolution: int, batch: int, steps: int) -> list[str]:
+def options_of(
+    method: str, model: Path, folder: Path, resolution: int, batch: int, steps: int, mixed: str
+) -> list[str]:
     """A script's command line: what our side does, with as many pictures in an epoch as all its steps need."""
     about, where = coneslab.subject(WORD), {"subject": folder / "subject", "prior": folder / "prior"}
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": model, "output_dir": folder / "out", "resolution": resolution, "seed": 0,
         "train_batch_size": batch, "max_train_steps": steps, "learning_rate": RATE, "lr_scheduler": "constant",
-        "lr_warmup_steps": 0, "adam_weight_decay": 0, "checkpointing_steps": NEVER, "mixed_precision": "no",
+        "lr_warmup_steps": 0, "adam_weight_decay": 0, "checkpointing_steps": NEVER, "mixed_precision": mixed,
     }  # fmt: skip
     if method == "textual_inversion":
         options |= {"train_data_dir": where["subject"], "placeholder_token": NEW, "initializer_token": WORD}
@@ -235,6 +240,7 @@ def main() -> None:
     parser.add_argument("--scripts", type=Path, default=os.environ.get("DIFFUSERS_EXAMPLES"))
     parser.add_argument("--methods", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--model", type=Path, default=data_folder() / "models" / "tiny", help="a folder")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="own: what each side does unasked")
     parser.add_argument("--batch", type=int, default=8, help="subject samples a step, and as many prior ones")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
@@ -245,11 +251,14 @@ def main() -> None:
         print(HOW.format(f"{', '.join(lacking)} is not installed" if lacking else "--scripts was not given"))
         return
     scripts, model, batch = Path(arguments.scripts).resolve(), arguments.model.resolve(), arguments.batch
+    precision, mixed = arguments.precision, PRECISIONS[arguments.precision][1]
     most = arguments.warmup + arguments.steps + 2
     pipe = coneslab.load(model, device="cpu")
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    print(f"{model.name}, {resolution} pixels, batch {batch} (+ {batch} prior), float32, {arguments.threads} threads, ")
-    print(f"{arguments.steps} steps in turn; torch {torch.__version__}, diffusers {diffusers.__version__}\n")
+    print(f"{model.name}, {resolution} pixels, {batch} samples a step (+ {batch} prior), {arguments.threads} threads")
+    print(
+        f"{precision}, {arguments.steps} steps in turn; torch {torch.__version__}, diffusers {diffusers.__version__}\n"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_pictures(pipe, folder, batch * most)
@@ -258,8 +267,8 @@ def main() -> None:
             if not script.is_file():
                 print(f"{method}: not measured. " + HOW.format(f"{script} is missing"))
                 continue
-            options = options_of(method, model, folder, resolution, batch, most)
-            calls = {"ours": [method, str(model), str(batch)], "theirs": [str(script), *options]}
+            options = options_of(method, model, folder, resolution, batch, most, mixed)
+            calls = {"ours": [method, str(model), precision, str(batch)], "theirs": [str(script), *options]}
             sides: dict[str, Side] = {}
             try:
                 for name, call in calls.items():
@@ -276,7 +285,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measured"]:
         side, first, *others = sys.argv[2:]
         if side == "ours":
-            measured(lambda: ours(first, others[0], int(others[1])))
+            measured(lambda: ours(first, others[0], others[1], int(others[2])))
         else:
             measured(lambda: theirs(first, others))
     else:
