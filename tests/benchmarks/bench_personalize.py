@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def options_of(
     if method == "textual_inversion":
         options |= {"train_data_dir": where["subject"], "placeholder_token": NEW, "initializer_token": WORD}
         options |= {"repeats": batch * steps, "save_steps": NEVER}
-        switches = []
+        switches: list[str] = []
     else:
         options |= {"instance_data_dir": where["subject"], "class_data_dir": where["prior"]}
         options |= {"class_prompt": about.prior_prompt, "num_class_images": batch * steps, "prior_loss_weight": 1.0}
@@ -198,7 +199,8 @@ class Side:
 
     def step(self) -> dict[str, float]:
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        with suppress(BrokenPipeError):  # it has ended, and `answer` says why
+            self._process.stdin.write("\n")
         return self.answer()
 
     def end(self) -> None:
