@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -61,8 +61,8 @@ NEVER = 10**9
 RATE = 1e-6  # so small that a thousand steps change nothing that matters here
 NEW, WORD = "<new1>", "dog"  # the token that Textual Inversion and Custom Diffusion learn; what it starts from
 
-HOW = f"""The scripts are not here: {{}}.
-Get them, and what they import, and say where they are:
+HOW = f"""Not measured: {{}}.
+Get the scripts, and what they import, and say where they are:
 
     git clone --depth 1 --branch v{diffusers.__version__} https://github.com/huggingface/diffusers
     pip install {" ".join(NEEDED[:2])}
@@ -77,7 +77,7 @@ def measured(run: Callable[[], object]) -> None:
     """Run a training that goes on for ever; take a step for each line on stdin, and answer with its figures."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the training prints is no answer
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     begun = {"clock": 0.0, "busy": 0.0, "optimiser": 0.0}
 
     def timed(owner: Any, name: str, part: str) -> None:
@@ -267,7 +267,7 @@ def main() -> None:
         for method in arguments.methods:
             script = scripts / SCRIPTS[method]
             if not script.is_file():
-                print(f"{method}: not measured. " + HOW.format(f"{script} is missing"))
+                print(f"{method}. " + HOW.format(f"{script} is missing"))
                 continue
             options = options_of(method, model, folder, resolution, batch, most, mixed)
             calls = {"ours": [method, str(model), precision, str(batch)], "theirs": [str(script), *options]}
