@@ -253,6 +253,11 @@ def main() -> None:
         print(HOW.format(f"{', '.join(lacking)} is not installed" if lacking else "--scripts was not given"))
         return
     scripts, model, batch = Path(arguments.scripts).resolve(), arguments.model.resolve(), arguments.batch
+    there = [method for method in arguments.methods if (scripts / SCRIPTS[method]).is_file()]
+    if missing := [str(scripts / SCRIPTS[method]) for method in arguments.methods if method not in there]:
+        print(HOW.format(f"{', '.join(missing)} is missing"))
+    if not there:
+        return
     precision, mixed = arguments.precision, PRECISIONS[arguments.precision][1]
     most = arguments.warmup + arguments.steps + 2
     pipe = coneslab.load(model, device="cpu")
@@ -264,11 +269,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_pictures(pipe, folder, batch * most)
-        for method in arguments.methods:
+        for method in there:
             script = scripts / SCRIPTS[method]
-            if not script.is_file():
-                print(f"{method}. " + HOW.format(f"{script} is missing"))
-                continue
             options = options_of(method, model, folder, resolution, batch, most, mixed)
             calls = {"ours": [method, str(model), precision, str(batch)], "theirs": [str(script), *options]}
             sides: dict[str, Side] = {}
