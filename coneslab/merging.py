@@ -15,6 +15,7 @@ from .edits import Combined, StoredEdit, WeightDelta, model_fingerprint, require
 from .errors import ConeslabError
 from .kvspace import KVSpace
 from .tokens import TokenEdit
+from .world import sample
 
 
 def merge(
@@ -23,16 +24,19 @@ def merge(
     subjects: Sequence[Any],
     *,
     templates: Sequence[str] = ("a {}", "a photo of a {}", "a picture of a {}"),
-    captions: Sequence[str] = (),
+    captions: Sequence[str] | None = None,
     ridge: float | None = None,
 ) -> Combined:
     """Merge Custom Diffusion edits of single subjects in closed form (Kumari et al. 2023, Sec. 3.3, Eq. 5 and 6).
 
     For each K or V matrix: minimise ||W C_reg^T − W0 C_reg^T||_F subject to W C^T = V^T, where the rows of C are the
     text features of each subject's words in `templates`, V = C W_i^T their values under that subject's own weights,
-    and those of C_reg the features of `captions`, default the class words in the templates. The start token and
-    doubled rows are left out, and of C also the rows that several subjects share (the words before their tokens), which
-    would ask for different values at once. With G = C_reg^T C_reg and D = C G^-1, W = W0 + (V^T − W0 C^T)(D C^T)^-1 D.
+    and those of C_reg the features of `captions` (default 200 of the sticker world; with a few only, what they do not
+    span may change at will, and pictures fall apart) and of the class words in the templates. C_reg has every place
+    that the U-Net reads but the start token (a reading), C the words alone: the end token is much the same for all
+    captions, so that it would carry each subject into every picture. Left out are doubled rows, and of C those that
+    several subjects share (the words before their tokens), which would ask for different values at once.
+    With G = C_reg^T C_reg and D = C G^-1, W = W0 + (V^T − W0 C^T)(D C^T)^-1 D.
     ridge: added to G's diagonal, relative to its mean; by default none if G has full rank, else 1e-6, which the
     result's settings tell. Raises ConeslabError unless there is a subject for each of two edits or more.
     """
@@ -50,12 +54,15 @@ def merge(
         require_model(delta.fingerprint, pipe, "one of the edits")
     with table.applied(pipe):
         rows = [
-            _features(pipe, [template.format(f"{about.token} {about.class_word}") for template in templates])
+            _features(
+                pipe, [template.format(f"{about.token} {about.class_word}") for template in templates], words=True
+            )
             for about in subjects
         ]
     rows = _own_rows(rows)
-    reference = captions or [template.format(about.class_word) for about in subjects for template in templates]
-    regularised = _features(pipe, reference)
+    classes = [template.format(about.class_word) for about in subjects for template in templates]
+    captions = sample(200, seed=0).captions if captions is None else list(captions)
+    regularised = _features(pipe, [*captions, *classes], words=False)
     deltas: dict[str, Tensor] = {}
     ridges: list[float] = []
     for layer in space.layers:
@@ -96,11 +103,14 @@ def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:
     return kinds[TokenEdit], kinds[WeightDelta]
 
 
-def _features(pipe: Any, captions: Sequence[str]) -> Tensor:
-    """Text features of all tokens of captions, without start tokens and doubles: (rows, width) float64."""
+def _features(pipe: Any, captions: Sequence[str], *, words: bool) -> Tensor:
+    """Text features of captions, (rows, width) float64, without start tokens and doubles.
+
+    words: of the words alone, and not of the end token and the padding.
+    """
     own = pipe.tokenizer(list(captions)).input_ids
     text = encode_prompts(pipe, list(captions)).detach().double().cpu()
-    rows = torch.cat([text[number, 1 : len(ids)] for number, ids in enumerate(own)])
+    rows = torch.cat([text[number, 1 : len(ids) - 1 if words else None] for number, ids in enumerate(own)])
     return torch.unique(rows, dim=0)
 
 
