@@ -29,8 +29,14 @@ from .models import load
 from .paths import data_folder
 from .subjects import COMBINATIONS, SUBJECTS, subjects_of, title_of
 
-TUNING_SUBJECTS = SUBJECTS[12:]
+TUNING_SUBJECTS = SUBJECTS[14:]
 SINGLE_SUBJECTS = SUBJECTS[:4]
+
+
+def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
+    """The subjects and combinations of the table, by these sizes: none of them has a tuning subject."""
+    groups = {**COMBINATIONS, 1: tuple((name,) for name in SINGLE_SUBJECTS)}
+    return [title_of(names) for count in counts for names in groups[count] if not {*names} & {*TUNING_SUBJECTS}]
 
 
 @lru_cache(maxsize=2)
@@ -52,7 +58,7 @@ class _Cell:
     def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
         pipe, critic = _loaded(self.model, self.judge)
         people, (method, settings) = subjects_of(subject), self.methods[condition]
-        settings = {**settings, **json.loads(trial)}
+        settings = {**method.settings, **settings, **json.loads(trial)}
         edit, seconds = make_edit(method, pipe, people, seed=seed, folder=self.folder, **settings)
         facts = {
             "count": len(people), "seconds": seconds, "bytes": getattr(edit, "nbytes", np.nan),
@@ -131,12 +137,7 @@ def compare_methods(
     wrong = [count for count in counts if count != 1 and count not in COMBINATIONS]
     if wrong:
         raise ConeslabError(f"there are no combinations of {wrong[0]} subjects: choose from 1, {list(COMBINATIONS)}")
-    if subjects is None:
-        subjects = [
-            title_of(names)
-            for count in counts
-            for names in ([(name,) for name in SINGLE_SUBJECTS] if count == 1 else COMBINATIONS[count])
-        ]
+    subjects = table_titles(counts) if subjects is None else subjects
     for title in subjects:
         subjects_of(title)  # an unknown name is refused now, not cell by cell
     cells = [

@@ -31,13 +31,15 @@ class Method:
     make(pipe, subjects, seed=..., **settings) -> edit, of all subjects at once. With `single`, a function
     (pipe, subject, seed=..., **settings) -> edit of one subject, it is make(pipe, subjects, edits, seed=..., **those of
     the settings that `own_settings` names); `single` gets the others.
-    choices: what `grid.tune_methods` may choose from: setting -> values.
+    settings: what it is given unless told otherwise. choices: what `grid.tune_methods` may choose from: setting ->
+    values.
     """
 
     make: Callable[..., Edit]
     single: Callable[..., Any] | None = None
     own_settings: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _customised(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> Edit:
@@ -77,17 +79,22 @@ def _at_once(train: Callable[..., Edit]) -> Callable[..., Edit]:
     return make
 
 
-RATES = (3e-4, 1e-3, 3e-3)
+# No method takes longer for one subject than Cones' search, and losses are flat by these steps (notebook 02).
+_STEPS, _STEPS_OF_ALL = {"steps": 80}, {"steps": 40}
+_RATES: dict[str, Sequence[Any]] = {"learning_rate": (3e-4, 1e-3, 3e-3)}
 _TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998)}
-_TUNING = ("tuning_steps", "tuning_rate")
 METHODS: dict[str, Method] = {
     "Cones, float": Method(_join_graded, neurons, choices=_TAU),
     "Cones, binary": Method(_join_binary, neurons, choices=_TAU),
-    "Cones + collaborative tuning": Method(_join_and_tune, neurons, _TUNING, {"tuning_rate": RATES}),
-    "Textual Inversion": Method(_at_once(textual_inversion), choices={"learning_rate": (3e-3, 1e-2, 3e-2)}),
-    "DreamBooth": Method(_at_once(dreambooth), choices={"learning_rate": (3e-5, 1e-4, 3e-4)}),
-    "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices={"learning_rate": RATES}),
-    "Custom Diffusion, merged": Method(_merge, _customised, choices={"learning_rate": RATES}),
+    "Cones + collaborative tuning": Method(
+        _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": (3e-4, 1e-3, 3e-3)}
+    ),
+    "Textual Inversion": Method(
+        _at_once(textual_inversion), choices={"learning_rate": (3e-3, 1e-2, 3e-2)}, settings=_STEPS
+    ),
+    "DreamBooth": Method(_at_once(dreambooth), choices={"learning_rate": (3e-5, 1e-4, 3e-4)}, settings=_STEPS_OF_ALL),
+    "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices=_RATES, settings=_STEPS),
+    "Custom Diffusion, merged": Method(_merge, _customised, choices=_RATES, settings=_STEPS),
 }
 
 
@@ -110,8 +117,9 @@ def make_edit(
 ) -> tuple[Edit, float]:
     """The edit that a method makes, and the seconds it takes to make from nothing.
 
-    method: of `METHODS` by name, then with its chosen settings besides those given; or one of your own. folder: where
-    the edits of single subjects are kept, with their seconds, for other combinations and methods.
+    method: of `METHODS` by name, then with its chosen settings besides those given; or one of your own. Either has its
+    own `settings` besides. folder: where the edits of single subjects are kept, with their seconds, for other
+    combinations and methods.
     Raises ConeslabError for an unknown name, and what the method raises.
     """
     if isinstance(method, str):
@@ -119,6 +127,7 @@ def make_edit(
             raise ConeslabError(f"{method!r} is no method: choose one of {', '.join(METHODS)}, or pass a Method")
         settings = {**chosen_settings(method), **settings}
         method = METHODS[method]
+    settings = {**method.settings, **settings}
     if method.single is None:
         return timed(partial(method.make, pipe, list(subjects), seed=seed, **settings))
     own = {name: value for name, value in settings.items() if name in method.own_settings}

@@ -115,6 +115,20 @@ def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeyp
     assert trials.groupby(["subject", "trial"]).ngroups == 6 and len(calls) == 6
 
 
+def test_the_table_has_no_tuning_subject_and_all_sizes():
+    titles = grid.table_titles()
+    assert {len(title.split("+")) for title in titles} == {1, 2, 3, 4} and len(set(titles)) == len(titles) >= 10
+    assert not {name for title in titles for name in title.split("+")} & set(grid.TUNING_SUBJECTS)
+
+
+def test_a_method_gets_its_own_settings_unless_told_otherwise(world_pipe, tmp_path):
+    calls = []
+    own = Method(first, single(calls), settings={"size": 2.0})
+    for given in ({}, {"size": 3.0}):
+        make_edit(own, world_pipe, subjects_of("cat"), folder=tmp_path, **given)
+    assert [size for _, _, size in calls] == [2.0, 3.0]
+
+
 def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
     path = tmp_path / "table.csv"
     with pytest.raises(ConeslabError, match="no such method"):
