@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import seaborn
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from .errors import ConeslabError
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axis import Axis
 
 PALETTE = seaborn.color_palette("colorblind").as_hex()
 MAP = "cividis"
@@ -147,12 +149,23 @@ def curves(
     axes.set_title(title, fontsize=10)
     if log_x:
         axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
     if log_y:
         axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
     if len(lines) + len(baseline or {}) > 1 or banded:
         axes.legend(fontsize=7.5, frameon=False, title=f"band: {band_means}" if banded else None, title_fontsize=7)
     seaborn.despine(figure)
     return _finish(figure, f"Line plot of {y_label} against {x_label}: {', '.join(lines)}")
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, … as plain numbers, where it has no more than three decades."""
+    low, high = axis.get_view_interval()
+    if high <= 1000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
 
 
 def intervals(

@@ -58,3 +58,11 @@ def test_a_large_figure_gets_a_palette_close_to_its_colours():
         return np.abs(np.asarray(picture.convert("RGB"), int) - np.asarray(full, int)).mean()
 
     assert error(small) < 0.8 * error(full.quantize(256)), "no better than Pillow's own palette"
+
+
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers():
+    figure = plots.curves({"a": ([1.5, 4.4, 20, 73], [1, 2, 3, 4])}, x_label="%", y_label="y", log_x=True)
+    figure.draw_without_rendering()
+    shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert {"2", "5", "10", "20", "50"} <= set(shown)
+    assert not any(label.get_text() for label in figure.axes[0].get_xticklabels(minor=True))
