@@ -170,7 +170,7 @@ def references(setting: Setting, about: Subject, seed: int) -> list[Row]:
     for count in range(1, len(about.images) + 1):
         few = replace(about, images=about.images[:count], records=about.records[:count])
         edit = setting.search(few, seed).binary()
-        rows += setting.measure(about, edit, seed, condition=f"{count} picture{'s' * (count > 1)}", references=count)
+        rows += setting.measure(about, edit, seed, condition=f"{count} picture{'s' * (count != 1)}", references=count)
     return rows
 
 

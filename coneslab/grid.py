@@ -83,7 +83,7 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
     workers: processes; threads: that torch uses in each, which should make the number of cores together. Every worker
     does one cell at a time.
     """
-    import dask
+    from dask import config
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
@@ -94,7 +94,7 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
     spawn = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | KEEP_MEMORY
     before = dict(os.environ)
     try:
-        with dask.config.set({"distributed.nanny.pre-spawn-environ": spawn}):
+        with config.set({"distributed.nanny.pre-spawn-environ": spawn}):
             with LocalCluster(processes=True, **options) as cluster:
                 _restore(before)
                 with Client(cluster) as client:

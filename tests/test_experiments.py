@@ -25,7 +25,7 @@ EXPECTED = {
     ),
     "damage": ({"untouched model", "whole mask", "flipped 0.02", "dropped 0.5", "moved 1"}, SUBJECT_MEASURES),
     "density": ({"untouched model", "concept neurons 0.9", "random mask 0.998"}, SUBJECT_MEASURES),
-    "references": ({f"{count} pictures" for count in range(6)}, SUBJECT_MEASURES),
+    "references": ({f"{count} picture{'s' * (count != 1)}" for count in range(6)}, SUBJECT_MEASURES),
     "agreement": (
         {"same subject, other seed", "another subject", "random mask"},
         {"overlap (Jaccard)", "overlap by chance", "cosine of what they change"},
