@@ -147,6 +147,8 @@ def test_a_cluster_leaves_the_environment_of_this_process_alone():
     with grid.dask_client(workers=1, threads=2) as client:
         assert dict(os.environ) == before  # notebooks started from here would run on one thread
         assert list(client.run(torch.get_num_threads).values()) == [2]
+        kept = client.run(lambda: {name: os.environ.get(name) for name in grid.KEEP_MEMORY})
+        assert list(kept.values()) == [{name: str(size) for name, size in grid.KEEP_MEMORY.items()}]
     assert dict(os.environ) == before
 
 
