@@ -96,7 +96,8 @@ def by_count(table: Any) -> list[str]:
         return [summary(table)]
     parts = []
     for count, part in table.groupby("count"):
-        parts += [f"{count} subjects in a picture, {part.subject.nunique()} combinations:", summary(part)]
+        pictures = "One subject in a picture" if count == 1 else f"{count} subjects in a picture"
+        parts += [f"{pictures}, {part.subject.nunique()} {'of them' if count == 1 else 'combinations'}:", summary(part)]
     return parts
 
 

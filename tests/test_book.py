@@ -367,6 +367,8 @@ def test_pictures_of_several_subjects_are_summed_up_by_their_number():
     ]
     two, first, three, second = tables.by_count(pandas.DataFrame(rows))
     assert two == "2 subjects in a picture, 2 combinations:" and three.startswith("3 subjects")
+    one, _ = tables.by_count(pandas.DataFrame([{**rows[0], "subject": "a", "count": 1}]))
+    assert one == "One subject in a picture, 1 of them:"
     assert "0.500 [0.500, 0.500]" in first and "8,000 [8,000, 8,000]" in first and "near a" not in first + two
     assert "0.750 [" in second
 
