@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from .ablation import ablate
 from .ablation_report import CopyDetector, attacks, evaluate_ablation, near_and_far
-from .compare import Row, Setting, rows_of, timed
+from .compare import Row, Setting, rows_of, stored_bytes, timed
 from .diffusion import generate
 from .edits import Edit, applied
 from .errors import ConeslabError
@@ -153,7 +152,7 @@ def ablation(setting: Setting, about: Target, seed: int) -> list[Row]:
         if about.kind == "memorised" and name == "model-based, embedding":
             continue  # its words are the caption's own: nothing else is asked with them
         edit, seconds = timed(partial(make, setting, about, seed))
-        facts = {"seconds": seconds, "bytes": getattr(edit, "nbytes", np.nan)}
+        facts = {"seconds": seconds, "bytes": stored_bytes(edit)}
         rows += _measured(setting, about, edit, seed, condition=name, kind=about.kind, **facts)
     return rows
 

@@ -153,6 +153,13 @@ def rows_of(values: Mapping[str, float], **columns: Any) -> list[Row]:
     return [{**columns, "measure": name, "value": value} for name, value in values.items()]
 
 
+def stored_bytes(edit: Any) -> float:
+    """Bytes of an edit where it is stored as small as it can be: the file of a mask, else `nbytes`; NaN without."""
+    if isinstance(edit, ConceptNeurons):
+        return len(edit.to_bytes())
+    return float(getattr(edit, "nbytes", np.nan))
+
+
 def timed(make: Callable[[], Any]) -> tuple[Any, float]:
     """What `make` returns, and the seconds it took."""
     begun = time.perf_counter()

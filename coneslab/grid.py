@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from .compare import Row, Setting, measure, rows_of, run_cells
+from .compare import Row, Setting, measure, rows_of, run_cells, stored_bytes
 from .edits import write_whole
 from .errors import ConeslabError
 from .experiments import measure_together
@@ -61,7 +61,7 @@ class _Cell:
         settings = {**method.settings, **settings, **json.loads(trial)}
         edit, seconds = make_edit(method, pipe, people, seed=seed, folder=self.folder, **settings)
         facts = {
-            "count": len(people), "seconds": seconds, "bytes": getattr(edit, "nbytes", np.nan),
+            "count": len(people), "seconds": seconds, "bytes": stored_bytes(edit),
             "settings": json.dumps(settings, sort_keys=True),
         }  # fmt: skip
         if len(people) == 1:

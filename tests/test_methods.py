@@ -12,6 +12,7 @@ from small_judge import save_small_judge
 
 from coneslab import grid
 from coneslab.cli import main
+from coneslab.compare import stored_bytes
 from coneslab.edits import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.methods import METHODS, Method, make_edit
@@ -77,6 +78,13 @@ def folders(world_pipe, tmp_path_factory):
 
 def broken(pipe, subjects, *, seed):
     raise RuntimeError("no luck")
+
+
+def test_bytes_are_those_of_the_smallest_file(world_pipe, tmp_path):
+    mask, _ = make_edit("Cones, binary", world_pipe, subjects_of("cat"), folder=tmp_path, **SHORT["Cones, binary"])
+    assert stored_bytes(mask) == len(mask.to_bytes()) < mask.nbytes
+    weight = WeightDelta({"a": torch.zeros(3, 4)}, "ab" * 32)
+    assert stored_bytes(weight) == 48 and np.isnan(stored_bytes(object()))
 
 
 def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folders, tmp_path):
