@@ -17,7 +17,7 @@ import numpy as np
 import pandas
 
 from .ablation_experiment import ABLATIONS, OBJECTS, ablation, ablation_target, collateral
-from .compare import Row, Setting, alignments, rows_of, run_cells, timed
+from .compare import Row, Setting, alignments, rows_of, run_cells, stored_bytes, timed
 from .concatenation import (
     TunedNeurons,
     additivity,
@@ -118,17 +118,17 @@ def storage(setting: Setting, about: Subject, seed: int) -> list[Row]:
     trained: dict[str, Any] = {"seed": seed, "steps": setting.finetune_steps, "progress": False}
     tuned: Any = custom_diffusion(pipe, about, **trained)
     vectors, delta = tuned.edits
-    edits: dict[str, tuple[Edit | None, int]] = {
-        "untouched model": (None, 0),
-        "Textual Inversion": ((inverted := textual_inversion(pipe, about, **trained)), inverted.nbytes),
-        **{f"mask, {name}": ((mask := found.to(name)), len(mask.to_bytes())) for name in PRECISIONS},
-        "Custom Diffusion": (tuned, tuned.nbytes),
+    edits: dict[str, Edit | None] = {
+        "untouched model": None,
+        "Textual Inversion": textual_inversion(pipe, about, **trained),
+        **{f"mask, {name}": found.to(name) for name in PRECISIONS},
+        "Custom Diffusion": tuned,
     }
     for energy in ENERGIES:
-        small = Combined((vectors, compress(delta, energy=energy)))
-        edits[f"Custom Diffusion, {energy:.0%} of its energy"] = (small, small.nbytes)
+        edits[f"Custom Diffusion, {energy:.0%} of its energy"] = Combined((vectors, compress(delta, energy=energy)))
     rows = []
-    for name, (edit, size) in edits.items():
+    for name, edit in edits.items():
+        size = 0 if edit is None else stored_bytes(edit)
         loss = concept_loss(pipe, about, edit=edit, samples=setting.samples).subject
         rows += rows_of({"bytes": size, "concept loss": loss}, condition=name)
     binary, n = found.binary(), found.layout.n

@@ -94,11 +94,11 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
     spawn = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | KEEP_MEMORY
     before = dict(os.environ)
     try:
-        with config.set({"distributed.nanny.pre-spawn-environ": spawn}):
-            with LocalCluster(processes=True, **options) as cluster:
-                _restore(before)
-                with Client(cluster) as client:
-                    yield client
+        settings = {"distributed.nanny.pre-spawn-environ": spawn}
+        with config.set(settings), LocalCluster(processes=True, **options) as cluster:
+            _restore(before)
+            with Client(cluster) as client:
+                yield client
     finally:
         _restore(before)
 
@@ -190,7 +190,7 @@ def tune_methods(
     table = run_cells(cells, run, path.with_suffix(".csv"), client=client, progress=progress)
     scored = table[table.measure.isin(["text alignment", "image alignment"])]
     score = scored.groupby(["condition", "trial"]).value.mean()
-    best = {method: json.loads(score[method].idxmax()) for method in chosen}
+    best = {name: json.loads(score[name].idxmax()) for name, method in chosen.items() if method.choices}
     write_whole(path, (json.dumps(best, indent=1, sort_keys=True) + "\n").encode())
     return best
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def merge(
         ]
     rows = _own_rows(rows)
     classes = [template.format(about.class_word) for about in subjects for template in templates]
-    captions = sample(200, seed=0).captions if captions is None else list(captions)
+    captions = _ordinary_captions() if captions is None else captions
     regularised = _features(pipe, [*captions, *classes], words=False)
     deltas: dict[str, Tensor] = {}
     ridges: list[float] = []
@@ -77,6 +78,12 @@ def merge(
     settings = {"method": "Custom Diffusion, merged", "templates": list(templates), "ridge": max(ridges)}
     names = ", ".join(about.name for about in subjects)
     return Combined((table, WeightDelta(deltas, model, subject=names, settings=settings)))
+
+
+@cache
+def _ordinary_captions() -> Sequence[str]:
+    """Captions of the sticker world; its pictures have to be drawn for them, so this is done once a process."""
+    return tuple(sample(200, seed=0).captions)
 
 
 def merge_matrices(

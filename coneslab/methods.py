@@ -15,7 +15,7 @@ from typing import Any
 
 from .compare import kept, neurons, timed
 from .concatenation import concatenate, finetune_together
-from .edits import Edit
+from .edits import Combined, Edit
 from .errors import ConeslabError
 from .merging import merge
 from .neurons import ConceptNeurons
@@ -72,6 +72,11 @@ def _merge(pipe: Any, subjects: Sequence[Subject], edits: Sequence[Any], *, seed
     return merge(pipe, edits, subjects) if len(edits) > 1 else edits[0]
 
 
+def _nothing(pipe: Any, subjects: Sequence[Subject], *, seed: int) -> Edit:
+    """The control: no edit at all."""
+    return Combined(())
+
+
 def _at_once(train: Callable[..., Edit]) -> Callable[..., Edit]:
     def make(pipe: Any, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
         return train(pipe, subjects, seed=seed, progress=False, **settings)
@@ -81,20 +86,21 @@ def _at_once(train: Callable[..., Edit]) -> Callable[..., Edit]:
 
 # No method takes longer for one subject than Cones' search, and losses are flat by these steps (notebook 02).
 _STEPS, _STEPS_OF_ALL = {"steps": 80}, {"steps": 40}
-_RATES: dict[str, Sequence[Any]] = {"learning_rate": (3e-4, 1e-3, 3e-3)}
+_RATES = (3e-4, 1e-3, 3e-3)
 _TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998)}
 METHODS: dict[str, Method] = {
+    "untouched model": Method(_nothing),
     "Cones, float": Method(_join_graded, neurons, choices=_TAU),
     "Cones, binary": Method(_join_binary, neurons, choices=_TAU),
     "Cones + collaborative tuning": Method(
-        _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": (3e-4, 1e-3, 3e-3)}
+        _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": _RATES}
     ),
     "Textual Inversion": Method(
         _at_once(textual_inversion), choices={"learning_rate": (3e-3, 1e-2, 3e-2)}, settings=_STEPS
     ),
     "DreamBooth": Method(_at_once(dreambooth), choices={"learning_rate": (3e-5, 1e-4, 3e-4)}, settings=_STEPS_OF_ALL),
-    "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices=_RATES, settings=_STEPS),
-    "Custom Diffusion, merged": Method(_merge, _customised, choices=_RATES, settings=_STEPS),
+    "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices={"learning_rate": _RATES}, settings=_STEPS),
+    "Custom Diffusion, merged": Method(_merge, _customised, choices={"learning_rate": _RATES}, settings=_STEPS),
 }
 
 

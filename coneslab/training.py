@@ -115,9 +115,10 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def mixed_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast to bfloat16 where that pays, else nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16_pays(device) else nullcontext()
+def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager:
+    """Autocast to bfloat16 if `dtype` is that, by default where it pays, else nothing."""
+    wanted = bfloat16_pays(device) if dtype is None else dtype == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 class Feed:

@@ -10,22 +10,20 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .diffusion import denoising_loss, latent_shape
+from .diffusion import denoising_loss
 from .errors import ConeslabError, MismatchError
 from .kvspace import unet_of
 from .pairs import Draw, Pairs, total_loss
-from .training import load_checkpoint, save_checkpoint
-from .twin import bfloat16_pays, is_plain
+from .training import load_checkpoint, mixed_precision, save_checkpoint
+from .twin import fast_dtype, is_plain, speed_up_backward
 
 Step = Callable[[int], dict[str, float]]
 TuningCallback = Callable[[int, dict[str, Any]], object]
@@ -107,18 +105,18 @@ def tune_unet(
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ConeslabError(f"dtype is {dtype}: passes run in torch.float32 or torch.bfloat16")
     unet = copy.deepcopy(unet_of(pipe)).float().requires_grad_(False).train()
-    stand_in: Any = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
-    in_bfloat16 = dtype == torch.bfloat16 or (dtype is None and bfloat16_pays(unet.device))
-    if in_bfloat16 and unet.device.type == "cpu" and math.prod(latent_shape(stand_in)[1:]) <= 32**2 and is_plain(unet):
-        unet.set_attn_processor(AttnProcessor())  # as in `frozen_twin`: its backward pass is faster here
+    dtype = dtype or fast_dtype(unet)
+    if dtype == torch.bfloat16 and is_plain(unet):
+        speed_up_backward(unet)
     weights = {name: weight.requires_grad_(True) for name, weight in unet.named_parameters() if only(name)}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
+    stand_in: Any = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
     text = torch.cat([pair.text.expand(pair.batch, -1, -1) for pair in pairs]).float()
     shares = torch.cat([text.new_full((pair.batch,), pair.weight / pair.batch) for pair in pairs])
 
     def step(number: int) -> dict[str, float]:
         draw = draw_at(number, unet)
-        with torch.autocast(unet.device.type, torch.bfloat16) if in_bfloat16 else nullcontext():
+        with mixed_precision(unet.device, dtype):
             each = denoising_loss(
                 stand_in, draw.latents.float(), text, noise=draw.noise.float(), timesteps=draw.timesteps,
                 mask=draw.mask, wanted=draw.wanted, reduction="none",

@@ -36,9 +36,7 @@ def fast_dtype(unet: Any) -> torch.dtype:
 def frozen_twin(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> Any:
     """A copy of a U-Net without gradients, hooks or adapters; it shares the weights' memory where dtype is theirs.
 
-    Inputs are cast to `dtype`. gradients: the twin is for backward passes; on a CPU and a small latent its
-    self-attention then runs in diffusers' classic processor, because the backward pass of
-    scaled_dot_product_attention is several times slower there.
+    Inputs are cast to `dtype`. gradients: the twin is for backward passes (`speed_up_backward`).
     Raises ConeslabError if the U-Net's weights are not those that its config describes (an adapter, quantisation).
     """
     weights = {name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}
@@ -51,10 +49,8 @@ def frozen_twin(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
             f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): fuse or unload adapters first"
         ) from error
     twin.eval().requires_grad_(False)
-    side = unet.config.sample_size
-    places = side**2 if isinstance(side, int) else side[0] * side[1]
-    if gradients and unet.device.type == "cpu" and places <= 32**2:
-        twin.set_attn_processor(AttnProcessor())
+    if gradients:
+        speed_up_backward(twin)
 
     def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         def as_dtype(x: Any) -> Any:
@@ -64,6 +60,17 @@ def frozen_twin(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
 
     twin.register_forward_pre_hook(cast, with_kwargs=True)
     return twin
+
+
+def speed_up_backward(unet: Any) -> None:
+    """On a CPU and a small latent, let a U-Net's attention run in diffusers' classic processor.
+
+    The backward pass of scaled_dot_product_attention is several times slower there.
+    """
+    side = unet.config.sample_size
+    places = side**2 if isinstance(side, int) else side[0] * side[1]
+    if unet.device.type == "cpu" and places <= 32**2:
+        unet.set_attn_processor(AttnProcessor())
 
 
 def is_plain(unet: Any) -> bool:

@@ -29,8 +29,16 @@ SHORT = {
 }
 
 
+def test_the_control_is_the_model_as_it_is(world_pipe):
+    before = weights_of(world_pipe)
+    edit, _ = make_edit("untouched model", world_pipe, subjects_of("cat+dog"))
+    with edit.applied(world_pipe):
+        assert all(torch.equal(before[key], now) for key, now in weights_of(world_pipe).items())
+    assert stored_bytes(edit) == 0 and METHODS.keys() - {"untouched model"} == SHORT.keys()
+
+
 @pytest.mark.parametrize("title", ["cat", "cat+dog"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SHORT)
 def test_every_method_makes_an_edit_that_goes_on_and_off(name, title, world_pipe, tmp_path):
     before = weights_of(world_pipe)
     edit, seconds = make_edit(name, world_pipe, subjects_of(title), folder=tmp_path, **SHORT[name])
@@ -116,7 +124,7 @@ def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeyp
         return {"text alignment": best[size], "image alignment": 0.1, "concept loss": -10 * size}
 
     monkeypatch.setattr(grid, "measure", measured)
-    options = {"methods": ["own"], "subjects": ["cat", "dog"], "progress": False}
+    options = {"methods": ["own", "untouched model"], "subjects": ["cat", "dog"], "progress": False}
     assert grid.tune_methods(path, **options, **folders) == {"own": {"size": 0.2}}
     assert json.loads(path.read_text()) == {"own": {"size": 0.2}}
     trials = pandas.read_csv(path.with_suffix(".csv"))
