@@ -22,7 +22,7 @@ from .diffusion import encode_images, encode_prompts, generate
 from .edits import StoredEdit
 from .errors import ConeslabError
 from .metrics import Images, Judge, as_pictures
-from .pairs import Pairs, draws
+from .pairs import Pairs, drawn_once, draws
 from .tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
 from .tuning import tune
 from .vocabulary import Vocabulary, encode_vocabulary
@@ -176,14 +176,15 @@ def decompose(
     *,
     name: str = "",
     pictures: int = 100,
-    dictionary: int = 5000,
-    explain: int = 50,
+    dictionary: int | None = None,
+    explain: int | None = None,
     sparsity: float = 1e-3,
     steps: int = 500,
     batch: int = 6,
     learning_rate: float = 1e-3,
     hidden: int = 100,
     method: Method = "mlp",
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     exclude_similar: float | None = 0.9,
     template: str = TEMPLATE,
@@ -203,17 +204,22 @@ def decompose(
     concept: a prompt, of which the pipeline draws `pictures` pictures, or pictures of your own (then give a `name`).
     The pseudo-token is w* = sum_i α_i w_i over a dictionary of the M words whose judged embedding is nearest to the
     mean embedding of the pictures, rescaled to the mean length of the vocabulary's vectors. Loss: denoising of the
-    pictures under `template` with the pseudo-token, plus `sparsity` · (1 − cos(w*_N, w*)), w*_N being made of the
-    N = `explain` largest coefficients alone.
-    method: α_i = |MLP(w_i)| with one hidden layer of `hidden` ("mlp", the paper's), coefficients learned themselves
-    ("direct"), or a free vector that is then fitted with coefficients of 0 or more ("least squares").
+    pictures under `template` with the pseudo-token, plus `sparsity` · (1 − cos(w*_N, w*)), w*_N being made of the N
+    largest coefficients alone.
+    dictionary: M, by default a tenth of the vocabulary, as the paper's 5000 are of Stable Diffusion's. explain: N, by
+    default a hundredth of M, the paper's 50, but at least 10.
+    method: α_i = |MLP(w_i)| with one hidden layer of `hidden` ("mlp", the paper's, but on vectors scaled to a standard
+    deviation of 1, without which all α_i stay alike), coefficients learned themselves ("direct"), or a free vector that
+    is then fitted with coefficients of 0 or more ("least squares").
+    include: words that are in the dictionary however far they are from the pictures, such as the groups of a bias.
     exclude: words to leave out; the words of a concept's prompt always are, and so is every word whose embedding is
     nearer than `exclude_similar` to that of the concept's own words (None: keep them).
     Every `validate_every` steps w*_N, as it is used later, draws `validation_pictures` from fixed seeds; the
     coefficients whose pictures are nearest to the concept's are kept. callback(step, {"loss", "coefficients"}).
     The pipeline is not changed. Raises ConeslabError for settings out of range or an empty dictionary.
     """
-    if not (steps >= 1 and batch >= 1 and explain >= 1 and dictionary >= 1 and validate_every >= 1):
+    sizes = [size for size in (dictionary, explain) if size is not None]
+    if not min(steps, batch, validate_every, *sizes) >= 1:
         raise ConeslabError(
             f"steps={steps}, batch={batch}, explain={explain}, dictionary={dictionary}, "
             f"validate_every={validate_every}: all must be positive"
@@ -221,10 +227,13 @@ def decompose(
     shown = _pictures(pipe, concept, pictures, seed, sampler_steps, guidance_scale, progress)
     seen = judge.image_features(shown)
     words = vocabulary or encode_vocabulary(pipe, judge, progress=False)
+    dictionary = dictionary or -(-len(words) // 10)
+    explain = explain or max(10, dictionary // 100)
     prompt = concept if isinstance(concept, str) else ""
     allowed = choose_dictionary(
-        words, seen, judge, size=dictionary, prompt=prompt, exclude=exclude, exclude_similar=exclude_similar
-    )
+        words, seen, judge, size=dictionary, prompt=prompt, include=include, exclude=exclude,
+        exclude_similar=exclude_similar,
+    )  # fmt: skip
     norm = float(embedding_of(pipe).weight.detach().float().norm(dim=1).mean())
     torch.manual_seed(seed)
     weights = _Weights(allowed.vectors, method, hidden, norm)
@@ -288,7 +297,7 @@ def _pictures(
     if n < 1:
         raise ConeslabError(f"pictures is {n}: give a positive number")
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
-    return generate(pipe, [concept] * n, seed=seed, batch_size=25, **options)
+    return list(drawn_once(pipe, [concept] * n, seed=seed, **options))
 
 
 def choose_dictionary(
@@ -298,12 +307,14 @@ def choose_dictionary(
     *,
     size: int,
     prompt: str = "",
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     exclude_similar: float | None = 0.9,
 ) -> Vocabulary:
     """The `size` words nearest to the mean of picture features `seen` (n, d), without those excluded.
 
-    Raises ConeslabError if none is left.
+    Those of `include` take the place of the farthest. Raises ConeslabError if none is left, or one to include is
+    unknown or excluded by name.
     """
     own = [word for word in prompt.lower().split() if word in words.words]
     out = {*own, *exclude}
@@ -317,9 +328,13 @@ def choose_dictionary(
             f"no word is left for the dictionary of {prompt!r}: exclude fewer, or raise exclude_similar "
             f"(now {exclude_similar})"
         )
+    wanted = words.rows(include)
+    if refused := out.intersection(include):
+        raise ConeslabError(f"{', '.join(sorted(refused))}: to be included and excluded at once")
     closeness = words.features @ seen.mean(0)
-    ranked = [row for row in closeness.argsort(descending=True).tolist() if keep[row]]
-    return words.part(ranked[:size])
+    ranked = [row for row in closeness.argsort(descending=True).tolist() if keep[row] and row not in wanted]
+    chosen = {*ranked[: max(0, size - len(wanted))], *wanted}
+    return words.part(sorted(chosen, key=lambda row: -float(closeness[row])))
 
 
 class _Weights(nn.Module):
@@ -339,7 +354,7 @@ class _Weights(nn.Module):
             raise ConeslabError(f"method is {method!r}: choose mlp, direct or least squares")
 
     def _alpha(self) -> Tensor:
-        return (self.net(self.vectors)[:, 0] if self.method == "mlp" else self.values).abs()
+        return (self.net(self.vectors / self.vectors.std())[:, 0] if self.method == "mlp" else self.values).abs()
 
     def forward(self) -> Tensor:
         """w* (width,)."""

@@ -85,7 +85,8 @@ def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge
     words = encode_vocabulary(v_pipe, judge, progress=False)
     pictures = v_pipe(["a cat"] * 3, num_inference_steps=2).images
     seen = {}
-    options = FAST | {"steps": 1, "method": "direct", "sparsity": 0.5, "learning_rate": 1e-3, "exclude_similar": None}
+    options = FAST | {"steps": 1, "method": "direct", "sparsity": 0.5, "learning_rate": 1e-3}
+    options |= {"exclude_similar": None, "dictionary": 5000}
     made = decompose(
         v_pipe, pictures, judge, name="cat", vocabulary=words, dtype=torch.float32,
         callback=lambda number, state: seen.update(state), **options,
@@ -106,6 +107,30 @@ def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge
     moved = torch.tensor(seen["coefficients"]) - 1 / len(allowed)
     clear = slope.abs() > slope.abs().max() / 100
     assert clear.any() and torch.equal(moved[clear].sign(), -slope[clear].sign())
+
+
+def test_the_dictionary_is_what_is_nearest_and_what_is_asked_for(judge, v_pipe):
+    words = encode_vocabulary(v_pipe, judge, progress=False)
+    seen = judge.text_features(["a cat"])
+    ranked = [words.words[i] for i in (words.features @ seen[0]).argsort(descending=True).tolist()]
+    assert choose_dictionary(words, seen, judge, size=5).words == tuple(ranked[:5])
+    first, last = ranked[0], ranked[-1]
+    chosen = choose_dictionary(words, seen, judge, size=5, include=(last, first), exclude=(ranked[1],))
+    assert chosen.words == (first, *ranked[2:5], last)
+    for options in ({"include": ("unicorn",)}, {"include": (first,), "exclude": (first,)}):
+        with pytest.raises(ConeslabError, match="no word|included and excluded"):
+            choose_dictionary(words, seen, judge, size=5, **options)
+    made = decompose(v_pipe, "a cat", judge, **{**FAST, "explain": None, "exclude_similar": None})
+    assert len(made.words) == -(-len(words) // 10) and made.explain == min(10, len(made.words))
+
+
+def test_coefficients_do_not_hang_on_the_length_of_the_vectors(v_pipe, judge):
+    vectors = encode_vocabulary(v_pipe, judge, progress=False).vectors
+    made = []
+    for scale in (1.0, 0.01):
+        torch.manual_seed(0)
+        made.append(_Weights(scale * vectors, "mlp", 100, 1.0).coefficients())
+    assert np.allclose(*made, atol=1e-5) and made[0].std() > 0.3 * made[0].mean()
 
 
 def test_least_squares_finds_a_planted_sum_of_two_words(v_pipe, judge):

@@ -76,7 +76,7 @@ def test_an_experiment_measures_every_condition(name, setting, tmp_path):
 def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(title, setting, tmp_path):
     before = weights_of(setting.pipe)
     table = run_experiment("conceptor", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
-    made = {"Conceptor", "no sparsity", "random words", "nearest words"}
+    made = {"Conceptor", "random words", "nearest words", *conceptor_experiment.VARIANTS}
     assert made | {"free token"} <= set(table.condition)
     recall = table[table.measure == "recall at 10"].set_index("condition").value
     assert set(recall.index) == made and recall.between(0, 1).all()
@@ -84,6 +84,10 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
     if title.startswith("profession"):
         planted = table[table.measure == "man, planted"].value
         assert len(planted) == 1 and 0 < planted.iloc[0] < 1 and "man, coefficients" in set(table.measure)
+    else:
+        later = pandas.DataFrame(conceptor_experiment.conceptor(setting, conceptor_experiment.planted(title), 1))
+        assert {"Conceptor", "random words", "nearest words"} <= set(later.condition) <= made | {"component removed"}
+        assert not set(later.condition) & {*conceptor_experiment.VARIANTS}
     now = weights_of(setting.pipe)
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
     with pytest.raises(ConeslabError, match="not planted"):
