@@ -139,7 +139,7 @@ def test_a_text_above_the_answer_says_what_to_call_it(name):
             told = cell.source
         elif about(cell).solution:
             for node in ast.parse(cell.source).body:
-                called = [node.name] if isinstance(node, ast.FunctionDef) else [each.id for each in node.targets]
+                called = [each.id for each in node.targets] if isinstance(node, ast.Assign) else [node.name]
                 assert all(f"`{each}`" in told for each in called), called
 
 
