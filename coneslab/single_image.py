@@ -62,8 +62,9 @@ def decompose_image(
     target: what the pseudo-token draws from that seed, or what the concept's own prompt does ("concept", with
     `prompt` in place of the decomposition's name if given), or a picture. A word may go while the cosine of the
     judge's features stays at `threshold` or above. near_synonyms: groups of words that go together.
-    Each pass draws the picture without each of the words left, all in one batch, then tries to drop every word that
-    alone could go, half of them, a quarter, down to the one that matters least. It ends when none can go.
+    Words go from the smallest coefficient up, one, two, four, eight of them, ..., as many as may: the trials of such a
+    pass are drawn in one batch. When the smallest cannot go, a pass tries each of the words left, and then all that
+    alone could go, half of them, a quarter, down to the one that matters least. It ends when none can go alone.
     callback(pass, words left). Raises ConeslabError for a threshold that is no cosine.
     """
     if not -1 <= threshold <= 1:
@@ -100,27 +101,53 @@ def decompose_image(
 
     removed: list[tuple[str, float]] = []
     bar = tqdm(desc="leaving words out", unit="pass", disable=not progress)
-    while len(words) > 1:
-        count["passes"] += 1
-        bar.update()
-        without = {word: [own for own in words if own not in groups[word]] for word in words}
-        single = {word: rest for word, rest in without.items() if rest}
-        scores = dict(zip(single, closeness(list(single.values())), strict=True)) if single else {}
+
+    def without(gone: set[str]) -> list[str]:
+        return [word for word in words if word not in gone]
+
+    def drop(gone: set[str], score: float) -> None:
+        nonlocal words
+        removed.extend((word, score) for word in words if word in gone)
+        words = without(gone)
+
+    def smallest() -> bool:
+        """One pass from the smallest coefficient up; says whether any word went."""
+        gone: set[str] = set()
+        trials: list[set[str]] = []
+        for number, word in enumerate(reversed(words), start=1):
+            gone = gone | groups[word]
+            if without(gone) and (number & (number - 1) == 0 or number == len(words) - 1):
+                trials.append(gone)
+        scores = closeness([without(trial) for trial in trials]) if trials else []
+        good = [number for number, score in enumerate(scores) if score >= threshold]
+        if good:
+            drop(trials[good[-1]], scores[good[-1]])
+        return bool(good)
+
+    def alone() -> bool:
+        """One pass over every word alone, then as many of the free ones together as may go."""
+        rest = {word: without(groups[word]) for word in words}
+        rest = {word: left for word, left in rest.items() if left}
+        scores = dict(zip(rest, closeness(list(rest.values())), strict=True)) if rest else {}
         free = sorted((word for word in scores if scores[word] >= threshold), key=lambda word: -scores[word])
-        dropped = False
-        while free and not dropped:
+        while free:
             gone = set().union(*(groups[word] for word in free))
-            left = [word for word in words if word not in gone]
+            left = without(gone)
             score = scores[free[0]] if len(free) == 1 else (closeness([left])[0] if left else -1.0)
             if left and score >= threshold:
-                removed += [(word, score) for word in words if word in gone]
-                words, dropped = left, True
-            else:
-                free = free[: len(free) // 2]
-        if callback is not None:
-            callback(count["passes"], tuple(words))
-        if not dropped:
-            break
+                drop(gone, score)
+                return True
+            free = free[: len(free) // 2]
+        return False
+
+    for one_pass in (smallest, alone):
+        went = True
+        while went and len(words) > 1:
+            count["passes"] += 1
+            bar.update()
+            went = one_pass()
+            if callback is not None:
+                callback(count["passes"], tuple(words))
     bar.close()
     picture = draw([vector(words)])[0]
     similarity = float(judge.image_features(picture)[0] @ seen)
