@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,56 +99,70 @@ def decompose_image(
     def closeness(sets: Sequence[Sequence[str]]) -> list[float]:
         return (judge.image_features(draw([vector(own) for own in sets])) @ seen).tolist()
 
-    removed: list[tuple[str, float]] = []
+    left = _Left(words, groups, closeness, threshold)
     bar = tqdm(desc="leaving words out", unit="pass", disable=not progress)
-
-    def without(gone: set[str]) -> list[str]:
-        return [word for word in words if word not in gone]
-
-    def drop(gone: set[str], score: float) -> None:
-        nonlocal words
-        removed.extend((word, score) for word in words if word in gone)
-        words = without(gone)
-
-    def smallest() -> bool:
-        """One pass from the smallest coefficient up; says whether any word went."""
-        gone: set[str] = set()
-        trials: list[set[str]] = []
-        for number, word in enumerate(reversed(words), start=1):
-            gone = gone | groups[word]
-            if without(gone) and (number & (number - 1) == 0 or number == len(words) - 1):
-                trials.append(gone)
-        scores = closeness([without(trial) for trial in trials]) if trials else []
-        good = [number for number, score in enumerate(scores) if score >= threshold]
-        if good:
-            drop(trials[good[-1]], scores[good[-1]])
-        return bool(good)
-
-    def alone() -> bool:
-        """One pass over every word alone, then as many of the free ones together as may go."""
-        rest = {word: without(groups[word]) for word in words}
-        rest = {word: left for word, left in rest.items() if left}
-        scores = dict(zip(rest, closeness(list(rest.values())), strict=True)) if rest else {}
-        free = sorted((word for word in scores if scores[word] >= threshold), key=lambda word: -scores[word])
-        while free:
-            gone = set().union(*(groups[word] for word in free))
-            left = without(gone)
-            score = scores[free[0]] if len(free) == 1 else (closeness([left])[0] if left else -1.0)
-            if left and score >= threshold:
-                drop(gone, score)
-                return True
-            free = free[: len(free) // 2]
-        return False
-
-    for one_pass in (smallest, alone):
+    for one_pass in (left.smallest, left.alone):
         went = True
-        while went and len(words) > 1:
+        while went and len(left.words) > 1:
             count["passes"] += 1
             bar.update()
             went = one_pass()
             if callback is not None:
-                callback(count["passes"], tuple(words))
+                callback(count["passes"], tuple(left.words))
     bar.close()
-    picture = draw([vector(words)])[0]
-    similarity = float(judge.image_features(picture)[0] @ seen)
-    return ImageDecomposition(tuple(words), goal, picture, similarity, tuple(removed), count["drawn"], count["passes"])
+    picture = draw([vector(left.words)])[0]
+    similarity, removed = float(judge.image_features(picture)[0] @ seen), tuple(left.removed)
+    return ImageDecomposition(tuple(left.words), goal, picture, similarity, removed, count["drawn"], count["passes"])
+
+
+class _Left:
+    """The words that are left of a sum, from the largest coefficient to the smallest, and passes that leave some out.
+
+    groups: word -> the words that go with it; closeness: of the pictures that some lists of words draw to the target.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        groups: Mapping[str, set[str]],
+        closeness: Callable[[Sequence[Sequence[str]]], list[float]],
+        threshold: float,
+    ) -> None:
+        self.words, self.groups, self.closeness, self.threshold = list(words), groups, closeness, threshold
+        self.removed: list[tuple[str, float]] = []
+
+    def without(self, gone: set[str]) -> list[str]:
+        return [word for word in self.words if word not in gone]
+
+    def drop(self, gone: set[str], score: float) -> None:
+        self.removed += [(word, score) for word in self.words if word in gone]
+        self.words = self.without(gone)
+
+    def smallest(self) -> bool:
+        """Leave out as many as may go of the one, two, four, ... smallest; False if not even the first may."""
+        gone: set[str] = set()
+        trials: list[set[str]] = []
+        for number, word in enumerate(reversed(self.words), start=1):
+            gone = gone | self.groups[word]
+            if self.without(gone) and (number & (number - 1) == 0 or number == len(self.words) - 1):
+                trials.append(gone)
+        scores = self.closeness([self.without(trial) for trial in trials]) if trials else []
+        good = [number for number, score in enumerate(scores) if score >= self.threshold]
+        if good:
+            self.drop(trials[good[-1]], scores[good[-1]])
+        return bool(good)
+
+    def alone(self) -> bool:
+        """Try each word alone, then leave out as many of the free ones together as may go; False if none is free."""
+        rest = {word: left for word in self.words if (left := self.without(self.groups[word]))}
+        scores = dict(zip(rest, self.closeness(list(rest.values())), strict=True)) if rest else {}
+        free = sorted((word for word in scores if scores[word] >= self.threshold), key=lambda word: -scores[word])
+        while free:
+            gone = set().union(*(self.groups[word] for word in free))
+            left = self.without(gone)
+            score = scores[free[0]] if len(free) == 1 else (self.closeness([left])[0] if left else -1.0)
+            if left and score >= self.threshold:
+                self.drop(gone, score)
+                return True
+            free = free[: len(free) // 2]
+        return False

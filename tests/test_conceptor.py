@@ -10,7 +10,7 @@ from coneslab.bias import bias, group_shares, rebalance
 from coneslab.conceptor import Decomposition, _Weights, choose_dictionary, decompose
 from coneslab.edits import Edit, load_edit
 from coneslab.errors import ConeslabError, MismatchError
-from coneslab.single_image import decompose_image
+from coneslab.single_image import _Left, decompose_image
 from coneslab.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.vocabulary import encode_vocabulary, whole_words
 
@@ -237,6 +237,25 @@ def test_words_fall_away_until_the_picture_would_change(v_pipe, judge, untouched
     assert np.array_equal(np.asarray(goal.target), np.asarray(_drawn(v_pipe, "a cat")))
     with pytest.raises(ConeslabError, match="cosine"):
         decompose_image(v_pipe, made, judge, threshold=2.0)
+
+
+@pytest.mark.parametrize("needed", [{0}, {0, 3}, {31}, {2, 17, 30}, set(range(32))])
+def test_no_word_left_could_go_and_few_pictures_tell(needed):
+    asked = []
+
+    def closeness(sets):
+        asked.extend(sets)
+        return [float({int(word) for word in own} >= needed) for own in sets]
+
+    words = [str(number) for number in range(32)]
+    left = _Left(words, {word: {word} for word in words}, closeness, 0.5)
+    for one_pass in (left.smallest, left.alone):
+        while len(left.words) > 1 and one_pass():
+            pass
+    assert {int(word) for word in left.words} == needed
+    assert [word for word in words if word in left.words] == left.words
+    assert {word for word, _ in left.removed} | set(left.words) == set(words)
+    assert len(asked) < {1: 40, 2: 32, 3: 80}.get(len(needed), 50)
 
 
 def _drawn(pipe, prompt):
