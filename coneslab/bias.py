@@ -30,12 +30,18 @@ def bias(decomposition: Decomposition, groups: Groups) -> dict[str, float]:
 
 
 def rebalance(
-    decomposition: Decomposition, groups: Groups, *, shares: Mapping[str, float] | None = None
+    decomposition: Decomposition,
+    groups: Groups,
+    *,
+    shares: Mapping[str, float] | None = None,
+    total: float | None = None,
 ) -> Decomposition:
     """Scale the groups' coefficients to equal shares, or to those given, of what they had together.
 
-    A group whose words all have a coefficient of 0 gets its share on its first word.
-    Raises ConeslabError if a group has no word in the decomposition, or shares are no distribution over the groups.
+    A group whose words all have a coefficient of 0 gets its share on its first word. total: what they get together of
+    the sum over all words, for groups that had next to nothing.
+    Raises ConeslabError if a group has no word in the decomposition, shares are no distribution over the groups, or
+    total is not between 0 and 1.
     """
     _require(groups)
     wanted = dict(shares) if shares is not None else dict.fromkeys(groups, 1 / len(groups))
@@ -48,15 +54,24 @@ def rebalance(
         raise ConeslabError(f"no word of {', '.join(missing)} is among the words of {decomposition.concept!r}")
     values = np.array(decomposition.coefficients, float)
     values[decomposition.explain :] = 0
-    total = sum(values[own].sum() for own in rows.values())
-    if not total:
-        raise ConeslabError(f"no word of any group matters in {decomposition.concept!r}: there is nothing to share out")
+    had = sum(values[own].sum() for own in rows.values())
+    if total is None:
+        mass_of_all = had
+    elif 0 < total < 1:
+        mass_of_all = (values.sum() - had) * total / (1 - total)
+    else:
+        raise ConeslabError(f"total is {total}: give a share of the whole sum, between 0 and 1")
+    if not mass_of_all:
+        raise ConeslabError(
+            f"no word of any group matters in {decomposition.concept!r}: there is nothing to share out, unless you "
+            "give their share of the whole sum (total=)"
+        )
     for name, own in rows.items():
         mass = values[own].sum()
         if mass:
-            values[own] *= wanted[name] * total / mass
+            values[own] *= wanted[name] * mass_of_all / mass
         else:
-            values[own[0]] = wanted[name] * total
+            values[own[0]] = wanted[name] * mass_of_all
     explain = max(decomposition.explain, int((values > 0).sum()))
     return replace(decomposition, coefficients=values.astype(np.float32), explain=explain)
 

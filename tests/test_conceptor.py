@@ -201,6 +201,15 @@ def test_groups_are_weighed_and_balanced(judge):
     assert bias(skewed, groups)["canine"] == pytest.approx(0.9)
     new = rebalance(made, {"feline": ["cat"], "building": ["house"]})  # a word that was not in use comes in
     assert bias(new, {"feline": ["cat"], "building": ["house"]})["building"] == pytest.approx(0.5)
+    more = rebalance(made, groups, total=0.5)
+    assert more.share(["cat", "dog"]) == pytest.approx(0.5) and bias(more, groups)["feline"] == pytest.approx(0.5)
+    for total in (0, 1, -0.5):
+        with pytest.raises(ConeslabError, match="between 0 and 1"):
+            rebalance(made, groups, total=total)
+    unused = made.without("cat", "dog")
+    with pytest.raises(ConeslabError, match="nothing to share out"):
+        rebalance(unused, groups)
+    assert rebalance(unused, groups, total=0.4).share("cat") == pytest.approx(0.2)
     for bad, shares, reason in (
         ({"feline": ["cat"]}, None, "two or more"), ({"feline": ["cat"], "bird": ["owl"]}, None, "no word of bird"),
         (groups, {"feline": 0.9, "canine": 0.9}, "1 in all"),
