@@ -30,9 +30,9 @@ STYLED = {"flat": "3d", "3d": "cartoon", "cartoon": "flat"}  # target -> anchor
 STYLE_CLASSES = ("cat", "car", "apple", "house")  # what a style is shown on
 MEMORISED = tuple(FACTS["memorised"])
 STEPS = 100  # of everything that is trained
-NEAR, FAR = 4, 6  # at most that many prompts of each group
-PICTURES = 8  # of each prompt, times `Setting.pictures`
-ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 100, "finetune_steps": 20}
+NEAR, FAR = 3, 4  # at most that many prompts of each group
+PICTURES = 6  # of each prompt, times `Setting.pictures`
+ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 20}
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
 
 def ablation(setting: Setting, about: Target, seed: int) -> list[Row]:
     """One concept ablated in every way from one seed; `about` as `ablation_target` gives it."""
+    setting = setting.quick()
     rows = _measured(setting, about, None, seed, condition="untouched model", kind=about.kind, seconds=0.0, bytes=0)
     for name, make in WAYS.items():
         if about.kind == "memorised" and name == "model-based, embedding":
@@ -159,6 +160,7 @@ def ablation(setting: Setting, about: Target, seed: int) -> list[Row]:
 
 def collateral(setting: Setting, about: Target, seed: int) -> list[Row]:
     """What ablating one concept does to every class: a row a (class as condition, share the judge takes for it)."""
+    setting = setting.quick()
     edit = WAYS["model-based, K-V"](setting, about, seed)
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
     prompts = [with_article(name) for name in names for _ in range(each)]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,10 @@ class Setting:
     def drawing(self) -> dict[str, Any]:
         """Options of `generate`."""
         return {"steps": self.steps, "guidance_scale": self.guidance_scale}
+
+    def quick(self, steps: int = 15) -> Setting:
+        """The same with at most so many steps of drawing: for experiments that draw thousands of pictures."""
+        return replace(self, steps=min(self.steps, steps))
 
     def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
         """A search of its own. how: options of `find_concept_neurons`."""

@@ -33,7 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "least squares": {"method": "least squares"},
 }  # fmt: skip
 PICTURES = 16  # drawn for every measurement; twice as many where a share is compared with one half
-STEPS = 15  # of drawing: there are thousands of pictures
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     The first seed of every other concept also has what takes a training of its own: no sparsity, the two alternatives
     to the MLP, and a vector that is no sum of words.
     """
-    setting = replace(setting, steps=min(setting.steps, STEPS))
+    setting = setting.quick()
     pipe, judge = setting.pipe, setting.judge
     words = _words(pipe, judge)
     how: dict[str, Any] = {"vocabulary": words, "seed": seed, "progress": False, **TRAINING}
