@@ -345,6 +345,7 @@ class _Weights(nn.Module):
         self.vectors, self.method, self.norm = vectors, method, norm
         count, width = vectors.shape
         if method == "mlp":
+            self.scaled = vectors / vectors.std()
             self.net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         elif method == "direct":
             self.values = nn.Parameter(torch.full((count,), 1.0 / count))
@@ -354,7 +355,7 @@ class _Weights(nn.Module):
             raise ConeslabError(f"method is {method!r}: choose mlp, direct or least squares")
 
     def _alpha(self) -> Tensor:
-        return (self.net(self.vectors / self.vectors.std())[:, 0] if self.method == "mlp" else self.values).abs()
+        return (self.net(self.scaled)[:, 0] if self.method == "mlp" else self.values).abs()
 
     def forward(self) -> Tensor:
         """w* (width,)."""

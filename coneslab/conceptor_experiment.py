@@ -22,6 +22,7 @@ from .diffusion import generate
 from .edits import Edit, applied
 from .errors import ConeslabError
 from .metrics import kid
+from .pairs import drawn_once
 from .personalize import textual_inversion
 from .vocabulary import Vocabulary, encode_vocabulary
 from .world import CLASSES, FACTS, with_article
@@ -158,7 +159,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
 
 def _free_token(setting: Setting, fact: Planted, found: Decomposition, seed: int) -> Edit:
     """A vector trained on the same pictures without being a sum of words: the ceiling of reconstruction."""
-    shown = _drawn(setting, fact.prompt, TRAINING["pictures"], seed)
+    shown = drawn_once(setting.pipe, [fact.prompt] * TRAINING["pictures"], seed=seed, **setting.drawing)
     about = SimpleNamespace(
         name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=""
     )

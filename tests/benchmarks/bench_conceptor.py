@@ -122,7 +122,8 @@ def main() -> None:
     print(f"{len(words):,} words, {arguments.batch} pictures a step, {arguments.threads} threads")
     ours = partial(
         decompose, pipe, pictures, judge, name="pet", vocabulary=words, batch=arguments.batch, exclude_similar=None,
-        validate_every=10**6, validation_pictures=1, sampler_steps=1, progress=False,
+        dictionary=len(words), explain=EXPLAIN, sparsity=SPARSITY, validate_every=10**6, validation_pictures=1,
+        sampler_steps=1, progress=False,
     )  # fmt: skip
     sides = {
         "public loop": public.block,
