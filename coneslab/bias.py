@@ -65,6 +65,9 @@ def rebalance(
         raise ConeslabError(
             f"no word of any group matters in {decomposition.concept!r}: there is nothing to share out, unless you "
             "give their share of the whole sum (total=)"
+            if total is None
+            else f"no word outside the groups matters in {decomposition.concept!r}: its sum has no rest beside which "
+            f"they could have {total:.0%} (leave out total=)"
         )
     for name, own in rows.items():
         mass = values[own].sum()

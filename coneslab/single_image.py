@@ -63,8 +63,8 @@ def decompose_image(
     `prompt` in place of the decomposition's name if given), or a picture. A word may go while the cosine of the
     judge's features stays at `threshold` or above. near_synonyms: groups of words that go together.
     Words go from the smallest coefficient up, one, two, four, eight of them, ..., as many as may: the trials of such a
-    pass are drawn in one batch. When the smallest cannot go, a pass tries each of the words left, and then all that
-    alone could go, half of them, a quarter, down to the one that matters least. It ends when none can go alone.
+    pass are drawn in one batch. A word that cannot go is passed over. At the end each of the words left is tried alone,
+    and then all that alone could go, half of them, a quarter, down to the one that matters least, until none can.
     callback(pass, words left). Raises ConeslabError for a threshold that is no cosine.
     """
     if not -1 <= threshold <= 1:
@@ -101,7 +101,7 @@ def decompose_image(
 
     left = _Left(words, groups, closeness, threshold)
     bar = tqdm(desc="leaving words out", unit="pass", disable=not progress)
-    for one_pass in (left.smallest, left.alone):
+    for one_pass in (left.upward, left.alone):
         went = True
         while went and len(left.words) > 1:
             count["passes"] += 1
@@ -129,6 +129,7 @@ class _Left:
         threshold: float,
     ) -> None:
         self.words, self.groups, self.closeness, self.threshold = list(words), groups, closeness, threshold
+        self.untried, self.reach = list(reversed(words)), len(words)
         self.removed: list[tuple[str, float]] = []
 
     def without(self, gone: set[str]) -> list[str]:
@@ -138,19 +139,31 @@ class _Left:
         self.removed += [(word, score) for word in self.words if word in gone]
         self.words = self.without(gone)
 
-    def smallest(self) -> bool:
-        """Leave out as many as may go of the one, two, four, ... smallest; False if not even the first may."""
-        gone: set[str] = set()
-        trials: list[set[str]] = []
-        for number, word in enumerate(reversed(self.words), start=1):
-            gone = gone | self.groups[word]
-            if self.without(gone) and (number & (number - 1) == 0 or number == len(self.words) - 1):
-                trials.append(gone)
-        scores = self.closeness([self.without(trial) for trial in trials]) if trials else []
+    def upward(self) -> bool:
+        """Leave out as many as may go of the one, two, four, ... smallest untried words; False when all were tried.
+
+        A word without which it does not work, once those below it are gone, is passed over. A pass has as many trials
+        as the last had successes, and twice as many if it had nothing else.
+        """
+        prefixes: list[set[str]] = []
+        for word in self.untried:
+            gone = self.groups[word].union(*prefixes[-1:])
+            if not self.without(gone):
+                break
+            prefixes.append(gone)
+        sizes = [number for number in range(1, len(prefixes)) if number & (number - 1) == 0] + [len(prefixes)]
+        sizes = sizes[: self.reach] if prefixes else []
+        scores = self.closeness([self.without(prefixes[size - 1]) for size in sizes]) if sizes else []
         good = [number for number, score in enumerate(scores) if score >= self.threshold]
+        last = good[-1] if good else -1
+        size = sizes[last] if good else 0
+        needed = 1 if sizes[last + 1 : last + 2] == [size + 1] else 0
+        rest = self.untried[size + needed :]
         if good:
-            self.drop(trials[good[-1]], scores[good[-1]])
-        return bool(good)
+            self.drop(prefixes[size - 1], scores[last])
+        self.reach = 2 * len(sizes) if last + 1 == len(sizes) else max(1, len(good))
+        self.untried = [word for word in rest if word in self.words] if sizes else []
+        return bool(self.untried)
 
     def alone(self) -> bool:
         """Try each word alone, then leave out as many of the free ones together as may go; False if none is free."""
