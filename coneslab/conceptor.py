@@ -253,10 +253,10 @@ def decompose(
         )  # fmt: skip
 
     def step(number: int) -> dict[str, float]:
-        vector = weights()
+        vector, vector_of_largest = weights(explain)
         embedded = text(vector[None])
         (loss,), slope = gradient.text_gradient(theta, embedded.detach(), next(samples))
-        spread = 1 - nn.functional.cosine_similarity(weights.largest(explain), vector, dim=0)
+        spread = 1 - nn.functional.cosine_similarity(vector_of_largest, vector, dim=0)
         surrogate = (embedded * slope).sum() + sparsity * spread
         surrogate.backward(inputs=list(weights.parameters()))
         return {"loss": loss, "sparsity": float(spread.detach())}
@@ -357,19 +357,13 @@ class _Weights(nn.Module):
     def _alpha(self) -> Tensor:
         return (self.net(self.scaled)[:, 0] if self.method == "mlp" else self.values).abs()
 
-    def forward(self) -> Tensor:
-        """w* (width,)."""
+    def forward(self, n: int) -> tuple[Tensor, Tensor]:
+        """w* (width,), and w*_N of the `n` largest coefficients, which is not rescaled."""
         if self.method == "least squares":
-            return _rescaled(self.free, self.norm)
-        return _rescaled(self._alpha() @ self.vectors, self.norm)
-
-    def largest(self, n: int) -> Tensor:
-        """w*_N (width,), not rescaled."""
-        if self.method == "least squares":
-            return self.free
+            return _rescaled(self.free, self.norm), self.free
         alpha = self._alpha()
         chosen = alpha.topk(min(n, len(alpha)))
-        return chosen.values @ self.vectors[chosen.indices]
+        return _rescaled(alpha @ self.vectors, self.norm), chosen.values @ self.vectors[chosen.indices]
 
     @torch.no_grad()
     def coefficients(self) -> np.ndarray:
@@ -377,6 +371,6 @@ class _Weights(nn.Module):
         if self.method == "least squares":
             from scipy.optimize import nnls
 
-            solution, _ = nnls(self.vectors.double().numpy().T, self().double().numpy())
+            solution, _ = nnls(self.vectors.double().numpy().T, _rescaled(self.free, self.norm).double().numpy())
             return solution.astype(np.float32)
         return self._alpha().detach().numpy().astype(np.float32)

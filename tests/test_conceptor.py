@@ -96,7 +96,7 @@ def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge
     weights = _Weights(allowed.vectors, "direct", 100, norm)
     latents = encode_images(v_pipe, pictures)
     draw = next(draws(v_pipe, [Pairs(latents, torch.zeros(12, 24), 4)], seed=0))
-    text = LearnedText(v_pipe, ["a photo of a <concept>"], ["<concept>"])(weights()[None])
+    text = LearnedText(v_pipe, ["a photo of a <concept>"], ["<concept>"])(weights(3)[0][None])
     loss = denoising_loss(v_pipe, draw.latents, text, noise=draw.noise, timesteps=draw.timesteps)
     assert made.history["loss"][0] == pytest.approx(float(loss.detach()), rel=1e-4)
     alpha = weights.values.abs()
