@@ -95,9 +95,14 @@ def decompose_image(
     else:
         goal = draw([vector(words)])[0]
     seen = judge.image_features(goal)[0]
+    known: dict[frozenset[str], tuple[float, Image.Image]] = {}
 
     def closeness(sets: Sequence[Sequence[str]]) -> list[float]:
-        return (judge.image_features(draw([vector(own) for own in sets])) @ seen).tolist()
+        new = list(dict.fromkeys(own for own in map(frozenset, sets) if own not in known))
+        pictures = draw([vector(tuple(own)) for own in new]) if new else []
+        scores = (judge.image_features(pictures) @ seen).tolist() if new else []
+        known.update(zip(new, zip(scores, pictures, strict=True), strict=True))
+        return [known[frozenset(own)][0] for own in sets]
 
     left = _Left(words, groups, closeness, threshold)
     bar = tqdm(desc="leaving words out", unit="pass", disable=not progress)
@@ -110,8 +115,8 @@ def decompose_image(
             if callback is not None:
                 callback(count["passes"], tuple(left.words))
     bar.close()
-    picture = draw([vector(left.words)])[0]
-    similarity, removed = float(judge.image_features(picture)[0] @ seen), tuple(left.removed)
+    (similarity,) = closeness([left.words])
+    picture, removed = known[frozenset(left.words)][1], tuple(left.removed)
     return ImageDecomposition(tuple(left.words), goal, picture, similarity, removed, count["drawn"], count["passes"])
 
 
