@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import pandas
 from PIL import Image
 
 from .ablation import ablate
@@ -29,10 +30,12 @@ OBJECTS = {  # target -> anchor, of one category; the last two have a class that
 STYLED = {"flat": "3d", "3d": "cartoon", "cartoon": "flat"}  # target -> anchor
 STYLE_CLASSES = ("cat", "car", "apple", "house")  # what a style is shown on
 MEMORISED = tuple(FACTS["memorised"])
-STEPS = 100  # of everything that is trained
-NEAR, FAR = 3, 4  # at most that many prompts of each group
+# Chosen on rabbit → bear and train → tractor, which are not in the table, out of 20, 50 and 100 steps and three rates
+# of ESD: the fewest steps, and the rate, with which both are gone and five other classes are drawn as before.
+STEPS, ESD_STEPS, ROUNDS = 50, 100, 30
+NEAR, FAR = 2, 3  # at most that many prompts of each group
 PICTURES = 6  # of each prompt, times `Setting.pictures`
-ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 20}
+ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 10, "batch": 8}
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,12 @@ def _closed_form(setting: Setting, about: Target, seed: int) -> Edit:
 
 
 def _erased(setting: Setting, about: Target, seed: int) -> Edit:
-    return erase(setting.pipe, about.shown[0], steps=STEPS, progress=False, **_drawing(setting, seed))
+    return erase(setting.pipe, about.shown[0], steps=ESD_STEPS, progress=False, **_drawing(setting, seed))
 
 
 def _shut(setting: Setting, about: Target, seed: int) -> Edit:
-    rounds = max(1, 3 * STEPS // 5)
-    return ablating_neurons(
-        setting.pipe, *about.shown, rounds=rounds, progress=False, **_drawing(setting, seed)
-    ).binary()
+    how = {"rounds": ROUNDS, "progress": False, **_drawing(setting, seed)}
+    return ablating_neurons(setting.pipe, *about.shown, **how).binary()
 
 
 def _pruned(setting: Setting, about: Target, seed: int) -> Edit:
@@ -200,6 +201,34 @@ def _measured(setting: Setting, about: Target, edit: Edit | None, seed: int, **c
             drawn = generate(setting.pipe, [about.shown[0]] * pictures, batch_size=24, **drawing)
         values["copies"] = float(_detector(setting.judge, about.name).copies(drawn).mean())
     return rows_of(values, **columns)
+
+
+OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is the mean
+    "target still drawn": ("CLIP accuracy, target",),
+    "others kept": ("share of others kept",),
+    "KID of others": (
+        "KID, same category", "KID, looks alike", "KID, far", "KID, same class, other style",
+        "KID, other classes, same style", "KID, its objects",
+    ),
+    "back by other prompts": tuple(
+        f"comes back: {way}" for way in ("paraphrases", "other words", "misspellings", "img2img")
+    ),
+    "back by training": ("comes back: Textual Inversion", "comes back: fine-tuning back"),
+    "copies": ("copies",),
+}  # fmt: skip
+
+
+def outcome(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The table of `ablation` with few measures: those of OUTCOME, seconds and kilobytes; a row a cell and measure."""
+    cell = ["subject", "seed", "condition", "kind"]
+    parts = []
+    for name, measures in OUTCOME.items():
+        own = table[table.measure.isin(measures)].groupby(cell, sort=False).value.mean()
+        parts.append(own.reset_index().assign(measure=name))
+    costs = table.groupby(cell, sort=False)[["seconds", "bytes"]].first().reset_index()
+    for name, values in {"seconds": costs.seconds, "kilobytes": costs.bytes / 1000}.items():
+        parts.append(costs[cell].assign(measure=name, value=values))
+    return pandas.concat(parts, ignore_index=True)
 
 
 @lru_cache(maxsize=8)

@@ -108,17 +108,19 @@ def evaluate_ablation(
     if len(everything) < 2:
         raise ConeslabError("target and anchor are the same prompt: there is nothing to tell apart")
     texts = judge.text_features(everything)
-    options: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+    wanted = [prompt for prompt in everything for _ in range(pictures)]
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
+    options["seed"] = [seed + number for number in range(pictures)] * len(everything)
+    untouched = judge.image_features(list(drawn_once(pipe, wanted, **options))).split(pictures)
+    with applied(edit, pipe):
+        edited = judge.image_features(generate(pipe, wanted, **options)).split(pictures)
     rows = []
     for group, members in prompts.items():
         for prompt in members:
-            wanted = [prompt] * pictures
-            before = judge.image_features(list(drawn_once(pipe, wanted, **options)))
-            with applied(edit, pipe):
-                after = judge.image_features(generate(pipe, wanted, batch_size=25, progress=progress, **options))
+            own = everything.index(prompt)
+            before, after = untouched[own], edited[own]
             rivals = {"target": [anchor], "anchor": [target]}.get(group, everything)
             columns = [everything.index(rival) for rival in rivals if rival != prompt]
-            own = everything.index(prompt)
 
             def right(features: torch.Tensor, own: int = own, columns: Sequence[int] = columns) -> np.ndarray:
                 near = features @ texts.T
@@ -164,6 +166,7 @@ def attacks(
     strength: float = 0.7,
     inversion_steps: int = 100,
     finetune_steps: int = 20,
+    batch: int = 16,
     token: str = "<back>",
     seed: int = 0,
     steps: int = 25,
@@ -174,7 +177,7 @@ def attacks(
     A picture shows the target if it is nearer to the target's prompt than to the anchor's. paraphrases, synonyms:
     prompts that ask for it otherwise; word: misspelled in the target's prompt. Then: img2img from pictures of the
     target at `strength`; Textual Inversion of `token` on such pictures, on the edited model; `finetune_steps` steps of
-    K-V fine-tuning on them. The pictures of the target are drawn by the untouched model.
+    K-V fine-tuning on them, both with `batch` samples a step. The untouched model draws the pictures of the target.
     """
     texts = judge.text_features([target, anchor])
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
@@ -187,7 +190,7 @@ def attacks(
         rows.append({"attack": attack, "value": interval.estimate, "low": interval.low, "high": interval.high})
 
     def asked(prompts: Sequence[str]) -> list[Image.Image]:
-        return generate(pipe, [prompts[i % len(prompts)] for i in range(pictures)], seed=seed, batch_size=25, **options)
+        return generate(pipe, [prompts[i % len(prompts)] for i in range(pictures)], seed=seed, **options)
 
     with applied(edit, pipe):
         record("plain prompt", asked([target]))
@@ -201,13 +204,13 @@ def attacks(
         about = SimpleNamespace(
             name=target, class_word="", token=token, images=shown, prompt=f"a {token}", prior_prompt=anchor
         )
-        learned = textual_inversion(
-            pipe, about, steps=inversion_steps, initial=anchor.split()[-1], seed=seed, progress=False
-        )
+        how: dict[str, Any] = {"seed": seed, "progress": False}
+        start = anchor.split()[-1]
+        learned = textual_inversion(pipe, about, steps=inversion_steps, initial=start, batch=batch, **how)
         with learned.applied(pipe, check_model=False):
             record("Textual Inversion", asked([about.prompt]))
         about.prompt = target
-        tuned = finetune_kv(pipe, about, steps=finetune_steps, prior_batch=0, seed=seed, progress=False)
+        tuned = finetune_kv(pipe, about, steps=finetune_steps, subject_batch=batch, prior_batch=0, **how)
         with tuned.applied(pipe, check_model=False):
             record("fine-tuning back", asked([target]))
     return pandas.DataFrame(rows)

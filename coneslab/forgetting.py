@@ -90,7 +90,7 @@ def erase(
     eta: float = 1.0,
     pictures: int = 64,
     steps: int = 100,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     batch: int = 16,
     seed: int = 0,
     sampler_steps: int = 25,

@@ -90,14 +90,15 @@ def drawn_once(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     steps: int = 25,
     guidance_scale: float = 3.0,
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
     """Pictures for prompts as the pipeline draws them; the sets drawn last are kept for the life of the process."""
     model = (fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae))
-    key = (*model, str(pipe.scheduler.config), tuple(prompts), seed, steps, guidance_scale)
+    seeds = seed if isinstance(seed, int) else tuple(seed)
+    key = (*model, str(pipe.scheduler.config), tuple(prompts), seeds, steps, guidance_scale)
     if key not in _DRAWN:
         options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
         _DRAWN[key] = tuple(generate(pipe, prompts, seed=seed, **options))

@@ -179,12 +179,14 @@ def intervals(
     note: str = "",
     highlight: Sequence[str] = (),
     zero: bool = False,
+    log: Sequence[str] = (),
 ) -> Figure:
     """Draw estimates with their intervals: one row a condition, one panel a measure.
 
     table: a row a (condition, measure) with the columns `value`, `low`, `high`. columns: panels side by side, default
     all. note: what the interval is and over how many subjects and seeds, shown below. highlight: the conditions the
-    claim is about, drawn in colour. zero: draw a line at 0, for differences.
+    claim is about, drawn in colour. zero: draw a line at 0, for differences. log: panels with a logarithmic axis, on
+    which what is not above 0 is left out.
     """
     names = list(dict.fromkeys(table[by]))
     groups = list(dict.fromkeys(table[panels])) if panels else [""]
@@ -198,13 +200,18 @@ def intervals(
         for _, row in part.iterrows():
             place = len(names) - 1 - names.index(row[by])
             colour = PALETTE[0] if row[by] in highlight else "0.45"
+            if group in log and row["low"] <= 0:
+                continue
             axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4, solid_capstyle="round")
             axes.plot(row[value], place, "o", color=colour, markersize=5.5)
         if zero:
             axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
         axes.set_xlabel(group or value, fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.locator_params(axis="x", nbins=6)
+        if group in log:
+            axes.set_xscale("log")
+        else:
+            axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
     for axes in grid.flat[len(groups) :]:
