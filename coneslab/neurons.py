@@ -184,6 +184,11 @@ class ConceptNeurons(StoredEdit):
         """The mask with its shut neurons at 0 and all others at 1: `to("binary")`, at another cut if given."""
         return (self if cut is None else replace(self, cut=cut)).to("binary")
 
+    def within(self, *, kind: str | None = None, level: int | None = None, block: str | None = None) -> ConceptNeurons:
+        """The neurons in the layers that match (see `KVLayout.where`); all others stay as the model has them."""
+        kept = self.layout.where(kind=kind, level=level, block=block).numpy()[self.indices]
+        return replace(self, indices=self.indices[kept], scales=self.scales[kept])
+
     def __len__(self) -> int:
         """Number of neurons whose scale is not 1."""
         return len(self.indices)

@@ -259,6 +259,34 @@ def heatmap(
     return _finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
 
 
+def pictures_and_map(
+    pictures: Sequence[Image.Image | np.ndarray],
+    values: np.ndarray,
+    *,
+    rows: Sequence[str],
+    label: str,
+    x_label: str = "",
+    title: str = "",
+    size: float = 1.5,
+) -> Figure:
+    """Pictures in a row, and below them a heat map of values (rows, columns) with a name for every row."""
+    figure = Figure(figsize=(size * len(pictures), size + 0.19 * len(rows) + 0.8), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=[size, 0.19 * len(rows) + 0.5])
+    above, below = halves
+    for axes, picture in zip(above.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+        _grey_frame(axes)
+        axes.imshow(np.asarray(picture), interpolation="nearest")
+    axes = below.subplots()
+    seaborn.heatmap(
+        np.asarray(values, float), ax=axes, cmap=MAP, vmin=0, xticklabels=False, yticklabels=list(rows),
+        cbar_kws={"label": label},
+    )  # fmt: skip
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel(x_label, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return _finish(figure, f"{title}: {len(pictures)} pictures, and a heat map of {label} in {len(rows)} rows")
+
+
 def attention_overlay(
     pictures: Sequence[Image.Image | np.ndarray],
     maps: Sequence[np.ndarray],

@@ -1,4 +1,5 @@
-"""What notebooks show beside their figures: controls that draw (`explorer`), and a playground for any model.
+"""What notebooks show beside their figures: controls that draw (`explorer`), views of neurons and of attention, and a
+playground for any model.
 
 All are made from core ipywidgets, and each is a thin shell over functions of the package.
 """
@@ -6,7 +7,7 @@ All are made from core ipywidgets, and each is a thin shell over functions of th
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,122 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from . import plots
+from .attention import AttentionMaps, record_attention
 from .diffusion import generate
-from .edits import Edit, load_edit
+from .edits import Edit, applied, load_edit
 from .errors import ConeslabError
 from .explorers import KEPT, Explorer, control, explorer, slider
+from .neurons import ConceptNeurons
 
-__all__ = ["Limits", "Playground", "control", "explorer", "playground", "slider"]
+__all__ = [
+    "Limits", "Playground", "attention_browser", "control", "explorer", "neuron_explorer", "playground", "sketched",
+    "slider",
+]  # fmt: skip
 
 _SEEDS = 2**31 - 1
 _PROMPT = "a cat on the beach"
+
+
+# --- for render functions -------------------------------------------------------------------------------
+
+
+def sketched(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    *,
+    edit: Edit | None = None,
+    dose: float = 1.0,
+    steps: int = 25,
+    preview_steps: int = 6,
+    **options: Any,
+) -> Iterator[list[Image.Image]]:
+    """Pictures for prompts, first in few steps and then in full, for a render function that yields both.
+
+    edit: on the pipeline while they are drawn, at this dose, and off in between. options: of `generate`.
+
+        def render(dose):
+            for made in widgets.sketched(pipe, ["a cat"] * 4, edit=found, dose=dose):
+                yield plots.picture_grid(made)
+    """
+    for number in dict.fromkeys((min(preview_steps, steps), steps)):
+        with applied(edit, pipe, dose):
+            made = generate(pipe, prompts, steps=number, **options)
+        yield made
+
+
+# --- views of one thing ---------------------------------------------------------------------------------
+
+
+def neuron_explorer(
+    pipe: Any, neurons: ConceptNeurons, prompts: Sequence[str], *, pictures: int = 4, bins: int = 32, **options: Any
+) -> Explorer:
+    """Which of these neurons does it take? Pictures, and a heat map of what is shut, by threshold, place and dose.
+
+    Controls: cut, below which a scale counts as shut; dose; the block of the U-Net and the kind (keys, values) to which
+    the mask is confined; a prompt of `prompts`. bins: columns of the heat map, each a run of output channels.
+    options: of `sketched`, e.g. seed, steps.
+    """
+    blocks = {"all blocks": None, **{layer.block: layer.block for layer in neurons.layout}}
+    kinds = {"keys and values": None, "keys": "K", "values": "V"}
+    order = sorted(range(len(neurons.layout)), key=lambda row: "dmu".index(neurons.layout.layers[row].block[0]))
+    names = [neurons.layout.layers[row].label for row in order]
+
+    def render(cut: float, dose: float, block: str, kind: str, prompt: str) -> Iterator[Figure]:
+        mask = neurons.binary(cut).within(block=blocks[block], kind=kinds[kind])
+        shut = 100 * neurons.layout.heat_map(mask.mask().float(), bins=bins).numpy()[order]
+        title = f"{len(mask):,} of {mask.n:,} neurons shut, dose {dose:g}: “{prompt}”"
+        for made in sketched(pipe, [prompt] * pictures, edit=mask, dose=dose, **options):
+            yield plots.pictures_and_map(
+                made, shut, rows=names, label="% shut", x_label="output channels of the matrix", title=title
+            )
+
+    return explorer(
+        render, cut=slider(0.05, 1.0, neurons.cut, step=0.05), dose=slider(0.0, 1.25, 1.0, step=0.125),
+        block=list(blocks), kind=list(kinds), prompt=list(prompts),
+    )  # fmt: skip
+
+
+def attention_browser(
+    pipe: Any, prompt: str, *, seed: int = 0, steps: int = 25, guidance_scale: float = 3.0, edit: Edit | None = None
+) -> Explorer:
+    """Where does each word look? The cross-attention map of every word of a prompt, by layer and stage of drawing.
+
+    A picture is drawn once for each prompt and seed, and its maps are kept: layer and stage change what is shown of
+    them. edit: put on while it is drawn. Raises ConeslabError, in the status line, for an empty prompt.
+    """
+    third = max(1, steps // 3)
+    stages = {
+        "all steps": slice(None), "first third": slice(third), "second third": slice(third, -third),
+        "last third": slice(-third, None),
+    }  # fmt: skip
+    kept: dict[tuple[str, int], tuple[Image.Image, AttentionMaps]] = {}
+
+    def record(prompt: str, seed: int) -> tuple[Image.Image, AttentionMaps]:
+        if (prompt, seed) not in kept:
+            with applied(edit, pipe), record_attention(pipe) as maps:
+                (picture,) = generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)
+            while len(kept) >= 8:
+                del kept[next(iter(kept))]
+            kept[prompt, seed] = picture, maps
+        return kept[prompt, seed]
+
+    def render(prompt: str, seed: int, layer: str, stage: str) -> Figure:
+        words = prompt.split()
+        if not words:
+            raise ConeslabError("the prompt is empty: say what to draw, for example “a cat on the beach”")
+        picture, maps = record(prompt, seed)
+        layers = None if layer == layers_of[0] else [layer]
+        shown = [maps.token(word, layers=layers, steps=stages[stage]).numpy() for word in words]
+        return plots.attention_overlay([picture] * len(words), shown, labels=words, title=f"{layer}, {stage}")
+
+    layers_of = ["all layers", *record(prompt, seed)[1].layers]
+    return explorer(
+        render, prompt=prompt, seed=ipywidgets.BoundedIntText(value=seed, min=0, max=_SEEDS), layer=layers_of,
+        stage=list(stages),
+    )  # fmt: skip
+
+
+# --- the playground -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coneslab import explorers, find_concept_neurons, generate, widgets
-from coneslab.edits import StoredEdit, swapped
+from coneslab import ConceptNeurons, explorers, find_concept_neurons, generate, record_attention, widgets
+from coneslab.edits import StoredEdit, model_fingerprint, swapped
 from coneslab.errors import ConeslabError
 from coneslab.kvspace import KVSpace
 from coneslab.widgets import control, explorer, playground, slider
@@ -371,7 +372,7 @@ def test_the_first_drawing_is_displayed_in_one_place_as_it_gets_better(shown: li
     assert (pixels(base64.b64decode(picture.data.split("base64,")[1].split('"')[0])) == 1).all()
 
 
-# --- the playground -------------------------------------------------------------------------------------
+# --- views of one thing, and the playground -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -401,6 +402,72 @@ def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[list[list[np.ndarray]]]:
 
 def same(ours: list[np.ndarray], theirs: list[Any]) -> bool:
     return len(ours) == len(theirs) and all((a == np.asarray(b)).all() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pipe: Any, untouched: None) -> None:
+    edit, prompts = Shift(0.05), ["a cat", "a car"]
+    plain = generate(v_pipe, prompts, steps=2)
+    drawing = widgets.sketched(v_pipe, prompts, edit=edit, dose=0.5, steps=4, preview_steps=2)
+    for made, steps in zip(drawing, (2, 4), strict=True):
+        assert same([np.asarray(one) for one in generate(v_pipe, prompts, steps=2)], plain)
+        with edit.applied(v_pipe, 0.5):
+            assert same([np.asarray(one) for one in made], generate(v_pipe, prompts, steps=steps))
+    assert len(list(widgets.sketched(v_pipe, prompts, steps=2, preview_steps=6))) == 1
+
+
+def test_neurons_are_explored_by_threshold_and_place(
+    v_pipe: Any, untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = KVSpace(v_pipe).layout
+    scale = torch.where(torch.arange(layout.n) % 3 == 0, 0.3, 1.0)
+    scale[::6] = 0.0
+    neurons = ConceptNeurons.from_scale(scale, layout, model_fingerprint(v_pipe))
+    seen: list[tuple[list[Any], np.ndarray, list[str], str]] = []
+    real = widgets.plots.pictures_and_map
+
+    def board(pictures: Any, values: Any, *, rows: Any, title: str, **options: Any) -> Figure:
+        seen.append((list(pictures), values, list(rows), title))
+        return real(pictures, values, rows=rows, title=title, **options)
+
+    monkeypatch.setattr(widgets.plots, "pictures_and_map", board)
+    view = widgets.neuron_explorer(v_pipe, neurons, ["a cat"], pictures=1, steps=3, preview_steps=2)
+    assert view.draw() and f"{len(range(0, layout.n, 3)):,} of {layout.n:,}" in seen[-1][3]
+    view.controls["cut"].value = 0.2
+    view.controls["kind"].value = "values"
+    pictures, shut, rows, title = seen[-1]
+    only = neurons.binary(0.2).within(kind="V")
+    assert len(only) and f"{len(only):,} of" in title
+    for row, values in zip(rows, shut, strict=True):
+        assert values.mean() == pytest.approx(100 / 6 if row.endswith("V") else 0, abs=1)
+    with only.applied(v_pipe):
+        assert same([np.asarray(one) for one in pictures], generate(v_pipe, ["a cat"], steps=3))
+    view.controls["block"].value = "mid"
+    assert {row for row, values in zip(rows, seen[-1][1], strict=True) if values.any()} == {
+        row for row in rows if row.startswith("mid") and row.endswith("V")
+    }
+
+
+def test_attention_is_browsed_without_drawing_again(
+    v_pipe: Any, untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    maps: list[list[np.ndarray]] = []
+    monkeypatch.setattr(widgets, "generate", lambda *a, **k: (drawn.append(a), generate(*a, **k))[1])
+    real = widgets.plots.attention_overlay
+    monkeypatch.setattr(widgets.plots, "attention_overlay", lambda p, m, **k: (maps.append(m), real(p, m, **k))[1])
+    view = widgets.attention_browser(v_pipe, "a cat and a car", steps=3)
+    assert view.draw() and len(drawn) == 1 and len(maps[-1]) == 5
+    view.controls["layer"].value = view.controls["layer"].options[1]
+    view.controls["stage"].value = "last third"
+    assert len(drawn) == 1 and not np.allclose(maps[0][1], maps[-1][1])
+    with record_attention(v_pipe) as recorded:
+        generate(v_pipe, "a cat and a car", steps=3)
+    own = recorded.token("cat", layers=[recorded.layers[0]], steps=[2])
+    assert np.allclose(maps[-1][1], own.numpy(), atol=1e-5)
+    view.controls["prompt"].value = " "
+    assert "prompt is empty" in view.status.value and len(drawn) == 1
+    view.controls["prompt"].value = "a car"
+    assert view.status.value == "" and len(drawn) == 2
 
 
 SMALL = {"pictures": 2, "steps": 4, "preview_steps": 2}
