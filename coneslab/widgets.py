@@ -64,30 +64,40 @@ def sketched(
 
 
 def neuron_explorer(
-    pipe: Any, neurons: ConceptNeurons, prompts: Sequence[str], *, pictures: int = 4, bins: int = 32, **options: Any
+    pipe: Any,
+    masks: Mapping[str, ConceptNeurons],
+    prompts: Sequence[str],
+    *,
+    pictures: int = 4,
+    bins: int = 32,
+    **options: Any,
 ) -> Explorer:
     """Which of these neurons does it take? Pictures, and a heat map of what is shut, by threshold, place and dose.
 
-    Controls: cut, below which a scale counts as shut; dose; the block of the U-Net and the kind (keys, values) to which
-    the mask is confined; a prompt of `prompts`. bins: columns of the heat map, each a run of output channels.
-    options: of `sketched`, e.g. seed, steps.
+    masks: by name, such as those found and a random control, all of one model. Controls: the mask; cut, below which a
+    scale counts as shut; dose; the block of the U-Net and the kind (keys, values) to which it is confined; a prompt of
+    `prompts`. bins: columns of the heat map, each a run of output channels. options: of `sketched`, e.g. seed, steps.
     """
-    blocks = {"all blocks": None, **{layer.block: layer.block for layer in neurons.layout}}
+    if not masks:
+        raise ConeslabError("there are no masks to explore: give at least one by name, such as {'found': neurons}")
+    layout = next(iter(masks.values())).layout
+    blocks = {"all blocks": None, **{layer.block: layer.block for layer in layout}}
     kinds = {"keys and values": None, "keys": "K", "values": "V"}
-    order = sorted(range(len(neurons.layout)), key=lambda row: "dmu".index(neurons.layout.layers[row].block[0]))
-    names = [neurons.layout.layers[row].label for row in order]
+    order = sorted(range(len(layout)), key=lambda row: "dmu".index(layout.layers[row].block[0]))
+    names = [layout.layers[row].label for row in order]
 
-    def render(cut: float, dose: float, block: str, kind: str, prompt: str) -> Iterator[Figure]:
-        mask = neurons.binary(cut).within(block=blocks[block], kind=kinds[kind])
-        shut = 100 * neurons.layout.heat_map(mask.mask().float(), bins=bins).numpy()[order]
-        title = f"{len(mask):,} of {mask.n:,} neurons shut, dose {dose:g}: “{prompt}”"
-        for made in sketched(pipe, [prompt] * pictures, edit=mask, dose=dose, **options):
+    def render(mask: str, cut: float, dose: float, block: str, kind: str, prompt: str) -> Iterator[Figure]:
+        chosen = masks[mask].binary(cut).within(block=blocks[block], kind=kinds[kind])
+        shut = 100 * layout.heat_map(chosen.mask().float(), bins=bins).numpy()[order]
+        title = f"{mask}: {len(chosen):,} of {chosen.n:,} neurons shut, dose {dose:g}\n“{prompt}”"
+        for made in sketched(pipe, [prompt] * pictures, edit=chosen, dose=dose, **options):
             yield plots.pictures_and_map(
                 made, shut, rows=names, label="% shut", x_label="output channels of the matrix", title=title
             )
 
+    cut = next(iter(masks.values())).cut
     return explorer(
-        render, cut=slider(0.05, 1.0, neurons.cut, step=0.05), dose=slider(0.0, 1.25, 1.0, step=0.125),
+        render, mask=list(masks), cut=slider(0.05, 1.0, cut, step=0.05), dose=slider(0.0, 1.25, 1.0, step=0.125),
         block=list(blocks), kind=list(kinds), prompt=list(prompts),
     )  # fmt: skip
 

@@ -430,7 +430,8 @@ def test_neurons_are_explored_by_threshold_and_place(
         return real(pictures, values, rows=rows, title=title, **options)
 
     monkeypatch.setattr(widgets.plots, "pictures_and_map", board)
-    view = widgets.neuron_explorer(v_pipe, neurons, ["a cat"], pictures=1, steps=3, preview_steps=2)
+    masks = {"found": neurons, "fewer": neurons.within(level=0)}
+    view = widgets.neuron_explorer(v_pipe, masks, ["a cat"], pictures=1, steps=3, preview_steps=2)
     assert view.draw() and f"{len(range(0, layout.n, 3)):,} of {layout.n:,}" in seen[-1][3]
     view.controls["cut"].value = 0.2
     view.controls["kind"].value = "values"
@@ -445,6 +446,10 @@ def test_neurons_are_explored_by_threshold_and_place(
     assert {row for row, values in zip(rows, seen[-1][1], strict=True) if values.any()} == {
         row for row in rows if row.startswith("mid") and row.endswith("V")
     }
+    view.controls["block"].value, view.controls["mask"].value = "all blocks", "fewer"
+    assert seen[-1][3].startswith(f"fewer: {len(masks['fewer'].binary(0.2).within(kind='V')):,} of")
+    with pytest.raises(ConeslabError, match="no masks"):
+        widgets.neuron_explorer(v_pipe, {}, ["a cat"])
 
 
 def test_attention_is_browsed_without_drawing_again(
