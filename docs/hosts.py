@@ -125,6 +125,24 @@ def refresh(path: Path, minutes: float | None = None) -> bool:
     return True
 
 
+def written_address(path: Path) -> str | None:
+    """The address in a notebook's set-up cell, which may be older than that in pyproject.toml."""
+    code = (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    found = re.search(r'(?m)^SOURCE = "git\+(\S+)"', next(code, ""))
+    return found[1] if found else None
+
+
+def readdress(paths: Sequence[Path], old: str, new: str) -> list[Path]:
+    """Put an address in place of the old one wherever a text names it; returns the files that changed."""
+    changed = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        if (after := re.sub(rf"{re.escape(old)}(?![\w-])", new, text)) != text:
+            path.write_text(after, encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
 def printed(source: str) -> str:
     """What a cell prints, run alone, with as many threads as torch takes by itself."""
     own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -142,6 +160,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.minutes and len(given.notebooks) != 1:
         parser.error("--minutes says something about one notebook: name it")
+    texts = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *NOTEBOOKS.glob("*.ipynb"),
+             *ROOT.glob("coursework/source/*/*.ipynb")]  # fmt: skip
+    old = written_address(NOTEBOOKS / FIRST)
+    for path in readdress(texts, old, address()) if old else []:
+        print(f"another address: {path}")
     for path in given.notebooks:
         if refresh(path, given.minutes):
             print(f"written: {path}")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -21,7 +22,8 @@ from coneslab.coursework import check, check_range
 ROOT = Path(__file__).resolve().parent.parent
 COURSEWORK = ROOT / "coursework"
 ASSIGNMENTS = sorted(path.parent.name for path in (COURSEWORK / "source").glob("*/*.ipynb"))
-REPOSITORY = "https://github.com/coneslab/coneslab"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY = PROJECT["urls"]["Repository"].removesuffix("/")
 MARKS = re.compile(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS)")
 
 # --- the checks -----------------------------------------------------------------------------------------

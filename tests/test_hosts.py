@@ -100,6 +100,21 @@ def test_a_new_address_replaces_the_old_one_everywhere(draft, monkeypatch):
     assert "coneslab/coneslab" not in text and text.count("someone/else") == 3 and "MINUTES = 3 " in text
 
 
+def test_texts_get_the_new_address_and_no_other_is_touched(draft, tmp_path):
+    old, new = hosts.address(), "https://github.com/someone/else"
+    hosts.refresh(draft, minutes=3)
+    assert hosts.written_address(draft) == old
+    text = (
+        f"[coursework]({old}#coursework), {old}/blob/main/x, {old}-extra and https://github.com/huggingface/diffusers"
+    )
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text(text, encoding="utf-8")
+    other.write_text("none", encoding="utf-8")
+    assert hosts.readdress([page, other], old, new) == [page]
+    assert page.read_text(encoding="utf-8") == text.replace(old, new).replace(f"{new}-extra", f"{old}-extra")
+    assert hosts.readdress([page, other], old, new) == []
+
+
 def test_a_notebook_without_a_title_is_refused(draft):
     notebook = nbformat.read(draft, as_version=4)
     notebook.cells[0].source = "No heading."
