@@ -50,7 +50,7 @@ def setting(world_pipe, tmp_path_factory, judge):
 def short(monkeypatch):
     monkeypatch.setattr(conceptor_experiment, "TRAINING", {"batch": 2, "pictures": 4, "steps": 2})
     monkeypatch.setattr(conceptor_experiment, "PICTURES", 6)
-    for name, value in {"STEPS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
+    for name, value in {"STEPS": 1, "ESD_STEPS": 1, "ROUNDS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
         monkeypatch.setattr(ablation_experiment, name, value)
     monkeypatch.setattr(ablation_experiment, "ATTACK_STEPS", {"inversion_steps": 1, "finetune_steps": 1})
     monkeypatch.setattr(experiments, "TUNING_STEPS", (1, 10))
@@ -117,6 +117,23 @@ def test_every_way_to_ablate_is_measured(title, setting, tmp_path):
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
     with pytest.raises(ConeslabError, match="object:cat"):
         ablation_experiment.ablation_target("object:unicorn")
+
+
+def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
+    measured = {
+        "CLIP accuracy, target": 0.25, "share of others kept": 0.75, "KID, far": 0.1, "KID, looks alike": 0.3,
+        "KID, target": 9, "comes back: paraphrases": 0.0, "comes back: img2img": 1.0,
+        "comes back: fine-tuning back": 0.5,
+    }  # fmt: skip
+    cell = {"subject": "object:cat", "seed": 0, "condition": "UCE", "kind": "object", "seconds": 2.0, "bytes": 4000}
+    table = pandas.DataFrame([{**cell, "measure": name, "value": value} for name, value in measured.items()])
+    other = table.assign(subject="object:dog", value=table.value + 1, seconds=3.0)
+    found = ablation_experiment.outcome(pandas.concat([table, other])).set_index(["subject", "measure"]).value
+    assert found["object:cat"].to_dict() == pytest.approx({
+        "target still drawn": 0.25, "others kept": 0.75, "KID of others": 0.2, "back by other prompts": 0.5,
+        "back by training": 0.5, "seconds": 2.0, "kilobytes": 4.0,
+    })  # fmt: skip
+    assert found["object:dog", "KID of others"] == pytest.approx(1.2) and found["object:dog", "seconds"] == 3
 
 
 def test_collateral_damage_is_measured_for_every_class(setting, tmp_path):

@@ -372,6 +372,16 @@ def test_overlap_is_that_of_the_sets(first, second):
     assert overlap.expected_intersection == pytest.approx(expected)
 
 
+def test_a_mask_is_confined_to_the_layers_that_match(found):
+    keys, values = found.within(kind="K"), found.within(kind="V")
+    assert len(keys.indices) and len(values.indices)
+    assert sorted([*keys.indices, *values.indices]) == found.indices.tolist()
+    place = found.layout.where(kind="V").numpy()
+    assert place[values.indices].all() and not place[keys.indices].any()
+    assert torch.equal(values.scale()[place], found.scale()[place]) and (values.scale()[~place] == 1).all()
+    assert len(found.within(kind="V", level=99).indices) == 0 and found.within() == found
+
+
 def test_chance_is_what_random_masks_overlap_by(found):
     overlaps = [found.overlap(random_neurons(found, seed=seed)) for seed in range(40)]
     mean = np.mean([overlap.intersection for overlap in overlaps])

@@ -32,6 +32,26 @@ def test_intervals_draw_the_numbers_given():
     assert figure.axes[0].get_xlabel() == "m"
 
 
+def test_a_logarithmic_panel_leaves_out_what_it_cannot_show():
+    rows = [("a", "m", 0.0), ("b", "m", 10.0), ("a", "n", 0.0), ("b", "n", 1.0)]
+    table = pandas.DataFrame([{"condition": c, "measure": m, "value": v, "low": v, "high": v} for c, m, v in rows])
+    first, second = plots.intervals(table, log=["m"]).axes
+    assert first.get_xscale() == "log" and second.get_xscale() == "linear"
+    assert [len(axes.lines) for axes in (first, second)] == [2, 4]
+    assert all(line.get_xdata()[0] == 10 for line in first.lines)
+
+
+def test_pictures_stand_above_their_map():
+    pictures = [np.full((8, 8, 3), shade, np.uint8) for shade in (0, 255)]
+    figure = plots.pictures_and_map(pictures, np.eye(3), rows=list("abc"), label="% shut", title="half")
+    *above, below, bar = figure.axes
+    shown = [axes.images[0].get_array() for axes in above]
+    assert len(shown) == 2 and all((a == b).all() for a, b in zip(shown, pictures, strict=True))
+    assert [text.get_text() for text in below.get_yticklabels()] == list("abc")
+    assert (below.collections[0].get_array().reshape(3, 3) == np.eye(3)).all() and bar.get_ylabel() == "% shut"
+    assert "half" in figure.get_label() and "% shut" in figure.get_label()
+
+
 def test_curves_with_bands_say_what_the_band_is():
     figure = plots.curves({"x": ([0, 1], [1, 2], [0, 1], [2, 3])}, x_label="dose", y_label="loss", baseline={"ref": 1})
     legend = figure.axes[0].get_legend()
