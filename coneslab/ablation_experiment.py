@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import pandas
 from PIL import Image
 
@@ -17,11 +18,12 @@ from .ablation import ablate
 from .ablation_report import CopyDetector, attacks, evaluate_ablation, near_and_far
 from .compare import Row, Setting, rows_of, stored_bytes, timed
 from .diffusion import generate
-from .edits import Edit, applied
+from .edits import Edit
 from .errors import ConeslabError
 from .forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
+from .metrics import Judge
 from .pairs import drawn_once
-from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, sample, with_article
+from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, compose, listed, memorised, with_article
 
 OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
     "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",
@@ -179,7 +181,7 @@ def collateral(setting: Setting, about: Target, seed: int) -> list[Row]:
 
 
 def _measured(setting: Setting, about: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
-    """Accuracy by group, what the others lost, whether the concept comes back, and copies where it was memorised."""
+    """Accuracy by group, what the others lost, and whether the concept comes back, for a memorised one as copies."""
     drawing: dict[str, Any] = {**setting.drawing, "seed": 1000 * seed}
     pictures = PICTURES * setting.pictures
     report = evaluate_ablation(
@@ -194,17 +196,14 @@ def _measured(setting: Setting, about: Target, edit: Edit | None, seed: int, **c
     back = attacks(
         setting.pipe, setting.judge, edit, *about.shown, paraphrases=about.paraphrases, synonyms=about.synonyms,
         word=about.name if about.kind == "object" else "", pictures=pictures, **how,
+        shows=copy_detector(setting.judge, about.name).copies if about.kind == "memorised" else None,
     )  # fmt: skip
     values |= {f"comes back: {row.attack}": float(row.value) for row in back.itertuples()}
-    if about.kind == "memorised":
-        with applied(edit, setting.pipe):
-            drawn = generate(setting.pipe, [about.shown[0]] * pictures, batch_size=24, **drawing)
-        values["copies"] = float(_detector(setting.judge, about.name).copies(drawn).mean())
     return rows_of(values, **columns)
 
 
 OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is the mean
-    "target still drawn": ("CLIP accuracy, target",),
+    "target still drawn": ("comes back: plain prompt",),
     "others kept": ("share of others kept",),
     "KID of others": (
         "KID, same category", "KID, looks alike", "KID, far", "KID, same class, other style",
@@ -214,7 +213,6 @@ OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is
         f"comes back: {way}" for way in ("paraphrases", "other words", "misspellings", "img2img")
     ),
     "back by training": ("comes back: Textual Inversion", "comes back: fine-tuning back"),
-    "copies": ("copies",),
 }  # fmt: skip
 
 
@@ -232,8 +230,10 @@ def outcome(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 @lru_cache(maxsize=8)
-def _detector(judge: Any, name: str) -> CopyDetector:
-    others = [Image.fromarray(picture) for picture in sample(400, seed=1).images]
-    original = Image.fromarray(memorised(name)[0])
-    others = [other for other in others if other.tobytes() != original.tobytes()]
-    return CopyDetector.calibrated(judge, original, others, false_alarms=0.01)
+def copy_detector(judge: Judge, name: str) -> CopyDetector:
+    """Tells copies of a memorised picture from 200 others of the same objects in the same scene, placed otherwise."""
+    entry, original = FACTS["memorised"][name], memorised(name)[0]
+    objects = [(cls, style, colour or None) for cls, style, colour in entry["objects"]]
+    drawn = (compose(objects, entry["scene"], seed=seed)[0] for seed in range(201))
+    others = [Image.fromarray(picture) for picture in drawn if not np.array_equal(picture, original)]
+    return CopyDetector.calibrated(judge, Image.fromarray(original), others, false_alarms=0.01)

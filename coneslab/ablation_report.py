@@ -6,7 +6,7 @@ the same start noises, and carries its interval.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +60,8 @@ class CopyDetector:
     ) -> CopyDetector:
         """Set the threshold so that at most that share of `others`, real pictures that are no copies, lies above.
 
+        Others that show the same things in the same place, arranged otherwise, are what it must be told from: beside
+        arbitrary pictures anything that has the content of the original looks like a copy.
         Raises ConeslabError for so few others that the share cannot be told from 0.
         """
         feature = judge.image_features(original)[0]
@@ -167,6 +169,7 @@ def attacks(
     inversion_steps: int = 100,
     finetune_steps: int = 20,
     batch: int = 16,
+    shows: Callable[[Images], np.ndarray] | None = None,
     token: str = "<back>",
     seed: int = 0,
     steps: int = 25,
@@ -174,7 +177,8 @@ def attacks(
 ) -> pandas.DataFrame:
     """Try to bring an ablated concept back; a row an attack, with the share of pictures that show the target again.
 
-    A picture shows the target if it is nearer to the target's prompt than to the anchor's. paraphrases, synonyms:
+    A picture shows the target if it is nearer to the target's prompt than to the anchor's, or by `shows`: pictures ->
+    (n,) bool, such as `CopyDetector.copies`. paraphrases, synonyms:
     prompts that ask for it otherwise; word: misspelled in the target's prompt. Then: img2img from pictures of the
     target at `strength`; Textual Inversion of `token` on such pictures, on the edited model; `finetune_steps` steps of
     K-V fine-tuning on them, both with `batch` samples a step. The untouched model draws the pictures of the target.
@@ -184,9 +188,12 @@ def attacks(
     shown = list(drawn_once(pipe, [target] * pictures, seed=seed + 7000, **options))
     rows: list[dict[str, Any]] = []
 
-    def record(attack: str, drawn: Images) -> None:
+    def nearer(drawn: Images) -> np.ndarray:
         near = judge.image_features(drawn) @ texts.T
-        interval = bootstrap_interval((near[:, 0] > near[:, 1]).numpy())
+        return (near[:, 0] > near[:, 1]).numpy()
+
+    def record(attack: str, drawn: Images) -> None:
+        interval = bootstrap_interval((shows or nearer)(drawn))
         rows.append({"attack": attack, "value": interval.estimate, "low": interval.low, "high": interval.high})
 
     def asked(prompts: Sequence[str]) -> list[Image.Image]:

@@ -91,6 +91,11 @@ def test_attacks_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit)
     assert report.value[0] == pytest.approx(float((near[:, 0] > near[:, 1]).float().mean()))
     assert v_pipe.tokenizer is tokenizer and v_pipe.unet is unet
     assert all(torch.equal(before[name], tensor) for name, tensor in v_pipe.unet.state_dict().items())
+    other = attacks(
+        v_pipe, judge, edit, "a cat", "a dog", inversion_steps=1, finetune_steps=1, batch=2,
+        shows=lambda pictures: np.arange(len(pictures)) == 1, **FAST,
+    )  # fmt: skip
+    assert other.value.tolist() == pytest.approx([1 / 3] * len(other))
     with pytest.raises(ConeslabError, match="strength"):
         attacks(v_pipe, judge, None, "a cat", "a dog", strength=0, **FAST)
     assert np.isfinite(report.value).all()
