@@ -281,6 +281,7 @@ def pictures_and_map(
         np.asarray(values, float), ax=axes, cmap=MAP, vmin=0, xticklabels=False, yticklabels=list(rows),
         cbar_kws={"label": label},
     )  # fmt: skip
+    axes.collections[0].colorbar.ax.tick_params(labelsize=7)
     axes.tick_params(labelsize=7)
     axes.set_xlabel(x_label, fontsize=8)
     figure.suptitle(title, fontsize=10)

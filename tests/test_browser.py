@@ -78,6 +78,12 @@ scale = (torch.rand(layout.n, generator=torch.Generator().manual_seed(0)) > 0.3)
 some = ConceptNeurons.from_scale(scale, layout, model_fingerprint(pipe), subject="some")
 widgets.playground(pipe, {"some neurons": some}, pictures=2, steps=6, preview_steps=2)
 """,
+    """
+widgets.neuron_explorer(pipe, {"some neurons": some}, ["a cat"], pictures=2, steps=4, preview_steps=2)
+""",
+    """
+widgets.attention_browser(pipe, "a cat and a car", steps=4)
+""",
 ]
 
 
@@ -304,6 +310,29 @@ def test_the_playground_draws_with_the_shipped_model(visit: Visit, lab: Any) -> 
     prompt.fill("a dog in the snow")
     prompt.press("Enter")
     assert next_picture(cell, before) != before
+
+
+def test_views_of_neurons_and_of_attention_follow_their_menus(visit: Visit, lab: Any) -> None:
+    write_notebook(lab[2] / "views.ipynb", CELLS)
+    *_, neurons, attention = run_all(visit, lab, "views.ipynb")
+    visit.photograph("neurons_start", neurons)
+    control(neurons, "kind").locator("select").select_option("keys")
+    before = next_picture(neurons, None)
+    control(neurons, "block").locator("select").select_option("mid")
+    assert next_picture(neurons, before) != before
+    visit.photograph("neurons_moved", neurons)
+
+    visit.photograph("attention_start", attention)
+    control(attention, "stage").locator("select").select_option("last third")
+    before = next_picture(attention, None)
+    prompt = control(attention, "prompt").locator("input")
+    prompt.fill("a dog")
+    prompt.press("Enter")
+    before = next_picture(attention, before)
+    visit.photograph("attention_moved", attention)
+    prompt.fill(" ")
+    prompt.press("Enter")
+    expect(attention.get_by_role("alert")).to_contain_text("the prompt is empty")
 
 
 def write_notebook(path: Path, cells: list[str]) -> None:
