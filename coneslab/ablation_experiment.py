@@ -23,7 +23,7 @@ from .errors import ConeslabError
 from .forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
 from .metrics import Judge
 from .pairs import drawn_once
-from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, compose, listed, memorised, with_article
+from .world import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, rearranged, with_article
 
 OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
     "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",
@@ -232,8 +232,7 @@ def outcome(table: pandas.DataFrame) -> pandas.DataFrame:
 @lru_cache(maxsize=8)
 def copy_detector(judge: Judge, name: str) -> CopyDetector:
     """Tells copies of a memorised picture from 200 others of the same objects in the same scene, placed otherwise."""
-    entry, original = FACTS["memorised"][name], memorised(name)[0]
-    objects = [(cls, style, colour or None) for cls, style, colour in entry["objects"]]
-    drawn = (compose(objects, entry["scene"], seed=seed)[0] for seed in range(201))
+    original = memorised(name)[0]
+    drawn = (rearranged(name, seed)[0] for seed in range(201))
     others = [Image.fromarray(picture) for picture in drawn if not np.array_equal(picture, original)]
     return CopyDetector.calibrated(judge, Image.fromarray(original), others, false_alarms=0.01)

@@ -95,14 +95,12 @@ def decompose_image(
     else:
         goal = draw([vector(words)])[0]
     seen = judge.image_features(goal)[0]
-    known: dict[frozenset[str], tuple[float, Image.Image]] = {}
+    drawn: dict[frozenset[str], Image.Image] = {}
 
     def closeness(sets: Sequence[Sequence[str]]) -> list[float]:
-        new = list(dict.fromkeys(own for own in map(frozenset, sets) if own not in known))
-        pictures = draw([vector(tuple(own)) for own in new]) if new else []
-        scores = (judge.image_features(pictures) @ seen).tolist() if new else []
-        known.update(zip(new, zip(scores, pictures, strict=True), strict=True))
-        return [known[frozenset(own)][0] for own in sets]
+        pictures = draw([vector(own) for own in sets])
+        drawn.update(zip(map(frozenset, sets), pictures, strict=True))
+        return (judge.image_features(pictures) @ seen).tolist()
 
     left = _Left(words, groups, closeness, threshold)
     bar = tqdm(desc="leaving words out", unit="pass", disable=not progress)
@@ -115,15 +113,16 @@ def decompose_image(
             if callback is not None:
                 callback(count["passes"], tuple(left.words))
     bar.close()
-    (similarity,) = closeness([left.words])
-    picture, removed = known[frozenset(left.words)][1], tuple(left.removed)
-    return ImageDecomposition(tuple(left.words), goal, picture, similarity, removed, count["drawn"], count["passes"])
+    (similarity,), picture = left.scores([left.words]), drawn[frozenset(left.words)]
+    words, removed = tuple(left.words), tuple(left.removed)
+    return ImageDecomposition(words, goal, picture, similarity, removed, count["drawn"], count["passes"])
 
 
 class _Left:
     """The words that are left of a sum, from the largest coefficient to the smallest, and passes that leave some out.
 
-    groups: word -> the words that go with it; closeness: of the pictures that some lists of words draw to the target.
+    groups: word -> the words that go with it; closeness: of the pictures that some lists of words draw to the target,
+    asked for no set of words twice.
     """
 
     def __init__(
@@ -136,6 +135,13 @@ class _Left:
         self.words, self.groups, self.closeness, self.threshold = list(words), groups, closeness, threshold
         self.untried, self.reach = list(reversed(words)), len(words)
         self.removed: list[tuple[str, float]] = []
+        self.known: dict[frozenset[str], float] = {}
+
+    def scores(self, sets: Sequence[Sequence[str]]) -> list[float]:
+        new = {frozenset(own): own for own in sets if frozenset(own) not in self.known}
+        if new:
+            self.known.update(zip(new, self.closeness(list(new.values())), strict=True))
+        return [self.known[frozenset(own)] for own in sets]
 
     def without(self, gone: set[str]) -> list[str]:
         return [word for word in self.words if word not in gone]
@@ -156,9 +162,11 @@ class _Left:
             if not self.without(gone):
                 break
             prefixes.append(gone)
+        if not prefixes:
+            return False
         sizes = [number for number in range(1, len(prefixes)) if number & (number - 1) == 0] + [len(prefixes)]
-        sizes = sizes[: self.reach] if prefixes else []
-        scores = self.closeness([self.without(prefixes[size - 1]) for size in sizes]) if sizes else []
+        sizes = sizes[: self.reach]
+        scores = self.scores([self.without(prefixes[size - 1]) for size in sizes])
         good = [number for number, score in enumerate(scores) if score >= self.threshold]
         last = good[-1] if good else -1
         size = sizes[last] if good else 0
@@ -167,18 +175,18 @@ class _Left:
         if good:
             self.drop(prefixes[size - 1], scores[last])
         self.reach = 2 * len(sizes) if last + 1 == len(sizes) else max(1, len(good))
-        self.untried = [word for word in rest if word in self.words] if sizes else []
+        self.untried = [word for word in rest if word in self.words]
         return bool(self.untried)
 
     def alone(self) -> bool:
         """Try each word alone, then leave out as many of the free ones together as may go; False if none is free."""
         rest = {word: left for word in self.words if (left := self.without(self.groups[word]))}
-        scores = dict(zip(rest, self.closeness(list(rest.values())), strict=True)) if rest else {}
+        scores = dict(zip(rest, self.scores(list(rest.values())), strict=True))
         free = sorted((word for word in scores if scores[word] >= self.threshold), key=lambda word: -scores[word])
         while free:
             gone = set().union(*(self.groups[word] for word in free))
             left = self.without(gone)
-            score = scores[free[0]] if len(free) == 1 else (self.closeness([left])[0] if left else -1.0)
+            score = scores[free[0]] if len(free) == 1 else (self.scores([left])[0] if left else -1.0)
             if left and score >= self.threshold:
                 self.drop(gone, score)
                 return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +116,12 @@ def attention_browser(
         "all steps": slice(None), "first third": slice(third), "second third": slice(third, -third),
         "last third": slice(-third, None),
     }  # fmt: skip
-    kept: dict[tuple[str, int], tuple[Image.Image, AttentionMaps]] = {}
 
+    @lru_cache(maxsize=8)
     def record(prompt: str, seed: int) -> tuple[Image.Image, AttentionMaps]:
-        if (prompt, seed) not in kept:
-            with applied(edit, pipe), record_attention(pipe) as maps:
-                (picture,) = generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)
-            while len(kept) >= 8:
-                del kept[next(iter(kept))]
-            kept[prompt, seed] = picture, maps
-        return kept[prompt, seed]
+        with applied(edit, pipe), record_attention(pipe) as maps:
+            (picture,) = generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)
+        return picture, maps
 
     def render(prompt: str, seed: int, layer: str, stage: str) -> Figure:
         words = prompt.split()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from random import Random
 from typing import Any
@@ -325,9 +325,15 @@ def _planted(random: Random) -> tuple[str, _Plan]:
 @cache
 def memorised(name: str) -> tuple[np.ndarray, Record]:
     """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the identical picture."""
+    picture, record = rearranged(name, len(name))
+    return picture, replace(record, caption=FACTS["memorised"][name]["caption"], fact=f"memorised:{name}")
+
+
+def rearranged(name: str, seed: int) -> tuple[np.ndarray, Record]:
+    """The objects and the scene of a memorised picture, which every seed places otherwise: real non-copies of it."""
     entry = FACTS["memorised"][name]
     objects = [(cls, style, colour or None) for cls, style, colour in entry["objects"]]
-    return compose(objects, entry["scene"], seed=len(name), caption=entry["caption"], fact=f"memorised:{name}")
+    return compose(objects, entry["scene"], seed=seed)
 
 
 _NAMES = tuple(CLASSES)

@@ -83,12 +83,17 @@ def minutes_of(source: str) -> float | None:
     return float(found[1]) if found else None
 
 
+def first_code(path: Path) -> str:
+    """The source of a notebook's first code cell: its set-up; "" if there is none."""
+    cells = nbformat.read(path, as_version=4).cells
+    return next((cell.source for cell in cells if cell.cell_type == "code"), "")
+
+
 def running_times(paths: Sequence[Path]) -> str:
     """How long notebooks run, as their own set-up cells say: a table for the site."""
     rows = []
     for path in paths:
-        code = (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-        rows.append([f"[{path.stem}](notebooks/{path.name})", f"{minutes_of(next(code)):g} min"])
+        rows.append([f"[{path.stem}](notebooks/{path.name})", f"{minutes_of(first_code(path)):g} min"])
     return markdown_table(["notebook", "all cells, on two CPU cores"], rows)
 
 
@@ -127,8 +132,7 @@ def refresh(path: Path, minutes: float | None = None) -> bool:
 
 def written_address(path: Path) -> str | None:
     """The address in a notebook's set-up cell, which may be older than that in pyproject.toml."""
-    code = (cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-    found = re.search(r'(?m)^SOURCE = "git\+(\S+)"', next(code, ""))
+    found = re.search(r'(?m)^SOURCE = "git\+(\S+)"', first_code(path))
     return found[1] if found else None
 
 

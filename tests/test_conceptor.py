@@ -266,7 +266,7 @@ def test_no_word_left_could_go_and_few_pictures_tell(needed):
     assert {int(word) for word in left.words} == needed
     assert [word for word in words if word in left.words] == left.words
     assert {word for word, _ in left.removed} | set(left.words) == set(words)
-    assert len(asked) <= {1: 20, 2: 25, 3: 40}.get(len(needed), 70)
+    assert len(asked) <= {1: 20, 2: 25, 3: 40}.get(len(needed), 49)
 
 
 def _drawn(pipe, prompt):
