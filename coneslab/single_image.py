@@ -114,8 +114,8 @@ def decompose_image(
                 callback(count["passes"], tuple(left.words))
     bar.close()
     (similarity,), picture = left.scores([left.words]), drawn[frozenset(left.words)]
-    words, removed = tuple(left.words), tuple(left.removed)
-    return ImageDecomposition(words, goal, picture, similarity, removed, count["drawn"], count["passes"])
+    kept, removed = tuple(left.words), tuple(left.removed)
+    return ImageDecomposition(kept, goal, picture, similarity, removed, count["drawn"], count["passes"])
 
 
 class _Left:
