@@ -51,6 +51,7 @@ def make_pipeline(
     down_blocks: tuple[str, ...] | None = None,
     sample_size: int = 8,
     words: tuple[str, ...] = WORDS,
+    linear: bool = False,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
     """A StableDiffusionPipeline with random weights, the structure given, and pictures 2 x the latent's size."""
@@ -66,6 +67,7 @@ def make_pipeline(
         up_block_types=up,
         cross_attention_dim=text_width,
         attention_head_dim=heads,
+        use_linear_projection=linear,
         norm_num_groups=8,
     )
     for name, weight in unet.named_parameters():

@@ -116,20 +116,26 @@ class Visit:
         (part or self.page).screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
-@pytest.fixture
-def visit(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Visit]:
+@contextmanager
+def visitor(browser: Browser, name: str) -> Iterator[Visit]:
     """A new visitor, in a window of a laptop's size. A failure leaves a screenshot."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    visitor = Visit(context.new_page())
+    made = Visit(context.new_page())
     try:
-        yield visitor
-        assert visitor.errors == []
+        yield made
+        assert made.errors == []
     finally:
         try:
-            visitor.photograph(f"last_{request.node.name}")
+            made.photograph(f"last_{name}")
         except Error:
             pass
         context.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    with visitor(browser, request.node.name) as made:
+        yield made
 
 
 @contextmanager
@@ -416,10 +422,29 @@ def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, 
     expect(prompt).to_have_value(subject("cat").prompts[0])
     visit.photograph("app_found")
 
-    kernel = re.search(r'"kernelId": ?"([0-9a-f-]+)"', page.content())
-    assert kernel is not None
-    replies = page.evaluate(SEND, kernel[1])
+    replies = page.evaluate(SEND, kernel_of(page))
     assert "kernel_info_reply" in replies and "execute_reply" not in replies
     for path in ("api/contents", "api/kernels", "lab", "tree"):
         answer = page.request.post(f"{address}/{path}")
         assert answer.status in (403, 404, 405), path
+
+
+def kernel_of(page: Page) -> str:
+    found = re.search(r'"kernelId": ?"([0-9a-f-]+)"', page.content())
+    assert found is not None
+    return found[1]
+
+
+def test_visitors_of_the_app_draw_at_once_and_do_not_see_each_other(browser: Browser, app: tuple[str, Path]) -> None:
+    with visitor(browser, "app_one") as one, visitor(browser, "app_two") as two:
+        for each in (one, two):
+            each.page.goto(app[0], wait_until="commit")
+        bodies = [each.page.locator("body") for each in (one, two)]
+        first = [next_picture(body, None) for body in bodies]
+        assert first[0] == first[1] and kernel_of(one.page) != kernel_of(two.page)
+        seeds = [control(body, "seed").locator("input") for body in bodies]
+        for number, seed in enumerate(seeds, 3):
+            seed.fill(str(number))
+            seed.press("Enter")
+        then = [next_picture(body, before) for body, before in zip(bodies, first, strict=True)]
+        assert then[0] != then[1] and [seed.input_value() for seed in seeds] == ["3", "4"]
