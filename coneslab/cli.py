@@ -1,4 +1,4 @@
-"""The command line: `coneslab pretrain`, `evaluate-model`, `experiment`, `compare`, `build-stickers`."""
+"""The command line: `coneslab COMMAND ...`; `coneslab COMMAND --help` says what each takes."""
 
 from __future__ import annotations
 
@@ -6,211 +6,34 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from . import __version__, commands_make, commands_use
 from .errors import ConeslabError
 
+_EPILOG = """\
+Exit codes: 0 done; 1 something is wrong with what was given, found or installed, and stderr says what; 2 the command
+was not understood; 130 interrupted. --json prints one JSON object to stdout, or writes it to a file, and leaves what
+is meant for people to stderr.
 
-def _pretrain(arguments: argparse.Namespace) -> None:
-    import signal
-
-    from . import pretrain  # torch and diffusers take seconds to import: not for --help
-
-    for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore the first: both save a checkpoint
-        signal.signal(sign, signal.default_int_handler)
-    stages = {
-        "vae": ("vae",), "decoder": ("decoder",), "unet": ("unet",), "judge": ("judge",), "export": (),
-        "all": ("vae", "unet", "judge", "decoder"),
-    }[arguments.model]  # fmt: skip
-    if arguments.decoder_only:
-        stages = ("decoder",)
-    pretrain.train(arguments.runs, stages, minutes=arguments.minutes)
-    if arguments.model in ("export", "all"):
-        print(f"written: {pretrain.export(arguments.runs, arguments.models)}")
-
-
-def add_pretrain_parser(commands: argparse._SubParsersAction) -> None:
-    """`coneslab pretrain MODEL`: train the shipped models from nothing."""
-    pretrain = commands.add_parser("pretrain", help="train the shipped models from nothing, or go on where it stopped")
-    pretrain.add_argument(
-        "model",
-        choices=("vae", "decoder", "unet", "judge", "all", "export"),
-        help="decoder: go on with the autoencoder's decoder alone, its latents stay; export: put what is trained into "
-        "the folder of shipped models; all: everything in turn",
-    )
-    pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs, pictures (default: runs)")
-    pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
-    pretrain.add_argument("--minutes", type=float, help="time budget of each model; its learning rate ends at 0 then")
-    pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
-    pretrain.set_defaults(run=_pretrain)
-
-
-def _evaluate_model(arguments: argparse.Namespace) -> None:
-    from . import evaluation, metrics, models
-
-    judge = metrics.load_judge(arguments.judge)
-    report = (
-        evaluation.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed)
-        if arguments.folder == "judge"
-        else evaluation.evaluate_model(
-            models.load(arguments.folder, device=arguments.device),
-            judge,
-            seeds=arguments.seeds,
-            steps=arguments.steps,
-            guidance_scale=arguments.guidance_scale,
-            limit=arguments.limit,
-            extras=not arguments.bars_only,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-        )
-    )
-    print(report)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def add_evaluate_model_parser(commands: argparse._SubParsersAction) -> None:
-    """`coneslab evaluate-model FOLDER`: the table of what a pipeline draws right."""
-    evaluate = commands.add_parser(
-        "evaluate-model",
-        help="draw every class, pairs and fours with a pipeline and print what the judge finds",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
-    evaluate.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
-    evaluate.add_argument("--seeds", type=int, default=8, help="pictures a prompt, each in another scene")
-    evaluate.add_argument("--steps", type=int, default=25, help="sampler steps")
-    evaluate.add_argument("--guidance-scale", type=float, default=3.0)
-    evaluate.add_argument("--limit", type=int, help="only that many classes, pairs and fours: a quick look")
-    evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
-    evaluate.add_argument("--batch-size", type=int, default=16)
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
-    evaluate.add_argument("--json", type=Path, help="write the table to this file as well")
-    evaluate.set_defaults(run=_evaluate_model)
-
-
-def _experiment(arguments: argparse.Namespace) -> None:
-    from . import compare, experiments, metrics, models
-
-    setting = experiments.Setting(
-        models.load(arguments.model, device=arguments.device),
-        metrics.load_judge(arguments.judge),
-        rounds=arguments.rounds,
-        finetune_steps=arguments.finetune_steps,
-        pictures=arguments.pictures,
-        masks=arguments.masks,
-    )
-    subjects = arguments.subjects.split(",") if arguments.subjects else None
-    table = experiments.run_experiment(
-        arguments.name, setting, subjects=subjects, seeds=arguments.seeds, path=arguments.out
-    )
-    print(compare.summarise(table).round(4).to_string(index=False))
-
-
-def add_experiment_parser(commands: argparse._SubParsersAction) -> None:
-    """`coneslab experiment NAME`: the tables behind the notebooks."""
-    experiment = commands.add_parser(
-        "experiment",
-        help="make one of the notebooks' tables over subjects and seeds; goes on where the table stands",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    names = (
-        "controls, precision, storage, damage, density, references, agreement, finders, together, conceptor, "
-        "ablation, collateral"
-    )
-    experiment.add_argument("name", help=f"one of {names}")
-    experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
-    experiment.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
-    experiment.add_argument("--subjects", help="names by commas, such as cat, cat+car, hypernym:pet or object:cat")
-    experiment.add_argument("--seeds", type=int, default=3)
-    experiment.add_argument("--rounds", type=int, default=60, help="rounds of a search")
-    experiment.add_argument("--finetune-steps", type=int, default=100, help="steps of K-V fine-tuning (controls)")
-    experiment.add_argument("--pictures", type=int, default=1, help="pictures a prompt")
-    experiment.add_argument("--masks", type=Path, default=Path("runs/masks"), help="where found neurons are kept")
-    experiment.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
-    experiment.add_argument("--out", type=Path, help="the table (default: its place in data/results)")
-    experiment.set_defaults(run=_experiment)
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    from . import grid
-    from .methods import METHODS
-
-    try:
-        settings = dict(json.loads(arguments.settings))
-    except (ValueError, TypeError) as error:
-        raise ConeslabError(f'--settings is {arguments.settings!r}: give JSON such as {{"steps": 50}}') from error
-    methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
-    common = {
-        "methods": methods, "model": arguments.model, "judge": arguments.judge, "folder": arguments.kept,
-    }  # fmt: skip
-    print(f"{arguments.scheduler or f'{arguments.workers} worker(s) with {arguments.threads} threads each'}")
-    with grid.dask_client(arguments.scheduler, workers=arguments.workers, threads=arguments.threads) as client:
-        if arguments.tune:
-            print(json.dumps(grid.tune_methods(client=client, **common), indent=1))
-            return
-        table = grid.compare_methods(
-            arguments.out,
-            counts=[int(count) for count in arguments.counts.split(",")],
-            seeds=arguments.seeds,
-            subjects=arguments.subjects.split(",") if arguments.subjects else None,
-            pictures=arguments.pictures,
-            settings=settings,
-            client=client,
-            **common,
-        )
-    print(grid.paper_table(table).to_string())
-    if "error" in table and table.error.notna().any():
-        raise ConeslabError(f"{int(table.error.notna().sum())} cells failed; the same command tries them again")
-
-
-def add_compare_parser(commands: argparse._SubParsersAction) -> None:
-    """`coneslab compare`: methods x subjects x seeds, the paper's table."""
-    compare = commands.add_parser(
-        "compare",
-        help="methods x subjects and combinations x seeds, on Dask; goes on where the table stands",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    compare.add_argument("--methods", help="names by semicolons, as in coneslab.methods.METHODS (default: all)")
-    compare.add_argument("--tune", action="store_true", help="choose each method's settings on the tuning subjects")
-    compare.add_argument("--counts", default="1,2,3,4", help="numbers of subjects in a picture")
-    compare.add_argument("--subjects", help='names and combinations by commas, such as "cat,dog+house"')
-    compare.add_argument("--seeds", type=int, default=3)
-    compare.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
-    compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
-    compare.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
-    compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
-    compare.add_argument("--workers", type=int, default=1, help="processes of the cluster on this machine")
-    compare.add_argument("--threads", type=int, default=2, help="threads in each of them")
-    compare.add_argument("--settings", default="{}", help='for all methods, as JSON, such as {"steps": 50}')
-    compare.add_argument("--kept", type=Path, default=Path("runs/kept"), help="where edits of single subjects are kept")
-    compare.add_argument("--out", type=Path, help="the table (default: data/results/methods.csv)")
-    compare.set_defaults(run=_compare)
-
-
-def _build_stickers(arguments: argparse.Namespace) -> None:
-    from . import stickers, world
-
-    print(f"written: {stickers.build_atlas(arguments.node_modules, world.DATA)}")
-
-
-def add_build_stickers_parser(commands: argparse._SubParsersAction) -> None:
-    """`coneslab build-stickers NODE_MODULES`: the sprite atlas, for maintainers."""
-    build = commands.add_parser("build-stickers", help="for maintainers: draw the sprite atlas from the emoji packages")
-    build.add_argument("node_modules", type=Path, help="the node_modules folder that holds the four packages")
-    build.set_defaults(run=_build_stickers)
+  coneslab doctor                                    is everything there, and what will be slow?
+  coneslab tour                                      find neurons, shut them, look: one minute
+  coneslab find cat --out cat.safetensors
+  coneslab generate "a sks cat in the snow" --edit cat.safetensors --out pictures
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="coneslab", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True)
-    add_pretrain_parser(commands)
-    add_evaluate_model_parser(commands)
-    add_experiment_parser(commands)
-    add_compare_parser(commands)
-    add_build_stickers_parser(commands)
+    top = argparse.ArgumentParser(
+        prog="coneslab",
+        description="Find, shut, take apart and remove concepts in text-to-image diffusion models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"coneslab {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands_use.add_commands(commands)
+    commands_make.add_commands(commands)
     return top
 
 
@@ -218,11 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that coneslab raises on purpose are printed without a traceback."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
-    except ConeslabError as error:
+        found = options.run(options)
+        where = getattr(options, "json", None)
+        if where:
+            text = json.dumps(found, indent=1) + "\n"
+            if where == "-":
+                sys.stdout.write(text)
+            else:
+                with open(where, "w", encoding="utf-8") as file:
+                    file.write(text)
+    except (ConeslabError, OSError) as error:
         print(f"coneslab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("coneslab: interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        more = "; what was saved is kept, and the same command goes on from there"
+        print(f"coneslab: interrupted{more if getattr(options, 'resumes', False) else ''}", file=sys.stderr)
         return 130
-    return 0
+    return int(not found["ok"]) if isinstance(found, dict) and "ok" in found else 0

@@ -1,10 +1,23 @@
-"""The command line: every command explains itself, and errors are one line and an exit code."""
+"""The command line: commands explain themselves, errors are one line and an exit code, and each does what it says."""
 
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+from conftest import make_pipeline, make_subject
+from PIL import Image
+from small_judge import save_small_judge
 
-from coneslab import cli
+from coneslab import ConeslabError, cli, doctor, generate, load, load_edit, models
 
-COMMANDS = ("pretrain", "evaluate-model", "experiment", "compare", "build-stickers")
+COMMANDS = ("doctor", "tour", "find", "generate", "apply", "decompose", "ablate", "compare", "experiment",
+            "evaluate-model", "pretrain", "build-stickers")  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -31,3 +44,181 @@ def test_errors_are_told_in_one_line_without_a_traceback(tmp_path, capsys):
 def test_settings_that_are_no_json_are_told(capsys):
     assert cli.main(["compare", "--settings", "steps=50"]) == 1
     assert "steps=50" in capsys.readouterr().err
+
+
+# --- with a small model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(folder, tokens=20).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def small_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_judge(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture
+def coneslab(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Any]:
+    """Run a command on the small model in an empty folder: what it printed as JSON, or the error it told."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str, *arguments: str) -> Any:
+        common = ["--model", str(model), "--device", "cpu", "--quiet", "--draw-steps", "2", "--json"]
+        code = cli.main([command, *arguments, *common])
+        told = capsys.readouterr()
+        return json.loads(told.out, parse_constant=pytest.fail) if code == 0 else told.err
+
+    return run
+
+
+def picture(file: str) -> np.ndarray:
+    return np.asarray(Image.open(file), float)
+
+
+def test_find_keeps_neurons_in_a_file_and_overwrites_none(coneslab, tmp_path):
+    found = coneslab("find", "cat", "--rounds", "2", "--precision", "float32")
+    edit = load_edit(tmp_path / "cat.safetensors")
+    assert found["subject"] == edit.subject == "cat" and found["neurons"] == edit.n
+    assert found["shut"] == len(edit.shut()) == sum(found["shut by layer"].values())
+    before = (tmp_path / "cat.safetensors").read_bytes()
+    assert "there already" in coneslab("find", "cat", "--rounds", "1")
+    assert (tmp_path / "cat.safetensors").read_bytes() == before
+    assert coneslab("find", "cat", "--rounds", "1", "--force")["precision"] == "binary"
+    assert "not a subject" in coneslab("find", "unicorn")
+
+
+def test_find_takes_a_folder_of_pictures(coneslab, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for number, image in enumerate(make_subject(40).images):
+        image.save(tmp_path / "mine" / f"{number}.png")
+    assert "--class-word" in coneslab("find", "mine", "--rounds", "1")
+    found = coneslab(
+        "find", "mine", "--class-word", "cat", "--token", "sks", "--rounds", "1", "--out", "a/b.safetensors"
+    )
+    assert found["file"] == "a/b.safetensors" and load_edit(tmp_path / "a" / "b.safetensors").subject == "mine"
+
+
+def test_generate_says_in_each_picture_how_it_was_made(coneslab, tmp_path, model):
+    coneslab("find", "cat", "--rounds", "3", "--out", "cat.safetensors")
+    plain = coneslab("generate", "a cat", "a dog!", "--pictures", "2", "--seed", "5", "--out", "plain")["pictures"]
+    assert [row["seed"] for row in plain] == [5, 6, 5, 6] and len({row["file"] for row in plain}) == 4
+    written = Image.open(plain[3]["file"])
+    assert json.loads(written.text["coneslab"]) == {name: plain[3][name] for name in plain[3] if name != "file"}
+    expected = generate(load(model, device="cpu"), "a dog!", seed=6, steps=2)[0]
+    assert np.abs(picture(plain[3]["file"]) - np.asarray(expected, float)).max() <= 1
+    edited = coneslab("generate", "a cat", "--seed", "5", "--edit", "cat.safetensors", "--out", "edited")["pictures"]
+    assert edited[0]["edits"] == ["cat.safetensors"]
+    assert not np.array_equal(picture(edited[0]["file"]), picture(plain[0]["file"]))
+    assert "there already" in coneslab("generate", "a dog!", "a mouse", "--seed", "5", "--out", "plain")
+    assert len(list((tmp_path / "plain").iterdir())) == 4  # a mouse was not drawn, either
+    assert "given twice" in coneslab("generate", "a cat", "a cat?")
+    assert "none.safetensors" in coneslab("generate", "a cat", "--edit", "none.safetensors")
+
+
+def test_apply_draws_both_and_writes_a_pipeline_with_the_edit(coneslab, tmp_path, model):
+    coneslab("find", "cat", "--rounds", "3")
+    coneslab("ablate", "a dog", "a cat", "--method", "uce", "--out", "dog.safetensors")
+    edits = ["cat.safetensors", "dog.safetensors"]
+    found = coneslab("apply", *edits, "--pictures", "1", "--save-model", "edited", "--dose", "0.5")
+    assert Image.open(found["figure"]).size[0] > 100 and len(found["prompts"]) == 2
+    pipe, edited = load(model, device="cpu"), load(tmp_path / "edited", device="cpu")
+    first, second = map(load_edit, edits)
+    with first.applied(pipe, dose=0.5), second.applied(pipe, dose=0.5):
+        expected = generate(pipe, "a dog", steps=2)[0]
+    assert np.array_equal(np.asarray(generate(edited, "a dog", steps=2)[0]), np.asarray(expected))
+    assert "--prompt" in coneslab("apply", "dog.safetensors", "--out", "other.png")
+    assert "there already" in coneslab("apply", "dog.safetensors", "--prompt", "a dog", "--save-model", "edited")
+    assert "tiny" not in found["figure"]
+
+
+def test_an_edit_of_another_model_is_refused(coneslab, tmp_path, monkeypatch):
+    other = make_pipeline(tmp_path, tokens=20, seed=9)
+    other.save_pretrained(tmp_path / "other")
+    coneslab("find", "cat", "--rounds", "1")
+    command = ["generate", "a cat", "--edit", "cat.safetensors", "--model", "other", "--device", "cpu"]
+    assert cli.main(command) == 1 and not any(tmp_path.glob("pictures/*.png"))
+
+
+def test_decompose_names_words_and_those_of_one_picture(coneslab, tmp_path, small_judge):
+    few = ["--judge", str(small_judge), "--steps", "2", "--pictures", "3", "--top", "4"]
+    found = coneslab("decompose", "a cat", *few, "--picture", "3")
+    edit = load_edit(tmp_path / "a-cat.safetensors")
+    assert list(found["words"].items()) == [(word, pytest.approx(share)) for word, share in edit.top(4)]
+    assert found["prompt"] == edit.prompt and set(found["picture"]["words"]) <= set(edit.words)
+    (tmp_path / "mine").mkdir()
+    for number, image in enumerate(make_subject(16).images):
+        image.save(tmp_path / "mine" / f"{number}.png")
+    assert coneslab("decompose", "mine", *few)["file"] == "mine.safetensors"
+
+
+@pytest.mark.parametrize("method", ["model", "noise", "uce", "esd", "neurons", "prune"])
+def test_ablate_has_every_method(method, coneslab, tmp_path):
+    few = ["--steps", "1", "--pictures", "4", "--method", method]
+    found = coneslab("ablate", "a cat", "a dog", *few)
+    assert found["bytes"] == (tmp_path / "without-a-cat.safetensors").stat().st_size
+    assert type(load_edit(tmp_path / "without-a-cat.safetensors")).__name__ == found["kind"]
+    around = coneslab("ablate", "a cat", "a dog", *few, "--template", "{} on the grass", "--out", "other.safetensors")
+    assert ("--template is for" in around) == (method in ("esd", "neurons", "prune"))
+
+
+def test_ablate_checks_whether_it_is_gone(coneslab, small_judge):
+    check = ["--check", "--check-pictures", "2", "--judge", str(small_judge)]
+    found = coneslab("ablate", "a cat", "a dog", "--method", "uce", "--other", "a car", *check)
+    assert {row["group"] for row in found["report"]} == {"target", "anchor", "other"}
+    assert {"plain prompt", "misspellings", "Textual Inversion"} <= {row["attack"] for row in found["attacks"]}
+    assert all(row["low"] is None for row in found["report"] if row["measure"] == "KID")
+
+
+def test_the_tour_leaves_a_figure_and_an_edit(coneslab, tmp_path):
+    found = coneslab("tour", "--subject", "dog", "--rounds", "1")
+    assert load_edit(tmp_path / "tour" / "dog.safetensors").density == found["density"]
+    assert Image.open(tmp_path / "tour" / "tour.png").size[0] > 300
+
+
+# --- doctor ---------------------------------------------------------------------------------------------
+
+
+def told(capsys: Any, *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["doctor", "--no-timing", "--json", *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_doctor_finds_a_whole_installation_well(capsys, tmp_path):
+    code, found = told(capsys)
+    assert code == 0 and found["ok"]
+    shown = {row["what"]: row["found"] for row in found["findings"]}
+    assert f"torch {importlib.metadata.version('torch')}" in shown["libraries"]
+    assert all("checksums" in shown[f"model {name!r}"] for name in models.SHIPPED)
+    assert cli.main(["doctor", "--no-timing", "--json", str(tmp_path / "report.json")]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["ok"] and "no problems" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_damaged_old_or_missing(capsys, monkeypatch):
+    def damaged(folder):
+        raise ConeslabError("unet/x.safetensors does not match")
+
+    monkeypatch.setattr(models, "verify", damaged)
+    true, old = importlib.metadata.version, {"torch": "1.0", "tqdm": None}
+
+    def version(name):
+        if name in old and old[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return old.get(name) or true(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    code, found = told(capsys)
+    problems = [f"{row['found']} {row['hint']}" for row in found["findings"] if row["level"] == "problem"]
+    assert code == 1 and not found["ok"] and len(problems) == 4
+    assert "torch is 1.0, needed is >=" in problems[0] and "tqdm is not installed" in problems[1]
+    assert "unet/x.safetensors" in problems[2]
+
+
+@pytest.mark.slow
+def test_doctor_measures_this_machine():
+    shown = {finding.what: finding.found for finding in doctor.examine(device="cpu").findings}
+    assert float(shown["eight pictures"].split()[0]) > 0
+    assert float(shown[f"search, {doctor.ROUNDS} rounds"].split()[1]) > 0

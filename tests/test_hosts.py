@@ -166,7 +166,7 @@ def test_set_up_on_colab_asks_for_one_thing(monkeypatch):
 COLAB = {
     "torch": "2.11.0", "diffusers": "0.39.0", "transformers": "5.15.0", "accelerate": "1.14.0", "safetensors": "0.8.0",
     "numpy": "2.1.3", "scipy": "1.16.3", "pandas": "2.2.3", "pillow": "11.3.0", "matplotlib": "3.10.0",
-    "seaborn": "0.13.2", "ipywidgets": "7.7.1", "ipython": "7.34.0", "tqdm": "4.67.3",
+    "seaborn": "0.13.2", "ipywidgets": "7.7.1", "ipython": "7.34.0", "tqdm": "4.67.3", "packaging": "26.0",
 }  # fmt: skip
 
 

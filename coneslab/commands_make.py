@@ -1,0 +1,210 @@
+"""Commands that make what coneslab ships or reports: `pretrain`, `evaluate-model`, `experiment`, `compare`, ..."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .commands_use import add_json, teller
+from .errors import ConeslabError
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    import signal
+
+    from . import pretrain  # torch and diffusers take seconds to import: not for --help
+
+    for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore the first: both save a checkpoint
+        signal.signal(sign, signal.default_int_handler)
+    stages = {
+        "vae": ("vae",), "decoder": ("decoder",), "unet": ("unet",), "judge": ("judge",), "export": (),
+        "all": ("vae", "unet", "judge", "decoder"),
+    }[arguments.model]  # fmt: skip
+    if arguments.decoder_only:
+        stages = ("decoder",)
+    pretrain.train(arguments.runs, stages, minutes=arguments.minutes)
+    if arguments.model in ("export", "all"):
+        print(f"written: {pretrain.export(arguments.runs, arguments.models)}")
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    """`coneslab pretrain MODEL`: train the shipped models from nothing."""
+    pretrain = commands.add_parser("pretrain", help="train the shipped models from nothing, or go on where it stopped")
+    pretrain.add_argument(
+        "model",
+        choices=("vae", "decoder", "unet", "judge", "all", "export"),
+        help="decoder: go on with the autoencoder's decoder alone, its latents stay; export: put what is trained into "
+        "the folder of shipped models; all: everything in turn",
+    )
+    pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs, pictures (default: runs)")
+    pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
+    pretrain.add_argument("--minutes", type=float, help="time budget of each model; its learning rate ends at 0 then")
+    pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
+    pretrain.set_defaults(run=_pretrain, resumes=True)
+
+
+def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    from . import evaluation, metrics, models
+
+    judge = metrics.load_judge(arguments.judge)
+    report = (
+        evaluation.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed)
+        if arguments.folder == "judge"
+        else evaluation.evaluate_model(
+            models.load(arguments.folder, device=arguments.device),
+            judge,
+            seeds=arguments.seeds,
+            steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            limit=arguments.limit,
+            extras=not arguments.bars_only,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+        )
+    )
+    teller(arguments)(report)
+    return report.to_dict()
+
+
+def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
+    """`coneslab evaluate-model FOLDER`: the table of what a pipeline draws right."""
+    evaluate = commands.add_parser(
+        "evaluate-model",
+        help="draw every class, pairs and fours with a pipeline and print what the judge finds",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
+    evaluate.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    evaluate.add_argument("--seeds", type=int, default=8, help="pictures a prompt, each in another scene")
+    evaluate.add_argument("--steps", type=int, default=25, help="sampler steps")
+    evaluate.add_argument("--guidance-scale", type=float, default=3.0)
+    evaluate.add_argument("--limit", type=int, help="only that many classes, pairs and fours: a quick look")
+    evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
+    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    add_json(evaluate)
+    evaluate.set_defaults(run=_evaluate_model)
+
+
+def _experiment(arguments: argparse.Namespace) -> None:
+    from . import compare, experiments, metrics, models
+
+    setting = experiments.Setting(
+        models.load(arguments.model, device=arguments.device),
+        metrics.load_judge(arguments.judge),
+        rounds=arguments.rounds,
+        finetune_steps=arguments.finetune_steps,
+        pictures=arguments.pictures,
+        masks=arguments.masks,
+    )
+    subjects = arguments.subjects.split(",") if arguments.subjects else None
+    table = experiments.run_experiment(
+        arguments.name, setting, subjects=subjects, seeds=arguments.seeds, path=arguments.out
+    )
+    print(compare.summarise(table).round(4).to_string(index=False))
+
+
+def _add_experiment(commands: argparse._SubParsersAction) -> None:
+    """`coneslab experiment NAME`: the tables behind the notebooks."""
+    experiment = commands.add_parser(
+        "experiment",
+        help="make one of the notebooks' tables over subjects and seeds; goes on where the table stands",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    names = (
+        "controls, precision, storage, damage, density, references, agreement, finders, together, conceptor, "
+        "ablation, collateral"
+    )
+    experiment.add_argument("name", help=f"one of {names}")
+    experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
+    experiment.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    experiment.add_argument("--subjects", help="names by commas, such as cat, cat+car, hypernym:pet or object:cat")
+    experiment.add_argument("--seeds", type=int, default=3)
+    experiment.add_argument("--rounds", type=int, default=60, help="rounds of a search")
+    experiment.add_argument("--finetune-steps", type=int, default=100, help="steps of K-V fine-tuning (controls)")
+    experiment.add_argument("--pictures", type=int, default=1, help="pictures a prompt")
+    experiment.add_argument("--masks", type=Path, default=Path("runs/masks"), help="where found neurons are kept")
+    experiment.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    experiment.add_argument("--out", type=Path, help="the table (default: its place in data/results)")
+    experiment.set_defaults(run=_experiment, resumes=True)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from . import grid
+    from .methods import METHODS
+
+    try:
+        settings = dict(json.loads(arguments.settings))
+    except (ValueError, TypeError) as error:
+        raise ConeslabError(f'--settings is {arguments.settings!r}: give JSON such as {{"steps": 50}}') from error
+    methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
+    common = {
+        "methods": methods, "model": arguments.model, "judge": arguments.judge, "folder": arguments.kept,
+    }  # fmt: skip
+    print(f"{arguments.scheduler or f'{arguments.workers} worker(s) with {arguments.threads} threads each'}")
+    with grid.dask_client(arguments.scheduler, workers=arguments.workers, threads=arguments.threads) as client:
+        if arguments.tune:
+            print(json.dumps(grid.tune_methods(client=client, **common), indent=1))
+            return
+        table = grid.compare_methods(
+            arguments.out,
+            counts=[int(count) for count in arguments.counts.split(",")],
+            seeds=arguments.seeds,
+            subjects=arguments.subjects.split(",") if arguments.subjects else None,
+            pictures=arguments.pictures,
+            settings=settings,
+            client=client,
+            **common,
+        )
+    print(grid.paper_table(table).to_string())
+    if "error" in table and table.error.notna().any():
+        raise ConeslabError(f"{int(table.error.notna().sum())} cells failed; the same command tries them again")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    """`coneslab compare`: methods x subjects x seeds, the paper's table."""
+    compare = commands.add_parser(
+        "compare",
+        help="methods x subjects and combinations x seeds, on Dask; goes on where the table stands",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument("--methods", help="names by semicolons, as in coneslab.methods.METHODS (default: all)")
+    compare.add_argument("--tune", action="store_true", help="choose each method's settings on the tuning subjects")
+    compare.add_argument("--counts", default="1,2,3,4", help="numbers of subjects in a picture")
+    compare.add_argument("--subjects", help='names and combinations by commas, such as "cat,dog+house"')
+    compare.add_argument("--seeds", type=int, default=3)
+    compare.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
+    compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
+    compare.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
+    compare.add_argument("--workers", type=int, default=1, help="processes of the cluster on this machine")
+    compare.add_argument("--threads", type=int, default=2, help="threads in each of them")
+    compare.add_argument("--settings", default="{}", help='for all methods, as JSON, such as {"steps": 50}')
+    compare.add_argument("--kept", type=Path, default=Path("runs/kept"), help="where edits of single subjects are kept")
+    compare.add_argument("--out", type=Path, help="the table (default: data/results/methods.csv)")
+    compare.set_defaults(run=_compare, resumes=True)
+
+
+def _build_stickers(arguments: argparse.Namespace) -> None:
+    from . import stickers, world
+
+    print(f"written: {stickers.build_atlas(arguments.node_modules, world.DATA)}")
+
+
+def _add_build_stickers(commands: argparse._SubParsersAction) -> None:
+    """`coneslab build-stickers NODE_MODULES`: the sprite atlas, for maintainers."""
+    build = commands.add_parser("build-stickers", help="for maintainers: draw the sprite atlas from the emoji packages")
+    build.add_argument("node_modules", type=Path, help="the node_modules folder that holds the four packages")
+    build.set_defaults(run=_build_stickers)
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add them all, in the order in which they are listed."""
+    _add_compare(commands)
+    _add_experiment(commands)
+    _add_evaluate_model(commands)
+    _add_pretrain(commands)
+    _add_build_stickers(commands)
