@@ -206,9 +206,8 @@ OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is
     "target still drawn": ("comes back: plain prompt",),
     "others kept": ("share of others kept",),
     "KID of others": (
-        "KID, same category", "KID, looks alike", "KID, far", "KID, same class, other style",
-        "KID, other classes, same style", "KID, its objects",
-    ),
+        "KID, same category", "KID, looks alike", "KID, far", "KID, same class, other style", "KID, its objects",
+    ),  # of a style's ablation not "other classes, same style": they should change
     "back by other prompts": tuple(
         f"comes back: {way}" for way in ("paraphrases", "other words", "misspellings", "img2img")
     ),

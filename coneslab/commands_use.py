@@ -75,15 +75,23 @@ def _drawing(arguments: Arguments) -> dict[str, Any]:
 
 def _subject(arguments: Arguments, pipe: Any) -> Any:
     """A subject of the sticker world by its name, or one's own from a folder of pictures."""
-    from . import subjects
+    from .subjects import subject
 
     if not Path(arguments.subject).is_dir():
-        return subjects.subject(arguments.subject)
+        return subject(arguments.subject)
     if not arguments.class_word:
         raise ConeslabError(f"{arguments.subject} is a folder: say with --class-word what its pictures show, e.g. cat")
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     token = {"token": arguments.token} if arguments.token else {}
-    return subjects.subject_from_folder(arguments.subject, arguments.class_word, resolution=size, **token)
+    return _from_folder(arguments.subject, arguments.class_word, pipe, **token)
+
+
+def _from_folder(folder: str, class_word: str, pipe: Any, **about: Any) -> Any:
+    """A subject with the folder's pictures in the pipeline's size."""
+    from .diffusion import latent_shape
+    from .subjects import subject_from_folder
+
+    size = latent_shape(pipe)[1] * pipe.vae_scale_factor
+    return subject_from_folder(folder, class_word, resolution=size, **about)
 
 
 def _edits(paths: Sequence[Path]) -> list[Any]:
@@ -246,12 +254,7 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
     say, own = teller(arguments), Path(arguments.concept).is_dir()
     path = _free(arguments.out or Path(f"{_file_name(Path(arguments.concept).name)}.safetensors"), arguments)
     pipe, judge = _pipeline(arguments), load_judge(arguments.judge, device=arguments.device)
-    shown: Any = arguments.concept
-    if own:
-        from .subjects import subject_from_folder
-
-        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        shown = subject_from_folder(arguments.concept, "thing", resolution=size).images
+    shown = _from_folder(arguments.concept, "thing", pipe).images if own else arguments.concept
     found = decompose(
         pipe, shown, judge, name=Path(arguments.concept).name if own else "", pictures=arguments.pictures,
         steps=arguments.steps, sampler_steps=arguments.draw_steps, guidance_scale=arguments.guidance_scale,
