@@ -44,7 +44,7 @@ def sketched(
     edit: Edit | None = None,
     dose: float = 1.0,
     steps: int = 25,
-    preview_steps: int = 6,
+    preview_steps: int = 4,
     **options: Any,
 ) -> Iterator[list[Image.Image]]:
     """Pictures for prompts, first in few steps and then in full, for a render function that yields both.
@@ -305,7 +305,7 @@ def playground(
     pictures: int | None = None,
     steps: int | None = None,
     guidance_scale: float = 3.0,
-    preview_steps: int = 6,
+    preview_steps: int = 4,
     limits: Limits | None = None,
 ) -> Playground:
     """Let a reader draw with any pipeline and any edits, beside the untouched model from the same noise.

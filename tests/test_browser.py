@@ -341,6 +341,19 @@ def test_views_of_neurons_and_of_attention_follow_their_menus(visit: Visit, lab:
     expect(attention.get_by_role("alert")).to_contain_text("the prompt is empty")
 
 
+def test_a_lecture_runs_and_its_explorer_follows(visit: Visit, lab: Any) -> None:
+    shutil.copy(ROOT / "notebooks" / "00_tour.ipynb", lab[2])
+    dose = next(cell for cell in run_all(visit, lab, "00_tour.ipynb") if cell.locator(".widget-slider").count())
+    dose.scroll_into_view_if_needed()
+    visit.photograph("tour_start", dose)
+    control(dose, "dose").locator(".widget-readout").fill("0.25")
+    control(dose, "dose").locator(".widget-readout").press("Enter")
+    before = next_picture(dose, None)
+    control(dose, "prompt").locator("select").select_option(index=1)
+    assert next_picture(dose, before) != before
+    visit.photograph("tour_moved", dose)
+
+
 def write_notebook(path: Path, cells: list[str]) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
