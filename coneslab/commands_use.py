@@ -32,6 +32,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def teller(arguments: Arguments) -> Callable[..., None]:
     """A print for what is meant for people: it leaves stdout to the JSON object if that goes there."""
     stream = sys.stderr if arguments.json == "-" else sys.stdout
@@ -43,7 +50,7 @@ def _add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     if drawing:
-        parser.add_argument("--draw-steps", type=int, default=25, help="sampler steps of a picture (default: 25)")
+        parser.add_argument("--draw-steps", type=positive, default=25, help="sampler steps of a picture (default: 25)")
         parser.add_argument("--guidance-scale", type=float, default=3.0, help="of pictures (default: 3.0)")
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--force", action="store_true", help="overwrite files that are there")
@@ -52,8 +59,14 @@ def _add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True)
 
 
 def _pipeline(arguments: Arguments) -> Any:
+    import diffusers
+    import transformers
+
     from . import models
 
+    if arguments.quiet:
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
     return models.load(arguments.model, device=arguments.device)
 
 
@@ -253,7 +266,8 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
 
     say, own = teller(arguments), Path(arguments.concept).is_dir()
     path = _free(arguments.out or Path(f"{_file_name(Path(arguments.concept).name)}.safetensors"), arguments)
-    pipe, judge = _pipeline(arguments), load_judge(arguments.judge, device=arguments.device)
+    pipe = _pipeline(arguments)
+    judge = load_judge(arguments.judge, device=pipe.device)
     shown = _from_folder(arguments.concept, "thing", pipe).images if own else arguments.concept
     found = decompose(
         pipe, shown, judge, name=Path(arguments.concept).name if own else "", pictures=arguments.pictures,
@@ -295,7 +309,7 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
     from .ablation_report import attacks, evaluate_ablation
     from .metrics import load_judge
 
-    judge = load_judge(arguments.judge, device=arguments.device)
+    judge = load_judge(arguments.judge, device=pipe.device)
     shown = (pipe, judge, edit, arguments.target, arguments.anchor)
     how = {"pictures": arguments.check_pictures, "seed": arguments.seed, **_drawing(arguments)}
     report = evaluate_ablation(*shown, others={"other": arguments.other}, progress=not arguments.quiet, **how)
@@ -363,37 +377,37 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     tour = command("tour", _tour, "find the neurons of a subject, shut them and draw, beside the controls")
     tour.add_argument("--subject", default="robot", help="a subject of the sticker world (default: robot)")
-    tour.add_argument("--rounds", type=int, default=60, help="rounds of the search (default: 60)")
+    tour.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
     _add_common(tour, "folder of the figure and the edit (default: tour)")
 
     find = command("find", _find, "find the concept neurons of a subject, and keep them in a file")
     find.add_argument("subject", help='of the sticker world, such as "cat", or a folder of 3 to 10 pictures')
     find.add_argument("--class-word", help="what the pictures of a folder show, such as cat")
     find.add_argument("--token", help="the rare word that stands for the subject of a folder")
-    find.add_argument("--rounds", type=int, default=60, help="rounds of the search (default: 60)")
+    find.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
     find.add_argument("--precision", choices=("float32", "float16", "quaternary", "binary"), default="binary")
     _add_common(find, "the file (default: SUBJECT.safetensors)")
 
     generate = command("generate", _generate, "draw pictures for prompts, with or without edits")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
-    generate.add_argument("--edit", type=Path, nargs="+", default=[], metavar="FILE", help="put on in this order")
+    generate.add_argument("--edit", type=Path, action="append", default=[], metavar="FILE", help="repeatable, in order")
     generate.add_argument("--dose", type=float, default=1.0, help="of the edits (default: 1.0)")
-    generate.add_argument("--pictures", type=int, default=1, help="of each prompt, each with its seed (default: 1)")
+    generate.add_argument("--pictures", type=positive, default=1, help="of each prompt, seeds in order (default: 1)")
     _add_common(generate, "folder of the pictures (default: pictures)")
 
     apply = command("apply", _apply, "draw with edits and without, from the same noises; keep the edited model")
     apply.add_argument("edits", type=Path, nargs="+", metavar="EDIT", help="files, put on in this order")
     apply.add_argument("--prompt", action="append", help="what to draw, repeatable (default: the subjects' prompts)")
     apply.add_argument("--dose", type=float, default=1.0, help="of the edits (default: 1.0)")
-    apply.add_argument("--pictures", type=int, default=4, help="of each prompt (default: 4)")
+    apply.add_argument("--pictures", type=positive, default=4, help="of each prompt (default: 4)")
     apply.add_argument("--save-model", type=Path, metavar="FOLDER", help="write the pipeline with the edits in it, too")
     _add_common(apply, "the figure (default: applied.png)")
 
     decompose = command("decompose", _decompose, "write a concept as a weighted sum of words (Conceptor)")
     decompose.add_argument("concept", help='a prompt, such as "a pet", or a folder of pictures')
-    decompose.add_argument("--steps", type=int, default=500, help="of learning (default: 500)")
-    decompose.add_argument("--pictures", type=int, default=100, help="drawn of a prompt (default: 100)")
-    decompose.add_argument("--top", type=int, default=10, help="words that are shown (default: 10)")
+    decompose.add_argument("--steps", type=positive, default=500, help="of learning (default: 500)")
+    decompose.add_argument("--pictures", type=positive, default=100, help="drawn of a prompt (default: 100)")
+    decompose.add_argument("--top", type=positive, default=10, help="words that are shown (default: 10)")
     decompose.add_argument("--picture", type=int, metavar="SEED", help="also say which words this one picture needs")
     decompose.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
     _add_common(decompose, "the file (default: CONCEPT.safetensors)")
@@ -406,11 +420,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--parameters", choices=("cross_attention_kv", "attention", "embedding", "all"), default="cross_attention_kv",
         help="what the methods model and noise train (default: cross_attention_kv)",
     )  # fmt: skip
-    ablate.add_argument("--steps", type=int, default=50, help="of training; rounds of neurons (default: 50)")
-    ablate.add_argument("--pictures", type=int, default=64, help="of the anchor that are trained on (default: 64)")
+    ablate.add_argument("--steps", type=positive, default=50, help="of training; rounds of neurons (default: 50)")
+    ablate.add_argument("--pictures", type=positive, default=64, help="of the anchor that are trained on (default: 64)")
     ablate.add_argument("--template", action="append", default=[], help='a caption around both, such as "{} at night"')
     ablate.add_argument("--other", action="append", default=[], help="a prompt that should stay as it is, repeatable")
     ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else went")
-    ablate.add_argument("--check-pictures", type=int, default=16, help="of each prompt of the check (default: 16)")
+    ablate.add_argument("--check-pictures", type=positive, default=16, help="of each prompt of the check (default: 16)")
     ablate.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
     _add_common(ablate, "the file (default: without-TARGET.safetensors)")

@@ -379,11 +379,13 @@ def generate(
     not depend on the batch size or on what else is asked for. dtype: precision of the U-Net, default the fastest
     (`twin.drawing`); give `pipe.unet.dtype` for pictures that are those of `pipe(...)` to the last bit.
     callback(step, timestep, latents) after each step of each batch.
-    Raises ConeslabError without prompts, or with another number of seeds.
+    Raises ConeslabError without prompts, with another number of seeds, or with less than one step.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ConeslabError("no prompts were given, expected at least one")
+    if steps < 1 or batch_size < 1:
+        raise ConeslabError(f"steps={steps}, batch_size={batch_size}: both must be positive")
     pictures: list[Image.Image] = []
 
     def step_end(_: Pipe, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -103,6 +103,19 @@ def _check_layout(folder: Path) -> None:
         raise ConeslabError(f"{folder / part} holds no weights: expected a .safetensors file; restore the folder")
 
 
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """The device, by default a GPU where there is one. Raises ConeslabError for one that torch cannot use here."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise ConeslabError(
+            f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda with a GPU"
+        ) from error
+    return found
+
+
 def load(
     name_or_path: str | Path = "tiny",
     *,
@@ -113,11 +126,12 @@ def load(
 
     name_or_path: "tiny" (shipped, checked against its sums), a folder, or the id of a model on the Hugging Face hub
     such as "stable-diffusion-v1-5/stable-diffusion-v1-5". device: default a GPU where there is one, else the CPU.
-    Raises ConeslabError if it is missing, damaged, of another kind, or pickled.
+    Raises ConeslabError if it is missing, damaged, of another kind, or pickled, or the device cannot be used.
 
         pipe = coneslab.load("tiny")
         pipe("a cat on the beach", num_inference_steps=25, guidance_scale=3.0).images[0]
     """
+    where = usable_device(device)
     name = str(name_or_path)
     source: str | Path = Path(name).expanduser()
     if name in SHIPPED:
@@ -141,8 +155,7 @@ def load(
             f"{name!r} could not be loaded as a StableDiffusionPipeline: {type(error).__name__}: {error}. Expected a "
             "whole folder in the diffusers format with safetensors weights, or a hub id that is reachable"
         ) from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.to(device)
+    pipe.to(where)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         if part.dtype != dtype:  # an older diffusers knows this option by another name

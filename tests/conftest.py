@@ -52,11 +52,12 @@ def make_pipeline(
     sample_size: int = 8,
     words: tuple[str, ...] = WORDS,
     linear: bool = False,
+    tokenizer: CLIPTokenizer | None = None,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
     """A StableDiffusionPipeline with random weights, the structure given, and pictures 2 x the latent's size."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(folder, tokens, words)
+    tokenizer = tokenizer or make_tokenizer(folder, tokens, words)
     down = down_blocks or (DOWN,) * len(widths)
     up = tuple(UP if block == DOWN else block.replace("Down", "Up") for block in reversed(down))
     unet = UNet2DConditionModel(

@@ -46,6 +46,13 @@ def test_settings_that_are_no_json_are_told(capsys):
     assert "steps=50" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "2.5", "many"])
+def test_numbers_that_count_things_must_be_positive(number, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "a cat", "--draw-steps", number])
+    assert stop.value.code == 2 and "--draw-steps" in capsys.readouterr().err
+
+
 # --- with a small model ---------------------------------------------------------------------------------
 
 

@@ -219,6 +219,8 @@ def test_generate_calls_back_and_refuses_nothing(v_pipe):
     assert seen == [0, 1, 2]
     with pytest.raises(ConeslabError, match="no prompts"):
         diffusion.generate(v_pipe, [])
+    with pytest.raises(ConeslabError, match="steps=0"):
+        diffusion.generate(v_pipe, "a cat", steps=0)
 
 
 def test_decoding_inverts_scaling(v_pipe):

@@ -129,3 +129,9 @@ def test_fingerprint_sees_names_shapes_types_and_bytes():
     assert models.fingerprint(zeros[0]) != models.fingerprint(zeros[1])
     linear = torch.nn.Linear(2, 2)
     assert models.fingerprint(linear) == models.fingerprint(linear.state_dict())
+
+
+def test_a_device_that_cannot_be_used_is_told():
+    for device in ("nope", "cuda:99"):
+        with pytest.raises(ConeslabError, match=device):
+            models.load("tiny", device=device)
