@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_memory.py [--model FOLDER] [--device cpu] [--dtype float32] [--only draw ablation]
 
 Random weights in its structure are enough to measure; they are made unless a model is named. Every operation has a
-process of its own. The peak is that process's, on a GPU what torch allocated; a step's seconds are what two more of
-them take, so that nothing of the start is in them.
+process of its own. The peak is that process's, on a GPU what torch allocated; a step's seconds are the median of four,
+and nothing of the start is in them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,35 +65,38 @@ def about(pipe: Any) -> SimpleNamespace:
     return conftest.make_subject(side, n=1)
 
 
-OPERATIONS: dict[str, Callable[[Any, int], object]] = {
-    "load": lambda pipe, steps: None,
-    "draw": lambda pipe, steps: coneslab.generate(pipe, "a cat", steps=steps),
-    "neuron search": lambda pipe, steps: coneslab.find_concept_neurons(
-        pipe, about(pipe), rounds=steps, subject_batch=1, prior_batch=0, progress=False
+Train = Callable[..., object]  # called with steps and a callback after each of them
+OPERATIONS: dict[str, Callable[[Any], Train]] = {
+    "load": lambda pipe: lambda **how: None,
+    "draw": lambda pipe: partial(coneslab.generate, pipe, "a cat"),
+    "neuron search": lambda pipe: lambda steps, **how: coneslab.find_concept_neurons(
+        pipe, about(pipe), rounds=steps, subject_batch=1, prior_batch=0, progress=False, **how
     ),
-    "Custom Diffusion": lambda pipe, steps: custom_diffusion(pipe, about(pipe), steps=steps, prior_batch=0, **ONE),
-    "ablation": lambda pipe, steps: ablate(
-        pipe, "a cat", "a dog", steps=steps, preserve_batch=1, images=about(pipe).images, **ONE
+    "Custom Diffusion": lambda pipe: partial(custom_diffusion, pipe, about(pipe), prior_batch=0, **ONE),
+    "ablation": lambda pipe: partial(
+        ablate, pipe, "a cat", "a dog", preserve_batch=1, images=about(pipe).images, **ONE
     ),
-    "DreamBooth": lambda pipe, steps: dreambooth(pipe, about(pipe), steps=steps, prior_batch=0, **ONE),
+    "DreamBooth": lambda pipe: partial(dreambooth, pipe, about(pipe), prior_batch=0, **ONE),
 }  # fmt: skip
 
 
 def measured(operation: str, model: str | None, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Gigabytes at the peak, and seconds a step: how much longer three steps take than one."""
+    """Gigabytes at the peak, and seconds a step: the median of those after the first."""
     pipe = coneslab.load(model, device=device, dtype=dtype) if model else as_large_as_sd().to(device, dtype)
-    seconds = []
-    for steps in (1, 1, 3):  # the first one warms up
-        start = time.perf_counter()
-        OPERATIONS[operation](pipe, steps)
+    stamps: list[float] = []
+
+    def stamp(*_: Any) -> None:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        stamps.append(time.perf_counter())
+
+    OPERATIONS[operation](pipe)(steps=5, callback=stamp)
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"peak": peak / 1e9, "step": (seconds[2] - seconds[1]) / 2}
+    steps = [after - before for before, after in pairwise(stamps)]
+    return {"peak": peak / 1e9, "step": median(steps) if steps else float("nan")}
 
 
 def main() -> None:
