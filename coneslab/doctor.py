@@ -83,7 +83,12 @@ def _versions() -> Iterator[Finding]:
     yield Finding("coneslab", f"{__version__}, Python {python}")
     wrong: dict[Requirement, str] = {}
     shown = []
-    for line in importlib.metadata.requires("coneslab") or ():
+    try:
+        lines = importlib.metadata.requires("coneslab") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+        yield Finding("libraries", "not held to what coneslab needs: it is not installed", "note", "pip install -e .")
+    for line in lines:
         need = Requirement(line)
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
@@ -96,7 +101,8 @@ def _versions() -> Iterator[Finding]:
             shown.append(f"{need.name} {version}")
         if not need.specifier.contains(version, prereleases=True):
             wrong[need] = f"is {version}, needed is {need.specifier}"
-    yield Finding("libraries", ", ".join(shown))
+    if shown:
+        yield Finding("libraries", ", ".join(shown))
     for need, text in wrong.items():
         mend = f"{sys.executable} -m pip install '{need.name}{need.specifier}'"
         yield Finding("library", f"{need.name} {text}", "problem", mend)
