@@ -72,10 +72,10 @@ def examine(*, device: str | None = None, timing: bool = True) -> Diagnosis:
 
     device: default a GPU where there is one.
     """
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    findings = [*_versions(), *_machine(where), *_parts(), *_shipped()]
-    whole = all(finding.level != "problem" for finding in findings)
-    return Diagnosis((*findings, *(_speed(where) if timing and whole else ())))
+    found = Diagnosis((*_versions(), *_device(device), *_machine(), *_parts(), *_shipped()))
+    if not timing or not found.ok:
+        return found
+    return Diagnosis((*found.findings, *_speed(models.usable_device(device))))
 
 
 def _versions() -> Iterator[Finding]:
@@ -108,19 +108,23 @@ def _versions() -> Iterator[Finding]:
         yield Finding("library", f"{need.name} {text}", "problem", mend)
 
 
-def _machine(device: str) -> Iterator[Finding]:
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            hint = "say --device cpu, or mend the driver"
-            yield Finding("device", f"{device}, which torch cannot use", "problem", hint)
-            return
-        facts = torch.cuda.get_device_properties(device)
+def _device(device: str | None) -> Iterator[Finding]:
+    try:
+        where = models.usable_device(device)
+    except ConeslabError as error:
+        yield Finding("device", f"{device}, which torch cannot use", "problem", str(error))
+        return
+    if where.type == "cuda":
+        facts = torch.cuda.get_device_properties(where)
         yield Finding("device", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB")
     else:
         yield Finding(
-            "device", f"{device}; no GPU is used", "ok",
+            "device", f"{where}; no GPU is used", "ok",
             "the tiny model needs none; with a real Stable Diffusion a picture takes minutes (docs/models.md)",
         )  # fmt: skip
+
+
+def _machine() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     few = threads < min(cores, 2)
@@ -167,13 +171,13 @@ def _shipped() -> Iterator[Finding]:
             yield Finding(f"model {name!r}", f"whole, {size / 1e6:.0f} MB, checksums as at its export")
 
 
-def _speed(device: str) -> Iterator[Finding]:
+def _speed(device: torch.device) -> Iterator[Finding]:
     pipe, about = models.load("tiny", device=device), subject("cat")
 
     def seconds(run: Any) -> float:
         start = time.perf_counter()
         run()
-        if device.startswith("cuda"):
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 

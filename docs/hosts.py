@@ -83,17 +83,22 @@ def minutes_of(source: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def first_code(path: Path) -> str:
-    """The source of a notebook's first code cell: its set-up; "" if there is none."""
-    cells = nbformat.read(path, as_version=4).cells
-    return next((cell.source for cell in cells if cell.cell_type == "code"), "")
+def first_code(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
+    """A notebook's first code cell: its set-up."""
+    return next((cell for cell in notebook.cells if cell.cell_type == "code"), None)
+
+
+def set_up_of(path: Path) -> str:
+    """The source of a notebook's set-up cell; "" if there is none."""
+    cell = first_code(nbformat.read(path, as_version=4))
+    return "" if cell is None else cell.source
 
 
 def running_times(paths: Sequence[Path]) -> str:
     """How long notebooks run, as their own set-up cells say: a table for the site."""
     rows = []
     for path in paths:
-        rows.append([f"[{path.stem}](notebooks/{path.name})", f"{minutes_of(first_code(path)):g} min"])
+        rows.append([f"[{path.stem}](notebooks/{path.name})", f"{minutes_of(set_up_of(path)):g} min"])
     return markdown_table(["notebook", "all cells, on two CPU cores"], rows)
 
 
@@ -112,7 +117,7 @@ def refresh(path: Path, minutes: float | None = None) -> bool:
     """
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0]
-    cell = next((each for each in notebook.cells if each.cell_type == "code"), None)
+    cell = first_code(notebook)
     if title.cell_type != "markdown" or not title.source.startswith("# ") or cell is None:
         raise ValueError(f"{path.name} must begin with a heading, and have code: its first code cell is the set-up")
     minutes = minutes or minutes_of(cell.source)
@@ -132,7 +137,7 @@ def refresh(path: Path, minutes: float | None = None) -> bool:
 
 def written_address(path: Path) -> str | None:
     """The address in a notebook's set-up cell, which may be older than that in pyproject.toml."""
-    found = re.search(r'(?m)^SOURCE = "git\+(\S+)"', first_code(path))
+    found = re.search(r'(?m)^SOURCE = "git\+(\S+)"', set_up_of(path))
     return found[1] if found else None
 
 

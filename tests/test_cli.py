@@ -82,6 +82,12 @@ def coneslab(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     return run
 
 
+def save_pictures(folder: Path) -> None:
+    folder.mkdir()
+    for number, image in enumerate(make_subject(40).images):
+        image.save(folder / f"{number}.png")
+
+
 def picture(file: str) -> np.ndarray:
     return np.asarray(Image.open(file), float)
 
@@ -99,9 +105,7 @@ def test_find_keeps_neurons_in_a_file_and_overwrites_none(coneslab, tmp_path):
 
 
 def test_find_takes_a_folder_of_pictures(coneslab, tmp_path):
-    (tmp_path / "mine").mkdir()
-    for number, image in enumerate(make_subject(40).images):
-        image.save(tmp_path / "mine" / f"{number}.png")
+    save_pictures(tmp_path / "mine")
     assert "--class-word" in coneslab("find", "mine", "--rounds", "1")
     found = coneslab(
         "find", "mine", "--class-word", "cat", "--token", "sks", "--rounds", "1", "--out", "a/b.safetensors"
@@ -156,9 +160,7 @@ def test_decompose_names_words_and_those_of_one_picture(coneslab, tmp_path, smal
     edit = load_edit(tmp_path / "a-cat.safetensors")
     assert list(found["words"].items()) == [(word, pytest.approx(share)) for word, share in edit.top(4)]
     assert found["prompt"] == edit.prompt and set(found["picture"]["words"]) <= set(edit.words)
-    (tmp_path / "mine").mkdir()
-    for number, image in enumerate(make_subject(16).images):
-        image.save(tmp_path / "mine" / f"{number}.png")
+    save_pictures(tmp_path / "mine")
     assert coneslab("decompose", "mine", *few)["file"] == "mine.safetensors"
 
 

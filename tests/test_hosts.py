@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def first_code(path: Path) -> nbformat.NotebookNode:
-    return next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    return hosts.first_code(nbformat.read(path, as_version=4))
 
 
 # --- one source for all notebooks -----------------------------------------------------------------------
