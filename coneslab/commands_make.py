@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .commands_use import add_json, teller
+from .commands_use import add_json, add_judge, teller
 from .errors import ConeslabError
 
 
@@ -76,7 +76,7 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
-    evaluate.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    add_judge(evaluate)
     evaluate.add_argument("--seeds", type=int, default=8, help="pictures a prompt, each in another scene")
     evaluate.add_argument("--steps", type=int, default=25, help="sampler steps")
     evaluate.add_argument("--guidance-scale", type=float, default=3.0)
@@ -120,7 +120,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     )
     experiment.add_argument("name", help=f"one of {names}")
     experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
-    experiment.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    add_judge(experiment)
     experiment.add_argument("--subjects", help="names by commas, such as cat, cat+car, hypernym:pet or object:cat")
     experiment.add_argument("--seeds", type=int, default=3)
     experiment.add_argument("--rounds", type=int, default=60, help="rounds of a search")
@@ -178,7 +178,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--seeds", type=int, default=3)
     compare.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
     compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
-    compare.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    add_judge(compare)
     compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
     compare.add_argument("--workers", type=int, default=1, help="processes of the cluster on this machine")
     compare.add_argument("--threads", type=int, default=2, help="threads in each of them")

@@ -32,6 +32,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Add --judge."""
+    parser.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+
+
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if not (text.isascii() and text.isdigit() and int(text)):
@@ -409,7 +414,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     decompose.add_argument("--pictures", type=positive, default=100, help="drawn of a prompt (default: 100)")
     decompose.add_argument("--top", type=positive, default=10, help="words that are shown (default: 10)")
     decompose.add_argument("--picture", type=int, metavar="SEED", help="also say which words this one picture needs")
-    decompose.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    add_judge(decompose)
     _add_common(decompose, "the file (default: CONCEPT.safetensors)")
 
     ablate = command("ablate", _ablate, "make a model draw the anchor in place of the target, and check that it does")
@@ -426,5 +431,5 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--other", action="append", default=[], help="a prompt that should stay as it is, repeatable")
     ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else went")
     ablate.add_argument("--check-pictures", type=positive, default=16, help="of each prompt of the check (default: 16)")
-    ablate.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+    add_judge(ablate)
     _add_common(ablate, "the file (default: without-TARGET.safetensors)")
