@@ -8,6 +8,7 @@ numbers together into the table that `coneslab evaluate-model` prints.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, overload
@@ -161,13 +162,13 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
 
     Raises ConeslabError if the folder holds no CLIP model.
     """
-    folder = name_or_path
-    if str(name_or_path) == "judge":
-        from .models import model_folder  # here, so that the numbers below need no diffusers
+    from .models import model_folder, without_bars  # here, so that the numbers below need no diffusers
 
-        folder = model_folder("judge")
+    shipped = str(name_or_path) == "judge"
+    folder = model_folder("judge") if shipped else name_or_path
     try:
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        with without_bars() if shipped else nullcontext():
+            model = CLIPModel.from_pretrained(folder, use_safetensors=True)
         processor = CLIPProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise ConeslabError(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from .errors import ConeslabError, FileFormatError
 from .paths import data_folder
@@ -147,9 +150,10 @@ def load(
     else:
         source = name
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-        )
+        with without_bars() if name in SHIPPED else nullcontext():
+            pipe = StableDiffusionPipeline.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
     except Exception as error:  # each of these libraries has its own ways to say "damaged" or "not found"
         raise ConeslabError(
             f"{name!r} could not be loaded as a StableDiffusionPipeline: {type(error).__name__}: {error}. Expected a "
@@ -162,6 +166,19 @@ def load(
             part.to(dtype)
         part.eval()
     return pipe
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let diffusers and transformers load without progress bars: the shipped models are there before one is read."""
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    try:
+        for library in shown:
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from coneslab import models
 from coneslab.diffusion import generate
 from coneslab.errors import ConeslabError, FileFormatError
+from coneslab.metrics import load_judge
 
 
 @pytest.fixture
@@ -45,6 +46,22 @@ def test_the_dtype_is_what_was_asked_for(saved: Path, v_pipe: StableDiffusionPip
     assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
     torch.testing.assert_close(pipe.unet.state_dict(), v_pipe.unet.state_dict(), rtol=1e-3, atol=1e-4)
     assert models.load(saved, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_only_a_model_of_ones_own_loads_with_progress_bars(shipped: Path, capfd: pytest.CaptureFixture[str]):
+    models.load(shipped)  # by its folder
+    assert "Loading" in capfd.readouterr().err
+    models.load("tiny")
+    assert "Loading" not in capfd.readouterr().err
+    with pytest.raises(ConeslabError), models.without_bars():
+        raise ConeslabError("and afterwards they are back")
+    models.load(shipped)
+    assert "Loading" in capfd.readouterr().err
+
+
+def test_the_judge_loads_without_progress_bars(capfd: pytest.CaptureFixture[str]):
+    load_judge()
+    assert "Loading" not in capfd.readouterr().err
 
 
 def test_a_shipped_model_is_held_to_its_sums(shipped: Path):
