@@ -225,7 +225,7 @@ class Playground(Explorer):
     # --- drawing ---
 
     def _draw_both(self, edit: str, dose: float, **asked: Any) -> Iterator[Figure]:
-        """First both rows in few steps, then the edit's row in full, then the other one too."""
+        """The edit's row in few steps, then the untouched model's, then both in full, in the same order."""
         self.limits.require(dose=dose, **asked)
         chosen = self.edits.get(edit) if edit else None
         if edit and chosen is None:
@@ -247,11 +247,14 @@ class Playground(Explorer):
                 return self._generate(asked | {"steps": steps})
 
         if quick < asked["steps"]:
-            soon, known = edited(quick), self._without_edit(asked)
-            yield figure(soon, known or self._without_edit(asked | {"steps": quick}, draw=True))
-            if chosen is not None and not known:
+            sketch = asked | {"steps": quick}
+            soon, beside = edited(quick), self._without_edit(asked) or self._without_edit(sketch)
+            if soon and not beside:
+                yield figure(soon, [Image.new("RGB", picture.size, "#eeeeee") for picture in soon])
+            yield figure(soon, beside or self._without_edit(sketch, draw=True))
+            if soon and not self._without_edit(asked):
                 full = edited(asked["steps"])
-                yield figure(full, self._without_edit(asked | {"steps": quick}, draw=True))
+                yield figure(full, self._without_edit(sketch, draw=True))
                 yield figure(full, self._without_edit(asked, draw=True))
                 return
         yield figure(edited(asked["steps"]), self._without_edit(asked, draw=True))

@@ -376,15 +376,18 @@ def test_the_first_drawing_is_displayed_in_one_place_as_it_gets_better(shown: li
 
 
 @dataclass(frozen=True)
-class Shift(StoredEdit):
-    """An edit that one can see: it moves every weight that reads the text."""
+class Stretch(StoredEdit):
+    """An edit that one can see: it stretches every weight that reads the text.
+
+    (To add a number to them all would change nothing: behind its layer norm a text embedding sums to 0.)
+    """
 
     by: float
     settings: dict = field(default_factory=dict)
 
     def applied(self, pipe: Any, dose: float = 1.0) -> Any:
         weights = list(KVSpace(pipe).parameters.values())
-        return swapped(lambda: [(weight, weight.detach() + dose * self.by) for weight in weights], pipe)
+        return swapped(lambda: [(weight, weight.detach() * (1 + dose * self.by)) for weight in weights], pipe)
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[list[list[np.ndarray]]]:
@@ -405,7 +408,7 @@ def same(ours: list[np.ndarray], theirs: list[Any]) -> bool:
 
 
 def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pipe: Any, untouched: None) -> None:
-    edit, prompts = Shift(0.05), ["a cat", "a car"]
+    edit, prompts = Stretch(4.0), ["a cat", "a car"]
     plain = generate(v_pipe, prompts, steps=2)
     drawing = widgets.sketched(v_pipe, prompts, edit=edit, dose=0.5, steps=4, preview_steps=2)
     for made, steps in zip(drawing, (2, 4), strict=True):
@@ -481,15 +484,16 @@ SMALL = {"pictures": 2, "steps": 4, "preview_steps": 2}
 def test_the_playground_draws_the_edit_beside_the_untouched_model(
     v_pipe: Any, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit, seen = Shift(0.3), rows_of(monkeypatch)
-    view = playground(v_pipe, {"shift": edit}, prompt="a cat", seed=5, **SMALL)
+    edit, seen = Stretch(8.0), rows_of(monkeypatch)
+    view = playground(v_pipe, {"stretch": edit}, prompt="a cat", seed=5, **SMALL)
     view.controls["dose"].value = 0.5
     plain = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, steps=steps) for steps in (2, 4)}
     with edit.applied(v_pipe, 0.5):
         edited = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, steps=steps) for steps in (2, 4)}
     assert not same([np.asarray(picture) for picture in edited[4]], plain[4])
-    stages = [(edited[2], plain[2]), (edited[4], plain[2]), (edited[4], plain[4])]
-    assert len(seen) == 3
+    grey = [np.full((*picture.size, 3), 238, np.uint8) for picture in plain[2]]
+    stages = [(edited[2], grey), (edited[2], plain[2]), (edited[4], plain[2]), (edited[4], plain[4])]
+    assert len(seen) == 4
     for got, (above, below) in zip(seen, stages, strict=True):
         assert same(got[0], above) and same(got[1], below)
     assert view.image.value and view.status.value == ""
@@ -501,7 +505,7 @@ def test_a_change_of_dose_does_not_draw_the_untouched_model_again(v_pipe: Any, m
     calls: list[int] = []
     real = widgets.generate
     monkeypatch.setattr(widgets, "generate", lambda *a, **k: calls.append(k["steps"]) or real(*a, **k))
-    view = playground(v_pipe, {"shift": Shift(0.3)}, prompt="a cat", **SMALL)
+    view = playground(v_pipe, {"stretch": Stretch(8.0)}, prompt="a cat", **SMALL)
     view.controls["dose"].value = 0.5
     assert calls == [2, 2, 4, 4]
     calls.clear()
@@ -510,7 +514,7 @@ def test_a_change_of_dose_does_not_draw_the_untouched_model_again(v_pipe: Any, m
 
 
 def test_an_overtaken_playground_stops_between_steps_with_the_weights_back(v_pipe: Any, untouched: None) -> None:
-    view = playground(v_pipe, {"shift": Shift(0.3)}, prompt="a cat", **SMALL)
+    view = playground(v_pipe, {"stretch": Stretch(8.0)}, prompt="a cat", **SMALL)
     loop, steps = in_a_notebook(view), []
     check = view.check
 
@@ -588,13 +592,13 @@ def test_an_edit_added_later_is_chosen_and_replaces_one_of_its_name(
 ) -> None:
     view = playground(v_pipe, prompt="a cat", **SMALL)
     loop, seen = in_a_notebook(view), rows_of(monkeypatch)
-    view.add("shift", Shift(0.3))
+    view.add("stretch", Stretch(8.0))
     loop.run()
-    view.add("shift", Shift(0.6))
+    view.add("stretch", Stretch(16.0))
     loop.run()
-    with Shift(0.6).applied(v_pipe):
+    with Stretch(16.0).applied(v_pipe):
         assert same(seen[-1][0], generate(v_pipe, ["a cat"] * 2, steps=4))
-    assert view.controls["edit"].value == "shift"
+    assert view.controls["edit"].value == "stretch"
 
 
 def test_a_prompt_with_dollars_is_not_read_as_a_formula(v_pipe: Any) -> None:
