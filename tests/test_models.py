@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from coneslab import models
 from coneslab.diffusion import generate
@@ -48,7 +51,14 @@ def test_the_dtype_is_what_was_asked_for(saved: Path, v_pipe: StableDiffusionPip
     assert models.load(saved, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
 
 
-def test_only_a_model_of_ones_own_loads_with_progress_bars(shipped: Path, capfd: pytest.CaptureFixture[str]):
+@pytest.fixture
+def bars() -> None:
+    """Progress bars are on, whatever ran before."""
+    diffusers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
+
+
+def test_only_a_model_of_ones_own_loads_with_progress_bars(shipped: Path, bars: None, capfd: Any):
     models.load(shipped)  # by its folder
     assert "Loading" in capfd.readouterr().err
     models.load("tiny")
@@ -59,7 +69,7 @@ def test_only_a_model_of_ones_own_loads_with_progress_bars(shipped: Path, capfd:
     assert "Loading" in capfd.readouterr().err
 
 
-def test_the_judge_loads_without_progress_bars(capfd: pytest.CaptureFixture[str]):
+def test_the_judge_loads_without_progress_bars(bars: None, capfd: Any):
     load_judge()
     assert "Loading" not in capfd.readouterr().err
 
