@@ -24,6 +24,7 @@ from .diffusion import generate
 from .errors import ConeslabError
 from .search import find_concept_neurons
 from .subjects import subject
+from .twin import bfloat16_pays
 
 Level = Literal["ok", "note", "problem"]
 ROUNDS = 60  # of the search that is foretold, from three
@@ -129,7 +130,10 @@ def _machine() -> Iterator[Finding]:
     threads = torch.get_num_threads()
     few = threads < min(cores, 2)
     hint = "OMP_NUM_THREADS holds torch back: unset it" if few and "OMP_NUM_THREADS" in os.environ else ""
-    yield Finding("processor", f"{cores} cores, torch uses {threads} threads", "note" if few else "ok", hint)
+    kind = (
+        "bfloat16" if bfloat16_pays(torch.device("cpu")) else "no bfloat16, without which notebooks take twice as long"
+    )
+    yield Finding("processor", f"{cores} cores, torch uses {threads} threads; {kind}", "note" if few else "ok", hint)
     if (memory := _memory()) is not None:
         low = memory < 3e9
         hint = "notebooks take up to 3 GB: close other programs" if low else ""

@@ -131,6 +131,7 @@ SET_UP = hosts.set_up(hosts.address(), 3)
 def test_set_up_says_what_it_found(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("coneslab.twin.bfloat16_pays", lambda device: True)
     exec(SET_UP, found := {})
     said = capsys.readouterr().out
     assert found["device"] == "cpu" and f"torch {torch.__version__}" in said and "(threads: 1)" in said
@@ -138,6 +139,9 @@ def test_set_up_says_what_it_found(capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     exec(SET_UP, {})
     assert "about 3 min" in capsys.readouterr().out, "more than two are not promised to help"
+    monkeypatch.setattr("coneslab.twin.bfloat16_pays", lambda device: False)
+    exec(SET_UP, {})
+    assert "about 6.6 min" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     exec(SET_UP, found := {})
