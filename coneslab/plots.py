@@ -46,11 +46,13 @@ def to_png(figure: Figure, dpi: int = 110, *, full_colour: int = 60_000) -> byte
     Above `full_colour` bytes it gets 256 colours of its own: a third of the size, which notebooks need.
     """
     buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white", pil_kwargs={"optimize": True})
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
     if len(buffer.getvalue()) <= full_colour:
         return buffer.getvalue()
     picture = Image.open(buffer).convert("RGB")
-    picture.quantize(256, kmeans=1).save(small, "PNG", optimize=True)  # without k-means a yellow sun turns grey
+    ninth = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
+    colours = ninth.quantize(256, kmeans=1)  # without k-means a yellow sun turns grey; of all pixels it takes 0.5 s
+    picture.quantize(palette=colours, dither=Image.Dither.NONE).save(small, "PNG")
     return small.getvalue()
 
 

@@ -74,8 +74,8 @@ def test_a_large_figure_gets_a_palette_close_to_its_colours():
     small = Image.open(io.BytesIO(plots.to_png(figure, full_colour=0)))
     assert small.mode == "P" and small.size == full.size
 
-    def error(picture):
-        return np.abs(np.asarray(picture.convert("RGB"), int) - np.asarray(full, int)).mean()
+    def error(picture):  # of the rare colours, which a poor palette leaves out
+        return np.quantile(np.abs(np.asarray(picture.convert("RGB"), int) - np.asarray(full, int)), 0.999)
 
     assert error(small) < 0.8 * error(full.quantize(256)), "no better than Pillow's own palette"
 
