@@ -73,6 +73,8 @@ def test_a_large_figure_gets_a_palette_close_to_its_colours():
     full = Image.open(io.BytesIO(plots.to_png(figure, full_colour=10**9))).convert("RGB")
     small = Image.open(io.BytesIO(plots.to_png(figure, full_colour=0)))
     assert small.mode == "P" and small.size == full.size
+    white = (np.asarray(full) == 255).all(axis=2)
+    assert white.any() and (np.asarray(small.convert("RGB"))[white] == 255).all(), "the page shines through"
 
     def error(picture):  # of the rare colours, which a poor palette leaves out
         return np.quantile(np.abs(np.asarray(picture.convert("RGB"), int) - np.asarray(full, int)), 0.999)
