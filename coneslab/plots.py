@@ -52,11 +52,11 @@ def to_png(figure: Figure, dpi: int = 110, *, full_colour: int = 60_000) -> byte
     picture = Image.open(buffer).convert("RGB")
     ninth = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
     colours = ninth.quantize(255, kmeans=1)  # without k-means a yellow sun turns grey; of all pixels it takes 0.5 s
-    painted = np.array(picture.quantize(palette=colours, dither=Image.Dither.NONE))
-    painted[(np.asarray(picture) == 255).all(axis=2)] = 255  # the page's white, which mapping only comes close to
-    coloured = Image.fromarray(painted)
-    coloured.putpalette([*(colours.getpalette() or [])[: 3 * 255], *[255] * 3 * 256][: 3 * 256])
-    coloured.save(small, "PNG")
+    palette, white = colours.getpalette() or [], Image.fromarray((np.asarray(picture) == 255).all(axis=2))
+    painted = picture.quantize(palette=colours, dither=Image.Dither.NONE)
+    painted.putpalette([*palette, 255, 255, 255])
+    painted.paste(len(palette) // 3, mask=white)  # the page, which mapping only comes close to
+    painted.save(small, "PNG")
     return small.getvalue()
 
 
