@@ -1,0 +1,131 @@
+r"""Build the sprite atlas in `data/world/` from openly licensed emoji art (a maintainer's command).
+
+Nothing here runs when coneslab is used: the world reads the finished atlas. To build it anew, fetch the art
+with npm into a folder and name that folder's `node_modules`:
+
+    npm install @lobehub/fluent-emoji-3d @iconify-json/fluent-emoji-flat @iconify-json/noto @iconify-json/noto-v1 \
+        @iconify-json/emojione emoji-datasource-google emoji-datasource-twitter
+    pip install 'coneslab[stickers]'
+    coneslab build-stickers node_modules
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import ConeslabError
+from ..paths import data_folder
+
+TILE = 64  # pixels; the longer side of every sprite fills it
+COLUMNS = 12
+
+SOURCES = {
+    "3d": "@lobehub/fluent-emoji-3d",
+    "flat": "@iconify-json/fluent-emoji-flat",
+    "cartoon": "emoji-datasource-google",
+    "vintage": "@iconify-json/noto-v1",
+    "bold": "@iconify-json/emojione",
+    "twemoji": "emoji-datasource-twitter",
+}
+_NAMES = "@iconify-json/noto"  # Iconify's newest list of code points; its older sets take their names from it
+_MISSING = {  # code points whose name in the older sets is another than in the newest
+    ("vintage", "1f468-200d-2695-fe0f"): "man-health-worker",
+}
+
+
+def sprite_codes(world: dict) -> dict[str, str]:
+    """Map every sprite ("cat/face", "doctor/man", "hat") to its Unicode code points, in the order of the atlas."""
+    codes = {
+        f"{name}/{drawing}": code
+        for classes in world["classes"].values()
+        for name, entry in classes.items()
+        for drawing, code in entry["drawings"].items()
+    }
+    return codes | {"hat": world["hat"]["code"]}
+
+
+@cache
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _drawn(package: Path, name: str) -> Image.Image:
+    """Draw an Iconify icon 256 pixels wide. Raises KeyError if the set lacks it."""
+    import resvg_py
+
+    icons = _json(package / "icons.json")
+    alias: dict[str, Any] = {"parent": name}
+    while "parent" in alias:
+        name, alias = alias["parent"], icons.get("aliases", {}).get(alias["parent"], {})
+    icon = icons["icons"][name]
+    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    view = f"{left} {top} {width} {height}"
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}">{icon["body"]}</svg>'
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256)))).convert("RGBA")
+
+
+def _read_art(node_modules: Path, style: str, code: str) -> Image.Image:
+    """One sprite as the package has it. Raises FileNotFoundError or KeyError if the set lacks it."""
+    package = node_modules / SOURCES[style]
+    if style == "3d":
+        return Image.open(package / "assets" / f"{code}.webp").convert("RGBA")
+    if style in ("cartoon", "twemoji"):
+        folder = "google" if style == "cartoon" else "twitter"
+        return Image.open(package / "img" / folder / "64" / f"{code}.png").convert("RGBA")
+    names = _json((package if style == "flat" else node_modules / _NAMES) / "chars.json")
+    return _drawn(package, names.get(code) or names[code.replace("-fe0f", "")])
+
+
+def _fit(art: Image.Image) -> Image.Image:
+    """Trim transparent borders and scale so that the longer side fills a tile, centred."""
+    box = art.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+    art = art.crop(box)
+    scale = TILE / max(art.size)
+    size = (max(1, round(art.width * scale)), max(1, round(art.height * scale)))
+    art = art.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    tile = Image.new("RGBA", (TILE, TILE))
+    tile.paste(art, ((TILE - art.width) // 2, (TILE - art.height) // 2))
+    return tile
+
+
+def build_atlas(node_modules: Path | str, world: dict, folder: Path | None = None) -> Path:
+    """Write one atlas picture a style and `atlas.json`, which says what each holds, in reading order.
+
+    Returns the folder. A set may lack a drawing. Raises ConeslabError if a package is missing
+    from `node_modules`, or a drawing from every set.
+    """
+    node_modules, folder = Path(node_modules), folder or data_folder() / "world"
+    codes = sprite_codes(world)
+    sources, sprites = {}, {}
+    for style, package in SOURCES.items():
+        manifest = node_modules / package / "package.json"
+        if not manifest.exists():
+            raise ConeslabError(
+                f"{node_modules} holds no {package}: install the art packages with npm "
+                f"(see {Path(__file__).name}) and name their node_modules folder"
+            )
+        sources[style] = {"package": package, "version": _json(manifest)["version"]}
+        tiles: dict[str, Image.Image] = {}
+        for name, code in codes.items():
+            try:
+                tiles[name] = _fit(_read_art(node_modules, style, code))
+            except (FileNotFoundError, KeyError):
+                continue
+        atlas = Image.new("RGBA", (COLUMNS * TILE, -(-len(tiles) // COLUMNS) * TILE))
+        for i, tile in enumerate(tiles.values()):
+            atlas.paste(tile, (i % COLUMNS * TILE, i // COLUMNS * TILE))
+        atlas.save(folder / f"{style}.png", optimize=True)
+        sprites[style] = list(tiles)
+    nowhere = [name for name in codes if not any(name in own for own in sprites.values())]
+    if nowhere:
+        raise ConeslabError(f"no package has art for {', '.join(nowhere)}: choose other code points")
+    index = {"tile": TILE, "columns": COLUMNS, "sprites": sprites, "sources": sources}
+    (folder / "atlas.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,105 @@
+"""What exists in the sticker world: `data/world/world.toml` and the atlas of its art, read once.
+
+A class ("cat") has one drawing or several ("cat/face", "cat/whole"), and an art set may lack some of them.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from ..errors import WorldError
+from ..paths import data_folder
+
+FOLDER = data_folder() / "world"
+DATA: dict[str, Any] = tomllib.loads((FOLDER / "world.toml").read_text(encoding="utf-8"))
+ATLAS: dict[str, Any] = json.loads((FOLDER / "atlas.json").read_text(encoding="utf-8"))
+STYLES: tuple[str, ...] = tuple(DATA["styles"])
+TRAIN_STYLES: tuple[str, ...] = tuple(DATA["train_styles"])
+STYLE_WORDS: dict[str, list[str]] = DATA["style_words"]
+COLOURS: tuple[str, ...] = tuple(DATA["colours"])
+MARKINGS: tuple[str, ...] = tuple(DATA["markings"])
+HATS: tuple[str, ...] = tuple(DATA["hat"]["colours"])
+SCENES: dict[str, list[str]] = DATA["scenes"]
+FACTS: dict[str, Any] = DATA["facts"]
+SHARES: dict[str, Any] = DATA["shares"]
+RANGES: dict[str, Any] = DATA["ranges"]
+RARE_TOKENS: tuple[str, ...] = tuple(DATA["rare_tokens"])
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One object class: its word, category, drawings, synonyms, and what is planted on a profession.
+
+    share_man: the share drawn as a man; share_blue: the share that wears a blue hat, the others wear an orange one.
+    """
+
+    name: str
+    category: str
+    drawings: tuple[str, ...]
+    synonyms: tuple[str, ...] = ()
+    share_man: float | None = None
+    share_blue: float | None = None
+
+    def gender(self, random: Random) -> str | None:
+        """ "man" or "woman" for a profession, else None."""
+        return None if self.share_man is None else "man" if random.random() < self.share_man else "woman"
+
+    def hat(self, random: Random) -> str | None:
+        """The colour of a profession's hat, else None."""
+        return None if self.share_blue is None else HATS[random.random() >= self.share_blue]
+
+
+CLASSES: dict[str, ClassInfo] = {
+    name: ClassInfo(
+        name,
+        category,
+        tuple(entry["drawings"]),
+        tuple(entry.get("synonyms", ())),
+        entry.get("share_man"),
+        entry.get("share_blue"),
+    )
+    for category, classes in DATA["classes"].items()
+    for name, entry in classes.items()
+}
+
+#: Every drawing, as "class/drawing", in the order of the file.
+DRAWINGS: tuple[str, ...] = tuple(f"{info.name}/{drawing}" for info in CLASSES.values() for drawing in info.drawings)
+
+#: (drawing, style) that training never shows: the near subjects' own.
+HELD_OUT: frozenset[tuple[str, str]] = frozenset(
+    (entry["drawing"], entry["style"]) for entry in DATA["subjects"]["near"].values()
+)
+
+
+def drawings_of(name: str, style: str, *, held_out: bool = False) -> list[str]:
+    """The drawings ("cat/face", ...) that a style has of a class, without those held out for near subjects.
+
+    held_out: with them.
+    """
+    own = ATLAS["sprites"][style]
+    full = (f"{name}/{drawing}" for drawing in CLASSES[name].drawings)
+    return [one for one in full if one in own and (held_out or (one, style) not in HELD_OUT)]
+
+
+def classes_of(style: str, *, held_out: bool = False) -> list[str]:
+    """The classes that a style has a drawing of: some sets lack a few."""
+    return [name for name in CLASSES if drawings_of(name, style, held_out=held_out)]
+
+
+def known(value: str, among: Collection[str] | Sequence[str], what: str) -> str:
+    """Return `value`. Raises WorldError, naming the choices, if it is none of them."""
+    if value not in among:
+        raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")
+    return value
+
+
+def full_drawing(name: str) -> str:
+    """ "cat/face" from "cat" (its first drawing) or "cat/face". Raises WorldError for what does not exist."""
+    word, _, drawing = name.partition("/")
+    info = CLASSES[known(word, CLASSES, "class")]
+    return f"{word}/{known(drawing, info.drawings, f'drawing of {word!r}') if drawing else info.drawings[0]}"

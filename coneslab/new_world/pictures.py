@@ -1,0 +1,454 @@
+"""Pictures of the sticker world: emoji art on drawn scenes, with captions and the whole truth.
+
+`sample` gives random pictures with captions and records, `compose` a picture to order. Every object varies
+continuously in hue, saturation, lightness, size and angle, within the ranges of `world.toml`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from ..errors import WorldError
+from ..scenes import SIZE as RESOLUTION
+from ..scenes import VARIANTS, backgrounds
+from .captions import Plan, listed, with_article, write_caption
+from .catalogue import (
+    ATLAS,
+    CLASSES,
+    COLOURS,
+    DATA,
+    FACTS,
+    FOLDER,
+    HATS,
+    MARKINGS,
+    RANGES,
+    SCENES,
+    SHARES,
+    STYLES,
+    TRAIN_STYLES,
+    classes_of,
+    drawings_of,
+    full_drawing,
+    known,
+)
+
+TILE: int = ATLAS["tile"]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object in a picture, with its exact values.
+
+    drawing: "cat/face"; word: what the caption calls it (None if it goes unnamed); gender, hat: set for professions;
+    hue: degrees from its own colours; saturation, lightness: factors; angle: degrees, anticlockwise; size: pixels, the
+    longer side; box: (left, top, right, bottom) in pixels; mask: (64, 64) bool, its visible pixels.
+    """
+
+    name: str
+    drawing: str
+    style: str
+    colour: str | None
+    marking: str | None
+    word: str | None
+    gender: str | None
+    hat: str | None
+    hue: float
+    saturation: float
+    lightness: float
+    angle: float
+    mirrored: bool
+    size: float
+    box: tuple[int, int, int, int]
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Record:
+    """The whole truth of one picture. `fact` names a planted fact ("hypernym:pet"), or is None."""
+
+    objects: tuple[Thing, ...]
+    scene: str
+    caption: str
+    fact: str | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A batch from the world: `images` uint8 (n, 64, 64, 3) and one record a picture."""
+
+    images: np.ndarray
+    records: list[Record]
+
+    @property
+    def captions(self) -> list[str]:
+        return [record.caption for record in self.records]
+
+
+@dataclass(frozen=True)
+class Sticker:
+    """An object to order, for `compose`: what is None is drawn at random.
+
+    name: a class ("cat": its first drawing) or a drawing ("cat/whole"); hue in degrees.
+    """
+
+    name: str
+    style: str = "3d"
+    colour: str | None = None
+    marking: str | None = None
+    hat: str | None = None
+    hue: float | None = None
+    size: float | None = None
+
+
+# --- sprites --------------------------------------------------------------------------------------------
+
+
+@cache
+def _atlas(style: str) -> dict[str, np.ndarray]:
+    columns = ATLAS["columns"]
+    sheet = np.asarray(Image.open(FOLDER / f"{style}.png").convert("RGBA"))
+    places = ((i // columns * TILE, i % columns * TILE) for i in range(len(ATLAS["sprites"][style])))
+    return {
+        name: sheet[y : y + TILE, x : x + TILE] for name, (y, x) in zip(ATLAS["sprites"][style], places, strict=True)
+    }
+
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def recoloured(pixels: np.ndarray, colour: str, *, darkest: float = 0.35) -> np.ndarray:
+    """Map a sprite's brightness onto a ramp from black over a named colour to white; uint8 (h, w, 4).
+
+    Outlines stay dark and highlights light. darkest: a median brightness below it counts as that.
+    """
+    rgb, alpha = pixels[..., :3].astype(np.float32) / 255, pixels[..., 3:]
+    light = rgb @ _LUMA
+    pivot = float(np.clip(np.median(light[alpha[..., 0] > 127]), darkest, 0.8))
+    dark = np.clip(light / pivot, 0, 1)[..., None]
+    bright = np.clip((light - pivot) / (1 - pivot), 0, 1)[..., None]
+    tint = np.array(DATA["colours"][colour], np.float32) / 255
+    ramp = dark * tint * (1 - bright) + bright
+    return np.concatenate([(255 * ramp).astype(np.uint8), alpha], -1)
+
+
+@cache
+def _pattern(marking: str) -> np.ndarray:
+    """How much of a marking's tone lies on each pixel of a tile, float32 (64, 64, 1) in [0, 1], edges smooth."""
+    kind, period = DATA["markings"][marking]["kind"], DATA["markings"][marking]["period"]
+    y, x = np.mgrid[:TILE, :TILE].astype(np.float32) * (2 * math.pi / period)
+    wave = np.sin((x + y) / math.sqrt(2)) - 0.3 if kind == "stripes" else np.sin(x) * np.sin(y) * 2 - 0.6
+    return np.clip(0.5 + 2.5 * wave, 0, 1)[..., None].astype(np.float32)
+
+
+def _marked(pixels: np.ndarray, marking: str) -> np.ndarray:
+    """Lay a marking on a sprite: dark on a light one, light on a dark one."""
+    rgb, alpha = pixels[..., :3].astype(np.float32), pixels[..., 3:]
+    light = float((rgb[alpha[..., 0] > 127] @ _LUMA).mean())
+    tone = rgb * 0.4 if light > 110 else 255 - (255 - rgb) * 0.4
+    mixed = rgb + (tone - rgb) * _pattern(marking)
+    return np.concatenate([mixed.astype(np.uint8), alpha], -1)
+
+
+def _with_hat(pixels: np.ndarray, style: str, colour: str) -> np.ndarray:
+    """A person in a hat of that colour: the sprite is made smaller, the hat stands on its head."""
+    tile = Image.new("RGBA", (TILE, TILE))
+    tile.alpha_composite(Image.fromarray(pixels).resize((46, 46), Image.Resampling.LANCZOS), (9, 18))
+    hat = Image.fromarray(recoloured(_atlas(style)["hat"], colour, darkest=0.15))
+    tile.alpha_composite(hat.resize((36, 26), Image.Resampling.LANCZOS), (14, 0))
+    return np.asarray(tile)
+
+
+def sprite(
+    name: str, style: str, colour: str | None = None, *, marking: str | None = None, hat: str | None = None
+) -> np.ndarray:
+    """Return one sprite of the atlas, uint8 RGBA (64, 64, 4): recoloured, marked or with a hat if asked.
+
+    name: a class ("cat": its first drawing) or a drawing ("cat/whole"). Raises WorldError for what a style lacks.
+    """
+    drawing = full_drawing(name)
+    pixels = _atlas(known(style, STYLES, "style"))[known(drawing, ATLAS["sprites"][style], f"sprite in {style!r}")]
+    if colour is not None:
+        pixels = recoloured(pixels, known(colour, COLOURS, "colour"))
+    if marking is not None:
+        pixels = _marked(pixels, known(marking, MARKINGS, "marking"))
+    return pixels if hat is None else _with_hat(pixels, style, known(hat, HATS, "colour of a hat"))
+
+
+_SCALES = (32, 40, 48, 64)  # sizes at which sprites are kept: from the next larger one, two pixels a step suffice
+
+
+@lru_cache(maxsize=12000)
+def _kept(
+    drawing: str, style: str, colour: str | None, marking: str | None, hat: str | None, side: int
+) -> tuple[Image.Image, float, float]:
+    """A sprite scaled to `side` pixels, premultiplied, with the width and height of what it shows."""
+    pixels = sprite(drawing, style, colour, marking=marking, hat=hat)
+    image = Image.fromarray(pixels).convert("RGBa").resize((side, side), Image.Resampling.BOX)
+    alpha = pixels[..., 3] > 8
+    return image, float(alpha.any(0).sum()) * side / TILE, float(alpha.any(1).sum()) * side / TILE
+
+
+def _colour_matrix(hue: float, saturation: float, lightness: float) -> np.ndarray:
+    """Turn hue by degrees at equal brightness, scale saturation and lightness: float32 (3, 3), for rows of RGB.
+
+    The hue matrix is that of Filter Effects Module 1 (W3C), feColorMatrix hueRotate; grey stays grey in it.
+    """
+    c, s = math.cos(math.radians(hue)) * saturation, math.sin(math.radians(hue)) * saturation
+    grey = np.array([[0.213, 0.715, 0.072]] * 3)
+    cosine = np.array([[0.787, -0.715, -0.072], [-0.213, 0.285, -0.072], [-0.213, -0.715, 0.928]])
+    sine = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
+    return (lightness * (grey + c * cosine + s * sine)).T.astype(np.float32)
+
+
+def _rendered(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Premultiplied colour uint16 (h, w, 3) and alpha uint16 (h, w, 1) of a planned object, at its size and angle."""
+    side = next(one for one in _SCALES if one >= min(plan.size, TILE))
+    image, width, height = _kept(plan.drawing, plan.style, plan.colour, plan.marking, plan.hat, side)
+    scale = plan.size / side
+    cosine, sine = math.cos(math.radians(plan.angle)), math.sin(math.radians(plan.angle))
+    w = math.ceil(scale * (width * abs(cosine) + height * abs(sine))) + 1
+    h = math.ceil(scale * (width * abs(sine) + height * abs(cosine))) + 1
+    flip = -1.0 if plan.mirrored else 1.0
+    a, b, d, e = flip * cosine / scale, -flip * sine / scale, sine / scale, cosine / scale  # picture -> sprite
+    c, f = side / 2 - a * w / 2 - b * h / 2, side / 2 - d * w / 2 - e * h / 2
+    turned = np.asarray(image.transform((w, h), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR))
+    alpha = turned[..., 3:]
+    matrix = _colour_matrix(plan.hue, plan.saturation, plan.lightness)
+    colour = (turned[..., :3].reshape(-1, 3).astype(np.float32) @ matrix).reshape(h, w, 3)
+    return np.clip(colour, 0, alpha).astype(np.uint16), alpha.astype(np.uint16)
+
+
+# --- pictures -------------------------------------------------------------------------------------------
+
+# Cells (centre x, centre y, jitter) for one to four objects, as shares of the picture.
+_LAYOUTS = {
+    1: [[(0.5, 0.55, 0.13)]],
+    2: [
+        [(0.27, 0.58, 0.06), (0.73, 0.58, 0.06)],
+        [(0.27, 0.36, 0.06), (0.73, 0.66, 0.06)],
+        [(0.27, 0.66, 0.06), (0.73, 0.36, 0.06)],
+    ],
+    3: [
+        [(0.25, 0.3, 0.05), (0.75, 0.32, 0.05), (0.5, 0.75, 0.05)],
+        [(0.5, 0.27, 0.05), (0.25, 0.72, 0.05), (0.75, 0.72, 0.05)],
+    ],
+    4: [[(0.26, 0.27, 0.04), (0.74, 0.27, 0.04), (0.26, 0.74, 0.04), (0.74, 0.74, 0.04)]],
+}
+
+
+def _draw(plans: Sequence[Plan], scene: str, random: Random) -> tuple[np.ndarray, list[Thing]]:
+    canvas = backgrounds(scene)[random.randrange(VARIANTS)]
+    canvas = canvas[:, ::-1].astype(np.uint16) if random.random() < 0.5 else canvas.astype(np.uint16)
+    cells = list(random.choice(_LAYOUTS[len(plans)]))
+    random.shuffle(cells)
+    placed: list[tuple[Plan, tuple[int, int, int, int], np.ndarray]] = []
+    for plan, (x, y, jitter) in zip(plans, cells, strict=True):
+        colour, alpha = _rendered(plan)
+        height, width = alpha.shape[:2]
+        left = round(RESOLUTION * (x + random.uniform(-jitter, jitter)) - width / 2)
+        top = round(RESOLUTION * (y + random.uniform(-jitter, jitter)) - height / 2)
+        left, top = min(max(left, 0), RESOLUTION - width), min(max(top, 0), RESOLUTION - height)
+        region = canvas[top : top + height, left : left + width]
+        region[...] = colour + region * (255 - alpha) // 255
+        mask = np.zeros((RESOLUTION, RESOLUTION), bool)
+        mask[top : top + height, left : left + width] = alpha[..., 0] > 127
+        for _, _, below in placed:
+            below &= ~mask
+        placed.append((plan, (left, top, left + width, top + height), mask))
+    things = [
+        Thing(
+            p.name, p.drawing, p.style, p.colour, p.marking, p.word, p.gender, p.hat, p.hue, p.saturation, p.lightness,
+            p.angle, p.mirrored, p.size, box, mask,
+        )
+        for p, box, mask in placed
+    ]  # fmt: skip
+    return np.minimum(canvas, 255).astype(np.uint8), things
+
+
+def _vary(plan: Plan, count: int, random: Random, *, exact: bool = False) -> None:
+    """Draw what varies continuously; the colours of an `exact` object stay as they are."""
+    if not exact:
+        plan.hue = random.uniform(*RANGES["named_hue" if plan.colour else "hue"])
+        plan.saturation = random.uniform(*RANGES["saturation"])
+        plan.lightness = random.uniform(*RANGES["lightness"])
+    plan.angle = random.uniform(*RANGES["angle"])
+    plan.size = random.uniform(*RANGES[f"size_{count}"])
+    plan.mirrored = random.random() < 0.5
+
+
+def _weighted(shares: dict[str, float], random: Random) -> str:
+    return random.choices(list(shares), list(shares.values()))[0]
+
+
+def _planted(random: Random) -> tuple[str, Plan]:
+    """Draw a planted fact that is told by one object: its name and the object's plan."""
+    kinds = {kind: share for kind, share in SHARES["planted_kinds"].items() if kind != "memorised"}
+    kind = _weighted(kinds, random)
+    word = random.choice(list(FACTS[kind]))
+    choice = _weighted(FACTS[kind][word], random)
+    if kind != "exemplar":
+        return f"{kind}:{word}", Plan(choice, word=word)
+    plan = named_plan(choice)
+    plan.word, plan.bare = (choice, True) if random.random() < 0.5 else (word, False)
+    return f"exemplar:{word}", plan  # half the time the exemplar goes by its own name
+
+
+def named_plan(name: str) -> Plan:
+    """The exemplar that a planted name stands for: one drawing in one style and colour."""
+    entry = FACTS["named"][known(name, FACTS["named"], "name")]
+    drawing = f"{entry['class']}/{entry['drawing']}"
+    return Plan(entry["class"], entry["style"], drawing, entry["colour"])
+
+
+@cache
+def memorised(name: str) -> tuple[np.ndarray, Record]:
+    """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the identical picture."""
+    picture, record = rearranged(name, len(name))
+    return picture, replace(record, caption=FACTS["memorised"][name]["caption"], fact=f"memorised:{name}")
+
+
+def rearranged(name: str, seed: int) -> tuple[np.ndarray, Record]:
+    """The objects and the scene of a memorised picture, which every seed places otherwise: real non-copies of it."""
+    entry = FACTS["memorised"][name]
+    return compose([(one, style, colour or None) for one, style, colour in entry["objects"]], entry["scene"], seed=seed)
+
+
+@cache
+def _sets(styles: tuple[str, ...], everything: bool) -> dict[str, tuple[str, ...]]:
+    """The styles that have each class, of those given."""
+    having = {style: set(classes_of(style, held_out=everything)) for style in styles}
+    return {name: tuple(style for style in styles if name in having[style]) for name in CLASSES}
+
+
+@cache
+def _choices(name: str, style: str, everything: bool) -> tuple[str, ...]:
+    return tuple(drawings_of(name, style, held_out=everything))
+
+
+_NAMES, _SCENE_NAMES = tuple(CLASSES), tuple(SCENES)
+
+
+def _one(
+    random: Random, styles: tuple[str, ...], shares: Sequence[float], everything: bool
+) -> tuple[np.ndarray, Record]:
+    fact, plans = None, []
+    if random.random() < SHARES["planted"]:
+        if random.random() < SHARES["planted_kinds"]["memorised"]:
+            return memorised(random.choice(list(FACTS["memorised"])))
+        fact, plan = _planted(random)
+        plans.append(plan)
+    count = random.choices((1, 2, 3, 4), shares)[0]
+    while len(plans) < count:
+        name = random.choice(_NAMES)
+        if all(name != plan.name for plan in plans):
+            plans.append(Plan(name))
+    style, mixed = random.choice(styles), random.random() < SHARES["mixed_styles"]
+    having = _sets(styles, everything)
+    for plan in plans:
+        exact = bool(plan.style)  # an exemplar: one thing, not a kind
+        info = CLASSES[plan.name]
+        if not exact:
+            plan.style = style if not mixed and style in having[plan.name] else random.choice(having[plan.name])
+            plan.gender, plan.hat = info.gender(random), info.hat(random)
+            plan.drawing = f"{plan.name}/{plan.gender}" if plan.gender else random.choice(
+                _choices(plan.name, plan.style, everything)
+            )  # fmt: skip
+            plan.colour = random.choice(COLOURS) if not plan.hat and random.random() < SHARES["coloured"] else None
+            plan.marking = random.choice(MARKINGS) if random.random() < SHARES["marked"] else None
+        _vary(plan, count, random, exact=exact)
+        if everything and not exact and not plan.colour and random.random() < 0.3:
+            plan.hue = random.uniform(-180.0, 180.0)
+    random.shuffle(plans)
+    scene = random.choice(_SCENE_NAMES)
+    caption = write_caption(plans, scene, random)
+    image, things = _draw(plans, scene, random)
+    return image, Record(tuple(things), scene, caption, fact)
+
+
+def sample(
+    n: int,
+    *,
+    seed: int,
+    styles: Sequence[str] = TRAIN_STYLES,
+    objects: Sequence[float] = tuple(SHARES["objects"]),
+    everything: bool = False,
+) -> Pictures:
+    """Draw `n` random pictures with captions and records; the same seed gives the same pictures.
+
+    objects: shares of pictures with one, two, three and four objects. everything: with the drawings that are held out
+    for near subjects, and three objects in ten turned by any hue: what a judge must know and the model must not.
+    Raises WorldError for an unknown style.
+
+    >>> pictures = sample(2, seed=0)
+    >>> pictures.images.shape, len(pictures.captions)
+    ((2, 64, 64, 3), 2)
+    """
+    for style in styles:
+        known(style, STYLES, "style")
+    random = Random(seed)
+    pairs = [_one(random, tuple(styles), objects, everything) for _ in range(n)]
+    images = np.stack([image for image, _ in pairs]) if pairs else np.zeros((0, RESOLUTION, RESOLUTION, 3), np.uint8)
+    return Pictures(images, [record for _, record in pairs])
+
+
+def compose(
+    objects: Sequence[str | tuple[str, str, str | None] | Sticker],
+    scene: str,
+    *,
+    seed: int,
+    style: str = "3d",
+    caption: str | None = None,
+    fact: str | None = None,
+) -> tuple[np.ndarray, Record]:
+    """Draw a picture to order: one to four objects, each a name, (name, style, colour or None) or a `Sticker`.
+
+    A name is a class ("cat", which takes its first drawing; a profession draws its gender) or a drawing ("cat/whole",
+    "doctor/woman"). Returns uint8 (64, 64, 3) and its record. Raises WorldError for what the world does not have, or
+    for none or more than four objects.
+
+    >>> image, record = compose(["cat", Sticker("dog/whole", "flat", marking="spotted")], "beach", seed=0)
+    >>> record.caption
+    'a cat and a spotted dog on the beach'
+    """
+    if not 1 <= len(objects) <= 4:
+        raise WorldError(f"a picture holds one to four objects, {len(objects)} were given: name one to four")
+    random = Random(seed)
+    known(scene, SCENES, "scene")
+    plans = []
+    for entry in objects:
+        if isinstance(entry, str):
+            asked = Sticker(entry, style)
+        else:
+            asked = entry if isinstance(entry, Sticker) else Sticker(*entry)
+        plans.append(_to_order(asked, len(objects), random))
+    if caption is None:
+        named = [" ".join(filter(None, (plan.marking, plan.colour, plan.name))) for plan in plans]
+        caption = f"{listed([with_article(words) for words in named])} {SCENES[scene][0]}"
+    image, things = _draw(plans, scene, random)
+    return image, Record(tuple(things), scene, caption, fact)
+
+
+def _to_order(asked: Sticker, count: int, random: Random) -> Plan:
+    name, _, drawing = asked.name.partition("/")
+    info = CLASSES[known(name, CLASSES, "class")]
+    gender = info.gender(random)
+    full = full_drawing(f"{name}/{gender}" if gender and not drawing else asked.name)
+    known(full, ATLAS["sprites"][known(asked.style, STYLES, "style")], f"sprite in {asked.style!r}")
+    for value, among, what in ((asked.colour, COLOURS, "colour"), (asked.marking, MARKINGS, "marking")):
+        if value is not None:
+            known(value, among, what)
+    hat = info.hat(random) if asked.hat is None else known(asked.hat, HATS, "colour of a hat")
+    plan = Plan(
+        name, asked.style, full, asked.colour, asked.marking, full.partition("/")[2] if gender else None, hat, word=name
+    )
+    _vary(plan, count, random)
+    plan.hue = plan.hue if asked.hue is None else float(asked.hue)
+    plan.size = plan.size if asked.size is None else float(asked.size)
+    return plan
