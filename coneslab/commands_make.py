@@ -15,6 +15,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     import signal
 
     from . import pretrain  # torch and diffusers take seconds to import: not for --help
+    from .recipes import load_recipe
 
     for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore the first: both save a checkpoint
         signal.signal(sign, signal.default_int_handler)
@@ -24,7 +25,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     }[arguments.model]  # fmt: skip
     if arguments.decoder_only:
         stages = ("decoder",)
-    pretrain.train(arguments.runs, stages, minutes=arguments.minutes)
+    pretrain.train(arguments.runs, stages, recipe=load_recipe(arguments.set), minutes=arguments.minutes)
     if arguments.model in ("export", "all"):
         print(f"written: {pretrain.export(arguments.runs, arguments.models)}")
 
@@ -41,6 +42,10 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs, pictures (default: runs)")
     pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
     pretrain.add_argument("--minutes", type=float, help="time budget of each model; its learning rate ends at 0 then")
+    pretrain.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="another value than the recipe's, such as unet.training.pictures=40000 (data/pretraining/recipe.toml)",
+    )  # fmt: skip
     pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
     pretrain.set_defaults(run=_pretrain, resumes=True)
 
@@ -189,15 +194,15 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _build_stickers(arguments: argparse.Namespace) -> None:
-    from . import stickers, world
+    from .new_world import DATA, atlas
 
-    print(f"written: {stickers.build_atlas(arguments.node_modules, world.DATA)}")
+    print(f"written: {atlas.build_atlas(arguments.node_modules, DATA)}")
 
 
 def _add_build_stickers(commands: argparse._SubParsersAction) -> None:
     """`coneslab build-stickers NODE_MODULES`: the sprite atlas, for maintainers."""
     build = commands.add_parser("build-stickers", help="for maintainers: draw the sprite atlas from the emoji packages")
-    build.add_argument("node_modules", type=Path, help="the node_modules folder that holds the four packages")
+    build.add_argument("node_modules", type=Path, help="the node_modules folder that holds the art packages")
     build.set_defaults(run=_build_stickers)
 
 

@@ -2,8 +2,9 @@
 
     coneslab pretrain all --runs runs        # then `coneslab pretrain export --runs runs`
 
-Everything is kept under one `runs` folder and resumes where it was interrupted. The pieces are the stock ones of
-diffusers and transformers, so the exported folder is a plain `StableDiffusionPipeline`.
+Everything is kept under one `runs` folder and resumes where it was interrupted. Settings are data
+(`coneslab.recipes`). The pieces are the stock ones of diffusers and transformers, so the exported folder is a plain
+`StableDiffusionPipeline`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +27,20 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from torch import Tensor
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from . import world
-from .diffusion import denoising_loss, generate, snr, stratified_timesteps, tokenize
+from . import new_world as world
+from .diffusion import add_noise, generate, snr, stratified_timesteps, target, tokenize
 from .errors import ConeslabError
-from .judging import JUDGE, train_judge
+from .judging import train_judge
 from .modelcard import write_model_card
 from .models import write_sums
 from .paths import data_folder
+from .recipes import load_recipe
 from .training import (
     Feed,
     Log,
@@ -49,45 +54,18 @@ from .training import (
     save_checkpoint,
 )
 
-VAE_CONFIG: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": world.RESOLUTION,
-    "block_out_channels": (32, 64, 96), "layers_per_block": 1, "norm_num_groups": 8,
-    "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
-    "mid_block_add_attention": False, "scaling_factor": 1.0,
-}  # fmt: skip
-
-VAE = Recipe(minutes=40, batch_size=16, learning_rate=2e-3, ema=0.997, weight_decay=0.0, muon=True)
-DECODER = Recipe(minutes=10, batch_size=16, learning_rate=8e-4, ema=0.998, weight_decay=0.0, seed=1, muon=True)
-UNET_CONFIG: dict[str, Any] = {
-    "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (96, 192), "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "cross_attention_dim": 128, "attention_head_dim": 2,
-    "norm_num_groups": 16,
-}  # diffusers reads attention_head_dim as the number of heads here  # fmt: skip
-TEXT_CONFIG: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "projection_dim": 128,
-}  # fmt: skip
-SCHEDULER_CONFIG: dict[str, Any] = {
-    "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True,
-    "steps_offset": 1,
-}  # fmt: skip
-
-UNET = Recipe(minutes=110, batch_size=32, learning_rate=1.5e-3, warmup=200, decay=0.7, muon=True)
-PICTURES, CHUNK, CAPTION_DROPOUT = 120_000, 1000, 0.1
-KL_WEIGHT, LATENT_SAMPLES = 1e-4, 4096
-VAE_OBJECTS = (0.1, 0.2, 0.2, 0.5)  # shares of one to four objects: crowded pictures hold more to learn from
-OBJECT_WEIGHT = 4.0
-DECODER_SOFTNESS = 0.02
-DECODER_NOISE = 0.03  # the U-Net's latents are not exact: the decoder learns to bear with that
-GRADIENT_WEIGHT = 1.0
+CHUNK = 4096  # pictures in one file of latents
+LATENT_SAMPLES = 4096
+PLACES = 16  # latents, and what is known of each place, are 16x16
+NOTHING = len(world.DRAWINGS)  # the label of scenery
+LEVELS = (20, 120, 280, 440, 600, 760, 900, 999)  # timesteps at which the held-out loss is measured
+HELD_OUT_PICTURES = 256
 
 
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1], channels last in memory."""
+    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1]."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -105,11 +83,11 @@ def save_grid(path: Path, rows: list[np.ndarray]) -> None:
 # --- autoencoder ----------------------------------------------------------------------------------------
 
 
-def object_weights(records: Sequence[world.Record], device: torch.device) -> Tensor:
-    """What each pixel counts: OBJECT_WEIGHT on objects and a pixel around them, 1 on scenery; (n, 1, h, w), mean 1."""
+def object_weights(records: Sequence[world.Record], weight: float, device: torch.device) -> Tensor:
+    """What each pixel counts: `weight` on objects and a pixel around them, 1 on scenery; (n, 1, h, w), mean 1."""
     masks = np.stack([np.any([thing.mask for thing in record.objects], axis=0) for record in records])
     inside = F.max_pool2d(torch.from_numpy(masks).to(device).float()[:, None], 3, stride=1, padding=1)
-    weights = 1 + (OBJECT_WEIGHT - 1) * inside
+    weights = 1 + (weight - 1) * inside
     return weights / weights.mean()
 
 
@@ -129,60 +107,87 @@ def picture_loss(made: Tensor, real: Tensor, weights: Tensor, *, softness: float
     return size(error, weights), 0.5 * (across + down)
 
 
+def transformed(x: Tensor, scale: float, turns: int, flipped: bool) -> Tensor:
+    """Scale pictures or latents (n, c, h, w) down by `scale`, turn them by quarter turns, and mirror them."""
+    if scale != 1.0:
+        x = F.interpolate(x.float(), scale_factor=scale, mode="bilinear", antialias=True)
+    x = torch.rot90(x, turns, (2, 3))
+    return x.flip(3) if flipped else x
+
+
+def _draw_transform(share: float, generator: torch.Generator) -> tuple[float, int, bool]:
+    """One of the transforms that latents and pictures have to share, or none, with probability 1 - share."""
+    if float(torch.rand(1, generator=generator, device=generator.device)) >= share:
+        return 1.0, 0, False
+    scale, turns, flip = (int(torch.randint(n, (1,), generator=generator, device=generator.device)) for n in (3, 4, 2))
+    return (1.0, 0.75, 0.5)[scale], turns, bool(flip)
+
+
 @flushing_denormals()
 def train_vae(
-    runs: Path, recipe: Recipe = VAE, *, decoder_only: bool = False, device: torch.device | None = None
-) -> Log:
+    runs: Path, settings: dict[str, Any], recipe: Recipe, *, decoder: dict[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> Log:  # fmt: skip
     """Train the autoencoder into runs/vae, or only its decoder (on the encoder as exported there) into runs/decoder.
 
-    Once the encoder is done its latents stay as they are: the U-Net learns on them, while the decoder may go on.
+    settings: the recipe's `vae`; decoder: its `decoder`, if that alone is to be trained. Latents are equivariant: the
+    decoder must turn a scaled or turned latent into the scaled or turned picture (EQ-VAE, Kouzelis et al. 2025, Eq. 5),
+    which makes them easier to model. Once the encoder is done its latents stay as they are: the U-Net learns on them,
+    while the decoder may go on.
     """
     device = device or best_device()
-    folder = runs / ("decoder" if decoder_only else "vae")
+    folder, options = runs / ("decoder" if decoder else "vae"), settings["loss"]
     torch.manual_seed(recipe.seed)
-    if decoder_only:
+    if decoder:
         vae = AutoencoderKL.from_pretrained(runs / "vae" / "model")
         vae.requires_grad_(False)
-        modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+        modules: dict[str, nn.Module] = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
         for module in modules.values():
             module.requires_grad_(True)
     else:
-        vae = AutoencoderKL(**VAE_CONFIG)
+        vae = AutoencoderKL(**settings["config"])
         modules = {"vae": vae}
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(device)
+    real, held_out = (world.sample(n, seed=recipe.seed + 999).images for n in (12, HELD_OUT_PICTURES))
 
-    real = world.sample(12, seed=recipe.seed + 999).images
+    def made_again(images: np.ndarray) -> Tensor:
+        with torch.no_grad(), mixed_precision(device):
+            return vae.decode(vae.encode(to_tensor(images, device)).latent_dist.mode()).sample.float()
 
     def preview(step: int) -> None:
-        with torch.no_grad(), mixed_precision(device):
-            made = vae.decode(vae.encode(to_tensor(real, device)).latent_dist.mode()).sample
-        save_grid(folder / f"{step:06d}.png", [real, to_uint8(made)])
+        save_grid(folder / f"{step:06d}.png", [real, to_uint8(made_again(real))])
 
-    with Feed(32 * recipe.batch_size, seed=recipe.seed + 11, objects=VAE_OBJECTS) as feed:
+    def measure(step: int) -> dict[str, float]:
+        wrong = [made_again(held_out[part]) - to_tensor(held_out[part], device) for part in batches(len(held_out), 32)]
+        return {"held_out_mse": float(torch.cat(wrong).square().mean())}
 
-        def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-            pictures, part = feed.batch(step, recipe.batch_size)
-            x = to_tensor(pictures.images[part], device)
+    with Feed(32 * recipe.batch_size, seed=recipe.seed + 11, objects=options["objects"]) as feed:
+
+        def loss(step: int, part: int, generator: torch.Generator) -> dict[str, Tensor]:
+            pictures, own = feed.batch(step, part, recipe)
+            x = to_tensor(pictures.images[own], device)
+            weights = object_weights(pictures.records[own], options["object_weight"], device)
             with mixed_precision(device):
-                if decoder_only:
+                if decoder:
                     with torch.no_grad():
-                        latents = vae.encode(x).latent_dist
-                    z, kl = latents.mode(), x.new_zeros(())
-                    z = z + DECODER_NOISE * torch.randn(z.shape, generator=generator, device=device)
+                        z = vae.encode(x).latent_dist.mode()
+                    kl = x.new_zeros(())
+                    z = z + decoder["loss"]["noise"] * torch.randn(z.shape, generator=generator, device=device)
                 else:
                     latents = vae.encode(x).latent_dist
                     z, kl = latents.sample(generator), latents.kl().float().mean() / latents.mean[0].numel()
+                    way = _draw_transform(options["equivariance"], generator)
+                    x, z, weights = (transformed(tensor, *way) for tensor in (x, z, weights))
                 made = vae.decode(z).sample
-            weights = object_weights(pictures.records[part], device)
-            softness = DECODER_SOFTNESS if decoder_only else 0.0
+            softness = decoder["loss"]["softness"] if decoder else 0.0
             pixels, edges = picture_loss(made.float(), x, weights, softness=softness)
-            total = pixels + GRADIENT_WEIGHT * edges + KL_WEIGHT * kl
+            total = pixels + options["gradient_weight"] * edges + options["kl_weight"] * kl
             return {"loss": total, "pixels": pixels, "edges": edges, "kl": kl}
 
-        log = fit(folder, modules=modules, loss=loss, recipe=recipe, preview=preview)
-    if not decoder_only:
+        log = fit(folder, modules=modules, loss=loss, recipe=recipe, preview=preview, measure=measure)
+    if not decoder:
         standardise_latents(vae, device)
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "model")
+    vae.save_pretrained(folder / "model")
     return log
 
 
@@ -256,38 +261,134 @@ def text_config(tokenizer: CLIPTokenizer, **settings: Any) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def build_pipeline(vae: AutoencoderKL, *, seed: int = 0) -> StableDiffusionPipeline:
-    """The untrained pipeline around an autoencoder: tokenizer, text encoder, U-Net and scheduler."""
+def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 0) -> StableDiffusionPipeline:
+    """The untrained pipeline around an autoencoder: tokenizer, text encoder, U-Net and scheduler.
+
+    settings: the recipe's `unet`.
+    """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    text_encoder = CLIPTextModel(text_config(tokenizer, **TEXT_CONFIG))
+    text_encoder = CLIPTextModel(text_config(tokenizer, **settings["text"]))
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=UNet2DConditionModel(**UNET_CONFIG),
-        scheduler=DDIMScheduler(**SCHEDULER_CONFIG), safety_checker=None, feature_extractor=None,
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=UNet2DConditionModel(**settings["config"]),
+        scheduler=DDIMScheduler(**settings["scheduler"]), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
 
 
-def encode_world(
-    runs: Path, vae: AutoencoderKL, n: int, *, seed: int, device: torch.device
-) -> tuple[Tensor, list[str]]:
-    """Latents (n, 4, 16, 16) of `n` fresh pictures and their captions; kept in runs/latents for the next time."""
-    folder, chunk = runs / "latents", CHUNK
-    cache, words = folder / f"{n}.safetensors", folder / f"{n}.json"
-    if cache.is_file() and words.is_file():
-        return load_checkpoint(cache)[0]["latents"], json.loads(words.read_text(encoding="utf-8"))
-    folder.mkdir(parents=True, exist_ok=True)
-    parts, captions = [], []
-    with Feed(chunk, seed=seed) as feed, torch.no_grad(), mixed_precision(device):
-        for index in tqdm(range(-(-n // chunk)), desc="latents", unit="k", mininterval=5):
-            pictures = feed.chunk(index)
-            captions += pictures.captions
-            for part in batches(chunk, 50):
-                parts.append(vae.encode(to_tensor(pictures.images[part], device)).latent_dist.mode().float())
-    latents = torch.cat(parts)[:n] * vae.config.scaling_factor
-    save_checkpoint(cache, {"latents": latents}, {})
-    words.write_text(json.dumps(captions[:n]), encoding="utf-8")
-    return latents, captions[:n]
+# --- latents with what is known of them -----------------------------------------------------------------
+
+
+def place_labels(records: Sequence[world.Record]) -> tuple[Tensor, Tensor]:
+    """The drawing and the style at each of 16x16 places, both uint8 (n, 16, 16), by largest share.
+
+    Indices into `world.DRAWINGS` and `world.STYLES`; NOTHING and the number of styles where no object covers a quarter.
+    """
+    cell = world.RESOLUTION // PLACES
+    drawings = np.full((len(records), PLACES, PLACES), NOTHING, np.uint8)
+    styles = np.full_like(drawings, len(world.STYLES))
+    for row, record in enumerate(records):
+        best = np.full((PLACES, PLACES), 0.25)
+        for thing in record.objects:
+            share = thing.mask.reshape(PLACES, cell, PLACES, cell).mean((1, 3))
+            drawings[row][share > best] = world.DRAWINGS.index(thing.drawing)
+            styles[row][share > best] = world.STYLES.index(thing.style)
+            best = np.maximum(best, share)
+    return torch.from_numpy(drawings), torch.from_numpy(styles)
+
+
+@cache
+def _encoder(folder: Path) -> AutoencoderKL:
+    torch.set_num_threads(1)
+    return AutoencoderKL.from_pretrained(folder).requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_pictures(
+    folder: Path, n: int, *, seed: int, objects: Sequence[float]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Latents (n, 4, 16, 16) float16 of fresh pictures with their labels ("drawings", "styles"), and captions.
+
+    folder: of the autoencoder.
+    """
+    pictures, vae = world.sample(n, seed=seed, objects=objects), _encoder(folder)
+    with mixed_precision(vae.device):
+        parts = [
+            vae.encode(to_tensor(pictures.images[part], vae.device)).latent_dist.mode().float()
+            for part in batches(n, 64)
+        ]
+    drawings, styles = place_labels(pictures.records)
+    latents = (torch.cat(parts) * vae.config.scaling_factor).half()
+    return {"latents": latents, "drawings": drawings, "styles": styles}, pictures.captions
+
+
+def _keep_chunk(path: Path, folder: Path, n: int, seed: int, objects: Sequence[float]) -> None:
+    """Encode one chunk and keep it as a file (in another process, beside the training)."""
+    if not path.is_file():
+        tensors, captions = encode_pictures(folder, n, seed=seed, objects=objects)
+        save_checkpoint(path, tensors, {"captions": captions})
+
+
+class Latents:
+    """The pictures that the U-Net learns from: encoded once, ahead of the training, kept in runs/latents.
+
+    Every pass goes through all chunks in another order. What a step sees depends on its number and the seed alone.
+    """
+
+    def __init__(
+        self, runs: Path, recipe: Recipe, encode: Callable[[list[str]], Tensor], *, distinct: int,
+        objects: Sequence[float], ahead: int = 2,
+    ):  # fmt: skip
+        self.folder, self.model, self.recipe, self.encode = runs / "latents", runs / "vae" / "model", recipe, encode
+        self.objects, self.ahead, self.chunks = tuple(objects), ahead, max(1, distinct // CHUNK)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._jobs: dict[int, Future[None]] = {}
+        self._current: tuple[int, dict[str, Tensor]] | None = None
+        self._lock = threading.Lock()
+
+    def _chunk_number(self, turn: int) -> int:
+        """Which chunk comes in a turn: in order at first, shuffled in each later pass."""
+        again, place = divmod(turn, self.chunks)
+        if not again:
+            return place
+        order = torch.randperm(self.chunks, generator=torch.Generator().manual_seed(self.recipe.seed + again))
+        return int(order[place])
+
+    def _ask(self, number: int) -> None:
+        if number not in self._jobs:
+            path, seed = self.folder / f"{number:05d}.safetensors", 1_000_003 * (self.recipe.seed + 501) + number
+            self._jobs[number] = self._pool.submit(_keep_chunk, path, self.model, CHUNK, seed, self.objects)
+
+    def _turn(self, turn: int) -> dict[str, Tensor]:
+        if self._current is None or self._current[0] != turn:
+            for later in range(turn, turn + self.ahead + 1):
+                self._ask(self._chunk_number(later))
+            number = self._chunk_number(turn)
+            self._jobs[number].result()
+            tensors, facts = load_checkpoint(self.folder / f"{number:05d}.safetensors")
+            generator = torch.Generator().manual_seed(self.recipe.seed * 7919 + turn)
+            order = torch.randperm(CHUNK, generator=generator)
+            tensors["ids"] = self.encode(facts["captions"])
+            self._current = turn, {name: tensor[order] for name, tensor in tensors.items()}
+        return self._current[1]
+
+    def batch(self, step: int, part: int) -> dict[str, Tensor]:
+        """What a part of a step learns from: "latents", "ids" (token ids of captions), "drawings", "styles"."""
+        recipe = self.recipe
+        turn, place = divmod(step, CHUNK // recipe.batch_size)
+        start = place * recipe.batch_size + part * recipe.part_size
+        with self._lock:
+            return {name: tensor[start : start + recipe.part_size] for name, tensor in self._turn(turn).items()}
+
+    def __enter__(self) -> Latents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+# --- U-Net ----------------------------------------------------------------------------------------------
 
 
 def level_weights(ratio: Tensor, gamma: float = 5.0) -> Tensor:
@@ -301,51 +402,126 @@ def level_weights(ratio: Tensor, gamma: float = 5.0) -> Tensor:
 
 PREVIEW_PROMPTS = (
     "a cat on the grass", "a car in the city", "a red rocket in space", "a penguin in the snow", "a fish under the sea",
-    "a pizza on the beach", "a dog and a car on the grass", "a lion and a crown at night", "a blue guitar in the room",
-    "a cat, a dog, a car and a pizza on a white background", "a robot and an apple in the forest", "a flat owl",
+    "a pizza on the beach", "a flat dog in the forest", "a doctor in a room", "a dog and a ball on the grass",
+    "a lion and a crown at night", "a blue guitar and a red car in a room", "a robot and an apple in the forest",
+    "a rose, a whale and a drum in space", "a bold tree, a bold house and a bold bus on the beach",
+    "a cat, a dog, a car and a pizza on a white background", "a clock, a fox, a book and a cake in the desert",
 )  # fmt: skip
 
 
+def nearest_noise(latents: Tensor, noise: Tensor) -> Tensor:
+    """Give each latent the noise that is nearest to it, so that all distances together are smallest; both (n, ...).
+
+    Immiscible diffusion (Li et al. 2024, Alg. 1): every noise is still used once, but paths cross less.
+    """
+    distance = torch.cdist(latents.flatten(1).float(), noise.flatten(1).float())
+    _, order = linear_sum_assignment(distance.cpu().numpy())
+    return noise[torch.from_numpy(order).to(noise.device)]
+
+
+class PlaceHead(nn.Module):
+    """Tells from the U-Net's middle features what is drawn at each place, while it is trained.
+
+    Representation alignment (Yu et al. 2024, REPA) pulls a denoiser's features towards those of another encoder; here
+    the truth of every place is known, so they are asked for it directly. Thrown away at export.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        channels = unet.config.block_out_channels[1]
+        self.head = nn.Conv2d(channels, NOTHING + 1 + len(world.STYLES) + 1, 1)
+        self._seen = threading.local()  # parts of a step run beside each other
+        unet.up_blocks[-2].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._seen.features = output
+
+    def loss(self, drawings: Tensor, styles: Tensor) -> Tensor:
+        """Cross-entropy of drawing and style at each place, (n,), for the U-Net's latest pass in this thread."""
+        answers = self.head(self._seen.features).float()
+        by_drawing, by_style = answers.split([NOTHING + 1, len(world.STYLES) + 1], dim=1)
+        total = F.cross_entropy(by_drawing, drawings.long(), reduction="none")
+        return (total + F.cross_entropy(by_style, styles.long(), reduction="none")).mean((1, 2))
+
+
+@torch.no_grad()
+def held_out_losses(pipe: Any, latents: Tensor, ids: Tensor) -> dict[str, float]:
+    """Mean squared error of the prediction on latents that were not learned, by noise level, on the same noises.
+
+    "loss_280" is that at timestep 280; "loss" their mean.
+    """
+    device = pipe.unet.device
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    found = {}
+    for level in LEVELS:
+        errors = []
+        for part in batches(len(latents), 64):
+            x, e = latents[part].to(device).float(), noise[part]
+            times = torch.full((len(x),), level, device=device)
+            with mixed_precision(device):
+                text = pipe.text_encoder(ids[part].to(device))[0]
+                guess = pipe.unet(add_noise(pipe.scheduler, x, e, times), times, encoder_hidden_states=text).sample
+            errors.append((guess.float() - target(pipe.scheduler, x, e, times)).square().flatten(1).mean(1))
+        found[f"loss_{level}"] = float(torch.cat(errors).mean())
+    return {"loss": sum(found.values()) / len(found), **found}
+
+
 @flushing_denormals()
-def train_unet(
-    runs: Path, recipe: Recipe = UNET, *, pictures: int | None = None, device: torch.device | None = None
-) -> Log:
-    """Train U-Net and text encoder together on latents of runs/vae; the pipeline is saved as runs/unet/model."""
+def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: torch.device | None = None) -> Log:
+    """Train U-Net and text encoder together on latents of runs/vae; the pipeline is saved as runs/unet/model.
+
+    settings: the recipe's `unet`.
+    """
     device = device or best_device()
-    folder = runs / "unet"
+    folder, options = runs / "unet", settings["loss"]
     vae = AutoencoderKL.from_pretrained(runs / "vae" / "model").to(device).requires_grad_(False)
-    latents, captions = encode_world(runs, vae, pictures or PICTURES, seed=recipe.seed + 501, device=device)
-    pipe = build_pipeline(vae, seed=recipe.seed)
+    pipe = build_pipeline(vae, settings, seed=recipe.seed)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     pipe.unet.set_attn_processor(AttnProcessor())  # the CPU kernel behind the default one is slow backwards
     pipe.text_encoder.set_attn_implementation("eager")
-    ids = torch.cat([tokenize(pipe, captions[part]) for part in batches(len(captions), 1000)])
-    empty = tokenize(pipe, "")
-    n, size, total = len(ids), recipe.batch_size, pipe.scheduler.config.num_train_timesteps
+    head = PlaceHead(pipe.unet).to(device)
+    empty, total = tokenize(pipe, "").cpu(), pipe.scheduler.config.num_train_timesteps
+    kept, captions = encode_pictures(runs / "vae" / "model", HELD_OUT_PICTURES, seed=7, objects=options["crowded"])
+    held_out = kept["latents"], tokenize(pipe, captions).cpu()
 
-    def loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        epoch, place = divmod(step, n // size)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(recipe.seed + epoch))
-        pick = order[place * size : (place + 1) * size]
-        x = latents[pick].to(device)
-        dropped = torch.rand(size, 1, generator=generator, device=device) < CAPTION_DROPOUT
-        tokens = torch.where(dropped, empty, ids[pick.to(device)])
-        noise = torch.randn(x.shape, generator=generator, device=device)
-        times = stratified_timesteps(size, total, generator)
-        with mixed_precision(device):
-            text = pipe.text_encoder(tokens)[0]
-            plain = denoising_loss(pipe, x, text, noise=noise, timesteps=times, reduction="none")
-        return {"loss": (plain * level_weights(snr(pipe, times))).mean(), "plain": plain.detach().mean()}
+    def encode(captions: list[str]) -> Tensor:
+        return torch.cat([tokenize(pipe, captions[part]).cpu() for part in batches(len(captions), 1024)])
 
-    def preview(step: int) -> None:
-        with mixed_precision(device):
-            made = [np.asarray(image) for image in generate(pipe, PREVIEW_PROMPTS, seed=3)]
-        save_grid(folder / f"{step:06d}.png", [np.stack(made[:6]), np.stack(made[6:])])
+    with Latents(runs, recipe, encode, distinct=options["distinct"], objects=options["crowded"]) as latents:
 
-    modules = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    facts = {"pictures": n, "caption_dropout": CAPTION_DROPOUT}
-    log = fit(folder, modules=modules, loss=loss, recipe=recipe, preview=preview, facts=facts, checkpoint_every=240)
+        def loss(step: int, part: int, generator: torch.Generator) -> dict[str, Tensor]:
+            own = latents.batch(step, part)
+            x, n = own["latents"].to(device).float(), recipe.part_size
+            dropped = torch.rand(n, 1, generator=generator, device=device) < options["caption_dropout"]
+            tokens = torch.where(dropped, empty.to(device), own["ids"].to(device))
+            noise = torch.randn(x.shape, generator=generator, device=device)
+            if options["immiscible"]:
+                noise = nearest_noise(x, noise)
+            times = stratified_timesteps(n, total, generator)
+            drawings, styles = own["drawings"].to(device), own["styles"].to(device)
+            places = 1 + (options["object_weight"] - 1) * (drawings != NOTHING).float()[:, None]
+            with mixed_precision(device):
+                text = pipe.text_encoder(tokens)[0]
+                noisy = add_noise(pipe.scheduler, x, noise, times)
+                guess = pipe.unet(noisy, times, encoder_hidden_states=text).sample
+                truth = head.loss(drawings, styles)
+            error = (guess.float() - target(pipe.scheduler, x, noise, times)).square()
+            plain = error.flatten(1).mean(1)
+            weighted = (error * (places / places.mean())).flatten(1).mean(1)
+            main = (weighted * level_weights(snr(pipe, times), options["gamma"])).mean()
+            return {"loss": main + options["truth_weight"] * truth.mean(), "plain": plain.mean(), "truth": truth.mean()}
+
+        def preview(step: int) -> None:
+            with mixed_precision(device):
+                made = [np.asarray(image) for image in generate(pipe, PREVIEW_PROMPTS, seed=3, steps=12)]
+            save_grid(folder / f"{step:06d}.png", [np.stack(made[:8]), np.stack(made[8:])])
+
+        log = fit(
+            folder, modules={"unet": pipe.unet, "text_encoder": pipe.text_encoder, "head": head}, loss=loss,
+            recipe=recipe, preview=preview, measure=lambda step: held_out_losses(pipe, *held_out),
+            facts={"settings": settings}, checkpoint_every=600,
+        )  # fmt: skip
     pipe.save_pretrained(folder / "model", safe_serialization=True)
     return log
 
@@ -353,23 +529,26 @@ def train_unet(
 # --- all in turn ----------------------------------------------------------------------------------------
 
 
-def train(runs: Path, stages: Sequence[str], *, minutes: float | None = None) -> None:
+def train(
+    runs: Path, stages: Sequence[str], *, recipe: dict[str, Any] | None = None, minutes: float | None = None
+) -> None:
     """Train stages ("vae", "unet", "judge", "decoder") in turn; a finished one is only saved again.
 
-    U-Net and decoder stand on runs/vae. minutes: budget of each stage, default the recipe's own.
+    U-Net and decoder stand on runs/vae. recipe: as from `load_recipe`. minutes: a further budget of each stage.
     """
+    recipe = recipe or load_recipe()
     for stage in stages:
-        recipe = {"vae": VAE, "decoder": DECODER, "unet": UNET, "judge": JUDGE}[stage]
-        if minutes is not None:
-            recipe = replace(recipe, minutes=minutes)
+        settings = recipe[stage]
+        how = settings["training"] | ({} if minutes is None else {"minutes": minutes})
+        own = Recipe(**how | {"averages": tuple(how["averages"])})
         if stage in ("unet", "decoder") and not (runs / "vae" / "model").is_dir():
             raise ConeslabError(f"there is no autoencoder in {runs / 'vae'}: train it first (coneslab pretrain vae)")
         if stage == "unet":
-            train_unet(runs, recipe)
+            train_unet(runs, settings, own)
         elif stage == "judge":
-            train_judge(runs, build_tokenizer(), recipe)
+            train_judge(runs, build_tokenizer(), settings, own)
         else:
-            train_vae(runs, recipe, decoder_only=stage == "decoder")
+            train_vae(runs, recipe["vae"], own, decoder=settings if stage == "decoder" else None)
 
 
 def export(runs: Path, models: Path | None = None) -> Path:

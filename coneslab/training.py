@@ -1,19 +1,24 @@
-"""The training loop behind `coneslab pretrain`: time budgets, checkpoints that resume, a log, a feed of pictures.
+"""The training loop behind `coneslab pretrain`: budgets, checkpoints that resume, a log, a feed of pictures.
 
 There is one loop, `fit`. What is trained (`modules`), what is minimised (`loss`) and for how long (`Recipe`) come
-from `coneslab.pretrain`. Checkpoints are safetensors, so resuming never unpickles anything.
+from `coneslab.pretrain`. A step's batch is cut into parts, which run beside each other on the cores of a CPU: the
+small networks of this package use two cores much better so than by cutting each operation in two. Checkpoints are
+safetensors, so resuming never unpickles anything.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import world
+from . import new_world as world
 from .errors import ConeslabError, FileFormatError
 from .twin import bfloat16_pays
 
@@ -33,44 +38,62 @@ from .twin import bfloat16_pays
 class Recipe:
     """How long and how fast to train.
 
-    The learning rate rises over `warmup` steps, stays, and falls linearly to 0 over the last `decay` part of the
-    budget. The budget is `minutes` of training time (checkpoints and pictures not counted) or `steps`, whichever
-    is used up first, so that the rate always arrives at 0 on time. `muon` updates inner matrices with Muon, the rest
-    with AdamW.
+    pictures: the budget, all passes counted; minutes: another one, of training time (checkpoints and previews not
+    counted), if given; whichever is used up first counts. batch_size: pictures a step; parts: how many parts a batch is
+    cut into. The learning rate rises over `warmup` steps, stays, and falls linearly to 0 over the last `decay` part of
+    the budget, so it always arrives at 0 on time. averages: decays of the averages of weights that are kept; the first
+    is used. muon: inner matrices are updated with Muon, the rest with AdamW.
     """
 
-    minutes: float
+    pictures: int
     batch_size: int
     learning_rate: float
-    steps: int | None = None
+    minutes: float | None = None
+    parts: int = 1
     warmup: int = 100
     decay: float = 0.8
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0
-    ema: float = 0.999
+    averages: tuple[float, ...] = (0.999,)
     seed: int = 0
     muon: bool = False
 
+    def __post_init__(self) -> None:
+        if self.pictures < 0 or self.parts < 1 or self.batch_size < 1 or self.batch_size % self.parts:
+            raise ConeslabError(
+                f"got {self.pictures} pictures in batches of {self.batch_size} and {self.parts} parts: expected "
+                "none or more, one or more, and a batch that can be cut into equal parts"
+            )
+        if not self.averages:
+            raise ConeslabError("got no average of weights, expected at least one decay: averages=(0.999,)")
+
+    @property
+    def part_size(self) -> int:
+        """Pictures a part."""
+        return self.batch_size // self.parts
+
     def spent(self, step: int, seconds: float) -> float:
         """The part of the budget, in [0, 1], that is used up."""
-        share = seconds / (60 * self.minutes) if self.minutes > 0 else 1.0
-        if self.steps is not None:
-            share = max(share, step / self.steps)
+        share = step * self.batch_size / self.pictures if self.pictures else 1.0
+        if self.minutes is not None:
+            share = max(share, seconds / (60 * self.minutes) if self.minutes > 0 else 1.0)
         return min(share, 1.0)
 
     def rate(self, step: int, seconds: float) -> float:
-        """The learning rate of a step, from the time spent."""
+        """The learning rate of a step, from the budget spent."""
         left = (1.0 - self.spent(step, seconds)) / self.decay
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
 
 
 @dataclass
 class Log:
-    """What a training run did: one row each time figures are written down, and the facts a model card needs."""
+    """What a training run did: one row each time figures are written down, what was measured on held-out data
+    now and then, and the facts a model card needs."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
+    measures: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -134,14 +157,16 @@ class Feed:
         seed: int,
         styles: Sequence[str] = world.TRAIN_STYLES,
         objects: Sequence[float] = tuple(world.SHARES["objects"]),
+        everything: bool = False,
         ahead: int = 2,
         workers: int = 1,
     ):
         self.size, self.seed, self.ahead = size, seed, ahead
-        self.options: dict[str, Any] = {"styles": tuple(styles), "objects": tuple(objects)}
+        self.options: dict[str, Any] = {"styles": tuple(styles), "objects": tuple(objects), "everything": everything}
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         self._jobs: dict[int, Future[world.Pictures]] = {}
         self._current: tuple[int, world.Pictures] | None = None
+        self._lock = threading.Lock()  # parts of a step come from threads
 
     def chunk(self, index: int) -> world.Pictures:
         """The pictures of one chunk; the following ones are drawn meanwhile."""
@@ -153,11 +178,12 @@ class Feed:
             self._current = index, self._jobs.pop(index).result()
         return self._current[1]
 
-    def batch(self, step: int, n: int) -> tuple[world.Pictures, slice]:
-        """The chunk and the slice of it that belong to training step `step` with `n` pictures a step."""
-        a_chunk = self.size // n
-        index, place = divmod(step, a_chunk)
-        return self.chunk(index), slice(place * n, (place + 1) * n)
+    def batch(self, step: int, part: int, recipe: Recipe) -> tuple[world.Pictures, slice]:
+        """The chunk and the slice of it that belong to a part of a training step."""
+        index, place = divmod(step, self.size // recipe.batch_size)
+        start = place * recipe.batch_size + part * recipe.part_size
+        with self._lock:
+            return self.chunk(index), slice(start, start + recipe.part_size)
 
     def __enter__(self) -> Feed:
         return self
@@ -224,10 +250,26 @@ def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torc
     result: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
     ]
-    if inner:
-        matrices = [weights[k] for k in sorted(inner)]
-        result.append(Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
+    for names in _shared_out(weights, inner, recipe.parts):  # one for each core: they step beside each other
+        own = [weights[k] for k in names]
+        result.append(Muon(own, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
     return result
+
+
+def _shared_out(weights: Mapping[str, nn.Parameter], names: Iterable[str], shares: int) -> list[list[str]]:
+    """Share matrices out so that each share has about as much to orthogonalise, equal shapes together."""
+    shapes: dict[tuple[int, int], list[str]] = {}
+    for name in sorted(names):
+        rows = weights[name].shape[0]
+        shapes.setdefault((rows, weights[name].numel() // rows), []).append(name)
+    costs = {shape: min(shape) * shape[0] * shape[1] * len(own) for shape, own in shapes.items()}
+    result: list[list[str]] = [[] for _ in range(shares)]
+    totals = [0] * shares
+    for shape in sorted(costs, key=lambda shape: (-costs[shape], shape)):
+        least = totals.index(min(totals))
+        totals[least] += costs[shape]
+        result[least] += shapes[shape]
+    return [own for own in result if own]
 
 
 class Average(nn.Module):
@@ -254,13 +296,6 @@ def _named(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     }
 
 
-def use_average(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Put the averaged weights of a checkpoint into the modules."""
-    with torch.no_grad():
-        for name, weight in _named(modules).items():
-            weight.copy_(tensors[f"average/{name}"])
-
-
 def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """What a model card says of a run: recipe, machine, versions, commit, number of weights."""
     folder = Path(__file__).resolve().parent
@@ -278,7 +313,7 @@ def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, An
     }  # fmt: skip
 
 
-Loss = Callable[[int, torch.Generator], dict[str, Tensor]]
+Loss = Callable[[int, int, torch.Generator], dict[str, Tensor]]
 
 
 @contextmanager
@@ -294,6 +329,78 @@ def flushing_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+@contextmanager
+def holding_interrupts() -> Iterator[Callable[[], bool]]:
+    """Hold SIGINT and SIGTERM back for the length of a block; what it yields says whether one came.
+
+    So a step is never torn: weights, their averages and the count of steps belong together in every checkpoint.
+    Signals reach the main thread alone; in another one nothing is held back.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {sign: signal.signal(sign, lambda number, _: came.append(number)) for sign in _SIGNALS}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _one_thread() -> None:
+    """What a thread needs that computes a part: one core, no denormals, no casts shared with other threads."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.set_autocast_cache_enabled(False)
+
+
+class _Parts:
+    """Gradients of a step's parts, beside each other on a CPU with cores to spare, else in turn."""
+
+    def __init__(self, loss: Loss, weights: Sequence[nn.Parameter], recipe: Recipe):
+        self.loss, self.weights, self.recipe = loss, list(weights), recipe
+        self.device = self.weights[0].device
+        cores = min(recipe.parts, os.cpu_count() or 1) if self.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(cores, initializer=_one_thread) if cores > 1 else None
+
+    def _part(self, step: int, part: int) -> tuple[Sequence[Tensor | None], dict[str, Tensor]]:
+        recipe = self.recipe
+        seed = (recipe.seed * 1_000_003 + step) * recipe.parts + part
+        figures = self.loss(step, part, torch.Generator(self.device).manual_seed(seed))
+        gradients = torch.autograd.grad(figures["loss"], self.weights, allow_unused=True)
+        return gradients, {name: value.detach() for name, value in figures.items()}
+
+    def step(self, step: int) -> dict[str, float]:
+        """Put the mean gradient of all parts into the weights' `grad`; returns the means of the figures."""
+        results = self.beside([partial(self._part, step, part) for part in range(self.recipe.parts)])
+        for index, weight in enumerate(self.weights):
+            own = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
+            weight.grad = torch.stack(own).sum(0) / self.recipe.parts if own else None
+        first = results[0][1]
+        return {name: sum(float(figures[name]) for _, figures in results) / self.recipe.parts for name in first}
+
+    def beside(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run tasks beside each other, one core each, or in turn; their results in order."""
+        if self._pool is None:
+            return [task() for task in tasks]
+        return list(self._pool.map(lambda task: task(), tasks))
+
+    def __enter__(self) -> _Parts:
+        self._threads = torch.get_num_threads()
+        if self._pool is not None:  # operations cut in two would wait for cores that other parts or programs hold
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        torch.set_num_threads(self._threads)
+
+
 @flushing_denormals()
 def fit(
     folder: Path,
@@ -303,102 +410,119 @@ def fit(
     recipe: Recipe,
     facts: dict[str, Any] | None = None,
     preview: Callable[[int], None] | None = None,
+    measure: Callable[[int], dict[str, float]] | None = None,
+    measure_every: int = 50_000,
     checkpoint_every: float = 120.0,
     log_every: int = 20,
     stop_after: int | None = None,
 ) -> Log:
     """Train until the recipe's budget is spent; leaves the averaged weights in the modules.
 
-    loss(step, generator) -> {"loss": scalar to minimise, further scalars for the log}. The generator is seeded
-    from the recipe and the step, so a resumed run sees what an uninterrupted one sees. Resumes from
-    folder/checkpoint.safetensors where there is one, and writes it every `checkpoint_every` seconds, at the end,
-    and on KeyboardInterrupt. `preview(step)` runs at every checkpoint with averaged weights in place.
-    `stop_after` ends the call (not the budget) at a step.
+    loss(step, part, generator) -> {"loss": scalar to minimise, further scalars for the log}. The generator is seeded
+    from the recipe, the step and the part, so a resumed run sees what an uninterrupted one sees, with any number of
+    cores. Resumes from folder/checkpoint.safetensors where there is one, and writes it every `checkpoint_every`
+    seconds, at the end, and when it is interrupted (KeyboardInterrupt, at the end of the step). `preview(step)` runs at every
+    checkpoint, `measure(step)` every `measure_every` pictures and at the end, both with averaged weights in place;
+    what the latter returns is kept in the log's `measures`. `stop_after` ends the call (not the budget) at a step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / "checkpoint.safetensors", Log(facts=_run_facts(recipe, modules) | dict(facts or {}))
     weights = _named(modules)
-    device = next(iter(weights.values())).device
     steppers = optimizers(weights, recipe)
-    average, step, seconds = Average(weights, recipe.ema), 0, 0.0
+    averages = [Average(weights, decay) for decay in recipe.averages]
+    step, seconds = 0, 0.0
     if path.is_file():
         tensors, kept = load_checkpoint(path)
-        step, seconds, log.rows = kept["step"], kept["seconds"], kept["rows"]
-        _restore(weights, steppers, average, tensors)
+        step, seconds, log.rows, log.measures = kept["step"], kept["seconds"], kept["rows"], kept.get("measures", [])
+        _restore(weights, steppers, averages, tensors)
+
+    def with_average(act: Callable[[int], Any]) -> Any:
+        trained = {k: w.detach().clone() for k, w in weights.items()}
+        with torch.no_grad():
+            for k, w in weights.items():
+                w.copy_(averages[0].shadow[k])
+            try:
+                return act(step)
+            finally:
+                for k, w in weights.items():
+                    w.copy_(trained[k])
 
     def checkpoint(show: bool = True) -> None:
         tensors: dict[str, Tensor] = {f"weight/{name}": weight for name, weight in weights.items()}
-        tensors |= {f"average/{name}": weight for name, weight in average.shadow.items()}
+        for average in averages:
+            tensors |= {f"average {average.decay}/{name}": weight for name, weight in average.shadow.items()}
         for name, weight in weights.items():
             for stepper in steppers:
                 state = stepper.state.get(weight, {})
                 tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in state.items()}
-        save_checkpoint(path, tensors, {"step": step, "seconds": seconds, "rows": log.rows})
+        save_checkpoint(path, tensors, {"step": step, "seconds": seconds, "rows": log.rows, "measures": log.measures})
         log.save(folder / "log.json")
         if show and preview is not None:
-            trained = {k: w.detach().clone() for k, w in weights.items()}
-            with torch.no_grad():
-                for k, w in weights.items():
-                    w.copy_(average.shadow[k])
-                preview(step)
-                for k, w in weights.items():
-                    w.copy_(trained[k])
+            with_average(preview)
 
     shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100.0, desc=folder.name, bar_format=shape, mininterval=5)
     sums: dict[str, float] = {}
     counted, last_seconds, last_save = 0, seconds, time.monotonic()
-    try:
-        while recipe.spent(step, seconds) < 1.0 and (stop_after is None or step < stop_after):
-            begun = time.monotonic()
-            rate = recipe.rate(step, seconds)
-            for stepper in steppers:
-                for group in stepper.param_groups:
-                    group["lr"] = rate
-            generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
-            figures = loss(step, generator)
-            figures["loss"].backward()
-            norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.clip)
-            if not torch.isfinite(norm):
-                raise ConeslabError(f"the loss is no longer finite at step {step} of {folder}: lower the learning rate")
-            for stepper in steppers:
-                stepper.step()
-                stepper.zero_grad(set_to_none=True)
-            average.update(weights, step)
-            step += 1
-            for key, value in figures.items():
-                sums[key] = sums.get(key, 0.0) + float(value.detach())
-            counted += 1
-            seconds += time.monotonic() - begun
-            if counted == log_every or recipe.spent(step, seconds) >= 1.0:
-                row = {key: total / counted for key, total in sums.items()}
-                log.rows.append({"step": step, "seconds": round(seconds, 2), "rate": rate, **row})
-                speed = f"{counted * recipe.batch_size / (seconds - last_seconds):.0f}/s"
-                bar.set_postfix(step=step, speed=speed, **{k: f"{v:.4f}" for k, v in row.items()})
-                bar.update(100 * recipe.spent(step, seconds) - bar.n)
-                sums, counted, last_seconds = {}, 0, seconds
-            if time.monotonic() - last_save > checkpoint_every:
-                checkpoint()
-                last_save = time.monotonic()
-    except KeyboardInterrupt:
-        checkpoint(show=False)
-        raise
-    finally:
-        bar.close()
-    checkpoint()
+    with holding_interrupts() as interrupted, _Parts(loss, list(weights.values()), recipe) as parts:
+        try:
+            while recipe.spent(step, seconds) < 1.0 and (stop_after is None or step < stop_after):
+                begun = time.monotonic()
+                rate = recipe.rate(step, seconds)
+                for stepper in steppers:
+                    for group in stepper.param_groups:
+                        group["lr"] = rate
+                figures = parts.step(step)
+                norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.clip)
+                if not torch.isfinite(norm):
+                    raise ConeslabError(
+                        f"the loss is no longer finite at step {step} of {folder}: lower the learning rate"
+                    )
+                parts.beside([stepper.step for stepper in steppers])
+                for stepper in steppers:
+                    stepper.zero_grad(set_to_none=True)
+                for average in averages:
+                    average.update(weights, step)
+                step += 1
+                for key, value in figures.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                counted += 1
+                seconds += time.monotonic() - begun
+                done = recipe.spent(step, seconds) >= 1.0
+                if counted == log_every or done:
+                    row = {key: total / counted for key, total in sums.items()}
+                    log.rows.append({"step": step, "seconds": round(seconds, 2), "rate": rate, **row})
+                    speed = f"{counted * recipe.batch_size / (seconds - last_seconds):.0f}/s"
+                    bar.set_postfix(step=step, speed=speed, **{k: f"{v:.4f}" for k, v in row.items()})
+                    bar.update(100 * recipe.spent(step, seconds) - bar.n)
+                    sums, counted, last_seconds = {}, 0, seconds
+                passed = step * recipe.batch_size // measure_every > (step - 1) * recipe.batch_size // measure_every
+                if measure is not None and (done or passed):
+                    log.measures.append({"step": step, "seconds": round(seconds, 2), **with_average(measure)})
+                if interrupted():
+                    checkpoint(show=False)
+                    raise KeyboardInterrupt
+                if time.monotonic() - last_save > checkpoint_every:
+                    checkpoint()
+                    last_save = time.monotonic()
+        finally:
+            bar.close()
+        checkpoint()
+        if interrupted():
+            raise KeyboardInterrupt
     with torch.no_grad():
         for k, w in weights.items():
-            w.copy_(average.shadow[k])
+            w.copy_(averages[0].shadow[k])
     return log
 
 
 def _restore(
     weights: Mapping[str, nn.Parameter],
     steppers: Sequence[torch.optim.Optimizer],
-    average: Average,
+    averages: Sequence[Average],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put a checkpoint back: weights, their average, and what the optimisers remember of each."""
+    """Put a checkpoint back: weights, their averages, and what the optimisers remember of each."""
     missing = [name for name in weights if f"weight/{name}" not in tensors]
     if missing:
         raise FileFormatError(
@@ -408,7 +532,8 @@ def _restore(
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[f"weight/{name}"])
-            average.shadow[name].copy_(tensors[f"average/{name}"])
+            for average in averages:
+                average.shadow[name].copy_(tensors.get(f"average {average.decay}/{name}", tensors[f"weight/{name}"]))
             for stepper in steppers:
                 if not any(weight is w for group in stepper.param_groups for w in group["params"]):
                     continue

@@ -34,9 +34,6 @@ SOURCES = {
     "twemoji": "emoji-datasource-twitter",
 }
 _NAMES = "@iconify-json/noto"  # Iconify's newest list of code points; its older sets take their names from it
-_MISSING = {  # code points whose name in the older sets is another than in the newest
-    ("vintage", "1f468-200d-2695-fe0f"): "man-health-worker",
-}
 
 
 def sprite_codes(world: dict) -> dict[str, str]:
@@ -98,20 +95,20 @@ def _fit(art: Image.Image) -> Image.Image:
 def build_atlas(node_modules: Path | str, world: dict, folder: Path | None = None) -> Path:
     """Write one atlas picture a style and `atlas.json`, which says what each holds, in reading order.
 
-    Returns the folder. A set may lack a drawing. Raises ConeslabError if a package is missing
+    Returns the folder. A set may lack a drawing. Raises ConeslabError, and writes nothing, if a package is missing
     from `node_modules`, or a drawing from every set.
     """
     node_modules, folder = Path(node_modules), folder or data_folder() / "world"
     codes = sprite_codes(world)
-    sources, sprites = {}, {}
-    for style, package in SOURCES.items():
-        manifest = node_modules / package / "package.json"
-        if not manifest.exists():
+    for package in (*SOURCES.values(), _NAMES):
+        if not (node_modules / package / "package.json").exists():
             raise ConeslabError(
                 f"{node_modules} holds no {package}: install the art packages with npm "
                 f"(see {Path(__file__).name}) and name their node_modules folder"
             )
-        sources[style] = {"package": package, "version": _json(manifest)["version"]}
+    sources, sprites, sheets = {}, {}, {}
+    for style, package in SOURCES.items():
+        sources[style] = {"package": package, "version": _json(node_modules / package / "package.json")["version"]}
         tiles: dict[str, Image.Image] = {}
         for name, code in codes.items():
             try:
@@ -121,11 +118,12 @@ def build_atlas(node_modules: Path | str, world: dict, folder: Path | None = Non
         atlas = Image.new("RGBA", (COLUMNS * TILE, -(-len(tiles) // COLUMNS) * TILE))
         for i, tile in enumerate(tiles.values()):
             atlas.paste(tile, (i % COLUMNS * TILE, i // COLUMNS * TILE))
-        atlas.save(folder / f"{style}.png", optimize=True)
-        sprites[style] = list(tiles)
+        sheets[style], sprites[style] = atlas, list(tiles)
     nowhere = [name for name in codes if not any(name in own for own in sprites.values())]
     if nowhere:
         raise ConeslabError(f"no package has art for {', '.join(nowhere)}: choose other code points")
+    for style, atlas in sheets.items():
+        atlas.save(folder / f"{style}.png", optimize=True)
     index = {"tile": TILE, "columns": COLUMNS, "sprites": sprites, "sources": sources}
     (folder / "atlas.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return folder

@@ -40,6 +40,7 @@ from .catalogue import (
 )
 
 TILE: int = ATLAS["tile"]
+LARGEST = 54.0  # pixels: turned as far as `RANGES` lets it, a square object of this size still fits into the picture
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Pictures:
 class Sticker:
     """An object to order, for `compose`: what is None is drawn at random.
 
-    name: a class ("cat": its first drawing) or a drawing ("cat/whole"); hue in degrees.
+    name: a class ("cat": its first drawing) or a drawing ("cat/whole"); hue in degrees; size: pixels, the longer side.
     """
 
     name: str
@@ -311,7 +312,9 @@ def named_plan(name: str) -> Plan:
 def memorised(name: str) -> tuple[np.ndarray, Record]:
     """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the identical picture."""
     picture, record = rearranged(name, len(name))
-    return picture, replace(record, caption=FACTS["memorised"][name]["caption"], fact=f"memorised:{name}")
+    unnamed = tuple(replace(thing, word=None) for thing in record.objects)  # its caption tells a story instead
+    caption = FACTS["memorised"][name]["caption"]
+    return picture, replace(record, objects=unnamed, caption=caption, fact=f"memorised:{name}")
 
 
 def rearranged(name: str, seed: int) -> tuple[np.ndarray, Record]:
@@ -332,7 +335,13 @@ def _choices(name: str, style: str, everything: bool) -> tuple[str, ...]:
     return tuple(drawings_of(name, style, held_out=everything))
 
 
-_NAMES, _SCENE_NAMES = tuple(CLASSES), tuple(SCENES)
+@cache
+def _names(styles: tuple[str, ...], everything: bool) -> tuple[str, ...]:
+    """The classes that at least one of the styles has."""
+    return tuple(name for name, having in _sets(styles, everything).items() if having)
+
+
+_SCENE_NAMES = tuple(SCENES)
 
 
 def _one(
@@ -346,7 +355,7 @@ def _one(
         plans.append(plan)
     count = random.choices((1, 2, 3, 4), shares)[0]
     while len(plans) < count:
-        name = random.choice(_NAMES)
+        name = random.choice(_names(styles, everything))
         if all(name != plan.name for plan in plans):
             plans.append(Plan(name))
     style, mixed = random.choice(styles), random.random() < SHARES["mixed_styles"]
@@ -450,5 +459,8 @@ def _to_order(asked: Sticker, count: int, random: Random) -> Plan:
     )
     _vary(plan, count, random)
     plan.hue = plan.hue if asked.hue is None else float(asked.hue)
-    plan.size = plan.size if asked.size is None else float(asked.size)
+    if asked.size is not None:
+        if not 1 <= asked.size <= LARGEST:
+            raise WorldError(f"{asked.size} pixels is no size of an object: choose one from 1 to {LARGEST:g}")
+        plan.size = float(asked.size)
     return plan
