@@ -51,11 +51,12 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
 
 
 def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
-    from . import evaluation, metrics, models
+    from . import evaluation, metrics, models, new_world, world
 
+    place: Any = new_world if arguments.world == "new" else world
     judge = metrics.load_judge(arguments.judge)
     report = (
-        evaluation.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed)
+        evaluation.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed, world=place)
         if arguments.folder == "judge"
         else evaluation.evaluate_model(
             models.load(arguments.folder, device=arguments.device),
@@ -65,6 +66,8 @@ def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
             guidance_scale=arguments.guidance_scale,
             limit=arguments.limit,
             extras=not arguments.bars_only,
+            kid_pictures=arguments.kid,
+            world=place,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
         )
@@ -87,6 +90,11 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--guidance-scale", type=float, default=3.0)
     evaluate.add_argument("--limit", type=int, help="only that many classes, pairs and fours: a quick look")
     evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
+    evaluate.add_argument("--kid", type=int, default=0, metavar="N", help="also the KID of N pictures to real ones")
+    evaluate.add_argument(
+        "--world", choices=("shipped", "new"), default="shipped",
+        help="new: the world with variety, which the next model is trained on",
+    )  # fmt: skip
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")

@@ -421,9 +421,9 @@ def fit(
     loss(step, part, generator) -> {"loss": scalar to minimise, further scalars for the log}. The generator is seeded
     from the recipe, the step and the part, so a resumed run sees what an uninterrupted one sees, with any number of
     cores. Resumes from folder/checkpoint.safetensors where there is one, and writes it every `checkpoint_every`
-    seconds, at the end, and when it is interrupted (KeyboardInterrupt, at the end of the step). `preview(step)` runs at every
-    checkpoint, `measure(step)` every `measure_every` pictures and at the end, both with averaged weights in place;
-    what the latter returns is kept in the log's `measures`. `stop_after` ends the call (not the budget) at a step.
+    seconds, at the end, and when it is interrupted (KeyboardInterrupt, at the end of the step). `preview(step)` runs at
+    every checkpoint, `measure(step)` every `measure_every` pictures and at the end, both with averaged weights in
+    place; the log's `measures` keep what the latter returns. `stop_after` ends the call (not the budget) at a step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / "checkpoint.safetensors", Log(facts=_run_facts(recipe, modules) | dict(facts or {}))

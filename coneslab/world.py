@@ -381,6 +381,11 @@ def sample(
     return Pictures(images, [record for _, record in pairs])
 
 
+def classes_of(style: str) -> list[str]:
+    """The classes that a style has a drawing of: here all."""
+    return list(CLASSES)
+
+
 def _known(value: str, among: Sequence[str] | dict, what: str) -> str:
     if value not in among:
         raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")
