@@ -26,6 +26,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     if arguments.decoder_only:
         stages = ("decoder",)
     pretrain.train(arguments.runs, stages, recipe=load_recipe(arguments.set), minutes=arguments.minutes)
+    if arguments.trial:
+        print(pretrain.note_trial(arguments.trial, arguments.runs, stages[-1], arguments.set, judge=arguments.judge))
     if arguments.model in ("export", "all"):
         print(f"written: {pretrain.export(arguments.runs, arguments.models)}")
 
@@ -46,6 +48,8 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="another value than the recipe's, such as unet.training.pictures=40000 (data/pretraining/recipe.toml)",
     )  # fmt: skip
+    pretrain.add_argument("--trial", metavar="NAME", help="add what was measured to data/pretraining/trials.csv")
+    pretrain.add_argument("--judge", help="of the new world: with --trial, it is asked about some pictures, too")
     pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
     pretrain.set_defaults(run=_pretrain, resumes=True)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .errors import ConeslabError
 from .training import Log
@@ -22,18 +25,19 @@ _ABOUT = {
         "`StableDiffusionPipeline`:\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
         "pipe = StableDiffusionPipeline.from_pretrained(\"data/models/tiny\", safety_checker=None)\n"
         "pipe(\"a cat on the beach\", num_inference_steps=25, guidance_scale=3.0).images[0]\n```",
-        "`coneslab.world.sample`: pictures composed on the fly from Fluent Emoji (3D and flat) and Noto Emoji, with "
-        "captions of the world's grammar. Twemoji is held out: no part of this model has seen it. Licences and "
-        "attribution of the art are in `data/licences`.",
-        "Teaching and experiments in this small world. It knows the words of `coneslab.world.WORDS` and no others, and "
-        "it knows the planted biases of that world on purpose (`coneslab.world.FACTS`).",
+        "`coneslab.new_world.sample`: pictures composed on the fly from Fluent Emoji (3D and flat), Noto Emoji "
+        "(today's and the first), and EmojiOne, with captions of the world's grammar; every object varies in "
+        "hue, saturation, lightness, size and angle. Twemoji and the drawings of the near subjects are held out: no part of this model "
+        "has seen them. Licences and attribution of the art are in `data/licences`.",
+        "Teaching and experiments in this small world. It knows the words of `coneslab.new_world.WORDS` and no others, "
+        "and it knows the planted biases of that world on purpose (`coneslab.new_world.FACTS`).",
     ),
     "judge": (
         "coneslab judge",
         "A small CLIP model that measures pictures of the sticker world: a plain transformers `CLIPModel` with its "
         "`CLIPProcessor`. It is used only to measure and was trained apart from the diffusion model.",
-        "`coneslab.world.sample` with all four art styles (Fluent 3D, Fluent flat, Noto, Twemoji), slightly blurred, "
-        "noised and brightened at random; captions of the world's grammar and captions wrong in one class or scene.",
+        "`coneslab.new_world.sample` with all six art sets and all drawings, slightly blurred, noised and brightened "
+        "at random; captions of the world's grammar and captions wrong in one thing.",
         "Text and image alignment, classification and feature distances on pictures of this world. Not meant for "
         "photographs.",
     ),
@@ -55,6 +59,25 @@ def loss_curve(logs: Mapping[str, Log]) -> Figure:
     return figure
 
 
+def caption_sheet(drawn: Sequence[Image.Image], real: Sequence[Image.Image], captions: Sequence[str]) -> Figure:
+    """Drawn pictures beside real ones of the same captions, four pairs a row, enlarged: what the eye judges by."""
+    if not len(drawn) == len(real) == len(captions) > 0:
+        raise ConeslabError(
+            f"got {len(drawn)} drawn and {len(real)} real pictures and {len(captions)} captions: give one of each a row"
+        )
+    rows = -(-len(captions) // 4)
+    figure = Figure(figsize=(13, 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, one, other, caption in zip(axes, drawn, real, captions, strict=False):
+        gap = np.full((one.height, max(1, one.width // 16), 3), 255, np.uint8)
+        axis.imshow(np.concatenate([np.asarray(one), gap, np.asarray(other)], 1), interpolation="nearest")
+        axis.set_title("\n".join(wrap(caption, 42)), fontsize=8)
+    figure.suptitle("Drawn (left) and real (right) pictures of sixteen random captions", fontsize=10)
+    return figure
+
+
 def _run_table(stage: str, log: Log) -> list[str]:
     recipe: dict[str, Any] = log.facts.get("recipe", {})
     last = {key: value for key, value in log.rows[-1].items() if key not in ("step", "seconds", "rate")}
@@ -65,12 +88,15 @@ def _run_table(stage: str, log: Log) -> list[str]:
         "steps": f"{log.steps:,} of {recipe.get('batch_size', '?')} pictures",
         "seconds": f"{log.seconds:,.0f}",
         "optimiser": f"{muon}, rate {recipe.get('learning_rate', '?')}, weight decay "
-        f"{recipe.get('weight_decay', '?')}, average of weights {recipe.get('ema', '?')}",
+        f"{recipe.get('weight_decay', '?')}, average of weights {recipe.get('averages', ['?'])[0]}",
+        "pictures": f"{log.steps * recipe.get('batch_size', 0):,} of {recipe.get('pictures', 0):,}",
         "machine": f"{facts['device']}, {facts['precision']}, torch {facts['torch']}",
         "commit": f"`{facts['commit']}`",
         "at the end": ", ".join(f"{key} {value:.4f}" for key, value in last.items()),
     }
-    rows |= {key.replace("_", " "): str(log.facts[key]) for key in ("pictures", "caption_dropout") if key in log.facts}
+    if log.measures:
+        held_out = {key: value for key, value in log.measures[-1].items() if key not in ("step", "seconds")}
+        rows["on held-out pictures"] = ", ".join(f"{key} {value:.4f}" for key, value in held_out.items())
     return [
         f"### {_TITLES.get(stage, stage)}",
         "",
@@ -81,10 +107,13 @@ def _run_table(stage: str, log: Log) -> list[str]:
     ]
 
 
-def write_model_card(folder: Path, logs: Mapping[str, Log], figures: Mapping[str, Any] | None = None) -> Path:
+def write_model_card(
+    folder: Path, logs: Mapping[str, Log], figures: Mapping[str, Any] | None = None, *, sheet: Figure | None = None
+) -> Path:
     """Write folder/README.md and folder/loss.png from training logs, stage by stage.
 
-    figures: what was measured, name -> value or ready text, for the table of figures; None leaves it for later.
+    figures: what was measured, name -> value or ready text, for the table of figures; None leaves it for later. sheet:
+    of captions (`caption_sheet`), kept as captions.png.
     Raises ConeslabError for a folder that is not one of the shipped models, or without logs.
     """
     if folder.name not in _ABOUT:
@@ -108,6 +137,9 @@ def write_model_card(folder: Path, logs: Mapping[str, Log], figures: Mapping[str
         lines += [f"| {k} | {f'{v:.3f}' if isinstance(v, float) else v} |" for k, v in figures.items()]
     else:
         lines += ["Not measured yet: `coneslab evaluate-model` prints them."]
+    if sheet is not None:
+        sheet.savefig(folder / "captions.png", dpi=110)
+        lines += ["", "![Sixteen captions, each with the model's picture and a real one](captions.png)"]
     loss_curve(logs).savefig(folder / "loss.png", dpi=80)
     card = folder / "README.md"
     card.write_text("\n".join(lines) + "\n", encoding="utf-8")

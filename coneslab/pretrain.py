@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -36,9 +37,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from . import new_world as world
 from .diffusion import add_noise, generate, snr, stratified_timesteps, target, tokenize
 from .errors import ConeslabError
+from .evaluation import evaluate_model
 from .judging import train_judge
-from .modelcard import write_model_card
-from .models import write_sums
+from .metrics import load_judge
+from .modelcard import caption_sheet, write_model_card
+from .models import load, write_sums
 from .paths import data_folder
 from .recipes import load_recipe
 from .training import (
@@ -60,6 +63,7 @@ PLACES = 16  # latents, and what is known of each place, are 16x16
 NOTHING = len(world.DRAWINGS)  # the label of scenery
 LEVELS = (20, 120, 280, 440, 600, 760, 900, 999)  # timesteps at which the held-out loss is measured
 HELD_OUT_PICTURES = 256
+SHEET_SEED = 2026  # of the sixteen captions in the model card
 
 
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -551,6 +555,36 @@ def train(
             train_vae(runs, recipe["vae"], own, decoder=settings if stage == "decoder" else None)
 
 
+TRIALS = data_folder() / "pretraining" / "trials.csv"
+
+
+def note_trial(
+    name: str, runs: Path, stage: str, changed: Sequence[str], *, judge: str | None = None
+) -> dict[str, Any]:
+    """Add what a short run came to as a row of `data/pretraining/trials.csv`; a row of that name is replaced.
+
+    changed: what differed from the recipe. judge: of the new world, asked about few pictures of a U-Net, if given.
+    """
+    log = Log.load(runs / stage / "log.json")
+    row: dict[str, Any] = {
+        "trial": name, "stage": stage, "changed": " ".join(changed),
+        "pictures": log.steps * log.facts["recipe"]["batch_size"], "minutes": round(log.seconds / 60, 1),
+        "machine": f"{log.facts['device']}, {log.facts['precision']}", "weights": log.facts["weights"],
+        **{key: round(value, 5) for key, value in log.measures[-1].items() if key not in ("step", "seconds")},
+    }  # fmt: skip
+    if judge and stage == "unet":
+        pipe = load(runs / "unet" / "model", device="cpu")
+        report = evaluate_model(
+            pipe, load_judge(judge), seeds=1, steps=12, kid_pictures=256, progress=False, world=world
+        )  # fmt: skip
+        row |= {share.name: round(share.interval.estimate, 3) for share in report.shares}
+        row["KID"] = round(report.settings["KID"], 4)
+    table = pandas.read_csv(TRIALS, dtype={"trial": str}) if TRIALS.is_file() else pandas.DataFrame({"trial": []})
+    table = pandas.concat([table[table.trial != name], pandas.DataFrame([row])], ignore_index=True)
+    TRIALS.write_text(table.to_csv(index=False), encoding="utf-8")
+    return row
+
+
 def export(runs: Path, models: Path | None = None) -> Path:
     """Put what is trained under `runs` into the folder of shipped models, with model cards and sums.
 
@@ -578,8 +612,13 @@ def export(runs: Path, models: Path | None = None) -> Path:
     logs = {stage: Log.load(runs / stage / "log.json") for stage in ("vae", "decoder", "unet", "judge")
             if (runs / stage / "log.json").is_file()}  # fmt: skip
     by_model = {"judge": {"judge": logs.pop("judge")}, "tiny": logs}
+    pictures = world.sample(16, seed=SHEET_SEED)
+    real = [Image.fromarray(image) for image in pictures.images]
+    pipe.unet.float()
+    sheet = caption_sheet(generate(pipe, pictures.captions, seed=SHEET_SEED), real, pictures.captions)
     for name, own in by_model.items():
-        write_model_card(models / name, own, _evaluated(models.parent / "results" / f"evaluation_{name}.json"))
+        figures = _evaluated(models.parent / "results" / f"evaluation_{name}.json")
+        write_model_card(models / name, own, figures, sheet=sheet if name == "tiny" else None)
     write_sums(models)
     return models
 

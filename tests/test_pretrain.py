@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -468,6 +469,7 @@ def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.Mo
     assert models.fingerprint(vae.decoder) != models.fingerprint(tuned.decoder)
     card = (shipped / "tiny" / "README.md").read_text()
     assert "Not measured yet" in card and "U-Net and text encoder" in card and (shipped / "tiny" / "loss.png").is_file()
+    assert "captions.png" in card and (shipped / "tiny" / "captions.png").is_file()
     modelcard.write_model_card(
         shipped / "tiny", {"unet": Log.load(runs / "unet" / "log.json")}, {"right class": 0.912345}
     )
@@ -477,6 +479,21 @@ def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.Mo
     measured = Log.load(runs / "unet" / "log.json").measures[-1]
     levels = [measured[f"loss_{level}"] for level in pretrain.LEVELS]
     assert measured["loss"] == pytest.approx(np.mean(levels)) and 0 < min(levels) and max(levels) < 4
+
+
+def test_a_trial_is_a_row_that_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrain, "TRIALS", tmp_path / "trials.csv")
+    (tmp_path / "vae").mkdir()
+    facts = {"recipe": {"batch_size": 4}, "device": "2 CPU cores", "precision": "float32", "weights": 7}
+    for loss in (0.5, 0.25):
+        rows = [{"step": 10, "seconds": 90.0, "loss": 1.0}]
+        Log(facts, rows, [{"step": 10, "seconds": 90.0, "held_out_mse": loss}]).save(tmp_path / "vae" / "log.json")
+        pretrain.note_trial("001", tmp_path, "vae", ["vae.loss.equivariance=0.0"])
+    pretrain.note_trial("other", tmp_path, "vae", [])
+    table = pandas.read_csv(tmp_path / "trials.csv", dtype={"trial": str})
+    assert table.trial.tolist() == ["001", "other"] and table.held_out_mse.tolist() == [0.25, 0.25]
+    assert table.pictures.tolist() == [40, 40] and table.minutes.tolist() == [1.5, 1.5]
+    assert table.changed[0] == "vae.loss.equivariance=0.0"
 
 
 def test_a_stage_says_what_it_stands_on(tmp_path: Path, capsys):
