@@ -26,9 +26,9 @@ _ABOUT = {
         "pipe = StableDiffusionPipeline.from_pretrained(\"data/models/tiny\", safety_checker=None)\n"
         "pipe(\"a cat on the beach\", num_inference_steps=25, guidance_scale=3.0).images[0]\n```",
         "`coneslab.new_world.sample`: pictures composed on the fly from Fluent Emoji (3D and flat), Noto Emoji "
-        "(today's and the first), and EmojiOne, with captions of the world's grammar; every object varies in "
-        "hue, saturation, lightness, size and angle. Twemoji and the drawings of the near subjects are held out: no part of this model "
-        "has seen them. Licences and attribution of the art are in `data/licences`.",
+        "(today's and the first), and EmojiOne, with captions of the world's grammar; every object varies in hue, "
+        "saturation, lightness, size and angle. Twemoji and the drawings of the near subjects are held out: no part of "
+        "this model has seen them. Licences and attribution of the art are in `data/licences`.",
         "Teaching and experiments in this small world. It knows the words of `coneslab.new_world.WORDS` and no others, "
         "and it knows the planted biases of that world on purpose (`coneslab.new_world.FACTS`).",
     ),
