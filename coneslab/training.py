@@ -333,14 +333,20 @@ def flushing_denormals() -> Iterator[None]:
 def holding_interrupts() -> Iterator[Callable[[], bool]]:
     """Hold SIGINT and SIGTERM back for the length of a block; what it yields says whether one came.
 
-    So a step is never torn: weights, their averages and the count of steps belong together in every checkpoint.
-    Signals reach the main thread alone; in another one nothing is held back.
+    So a step is never torn: weights, their averages and the count of steps belong together in every checkpoint. A
+    second signal is not held back. Signals reach the main thread alone; in another one nothing is held back.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {sign: signal.signal(sign, lambda number, _: came.append(number)) for sign in _SIGNALS}
+
+    def hold(number: int, _: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = {sign: signal.signal(sign, hold) for sign in _SIGNALS}
     try:
         yield lambda: bool(came)
     finally:

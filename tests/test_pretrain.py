@@ -112,6 +112,20 @@ def test_an_interrupted_step_is_finished_and_kept(tmp_path: Path, sign: signal.S
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(tmp_path: Path):
+    fit_small(tmp_path, stop_after=2)
+
+    def loss(step: int, part: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"loss": net(torch.ones(1, 3)).square().mean()}
+
+    net = small_net()
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(tmp_path, modules={"net": net}, loss=loss, recipe=replace(QUICK, batch_size=1, parts=1))
+    assert training.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 2
+
+
 def test_what_is_measured_is_measured_on_the_average_and_kept(tmp_path: Path):
     net, seen = small_net(), []
 
