@@ -205,6 +205,54 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare.set_defaults(run=_compare, resumes=True)
 
 
+def _compare_samplers(arguments: argparse.Namespace) -> None:
+    from . import metrics, models, new_world, samplers, world
+
+    choices = []
+    for text in arguments.sampler:
+        name, *numbers = text.split(",")
+        try:
+            steps, scale, first, last = [float(n) for n in numbers] + [3.0, 0.0, 1.0][len(numbers) - 1 :]
+        except ValueError as error:
+            raise ConeslabError(
+                f"--sampler is {text!r}: give NAME,STEPS[,GUIDANCE[,FROM,TO]], such as UniPC,10,3,0,0.8"
+            ) from error
+        choices.append(samplers.Sampler(name, int(steps), scale, (first, last)))
+    table = samplers.compare_samplers(
+        models.load(arguments.folder, device=arguments.device),
+        metrics.load_judge(arguments.judge),
+        choices,
+        seeds=arguments.seeds,
+        limit=arguments.limit,
+        kid_pictures=arguments.kid,
+        world=new_world if arguments.world == "new" else world,
+        out=arguments.out,
+    )
+    print(table.to_string(index=False))
+
+
+def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
+    """`coneslab compare-samplers FOLDER`: how few network calls a picture needs."""
+    compare = commands.add_parser(
+        "compare-samplers",
+        help="how few network calls a picture needs: samplers, asked the same questions",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    compare.add_argument("folder", help='pipeline folder, hub id or "tiny"')
+    add_judge(compare)
+    compare.add_argument(
+        "--sampler", action="append", required=True, metavar="NAME,STEPS[,GUIDANCE[,FROM,TO]]",
+        help='repeatable; names: "DDIM", "DPM-Solver++ 2M", "UniPC"; FROM, TO: shares of the schedule with guidance',
+    )  # fmt: skip
+    compare.add_argument("--seeds", type=int, default=2, help="pictures a prompt, each in another scene")
+    compare.add_argument("--limit", type=int, help="only that many classes, pairs, threes and fours")
+    compare.add_argument("--kid", type=int, default=512, metavar="N", help="pictures for the KID to real ones")
+    compare.add_argument("--world", choices=("shipped", "new"), default="shipped")
+    compare.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    compare.add_argument("--out", type=Path, help="the table, written after each sampler")
+    compare.set_defaults(run=_compare_samplers, resumes=False)
+
+
 def _build_stickers(arguments: argparse.Namespace) -> None:
     from .new_world import DATA, atlas
 
@@ -223,5 +271,6 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_compare(commands)
     _add_experiment(commands)
     _add_evaluate_model(commands)
+    _add_compare_samplers(commands)
     _add_pretrain(commands)
     _add_build_stickers(commands)

@@ -8,7 +8,8 @@ autoencoder's `scaling_factor`, so they are what the U-Net sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -360,6 +361,41 @@ def start_noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
     return torch.stack(draws).to(pipe.unet.device, pipe.unet.dtype)
 
 
+@contextmanager
+def guided_between(pipe: Pipe, first: float, last: float) -> Iterator[Callable[[], int]]:
+    """Guide only between two shares of the schedule for the length of a block; yields a counter of network passes.
+
+    0 is all noise, 1 is clean, measured by the timestep (Kynkäänniemi et al. 2024, Applying Guidance in a Limited
+    Interval). Outside, the half of a batch that has the empty prompt is not computed: it gets the other half's output,
+    so that u + s (c - u) is c. A pass is one picture through the network once.
+    """
+    unet = pipe.unet
+    own, total, passes = unet.forward, pipe.scheduler.config.num_train_timesteps, 0
+
+    def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        share = 1 - (float(torch.as_tensor(timestep).flatten()[0]) + 1) / total
+        if first <= share <= last or len(sample) % 2:
+            passes += len(sample)
+            return own(sample, timestep, encoder_hidden_states, *args, **kwargs)
+        half = len(sample) // 2
+        passes += half
+        out = own(sample[half:], timestep, encoder_hidden_states[half:], *args, **kwargs)
+        if isinstance(out, tuple):
+            return (torch.cat([out[0], out[0]]), *out[1:])
+        return type(out)(sample=torch.cat([out.sample, out.sample]))
+
+    before = unet.__dict__.get("forward")
+    unet.forward = forward
+    try:
+        yield lambda: passes
+    finally:
+        if before is None:
+            del unet.forward
+        else:
+            unet.forward = before
+
+
 def generate(
     pipe: Pipe,
     prompts: str | Sequence[str],
@@ -367,25 +403,32 @@ def generate(
     seed: int | Sequence[int] = 0,
     steps: int = 25,
     guidance_scale: float = 3.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 16,
     negative_prompt: str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
     callback: Callback | None = None,
+    on_calls: Callable[[int], Any] | None = None,
 ) -> list[Image.Image]:
     """Pictures for prompts, by the pipeline's own call and scheduler.
 
     Picture i starts from noise made from `seed + i` alone, or from its own if there is one seed a picture, so it does
     not depend on the batch size or on what else is asked for. dtype: precision of the U-Net, default the fastest
     (`twin.drawing`); give `pipe.unet.dtype` for pictures that are those of `pipe(...)` to the last bit.
-    callback(step, timestep, latents) after each step of each batch.
-    Raises ConeslabError without prompts, with another number of seeds, or with less than one step.
+    guidance_interval: shares of the schedule between which guidance is on (`guided_between`), default all of it.
+    callback(step, timestep, latents) after each step of each batch; on_calls(number of network passes) at the end.
+    Raises ConeslabError without prompts, with another number of seeds, with less than one step, or for an interval
+    that is none.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ConeslabError("no prompts were given, expected at least one")
     if steps < 1 or batch_size < 1:
         raise ConeslabError(f"steps={steps}, batch_size={batch_size}: both must be positive")
+    first, last = guidance_interval
+    if not 0 <= first < last <= 1:
+        raise ConeslabError(f"guidance_interval is {guidance_interval}: give two shares in order, such as (0.0, 0.8)")
     pictures: list[Image.Image] = []
 
     def step_end(_: Pipe, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -398,7 +441,8 @@ def generate(
     if len(seeds) != len(texts):
         raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
     noises = start_noise(pipe, seeds)
-    with drawing(pipe, dtype):
+    untouched = guidance_interval == (0.0, 1.0) and on_calls is None
+    with drawing(pipe, dtype), nullcontext() if untouched else guided_between(pipe, first, last) as passes:
         for start in starts:
             part = slice(start, start + batch_size)
             made = pipe(
@@ -411,4 +455,6 @@ def generate(
                 callback_on_step_end=step_end,
             )
             pictures += made.images
+        if on_calls is not None and passes is not None:
+            on_calls(passes())
     return pictures

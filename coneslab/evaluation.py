@@ -306,6 +306,7 @@ def evaluate_model(
     seeds: int = 8,
     steps: int = 25,
     guidance_scale: float = 3.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     limit: int | None = None,
     extras: bool = True,
     kid_pictures: int = 0,
@@ -323,12 +324,13 @@ def evaluate_model(
     world: the module of the world that both were trained on.
     """
     drawn, start = 0, time.perf_counter()
+    calls: list[int] = []
 
     def make(prompts: Sequence[str]) -> Images:
         nonlocal drawn
         images = generate(
-            pipe, prompts, seed=seed + drawn, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size,
-            progress=progress,
+            pipe, prompts, seed=seed + drawn, steps=steps, guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval, batch_size=batch_size, progress=progress, on_calls=calls.append,
         )  # fmt: skip
         drawn += len(prompts)
         return images
@@ -352,8 +354,11 @@ def evaluate_model(
         for name, (right, prompts) in result["hits"].items()
     )
     classes, mistaken = _by_class(result["pairs"])
-    settings = {"steps": steps, "guidance_scale": guidance_scale, "seeds": seeds, "limit": limit, "seed": seed,
-                "pictures": drawn, "seconds": round(seconds), **distances}  # fmt: skip
+    settings = {
+        "steps": steps, "guidance_scale": guidance_scale, "guidance_interval": list(guidance_interval),
+        "seeds": seeds, "limit": limit, "seed": seed, "pictures": drawn, "calls": round(sum(calls) / drawn, 2),
+        "seconds": round(seconds), **distances,
+    }  # fmt: skip
     return Report(f"{_name(pipe)}, judged by {judge}", rows, classes, mistaken, settings)
 
 

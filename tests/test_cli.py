@@ -17,7 +17,7 @@ from small_judge import save_small_judge
 from coneslab import ConeslabError, cli, doctor, generate, load, load_edit, models
 
 COMMANDS = ("doctor", "tour", "find", "generate", "apply", "decompose", "ablate", "compare", "experiment",
-            "evaluate-model", "pretrain", "build-stickers")  # fmt: skip
+            "evaluate-model", "compare-samplers", "pretrain", "build-stickers")  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -66,6 +66,7 @@ def drawing(monkeypatch):
         def generate(pipe, prompts, *, seed, **options):
             seen.setdefault("prompts", []).extend(prompts)
             seen["options"] = options
+            options["on_calls"](2 * len(prompts))
             return [showing(flaw(prompt, index)) for index, prompt in enumerate(prompts)]
 
         monkeypatch.setattr(evaluation, "generate", generate)
@@ -87,7 +88,7 @@ def test_a_perfect_pipeline_scores_one_everywhere(drawing):
     assert report.settings["pictures"] == len(seen["prompts"])
     groups = sum(len(CLASSES) // count for count in (1, 2, 3, 4))
     assert len(seen["prompts"]) == SEEDS * groups + 2 * len(CLASSES)
-    assert seen["options"]["steps"] == 7 and seen["options"]["guidance_scale"] == 2.0
+    assert report.settings["calls"] == 2 and seen["options"]["steps"] == 7 and seen["options"]["guidance_scale"] == 2.0
     assert set(report.classes) == set(CLASSES) and not report.mistaken
 
 
