@@ -31,7 +31,7 @@ for name, options in {defaults!r}.items():
     module, _, function = name.rpartition(".")
     known = getattr(importlib.import_module(module), function).__kwdefaults__
     if not options.keys() <= known.keys():
-        raise KeyError(f"{{name}} has no {{sorted(options.keys() - known.keys())}}: see this notebook's metadata, short")
+        raise KeyError(f"{{name}} does not take all of {{sorted(options)}}: see the metadata, short")
     known.update(options)"""
 
 
