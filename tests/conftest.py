@@ -5,6 +5,7 @@ They are made once and shared: a test that leaves one changed fails.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -201,6 +202,12 @@ PIPELINE = ("unet", "text_encoder", "vae")
 def v_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """v-prediction, attention at two resolutions, 12 tokens."""
     return share("v_pipe", make_pipeline(tmp_path_factory.mktemp("v")), *PIPELINE)
+
+
+@pytest.fixture
+def own_pipe(v_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A copy of `v_pipe` that a test may change."""
+    return copy.deepcopy(v_pipe)
 
 
 @pytest.fixture(scope="session")
