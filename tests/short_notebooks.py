@@ -14,6 +14,7 @@ options. Whatever is named must be there: a notebook that changes cannot grow lo
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -49,12 +50,15 @@ def shortened(notebook: Any) -> Any:
     code = [cell for cell in copy.cells if cell.cell_type == "code"]
     for cell in code:
         cell.outputs, cell.execution_count = [], None
-    for old, new in how.get("text", {}).items():
-        places = [cell for cell in code if old in cell.source]
-        if not places:
-            raise ValueError(f'no code cell has {old!r}, which the metadata "short" replace: change them as well')
-        for cell in places:
-            cell.source = cell.source.replace(old, new)
+    if texts := how.get("text", {}):
+        found, any_of = set(), re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+        for cell in code:
+            found |= {*any_of.findall(cell.source)}
+            cell.source = any_of.sub(lambda old: texts[old[0]], cell.source)
+        if missing := sorted(texts.keys() - found):
+            raise ValueError(
+                f'no code cell has {missing[0]!r}, which the metadata "short" replace: change them as well'
+            )
     if defaults := how.get("defaults"):
         parameters = next(cell for cell in code if "parameters" in cell.metadata.get("tags", []))
         parameters.source += "\n\n" + SET_DEFAULTS.format(defaults=dict(defaults))

@@ -99,7 +99,9 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ["object:ladybug", "style:flat", "memorised:lighthouse"])
+@pytest.mark.parametrize(
+    "title", ["object:ladybug", "memorised:lighthouse", pytest.param("style:flat", marks=pytest.mark.full)]
+)
 def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     before = weights_of(setting.pipe)
     setting = replace(setting, steps=2)
