@@ -42,6 +42,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run"]  # fmt: skip
 PATIENCE = 50  # seconds for any one thing, none of which takes ten: what never comes is told within a minute
+STARTING = 4 * PATIENCE  # seconds for a server, which tells by itself if it cannot start
 
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -151,8 +152,8 @@ def server(command: list[str | Path], folder: Path, ready: str, **environment: s
             start_new_session=True, env=os.environ | {name: str(value) for name, value in own.items()} | environment,
         )  # fmt: skip
         try:
-            until(lambda: answers(ready) or process.poll() is not None)
-            assert process.poll() is None, log.read_text()
+            up = until(lambda: answers(ready) or process.poll() is not None, STARTING)
+            assert up and process.poll() is None, log.read_text()
             yield
         finally:
             if process.poll() is None:
@@ -226,10 +227,10 @@ def run_all(visit: Visit, lab: tuple[str, str, Path], name: str) -> list[Locator
         return until(lambda: re.search(r"[\d*]", numbers[-1].inner_text()), 2)
 
     until(started)
-    failed = page.locator("[data-mime-type='application/vnd.jupyter.error']")
+    failed = page.locator("[data-mime-type='application/vnd.jupyter.stderr']").filter(has_text="Traceback (most recent")
     for number in numbers:  # each cell may take so long; the first that fails is the end
         until(lambda number=number: failed.count() or re.search(r"\d", number.inner_text()))
-        assert failed.count() == 0, failed.first.inner_text()
+        assert failed.count() == 0, failed.first.inner_text().strip().splitlines()[-1]
     return [cells.nth(i) for i in range(count)]
 
 
