@@ -1,17 +1,21 @@
 # make lab        JupyterLab on the notebooks (the first run sets everything up)
 # make app        the playground as a web page, for a class
-# make test       ruff, mypy, unit tests, and every notebook
+# make check      style, types and the fast tests: after every edit, within 90 seconds
+# make test       what proves that all works, every notebook from its first to its last cell in short: 8 to 12 minutes
+# make test-all   the same at full length, for a release or a change to a notebook: an hour
 # make notebooks  run every notebook again and save its outputs in place
 # make book       the site: notebooks as they were saved, results, model cards, reference, in build/book/html
 # make hosts      write the set-up cells and the links to Colab and Binder anew, from the address in pyproject.toml
 # make assignments  the students' versions of the exercises, in build/coursework/release (see the README)
 # make bench      the benchmarks, printed side by side
+# make help       these lines
 #
 # PYTHON=...      the Python (3.11 or later) that makes the virtual environment
 # VENV=...        where it goes (.venv)
 # LAB_ARGS=...    more arguments for JupyterLab, for example LAB_ARGS="--ip=0.0.0.0" inside a container
 # APP_ARGS=...    more arguments for Voilà, for example APP_ARGS="--Voila.ip=0.0.0.0" to let a class in
 # COURSE=...      the course folder of nbgrader, with versions, submissions and grades (build/coursework)
+# TEST_ARGS=...   more arguments for pytest, for example TEST_ARGS="-x --durations=20"
 # EDITS=...       the folder of edit files that the page offers and adds to (runs/app)
 # Without an NVIDIA GPU on Linux, the CPU build of torch saves gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make lab
@@ -25,9 +29,13 @@ LAB_ARGS ?=
 APP_ARGS ?=
 COURSE ?= build/coursework
 EDITS ?= runs/app
+TEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab app test notebooks book hosts assignments bench clean
+.PHONY: help lab app style check test test-all notebooks book hosts assignments bench clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 lab: $(VENV)/.coneslab
 	@echo "Open the address below in a browser (Ctrl-C stops the server)."
@@ -48,10 +56,23 @@ app: $(VENV)/.coneslab-app
 		--MappingKernelManager.cull_interval=60 --MappingKernelManager.cull_idle_timeout=1800 \
 		--MappingKernelManager.cull_connected=True $(APP_ARGS)
 
-test: $(VENV)/.coneslab-test
+style: $(VENV)/.coneslab-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --durations=10
+
+# Two at a time, with one thread each: threads of torch that have to share a core with others wait for each other, and
+# tests of seconds take minutes. A file's tests stay together, for what they share.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+check: style
+	$(PYTEST) -m 'not slow and not full' $(TEST_ARGS) coneslab tests
+
+test: style
+	$(BIN)/python tests/short_notebooks.py build/short
+	$(PYTEST) -m 'not full' --nbmake --nbmake-timeout=300 --durations=10 $(TEST_ARGS) coneslab tests build/short
+
+test-all: style
+	$(PYTEST) --nbmake --nbmake-timeout=1800 --durations=10 $(TEST_ARGS) coneslab tests notebooks
 
 notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from .controls import finetune_kv
@@ -226,6 +225,8 @@ def attacks(
 def _from_pictures(
     pipe: Any, pictures: Sequence[Image.Image], prompt: str, strength: float, seed: int, steps: int, guidance: float
 ) -> list[Image.Image]:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
     if not 0 < strength <= 1 or int(steps * strength) < 1:
         raise ConeslabError(f"strength is {strength} of {steps} steps: give a share in (0, 1] that leaves a step to do")
     with drawing(pipe):

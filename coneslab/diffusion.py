@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,7 +21,10 @@ from tqdm.auto import tqdm
 from .errors import ConeslabError
 from .twin import drawing
 
-Pipe: TypeAlias = StableDiffusionPipeline
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+Pipe: TypeAlias = "StableDiffusionPipeline"
 Callback = Callable[[int, int, Tensor], None]
 
 

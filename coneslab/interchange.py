@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -16,6 +16,9 @@ from .errors import ConeslabError, FileFormatError, MismatchError
 from .kvspace import KVSpace, unet_of
 from .merging import custom_diffusion_parts
 from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # the name that diffusers' own training script gives
 

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
 
 from .errors import ConeslabError, MismatchError
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
 
 Images: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray
 Reduction: TypeAlias = Literal["mean", "none"]
@@ -162,7 +164,9 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
 
     Raises ConeslabError if the folder holds no CLIP model.
     """
-    from .models import model_folder, without_bars  # here, so that the numbers below need no diffusers
+    from transformers import CLIPModel, CLIPProcessor  # here: what measures numbers below does without
+
+    from .models import model_folder, without_bars
 
     shipped = str(name_or_path) == "judge"
     folder = model_folder("judge") if shipped else name_or_path

@@ -7,20 +7,22 @@ are checked against their SHA-256 sums (`data/models/SHA256SUMS.json`) before an
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from .errors import ConeslabError, FileFormatError
 from .paths import data_folder
+
+if TYPE_CHECKING:  # diffusers and transformers take seconds to import: only where a model is loaded
+    from diffusers import StableDiffusionPipeline
 
 SHIPPED = ("tiny", "judge")
 SUMS = "SHA256SUMS.json"
@@ -134,6 +136,8 @@ def load(
         pipe = coneslab.load("tiny")
         pipe("a cat on the beach", num_inference_steps=25, guidance_scale=3.0).images[0]
     """
+    from diffusers import StableDiffusionPipeline
+
     where = usable_device(device)
     name = str(name_or_path)
     source: str | Path = Path(name).expanduser()
@@ -170,8 +174,12 @@ def load(
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Let diffusers and transformers load without progress bars: the shipped models are there before one is read."""
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    """Let diffusers and transformers load without progress bars: the shipped models are there before one is read.
+
+    Import what is to load before: a library that is not there yet is left alone.
+    """
+    loaded = [f"{name}.utils.logging" for name in ("diffusers", "transformers") if name in sys.modules]
+    shown = [library for library in map(importlib.import_module, loaded) if library.is_progress_bar_enabled()]
     try:
         for library in shown:
             library.disable_progress_bar()

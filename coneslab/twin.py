@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from .errors import ConeslabError
@@ -70,11 +69,15 @@ def speed_up_backward(unet: Any) -> None:
     side = unet.config.sample_size
     places = side**2 if isinstance(side, int) else side[0] * side[1]
     if unet.device.type == "cpu" and places <= 32**2:
+        from diffusers.models.attention_processor import AttnProcessor
+
         unet.set_attn_processor(AttnProcessor())
 
 
 def is_plain(unet: Any) -> bool:
     """Whether a twin does what the U-Net does: no hooks, adapters or attention processors of somebody's own."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
     if hasattr(unet, "_orig_mod") or getattr(unet, "peft_config", None):
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules()):

@@ -86,7 +86,10 @@ def module_table(modules: Sequence[str]) -> str:
 
 
 def parsed(module: str) -> ast.Module:
-    return ast.parse((ROOT / "coneslab" / f"{module}.py").read_text(encoding="utf-8"))
+    """The code of a module, or of a package's face: "world", "new_world.captions", "new_world"."""
+    path = ROOT.joinpath("coneslab", *module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def about(docstring: str | None) -> str:

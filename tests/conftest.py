@@ -1,22 +1,34 @@
-"""Tiny random Stable Diffusion pipelines, built in memory: nothing is downloaded, nothing is trained."""
+"""Tiny random Stable Diffusion pipelines, built in memory: nothing is downloaded, nothing is trained.
+
+They are made once and shared: a test that leaves one changed fails.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch comes; more fight for the cores, with each other and all else
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from last_lines import pytest_unconfigure  # noqa: F401
 from PIL import Image
 from small_judge import save_small_judge
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from coneslab import load
 from coneslab.metrics import Judge, load_judge
 
 WORDS = ("a", "sks", "cat", "dog", "car", "house", "on", "the", "grass", "beach", "in", "city", "and")
@@ -117,21 +129,91 @@ def make_pipeline(
     return pipe
 
 
+# --- what tests share -----------------------------------------------------------------------------------
+
+SHARED: dict[str, Shared] = {}  # what was handed out, by the name of its fixture
+
+
+class Shared:
+    """A pipeline, or a judge, that many tests use: as it was when it was made, so that no test can change it."""
+
+    def __init__(self, what: Any, parts: Mapping[str, torch.nn.Module]) -> None:
+        self.what, self.parts = what, dict(parts)
+        self.kept = {name: {key: one.clone() for key, one in part.state_dict().items()} for name, part in parts.items()}
+        self.wanted = [weight.requires_grad for part in self.parts.values() for weight in part.parameters()]
+        self.tokenizer = getattr(what, "tokenizer", None)
+        self.words = len(self.tokenizer) if self.tokenizer is not None else 0
+
+    def changes(self) -> list[str]:
+        """What is no longer as it was, in words."""
+        found = []
+        for name, part in self.parts.items():
+            now = part.state_dict()
+            if getattr(self.what, name) is not part:
+                found.append(f"{name} is another one")
+            if now.keys() != self.kept[name].keys():
+                found.append(f"{name} has other weights")
+            else:
+                found += [f"{name}.{key}" for key, one in self.kept[name].items() if not torch.equal(one, now[key])]
+            if any(module._forward_hooks or module._forward_pre_hooks for module in part.modules()):
+                found.append(f"{name} has hooks")
+            if part.training:
+                found.append(f"{name} is set to train")
+        weights = [weight for part in self.parts.values() for weight in part.parameters()]
+        if any(weight.grad is not None for weight in weights):
+            found.append("gradients are left")
+        if [weight.requires_grad for weight in weights] != self.wanted:
+            found.append("other weights ask for gradients")
+        if getattr(self.what, "tokenizer", None) is not self.tokenizer:
+            found.append("the tokenizer is another one")
+        elif self.tokenizer is not None and len(self.tokenizer) != self.words:
+            found.append("the tokenizer has other words")
+        return found
+
+    def restore(self) -> None:
+        """Put the weights back, for the tests that come after."""
+        for name, part in self.parts.items():
+            if part.state_dict().keys() == self.kept[name].keys():
+                part.load_state_dict(self.kept[name])
+            for weight in part.parameters():
+                weight.grad = None
+
+
+def share(name: str, what: Any, *parts: str) -> Any:
+    """Hand out something that costs time to make; every test that is given it is held to leave it as it was."""
+    SHARED[name] = Shared(what, {part: getattr(what, part) for part in parts})
+    return what
+
+
+@pytest.fixture(autouse=True)
+def shared_stays_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Weights bit for bit, no gradients, no hooks, the tokenizer and its words."""
+    yield
+    for name in SHARED.keys() & {*request.fixturenames}:
+        if changes := SHARED[name].changes():
+            SHARED[name].restore()
+            pytest.fail(f"the test leaves {name}, which others use, changed: {', '.join(changes[:5])}", pytrace=False)
+
+
+PIPELINE = ("unet", "text_encoder", "vae")
+
+
 @pytest.fixture(scope="session")
-def shared_v_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
-    return make_pipeline(tmp_path_factory.mktemp("v"))
+def v_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
+    """v-prediction, attention at two resolutions, 12 tokens."""
+    return share("v_pipe", make_pipeline(tmp_path_factory.mktemp("v")), *PIPELINE)
 
 
 @pytest.fixture
-def v_pipe(shared_v_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """v-prediction, attention at two resolutions, 12 tokens. Tests must leave its weights as they were."""
-    return shared_v_pipe
+def own_pipe(v_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A copy of `v_pipe` that a test may change."""
+    return copy.deepcopy(v_pipe)
 
 
 @pytest.fixture(scope="session")
 def epsilon_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """ε-prediction, one block without attention, other widths."""
-    return make_pipeline(
+    made = make_pipeline(
         tmp_path_factory.mktemp("epsilon"),
         prediction_type="epsilon",
         widths=(8, 16),
@@ -140,12 +222,13 @@ def epsilon_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPip
         down_blocks=(DOWN, "DownBlock2D"),
         seed=1,
     )
+    return share("epsilon_pipe", made, *PIPELINE)
 
 
 @pytest.fixture(scope="session")
 def sd_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """Blocks, depth, tokens and prediction type of Stable Diffusion 1.5, with small widths."""
-    return make_pipeline(
+    made = make_pipeline(
         tmp_path_factory.mktemp("sd"),
         prediction_type="epsilon",
         widths=(8, 16, 16, 16),
@@ -157,16 +240,30 @@ def sd_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline
         sample_size=16,
         seed=2,
     )
+    return share("sd_pipe", made, *PIPELINE)
 
 
 @pytest.fixture(scope="session")
 def world_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
     """Pictures of the sticker world's size and room for its prompts; everything else as small as it gets."""
     words = (*WORDS, "flat", "3d", "cartoon", "ladybug", "butterfly")
-    return make_pipeline(
+    made = make_pipeline(
         tmp_path_factory.mktemp("world"), widths=(8, 16), sample_size=32, tokens=64, words=words, seed=3,
         down_blocks=("DownBlock2D", DOWN),
     )  # fmt: skip
+    return share("world_pipe", made, *PIPELINE)
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """Random, and of another size than the test's pictures."""
+    return share("judge", load_judge(save_small_judge(tmp_path_factory.mktemp("judge"))), "model")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> StableDiffusionPipeline:
+    """The shipped model."""
+    return share("tiny", load("tiny", device="cpu"), *PIPELINE)
 
 
 def make_subject(size: int, *, name: str = "cat", seed: int = 0, n: int = 3) -> SimpleNamespace:
@@ -196,23 +293,6 @@ def weights_of(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
         for part in ("unet", "text_encoder")
         for name, tensor in getattr(pipe, part).state_dict().items()
     }
-
-
-@pytest.fixture
-def untouched(v_pipe: StableDiffusionPipeline) -> Iterator[None]:
-    """The test must leave `v_pipe` as it was: weights bit for bit, no gradients, the tokenizer and its words."""
-    before, tokenizer, words = weights_of(v_pipe), v_pipe.tokenizer, len(v_pipe.tokenizer)
-    yield
-    now = weights_of(v_pipe)
-    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
-    assert v_pipe.tokenizer is tokenizer and len(tokenizer) == words
-    assert all(weight.grad is None for weight in (*v_pipe.unet.parameters(), *v_pipe.text_encoder.parameters()))
-
-
-@pytest.fixture(scope="session")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
-    """Random, and of another size than the test's pictures."""
-    return load_judge(save_small_judge(tmp_path_factory.mktemp("judge")))
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def parted(pipe, edit, teacher):
 
 @pytest.mark.parametrize("teacher", ["frozen", "current"])
 @pytest.mark.parametrize("parameters", ["cross_attention_kv", "attention", "all"])
-def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_pipe, untouched, parameters, teacher):
+def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_pipe, parameters, teacher):
     options = FAST | {"steps": 12, "preserve_batch": 0}
     edit = ablate(v_pipe, "a cat", "a dog", parameters=parameters, teacher=teacher, **options)
     assert isinstance(edit, WeightDelta) and isinstance(edit, Edit)
@@ -81,7 +81,7 @@ def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_
     assert parted(v_pipe, edit, teacher) < 0.95 * parted(v_pipe, Combined(()), teacher)
 
 
-def test_the_embedding_group_changes_the_targets_own_words(v_pipe, untouched):
+def test_the_embedding_group_changes_the_targets_own_words(v_pipe):
     options = FAST | {"steps": 12, "preserve_batch": 0}
     edit = ablate(v_pipe, "a cat", "a dog", parameters="embedding", learning_rate=0.05, **options)
     assert isinstance(edit, TokenEdit) and edit.tokens == ("cat",)
@@ -142,7 +142,7 @@ def test_ablations_come_back_from_files(v_pipe, tmp_path):
         ({"steps": 0}, "positive"),
     ],
 )
-def test_bad_settings_are_refused(v_pipe, untouched, options, reason):
+def test_bad_settings_are_refused(v_pipe, options, reason):
     settings = {"target": "a cat", "anchor": "a dog", **FAST, **options}
     with pytest.raises(ConeslabError, match=reason):
         ablate(v_pipe, settings.pop("target"), settings.pop("anchor"), **settings)
@@ -151,7 +151,7 @@ def test_bad_settings_are_refused(v_pipe, untouched, options, reason):
 # --- neighbours ---
 
 
-def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe, untouched):
+def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe):
     edit = closed_form_edit(v_pipe, "a cat", "a dog", preserve=["a car"], ridge=0.3, preserve_weight=0.2)
     name, parameter = list(KVSpace(v_pipe).parameters.items())[1]
     base = parameter.detach().double()
@@ -178,7 +178,7 @@ def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe, untouched):
     assert objective(base + edit.deltas[name].double()) < objective(base)
 
 
-def test_erasure_aims_away_from_the_target(v_pipe, untouched):
+def test_erasure_aims_away_from_the_target(v_pipe):
     edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch=4, progress=False)
     from coneslab.diffusion import encode_images
     from coneslab.pairs import drawn_once
@@ -194,14 +194,14 @@ def test_erasure_aims_away_from_the_target(v_pipe, untouched):
     assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
 
 
-def test_ablating_neurons_lower_the_targets_loss_on_the_anchor(v_pipe, untouched):
+def test_ablating_neurons_lower_the_targets_loss_on_the_anchor(v_pipe):
     options = {"rounds": 8, "subject_batch": 8, "prior_batch": 4, "threshold_quantile": 0.95, "progress": False}
     found = ablating_neurons(v_pipe, "a cat", "a dog", **DRAW, **options)
     assert found.subject == "a cat → a dog" and len(found.shut())
     assert np.mean(found.history["subject_loss"][-3:]) < np.mean(found.history["subject_loss"][:3])
 
 
-def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe, untouched):
+def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe):
     edit = prune_feed_forward(v_pipe, "a cat", "a dog", share=0.1, pictures=2, samples=8, sampler_steps=2)
     weights = dict(v_pipe.unet.named_parameters())
     assert set(edit.deltas) == {name for name in weights if name.endswith("ff.net.2.weight")}
@@ -230,7 +230,7 @@ def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe, untouched)
     assert torch.equal(edit.deltas[f"{layer}.weight"][rows, first] != 0, expected)
 
 
-def test_neighbours_refuse_bad_settings(v_pipe, untouched):
+def test_neighbours_refuse_bad_settings(v_pipe):
     for call, reason in (
         (lambda: closed_form_edit(v_pipe, "a cat", "a dog", ridge=0), "positive"),
         (lambda: closed_form_edit(v_pipe, ["a", "b"], ["c"] * 3), "2 targets and 3 anchors"),

@@ -33,9 +33,7 @@ def make(v_pipe: Any, folder: Path | None) -> app.Page:
     return page
 
 
-def test_finds_once_and_keeps_it_for_the_next_visitor(
-    v_pipe: Any, untouched: None, searches: list[str], tmp_path: Path
-) -> None:
+def test_finds_once_and_keeps_it_for_the_next_visitor(v_pipe: Any, searches: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "edits"
     first, second = make(v_pipe, folder), make(v_pipe, folder)
     assert [value for _, value in first.playground.controls["edit"].options] == [""]

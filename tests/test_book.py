@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -36,7 +37,13 @@ import notebooks  # noqa: E402
 def pages(folder: Path) -> dict[Path, BeautifulSoup]:
     """Every page; what lies in `_static` serves them and is none."""
     paths = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.relative_to(folder).parts]
-    return {path: BeautifulSoup(path.read_bytes(), "html.parser") for path in paths}
+    return {path: parsed(path.read_bytes()) for path in paths}
+
+
+@lru_cache(maxsize=200)
+def parsed(page: bytes) -> BeautifulSoup:
+    """Once for all checks of the same site: it takes seconds."""
+    return BeautifulSoup(page, "html.parser")
 
 
 def broken_links(folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The widgets in a real browser: JupyterLab and the app are started, Chromium opens them, moves and looks.
 
+A notebook, a widget and the page in `make test`, the other widgets and two visitors at once in `make test-all`.
 Screenshots are written to build/screenshots. Needs Playwright's Python package and a Chromium (CHROMIUM names one).
 """
 
@@ -24,8 +25,9 @@ from typing import Any
 import nbformat
 import pytest
 import torch
+from short_notebooks import write
 
-from coneslab import ConceptNeurons, load, subject
+from coneslab import ConceptNeurons, subject
 from coneslab.edits import model_fingerprint
 from coneslab.kvspace import KVSpace
 
@@ -39,7 +41,8 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 )
 ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run"]  # fmt: skip
-PATIENCE = int(os.environ.get("PATIENCE", "480"))  # seconds for any one thing: slow machines do other work, too
+PATIENCE = 50  # seconds for any one thing, none of which takes ten: what never comes is told within a minute
+STARTING = 4 * PATIENCE  # seconds for a server, which tells by itself if it cannot start
 
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -149,8 +152,8 @@ def server(command: list[str | Path], folder: Path, ready: str, **environment: s
             start_new_session=True, env=os.environ | {name: str(value) for name, value in own.items()} | environment,
         )  # fmt: skip
         try:
-            until(lambda: answers(ready) or process.poll() is not None)
-            assert process.poll() is None, log.read_text()
+            up = until(lambda: answers(ready) or process.poll() is not None, STARTING)
+            assert up and process.poll() is None, log.read_text()
             yield
         finally:
             if process.poll() is None:
@@ -168,12 +171,14 @@ def answers(address: str) -> bool:
         return False
 
 
-def until(true: Callable[[], Any]) -> Any:
-    """Wait for something, and return it."""
-    end = time.monotonic() + PATIENCE
+def until(true: Callable[[], Any], seconds: float | None = None) -> Any:
+    """Wait for something, and return it. seconds: then give up and return what there is; else the test fails."""
+    end = time.monotonic() + (seconds or PATIENCE)
     while not (value := true()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
+        if time.monotonic() > end:
+            assert seconds, f"waited {PATIENCE} seconds in vain"
+            break
+        time.sleep(0.1)
     return value
 
 
@@ -219,13 +224,13 @@ def run_all(visit: Visit, lab: tuple[str, str, Path], name: str) -> list[Locator
         """Ask again where JupyterLab has dropped the request: it does so while it still connects to the kernel."""
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_timeout(2000)
-        return re.search(r"[\d*]", numbers[-1].inner_text()) is not None
+        return until(lambda: re.search(r"[\d*]", numbers[-1].inner_text()), 2)
 
     until(started)
-    for number in numbers:  # each cell may take so long: a whole lecture takes minutes
-        until(lambda number=number: re.search(r"\d", number.inner_text()))
-    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").count() == 0
+    failed = page.locator("[data-mime-type='application/vnd.jupyter.stderr']").filter(has_text="Traceback (most recent")
+    for number in numbers:  # each cell may take so long; the first that fails is the end
+        until(lambda number=number: failed.count() or re.search(r"\d", number.inner_text()))
+        assert failed.count() == 0, failed.first.inner_text().strip().splitlines()[-1]
     return [cells.nth(i) for i in range(count)]
 
 
@@ -297,6 +302,7 @@ def test_an_explorer_follows_slider_menu_checkbox_and_text(visit: Visit, lab: An
     expect(cell.get_by_role("alert")).to_have_count(0)
 
 
+@pytest.mark.full
 def test_the_playground_draws_with_the_shipped_model(visit: Visit, lab: Any) -> None:
     write_notebook(lab[2] / "playground.ipynb", [CELLS[0], CELLS[1]])
     _, cell = run_all(visit, lab, "playground.ipynb")
@@ -317,6 +323,7 @@ def test_the_playground_draws_with_the_shipped_model(visit: Visit, lab: Any) -> 
     assert next_picture(cell, before) != before
 
 
+@pytest.mark.full
 def test_views_of_neurons_and_of_attention_follow_their_menus(visit: Visit, lab: Any) -> None:
     write_notebook(lab[2] / "views.ipynb", CELLS)
     *_, neurons, attention = run_all(visit, lab, "views.ipynb")
@@ -341,7 +348,7 @@ def test_views_of_neurons_and_of_attention_follow_their_menus(visit: Visit, lab:
 
 
 def test_a_lecture_runs_and_its_explorer_follows(visit: Visit, lab: Any) -> None:
-    shutil.copy(ROOT / "notebooks" / "00_tour.ipynb", lab[2])
+    write(ROOT / "notebooks" / "00_tour.ipynb", lab[2])  # in short: nbmake runs it at length
     dose = next(cell for cell in run_all(visit, lab, "00_tour.ipynb") if cell.locator(".widget-slider").count())
     dose.scroll_into_view_if_needed()
     visit.photograph("tour_start", dose)
@@ -374,9 +381,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
         yield address, folder / "edits"
 
 
-def some_neurons() -> ConceptNeurons:
+def some_neurons(pipe: Any) -> ConceptNeurons:
     """An edit of the shipped model."""
-    pipe = load("tiny", device="cpu")
     scale = (torch.rand(KVSpace(pipe).n, generator=torch.Generator().manual_seed(0)) > 0.1).float()
     return ConceptNeurons.from_scale(scale, KVSpace(pipe).layout, model_fingerprint(pipe), subject="cat")
 
@@ -401,7 +407,9 @@ SEND = """kernel => new Promise((resolve, reject) => {
 })"""
 
 
-def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, app: tuple[str, Path]) -> None:
+def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(
+    visit: Visit, app: tuple[str, Path], tiny: Any
+) -> None:
     page, (address, folder) = visit.page, app
     response = page.goto(address)
     assert response is not None and response.ok
@@ -426,7 +434,7 @@ def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(visit: Visit, 
     prompt.press("Enter")
     before = next_picture(body, before)
 
-    some_neurons().save(folder / "cat.safetensors")  # another visitor was quicker; the search has tests of its own
+    some_neurons(tiny).save(folder / "cat.safetensors")  # another visitor was quicker; the search has tests of its own
     page.get_by_role("button", name="Find its neurons").click()
     expect(page.get_by_text("found: cat is in the menu of edits")).to_be_visible()
     next_picture(body, before)
@@ -447,6 +455,7 @@ def kernel_of(page: Page) -> str:
     return found[1]
 
 
+@pytest.mark.full
 def test_visitors_of_the_app_draw_at_once_and_do_not_see_each_other(browser: Browser, app: tuple[str, Path]) -> None:
     with visitor(browser, "app_one") as one, visitor(browser, "app_two") as two:
         for each in (one, two):

@@ -130,6 +130,7 @@ def test_generate_says_in_each_picture_how_it_was_made(coneslab, tmp_path, model
     assert "none.safetensors" in coneslab("generate", "a cat", "--edit", "none.safetensors")
 
 
+@pytest.mark.slow
 def test_apply_draws_both_and_writes_a_pipeline_with_the_edit(coneslab, tmp_path, model):
     coneslab("find", "cat", "--rounds", "3")
     coneslab("ablate", "a dog", "a cat", "--method", "uce", "--out", "dog.safetensors")
@@ -164,6 +165,7 @@ def test_decompose_names_words_and_those_of_one_picture(coneslab, tmp_path, smal
     assert coneslab("decompose", "mine", *few)["file"] == "mine.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["model", "noise", "uce", "esd", "neurons", "prune"])
 def test_ablate_has_every_method(method, coneslab, tmp_path):
     few = ["--steps", "1", "--pictures", "4", "--method", method]
@@ -174,6 +176,7 @@ def test_ablate_has_every_method(method, coneslab, tmp_path):
     assert ("--template is for" in around) == (method in ("esd", "neurons", "prune"))
 
 
+@pytest.mark.slow
 def test_ablate_checks_whether_it_is_gone(coneslab, small_judge):
     check = ["--check", "--check-pictures", "2", "--judge", str(small_judge)]
     found = coneslab("ablate", "a cat", "a dog", "--method", "uce", "--other", "a car", *check)
@@ -182,6 +185,7 @@ def test_ablate_checks_whether_it_is_gone(coneslab, small_judge):
     assert all(row["low"] is None for row in found["report"] if row["measure"] == "KID")
 
 
+@pytest.mark.slow
 def test_the_tour_leaves_a_figure_and_an_edit(coneslab, tmp_path):
     found = coneslab("tour", "--subject", "dog", "--rounds", "1")
     assert load_edit(tmp_path / "tour" / "dog.safetensors").density == found["density"]

@@ -57,7 +57,7 @@ def test_features_are_kept_and_damaged_ones_made_again(v_pipe, judge, tmp_path, 
 
 
 @pytest.mark.parametrize("method", ["mlp", "direct", "least squares"])
-def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge, untouched, tmp_path, method):
+def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge, tmp_path, method):
     made = decompose(v_pipe, "a cat on the grass", judge, method=method, **FAST)
     assert isinstance(made, Edit) and len(made.history["loss"]) == 4
     assert not {"cat", "on", "the", "grass"} & set(made.words)
@@ -76,7 +76,7 @@ def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge,
         assert torch.cosine_similarity(vector, direction, dim=0) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge, untouched):
+def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge):
     """One step of `decompose` against the loss written out, its gradient through the whole U-Net."""
     from coneslab.diffusion import denoising_loss, encode_images
     from coneslab.pairs import Pairs, draws
@@ -145,7 +145,7 @@ def test_least_squares_finds_a_planted_sum_of_two_words(v_pipe, judge):
     assert found[order[2]] < 1e-3 * found[order[0]]
 
 
-def test_errors_are_clear_and_leave_no_trace(v_pipe, judge, untouched):
+def test_errors_are_clear_and_leave_no_trace(v_pipe, judge):
     for options, reason in (
         ({"steps": 0}, "steps=0"),
         ({"explain": 0}, "explain=0"),
@@ -186,7 +186,7 @@ def test_coefficients_are_scaled_left_out_and_kept():
             change()
 
 
-def test_a_decomposition_of_another_model_is_refused(v_pipe, untouched):
+def test_a_decomposition_of_another_model_is_refused(v_pipe):
     with pytest.raises(MismatchError, match="text encoder"), example().applied(v_pipe):
         pass
 
@@ -234,7 +234,7 @@ def test_shares_of_pictures_come_with_intervals(judge):
 # --- one picture ---
 
 
-def test_words_fall_away_until_the_picture_would_change(v_pipe, judge, untouched):
+def test_words_fall_away_until_the_picture_would_change(v_pipe, judge):
     made = example(v_pipe)
     options = {"steps": 2, "progress": False}
     kept = decompose_image(v_pipe, made, judge, threshold=1.0, **options)
@@ -275,7 +275,7 @@ def _drawn(pipe, prompt):
     return generate(pipe, prompt, steps=2)[0]
 
 
-def test_what_was_tested_is_what_is_shown(v_pipe, judge, untouched):
+def test_what_was_tested_is_what_is_shown(v_pipe, judge):
     """The last picture is drawn with exactly the words that are left, and its similarity is its own."""
     found = decompose_image(v_pipe, example(v_pipe), judge, threshold=0.97, steps=2, progress=False)
     vector = example(v_pipe).only(*found.words).vector(v_pipe)

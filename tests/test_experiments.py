@@ -60,6 +60,7 @@ def short(monkeypatch):
     monkeypatch.setattr(experiments, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_experiment_measures_every_condition(name, setting, tmp_path):
     conditions, measures = EXPECTED[name]
@@ -74,6 +75,7 @@ def test_an_experiment_measures_every_condition(name, setting, tmp_path):
     pandas.testing.assert_frame_equal(pandas.read_csv(tmp_path / "table.csv"), table, check_dtype=False, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["hypernym:pet", "profession:doctor"])
 def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(title, setting, tmp_path):
     before = weights_of(setting.pipe)
@@ -96,7 +98,10 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
         run_experiment("conceptor", setting, subjects=["hypernym:unicorn"], path=tmp_path / "t.csv")
 
 
-@pytest.mark.parametrize("title", ["object:ladybug", "style:flat", "memorised:lighthouse"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "title", ["object:ladybug", "memorised:lighthouse", pytest.param("style:flat", marks=pytest.mark.full)]
+)
 def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     before = weights_of(setting.pipe)
     setting = replace(setting, steps=2)
@@ -141,6 +146,7 @@ def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
     assert found["object:dog", "KID of others"] == pytest.approx(1.2) and found["object:dog", "seconds"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ablation_experiment.MEMORISED)
 def test_a_copy_is_told_from_the_same_things_elsewhere(name):
     original = memorised(name)[0]
@@ -151,6 +157,7 @@ def test_a_copy_is_told_from_the_same_things_elsewhere(name):
     assert detector.copies([Image.fromarray(original), Image.fromarray(noisy)]).all()
 
 
+@pytest.mark.slow
 def test_collateral_damage_is_measured_for_every_class(setting, tmp_path):
     title = "object:ladybug"
     table = run_experiment("collateral", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
@@ -170,6 +177,7 @@ def test_an_edit_changes_what_is_measured_and_the_conditions_share_their_noises(
     assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-3) and losses["binary"] != losses["float32"]
 
 
+@pytest.mark.slow
 def test_neurons_are_searched_for_once_for_all_experiments(setting, tmp_path, monkeypatch):
     run_experiment("precision", setting, subjects=["dog"], seeds=1, path=tmp_path / "first.csv", progress=False)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from nbclient import NotebookClient
+from short_notebooks import shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -248,10 +249,8 @@ def colab(wheel, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.slow
 def test_the_tour_runs_on_colab_to_its_end(colab, tmp_path):
-    notebook = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4)
+    notebook = shortened(nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    parameters = next(cell for cell in code if "parameters" in cell.metadata.get("tags", []))
-    notebook.cells.insert(notebook.cells.index(parameters) + 1, nbformat.v4.new_code_cell("ROUNDS = 2"))
     notebook.cells.append(where := nbformat.v4.new_code_cell("print(coneslab.__file__)"))
     before = {entry.name for entry in colab.iterdir()}
     alone = tmp_path / "content"

@@ -224,12 +224,12 @@ def test_coarser_precisions_take_fewer_bytes(found):
     assert binary.entropy_bound <= len(binary.to_bytes())
 
 
-def test_a_mask_file_of_another_model_reads_but_does_not_apply(found, v_pipe, epsilon_pipe):
+def test_a_mask_file_of_another_model_reads_but_does_not_apply(found, own_pipe, epsilon_pipe):
     data = found.to_bytes()
     with pytest.raises(FileFormatError, match="load the model it was found on"):
         ConceptNeurons.from_bytes(data, epsilon_pipe)
-    next(iter(KVSpace(v_pipe).parameters.values())).data.mul_(1.01)
-    with pytest.raises(MismatchError, match="cat"), ConceptNeurons.from_bytes(data, v_pipe).applied(v_pipe):
+    next(iter(KVSpace(own_pipe).parameters.values())).data.mul_(1.01)
+    with pytest.raises(MismatchError, match="cat"), ConceptNeurons.from_bytes(data, own_pipe).applied(own_pipe):
         pass
 
 

@@ -37,6 +37,7 @@ def test_the_control_is_the_model_as_it_is(world_pipe):
     assert stored_bytes(edit) == 0 and METHODS.keys() - {"untouched model"} == SHORT.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["cat", "cat+dog"])
 @pytest.mark.parametrize("name", SHORT)
 def test_every_method_makes_an_edit_that_goes_on_and_off(name, title, world_pipe, tmp_path):
@@ -95,6 +96,7 @@ def test_bytes_are_those_of_the_smallest_file(world_pipe, tmp_path):
     assert stored_bytes(weight) == 48 and np.isnan(stored_bytes(object()))
 
 
+@pytest.mark.slow
 def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folders, tmp_path):
     path, calls = tmp_path / "table.csv", []
     methods = {"mine": Method(first, single(calls)), "broken": Method(broken)}
@@ -158,6 +160,7 @@ def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_leaves_the_environment_of_this_process_alone():
     before = dict(os.environ)
     with grid.dask_client(workers=1, threads=2) as client:
@@ -168,6 +171,7 @@ def test_a_cluster_leaves_the_environment_of_this_process_alone():
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_the_command_runs_on_a_cluster_of_processes(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["compare", "--methods", "Textual Inversion", "--subjects", "cat", "--seeds", "1", "--pictures", "1"]

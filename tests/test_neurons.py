@@ -62,10 +62,10 @@ def pipe(request):
 
 
 @pytest.fixture(scope="module")
-def found(shared_v_pipe):
+def found(v_pipe):
     from conftest import make_subject
 
-    return find_concept_neurons(shared_v_pipe, make_subject(16), **SEARCH)
+    return find_concept_neurons(v_pipe, make_subject(16), **SEARCH)
 
 
 # --- the gradient ---

@@ -1,13 +1,18 @@
-"""The saved notebooks: run, small, free of traces of the machine. That they still run is `pytest --nbmake`'s part."""
+"""The saved notebooks: run, small, free of traces of the machine. That they still run is `pytest --nbmake`'s part.
 
+And their short copies: all cells are there, and a cell that breaks fails.
+"""
+
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from short_notebooks import NOTEBOOKS, shortened, write
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MEGABYTE = 1_000_000
 
 
@@ -66,3 +71,68 @@ def test_has_something_to_move_exercises_and_references(path, code):
     pictures = [kind for kind in kinds if kind.startswith("image/")]
     pictures += [1 for output in outputs(code) if "<img " in words(output)]
     assert pictures, "no static figure for where no kernel runs"
+
+
+# --- short copies ---------------------------------------------------------------------------------------
+
+
+def test_a_short_copy_has_every_cell_and_no_outputs(path):
+    whole = nbformat.read(path, as_version=4)
+    short = shortened(whole)
+    nbformat.validate(short)
+    assert [(cell.id, cell.cell_type) for cell in short.cells] == [(cell.id, cell.cell_type) for cell in whole.cells]
+    assert not [cell for cell in short.cells if cell.get("outputs") or cell.get("execution_count")]
+    assert not [
+        cell for cell in short.cells if {"raises-exception", "skip-execution"} & {*cell.metadata.get("tags", ())}
+    ]
+    assert whole == nbformat.read(path, as_version=4), "the notebook itself stays as it is"
+
+
+TINY = {"text": {"ROUNDS = 60": "ROUNDS = 2"}, "defaults": {"json.dumps": {"indent": 1}}}
+
+
+def tiny_notebook(folder: Path, *more: str, short: object = TINY) -> Path:
+    """Two cells, of which the second tells in a file what it saw, and more."""
+    told = 'import json\nfrom pathlib import Path\n\nPath("told.txt").write_text(f"{ROUNDS} {json.dumps([1])}")'
+    cells = [nbformat.v4.new_code_cell(source) for source in ("ROUNDS = 60  # of the search", told, *more)]
+    cells[0].metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"short": short} if short else {})
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "tiny.ipynb")
+    return folder / "tiny.ipynb"
+
+
+def run(path: Path) -> subprocess.CompletedProcess:
+    """As `make test` runs the short copies."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "last_lines", "--nbmake", path.name]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "150"}
+    return subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_short_copy_runs_every_cell_as_the_metadata_say(tmp_path):
+    done = run(write(tiny_notebook(tmp_path), tmp_path / "short"))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "short" / "told.txt").read_text() == "2 [\n 1\n]"
+
+
+@pytest.mark.slow
+def test_a_short_copy_fails_where_a_cell_is_broken_and_the_last_lines_say_so(tmp_path):
+    done = run(write(tiny_notebook(tmp_path, "1 / 0"), tmp_path / "short"))
+    assert done.returncode == 1 and (tmp_path / "short" / "told.txt").exists()
+    *_, name, why, alone = done.stdout.rstrip().splitlines()
+    assert name.startswith("tiny.ipynb") and "ZeroDivisionError" in why
+    assert alone.split("alone:")[1].endswith("-m pytest --nbmake tiny.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("short", "told"),
+    [
+        (None, "does not say how it is shortened"),
+        ({"text": {"STEPS = 60": "STEPS = 2"}}, "no code cell has 'STEPS = 60'"),
+        ({"texts": {}}, r"have \['texts'\]"),
+    ],
+)
+def test_a_notebook_that_cannot_be_shortened_is_refused(tmp_path, short, told):
+    with pytest.raises(ValueError, match=f"tiny.ipynb: .*{told}"):
+        write(tiny_notebook(tmp_path, short=short), tmp_path / "short")

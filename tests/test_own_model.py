@@ -1,11 +1,10 @@
 """Notebooks with `MODEL` set to another model: random weights, in the structure of Stable Diffusion 1.5 or 2.1.
 
-EVERY_MODEL=1 pytest tests/test_own_model.py      every notebook with both, with its own settings
+Three of them in short; every one with both, with its own settings, in `make test-all`.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +14,15 @@ import pytest
 from conftest import DOWN, make_pipeline
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from nbclient import NotebookClient
+from short_notebooks import NOTEBOOKS, shortened
 
 from coneslab import load
 from coneslab.pretrain import build_tokenizer
 from coneslab.world import RARE_TOKENS, WORDS
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 VERSIONS = ("1.5", "2.1")
-EVERY = bool(os.environ.get("EVERY_MODEL"))  # every notebook as it is, with both: half an hour
-SOME = {"01": "1.5", "03": "2.1", "06": "1.5"}  # what is run otherwise
-SHORTER = {"06": 5}  # its STEPS then: what is learned is no matter
-CASES = [
-    pytest.param(path, version, id=f"{path.stem}-{version}")
-    for path in NOTEBOOKS
-    for version in VERSIONS
-    if EVERY or SOME.get(path.stem[:2]) == version
-]
+SHORT = {"01": "1.5", "03": "2.1", "06": "1.5"}
+CASES = [pytest.param(path, version, id=f"{path.stem}-{version}") for path in NOTEBOOKS for version in VERSIONS]
 # What a tokenizer of another model has in pieces; of the rare tokens it knows the one that everybody uses.
 SPLIT = {"pipistrelle", "toadstool", "tangerine", "ladybug", *RARE_TOKENS} - {"sks"}
 
@@ -80,15 +72,24 @@ def test_the_model_has_the_structure_it_claims(version, model):
     assert {word for word, number in pieces.items() if number > 1} == SPLIT
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("path", "version"), CASES)
-def test_a_notebook_runs_with_another_model(path, version, model, tmp_path):
-    notebook = nbformat.read(path, as_version=4)
+def runs(notebook: nbformat.NotebookNode, model: Path, folder: Path) -> None:
+    """Run a notebook with this model, to the end, and see that it shows pictures."""
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source, changed = re.subn(r'(?m)^MODEL = "tiny"', f"MODEL = {str(model(version))!r}", parameters.source)
+    parameters.source, changed = re.subn(r'(?m)^MODEL = "tiny"', f"MODEL = {str(model)!r}", parameters.source)
     assert changed == 1
-    if not EVERY and (steps := SHORTER.get(path.stem[:2])):
-        parameters.source = re.sub(r"(?m)^STEPS = \d+", f"STEPS = {steps}", parameters.source)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("<img " in "".join(output.get("data", {}).get("text/html", "")) for output in shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "version"), SHORT.items())
+def test_a_notebook_in_short_runs_with_another_model(number, version, model, tmp_path):
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(number))
+    runs(shortened(nbformat.read(path, as_version=4)), model(version), tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("path", "version"), CASES)
+def test_a_notebook_runs_with_another_model(path, version, model, tmp_path):
+    runs(nbformat.read(path, as_version=4), model(version), tmp_path)

@@ -82,6 +82,7 @@ def test_citation_and_licence():
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_wheel_carries_the_licences_of_code_and_art(installed):
     (metadata,) = installed.glob("coneslab-*.dist-info")
     carried = {path.name for path in (metadata / "licenses").rglob("*") if path.is_file()}
@@ -118,6 +119,7 @@ def run_away(installed: Path, folder: Path, code: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_wheel_holds_package_and_data_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
@@ -130,6 +132,7 @@ def test_wheel_holds_package_and_data_and_nothing_else(wheel):
     assert {name.removeprefix("data/") for name in tracked if name} <= shipped
 
 
+@pytest.mark.slow
 def test_installed_wheel_finds_its_own_data(installed, tmp_path):
     out = run_away(installed, tmp_path, "from coneslab.paths import data_folder; print(data_folder())")
     assert Path(out.strip()) == installed.resolve() / "coneslab" / "data"
@@ -150,6 +153,7 @@ print(judge.image_alignment(images, cat.images))
 """
 
 
+@pytest.mark.slow
 def test_installed_wheel_runs_the_tour_offline(installed, tmp_path):
     for model in ("tiny", "judge"):
         if not (data_folder() / "models" / model).is_dir():
@@ -166,3 +170,18 @@ def test_the_names_that_type_checkers_see_are_those_that_load():
     assert {name for _, name in seen} == set(coneslab.__all__)
     for module, name in seen:
         assert getattr(coneslab, name) is getattr(importlib.import_module(f"coneslab.{module}"), name)
+
+
+@pytest.mark.parametrize(
+    ("code", "unneeded"),
+    [
+        ("import coneslab, coneslab.cli", {"torch", "numpy", "diffusers", "transformers", "matplotlib", "pandas"}),
+        ("import coneslab; coneslab.subject('cat'), coneslab.compose", {"torch", "diffusers", "transformers"}),
+        ("import coneslab; coneslab.generate, coneslab.find_concept_neurons, coneslab.load, coneslab.load_edit, "
+         "coneslab.load_judge", {"diffusers", "transformers", "scipy", "pandas"}),
+    ],
+)  # fmt: skip
+def test_nothing_is_imported_before_it_is_needed(code, unneeded):
+    code += f"; import sys; print(*sorted({unneeded!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -32,7 +32,7 @@ def both(pictured):
 # --- tokens ---
 
 
-def test_a_new_token_is_there_inside_the_block_only(v_pipe, untouched):
+def test_a_new_token_is_there_inside_the_block_only(v_pipe):
     plain = encode_prompts(v_pipe, ["a <x> cat", "a cat"])
     width = embedding_of(v_pipe).weight.shape[1]
     edit = TokenEdit(("<x>", "sks"), torch.randn(2, width), vocabulary_fingerprint(v_pipe), initial=("cat", "sks"))
@@ -54,7 +54,7 @@ def test_a_new_token_is_there_inside_the_block_only(v_pipe, untouched):
         assert torch.allclose(embedding_of(v_pipe).weight[rows], start_vector(v_pipe, "cat"))
 
 
-def test_tokens_that_cannot_be_are_refused(v_pipe, untouched):
+def test_tokens_that_cannot_be_are_refused(v_pipe):
     for tokens, reason in ((["a", "a"], "each once"), ([" "], "give words"), (["<|endoftext|>"], "special token")):
         with pytest.raises(ConeslabError, match=reason):
             with_tokens(v_pipe.tokenizer, tokens)
@@ -68,7 +68,7 @@ def test_tokens_that_cannot_be_are_refused(v_pipe, untouched):
         TokenEdit(("sks",), torch.full((1, 7), float("nan")), "ab" * 32)
 
 
-def test_learned_text_is_what_the_pipeline_would_encode(v_pipe, untouched):
+def test_learned_text_is_what_the_pipeline_would_encode(v_pipe):
     captions = ["a <x> cat", "a sks dog", "a cat"]
     text = LearnedText(v_pipe, captions, ["<x>", "sks"])
     vectors = torch.randn(2, embedding_of(v_pipe).weight.shape[1], requires_grad=True)
@@ -128,7 +128,7 @@ def test_a_masked_loss_is_a_mean_over_places_and_channels(v_pipe):
 # --- the methods ---
 
 
-def test_textual_inversion_trains_every_token_and_nothing_else(v_pipe, both, untouched):
+def test_textual_inversion_trains_every_token_and_nothing_else(v_pipe, both):
     edit = textual_inversion(v_pipe, both, learning_rate=0.05, **FAST | {"steps": 15}, dtype=torch.float32)
     assert isinstance(edit, Edit) and edit.tokens == ("sks", "<dog*>") and edit.initial == ("cat", "dog")
     for number, word in enumerate(edit.initial):
@@ -142,7 +142,7 @@ def test_textual_inversion_trains_every_token_and_nothing_else(v_pipe, both, unt
 
 
 @pytest.mark.parametrize("dtype, close", [(None, 2e-2), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, untouched, dtype, close):
+def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, dtype, close):
     options = {"batch": 4, "prior_batch": 0, "learning_rate": 1e-3, "progress": False, "dtype": dtype}
     edit = dreambooth(v_pipe, pictured, steps=1, **options)
     assert edit.deltas.keys() == dict(v_pipe.unet.named_parameters()).keys()
@@ -163,7 +163,7 @@ def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, unto
     assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
 
 
-def test_custom_diffusion_trains_keys_values_and_every_token(v_pipe, both, untouched):
+def test_custom_diffusion_trains_keys_values_and_every_token(v_pipe, both):
     edit = custom_diffusion(v_pipe, both, **FAST, **PRIOR, learning_rate=3e-3)
     token, delta = edit.edits
     assert set(delta.deltas) == set(KVSpace(v_pipe).names)
@@ -193,7 +193,7 @@ def test_augmentation_says_the_size_in_the_caption_and_masks_the_ground(v_pipe, 
     assert len([name for name in edit.edits[1].history if name != "loss"]) == 3
 
 
-def test_bad_settings_are_refused(v_pipe, pictured, untouched):
+def test_bad_settings_are_refused(v_pipe, pictured):
     for method in (textual_inversion, dreambooth, custom_diffusion):
         with pytest.raises(ConeslabError, match="positive"):
             method(v_pipe, pictured, steps=0, progress=False)
@@ -207,7 +207,7 @@ def test_bad_settings_are_refused(v_pipe, pictured, untouched):
 
 
 @pytest.mark.parametrize("method", [textual_inversion, dreambooth, custom_diffusion])
-def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, method, monkeypatch, untouched):
+def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, method, monkeypatch):
     from coneslab import tuning
 
     def stop(number, state):
@@ -279,7 +279,7 @@ def test_a_singular_gram_matrix_gets_a_stated_ridge_and_the_constraint_still_hol
     assert torch.allclose(doubled, merged, atol=1e-5)
 
 
-def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both, untouched):
+def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both):
     edits = [custom_diffusion(v_pipe, about, **FAST, **PRIOR, learning_rate=1e-2) for about in both]
     merged = merge(v_pipe, edits, both, templates=("a {}",))
     with merged.applied(v_pipe):
@@ -325,7 +325,7 @@ def test_compression_keeps_the_energy_asked_for_with_the_fewest_ranks():
         compress(WeightDelta({"conv": torch.zeros(2, 2, 3, 3)}, "ab" * 32))
 
 
-def test_a_compressed_delta_is_an_edit(v_pipe, pictured, untouched):
+def test_a_compressed_delta_is_an_edit(v_pipe, pictured):
     edit = custom_diffusion(v_pipe, pictured, **FAST, **PRIOR, learning_rate=1e-2).edits[1]
     small = compress(edit, energy=1.0)
     assert model_fingerprint(v_pipe) == small.fingerprint and isinstance(small, Edit)

@@ -464,6 +464,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(pretrain, "CHUNK", 16)
     monkeypatch.setattr(pretrain, "LATENT_SAMPLES", 32)

@@ -40,20 +40,20 @@ def test_the_unet_is_back_after_the_block_whatever_happens(v_pipe):
     assert v_pipe.unet is unet and unet.dtype == torch.float32
 
 
-def test_edits_are_drawn_and_hooks_are_heard(v_pipe, monkeypatch):
+def test_edits_are_drawn_and_hooks_are_heard(own_pipe, monkeypatch):
     """A twin is made of the weights as they are; a U-Net that somebody listens to draws itself."""
     monkeypatch.setattr(twin, "bfloat16_pays", lambda device: True)
-    before = pixels(generate(v_pipe, "a cat", steps=2))
-    weight = next(w for name, w in v_pipe.unet.named_parameters() if name.endswith("attn2.to_v.weight"))
+    before = pixels(generate(own_pipe, "a cat", steps=2))
+    weight = next(w for name, w in own_pipe.unet.named_parameters() if name.endswith("attn2.to_v.weight"))
     weight.data.mul_(-4)
-    assert np.abs(pixels(generate(v_pipe, "a cat", steps=2)) - before).mean() > 0.5
-    with record_attention(v_pipe) as maps:
-        assert not is_plain(v_pipe.unet)
-        generate(v_pipe, "a cat", steps=2)
-    assert maps.token("cat").shape and is_plain(v_pipe.unet)
+    assert np.abs(pixels(generate(own_pipe, "a cat", steps=2)) - before).mean() > 0.5
+    with record_attention(own_pipe) as maps:
+        assert not is_plain(own_pipe.unet)
+        generate(own_pipe, "a cat", steps=2)
+    assert maps.token("cat").shape and is_plain(own_pipe.unet)
     heard = []
-    handle = v_pipe.unet.conv_in.register_forward_hook(lambda *_: heard.append(1))
-    generate(v_pipe, "a cat", steps=2)
+    handle = own_pipe.unet.conv_in.register_forward_hook(lambda *_: heard.append(1))
+    generate(own_pipe, "a cat", steps=2)
     handle.remove()
     assert len(heard) == 2
 

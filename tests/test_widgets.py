@@ -407,7 +407,7 @@ def same(ours: list[np.ndarray], theirs: list[Any]) -> bool:
     return len(ours) == len(theirs) and all((a == np.asarray(b)).all() for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pipe: Any, untouched: None) -> None:
+def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pipe: Any) -> None:
     edit, prompts = Stretch(4.0), ["a cat", "a car"]
     plain = generate(v_pipe, prompts, steps=2)
     drawing = widgets.sketched(v_pipe, prompts, edit=edit, dose=0.5, steps=4, preview_steps=2)
@@ -418,9 +418,7 @@ def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pi
     assert len(list(widgets.sketched(v_pipe, prompts, steps=2, preview_steps=6))) == 1
 
 
-def test_neurons_are_explored_by_threshold_and_place(
-    v_pipe: Any, untouched: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neurons_are_explored_by_threshold_and_place(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = KVSpace(v_pipe).layout
     scale = torch.where(torch.arange(layout.n) % 3 == 0, 0.3, 1.0)
     scale[::6] = 0.0
@@ -455,9 +453,7 @@ def test_neurons_are_explored_by_threshold_and_place(
         widgets.neuron_explorer(v_pipe, {}, ["a cat"])
 
 
-def test_attention_is_browsed_without_drawing_again(
-    v_pipe: Any, untouched: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_is_browsed_without_drawing_again(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     maps: list[list[np.ndarray]] = []
     monkeypatch.setattr(widgets, "generate", lambda *a, **k: (drawn.append(a), generate(*a, **k))[1])
@@ -481,9 +477,7 @@ def test_attention_is_browsed_without_drawing_again(
 SMALL = {"pictures": 2, "steps": 4, "preview_steps": 2}
 
 
-def test_the_playground_draws_the_edit_beside_the_untouched_model(
-    v_pipe: Any, untouched: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_playground_draws_the_edit_beside_the_untouched_model(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     edit, seen = Stretch(8.0), rows_of(monkeypatch)
     view = playground(v_pipe, {"stretch": edit}, prompt="a cat", seed=5, **SMALL)
     view.controls["dose"].value = 0.5
@@ -513,7 +507,7 @@ def test_a_change_of_dose_does_not_draw_the_untouched_model_again(v_pipe: Any, m
     assert calls == [2, 4]
 
 
-def test_an_overtaken_playground_stops_between_steps_with_the_weights_back(v_pipe: Any, untouched: None) -> None:
+def test_an_overtaken_playground_stops_between_steps_with_the_weights_back(v_pipe: Any) -> None:
     view = playground(v_pipe, {"stretch": Stretch(8.0)}, prompt="a cat", **SMALL)
     loop, steps = in_a_notebook(view), []
     check = view.check
