@@ -34,6 +34,7 @@ from .training import Feed, Log, Recipe, best_device, fit, flushing_denormals, m
 
 NAMES = tuple(world.CLASSES)
 SCENES = tuple(world.SCENES)
+HELD_OUT_PICTURES = 1024
 
 
 def build_judge(
@@ -244,9 +245,24 @@ def train_judge(
             "single": single, "right": right.nan_to_num(1.0),
         }  # fmt: skip
 
+    kept = world.sample(
+        HELD_OUT_PICTURES, seed=recipe.seed + 77, styles=world.STYLES, everything=True, objects=(1, 0, 0, 0)
+    )
+    names = torch.tensor([NAMES.index(record.objects[0].name) for record in kept.records])
+
+    @torch.no_grad()
+    def measure(step: int) -> dict[str, float]:
+        """The share of single objects, not roughened, whose nearest class is right."""
+        with mixed_precision(device):
+            pixels = torch.from_numpy(kept.images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            pooled = torch.cat([model.vision_model(pixel_values=part).pooler_output for part in pixels.split(64)])
+            images = model.visual_projection(pooled)
+            found = scores(images, text_features(prompts[None]), model.logit_scale.exp()).argmax(1).cpu()
+        return {"right": float((found == names).float().mean())}
+
     with Feed(16 * recipe.batch_size, seed=recipe.seed + 901, styles=world.STYLES, everything=True) as feed:
         modules = {"judge": model, "patch_head": patch_head, "single_head": single_head}
-        log = fit(folder, modules=modules, loss=loss, recipe=recipe, checkpoint_every=240)
+        log = fit(folder, modules=modules, loss=loss, recipe=recipe, measure=measure, checkpoint_every=240)
     model.set_attn_implementation("sdpa")
     model.save_pretrained(folder / "model", safe_serialization=True)
     processor.save_pretrained(folder / "model")

@@ -38,8 +38,8 @@ def _files() -> Iterator[tuple[str, bytes]]:
     for path in (ROOT / "docs").rglob("*.md"):
         text = MODULES.sub(lambda group: module_table(group[1].split()), path.read_text(encoding="utf-8"))
         yield path.relative_to(ROOT / "docs").as_posix(), text.encode()
-    for path in (ROOT / "coneslab").glob("[!_]*.py"):
-        yield f"api/{path.stem}.md", reference(path.stem).encode()
+    for module in modules():
+        yield f"api/{module}.md", reference(module).encode()
     for pattern in COPIED:
         for path in ROOT.glob(pattern):
             yield path.relative_to(ROOT).as_posix(), path.read_bytes()
@@ -73,9 +73,17 @@ def line_about(name: str) -> str:
     return row[1][0].upper() + row[1][1:] + "."
 
 
+def modules() -> list[str]:
+    """Every module, and the face of every room: "world", "world.subjects"."""
+    paths = ((path, path.relative_to(ROOT / "coneslab").with_suffix("")) for path in (ROOT / "coneslab").rglob("*.py"))
+    names = [".".join(name.parent.parts if path.name == "__init__.py" else name.parts) for path, name in paths]
+    return sorted(name for name in names if name)
+
+
 def reference(module: str) -> str:
-    """The page of one module."""
-    return f"# coneslab.{module}\n\n```{{eval-rst}}\n.. automodule:: coneslab.{module}\n```\n"
+    """The page of one module, or of a room: its names are described where they are defined."""
+    alone = "\n   :no-members:" if (ROOT / "coneslab").joinpath(*module.split(".")).is_dir() else ""
+    return f"# coneslab.{module}\n\n```{{eval-rst}}\n.. automodule:: coneslab.{module}{alone}\n```\n"
 
 
 def module_table(modules: Sequence[str]) -> str:

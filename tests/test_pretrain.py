@@ -492,6 +492,7 @@ def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.Mo
     models.verify(shipped / "tiny")
     assert list((runs / "unet").glob("*.png"))
     measured = Log.load(runs / "unet" / "log.json").measures[-1]
+    assert 0 <= Log.load(runs / "judge" / "log.json").measures[-1]["right"] <= 0.2  # hardly trained: near one in 73
     levels = [measured[f"loss_{level}"] for level in pretrain.LEVELS]
     assert measured["loss"] == pytest.approx(np.mean(levels)) and 0 < min(levels) and max(levels) < 4
 
