@@ -38,8 +38,8 @@ def _files() -> Iterator[tuple[str, bytes]]:
     for path in (ROOT / "docs").rglob("*.md"):
         text = MODULES.sub(lambda group: module_table(group[1].split()), path.read_text(encoding="utf-8"))
         yield path.relative_to(ROOT / "docs").as_posix(), text.encode()
-    for path in (ROOT / "coneslab").glob("[!_]*.py"):
-        yield f"api/{path.stem}.md", reference(path.stem).encode()
+    for module in modules():
+        yield f"api/{module}.md", reference(module).encode()
     for pattern in COPIED:
         for path in ROOT.glob(pattern):
             yield path.relative_to(ROOT).as_posix(), path.read_bytes()
@@ -73,9 +73,17 @@ def line_about(name: str) -> str:
     return row[1][0].upper() + row[1][1:] + "."
 
 
+def modules() -> list[str]:
+    """Every module, and the face of every room: "world", "world.subjects"."""
+    paths = ((path, path.relative_to(ROOT / "coneslab").with_suffix("")) for path in (ROOT / "coneslab").rglob("*.py"))
+    names = [".".join(name.parent.parts if path.name == "__init__.py" else name.parts) for path, name in paths]
+    return sorted(name for name in names if name)
+
+
 def reference(module: str) -> str:
-    """The page of one module."""
-    return f"# coneslab.{module}\n\n```{{eval-rst}}\n.. automodule:: coneslab.{module}\n```\n"
+    """The page of one module, or of a room: its names are described where they are defined."""
+    alone = "\n   :no-members:" if (ROOT / "coneslab").joinpath(*module.split(".")).is_dir() else ""
+    return f"# coneslab.{module}\n\n```{{eval-rst}}\n.. automodule:: coneslab.{module}{alone}\n```\n"
 
 
 def module_table(modules: Sequence[str]) -> str:
@@ -86,8 +94,8 @@ def module_table(modules: Sequence[str]) -> str:
 
 
 def parsed(module: str) -> ast.Module:
-    """The code of a module, or of a package's face: "world", "new_world.captions", "new_world"."""
-    path = ROOT.joinpath("coneslab", *module.split("."))
+    """The code of a module, or of a room's face: "world", "world.subjects", "" for the package's own."""
+    path = ROOT.joinpath("coneslab", *filter(None, module.split(".")))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text(encoding="utf-8"))
 
@@ -100,15 +108,26 @@ def about(docstring: str | None) -> str:
 def door() -> str:
     """The names that `import coneslab` offers, as a table; their docstrings are read, nothing is imported."""
     rows = []
-    for node in ast.walk(parsed("__init__")):
+    for node in ast.walk(parsed("")):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            inside = [
-                part for part in parsed(str(node.module)).body if isinstance(part, ast.FunctionDef | ast.ClassDef)
-            ]
-            first = {part.name: about(ast.get_docstring(part)) for part in inside}
-            for name in (alias.name for alias in node.names if alias.name in first):
-                rows.append([f"{{py:obj}}`{name} <coneslab.{node.module}.{name}>`", first[name]])
+            for name in (alias.name for alias in node.names):
+                module, part = home(str(node.module), name)
+                if isinstance(part, ast.FunctionDef | ast.ClassDef):
+                    said = about(ast.get_docstring(part))
+                    rows.append([f"{{py:obj}}`{name} <coneslab.{module}.{name}>`", said])
     return markdown_table(["name", "what it is"], sorted(rows))
+
+
+def home(module: str, name: str) -> tuple[str, ast.AST | None]:
+    """The module that defines a name which `module` has or offers, and the definition where it is one."""
+    tree = parsed(module)
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and part.name == name:
+            return module, part
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {alias.name for alias in node.names}:
+            return home(f"{module}.{node.module}", name)
+    return module, None
 
 
 def main(folder: str) -> int:

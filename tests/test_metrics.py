@@ -9,7 +9,7 @@ from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel
 from torchmetrics.image.kid import poly_mmd
 
 from coneslab.errors import ConeslabError, MismatchError
-from coneslab.metrics import Judge, bootstrap_interval, kid, load_judge
+from coneslab.measure.judge import Judge, bootstrap_interval, kid, load_judge
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,44 @@
+"""Training of small edits: captioned pictures as latents, batches of noise, gradients of keys and values, the loop.
+
+Every method that learns by gradient steps does it with these. Builds on `diffusion` and `edits`.
+"""
+
+from __future__ import annotations
+
+from .kv_gradient import ConceptLoss, KVGradient, concept_loss
+from .loop import Step, TuningCallback, figures, tune, tune_unet
+from .samples import (
+    ConceptSubject,
+    Draw,
+    Pairs,
+    concept_pairs,
+    drawn_latents,
+    drawn_once,
+    draws,
+    joint_pairs,
+    prior_pictures,
+    rounds,
+    total_loss,
+)
+
+__all__ = [
+    "ConceptLoss",
+    "ConceptSubject",
+    "Draw",
+    "KVGradient",
+    "Pairs",
+    "Step",
+    "TuningCallback",
+    "concept_loss",
+    "concept_pairs",
+    "drawn_latents",
+    "drawn_once",
+    "draws",
+    "figures",
+    "joint_pairs",
+    "prior_pictures",
+    "rounds",
+    "total_loss",
+    "tune",
+    "tune_unet",
+]
