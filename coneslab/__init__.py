@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .diffusion import load as load
     from .edits import compress as compress
     from .edits import load_edit as load_edit
-    from .edits import merge as merge
     from .errors import ConeslabError as ConeslabError
     from .measure import Judge as Judge
     from .measure import bootstrap_interval as bootstrap_interval
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from .methods import dreambooth as dreambooth
     from .methods import encode_vocabulary as encode_vocabulary
     from .methods import evaluate_ablation as evaluate_ablation
+    from .methods import merge as merge
     from .methods import textual_inversion as textual_inversion
     from .neurons import ConceptNeurons as ConceptNeurons
     from .neurons import concatenate as concatenate
@@ -86,6 +86,7 @@ __getattr__, __dir__, __all__ = attach(
             "dreambooth",
             "encode_vocabulary",
             "evaluate_ablation",
+            "merge",
             "textual_inversion",
         ),
         "neurons": (

@@ -1,5 +1,6 @@
-"""Where coneslab's own data lies: the same folder in a checkout and in an installed wheel."""
+"""Where coneslab's own data lies, in a checkout and in an installed wheel; files written whole or not at all."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -24,3 +25,19 @@ def data_folder() -> Path:
         f"coneslab's data folder is missing: looked for {' and '.join(str(folder) for folder in candidates)}. "
         "Install coneslab from its wheel or from a whole checkout (data/ lies beside the package there)."
     )
+
+
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write a file in one go: an interruption leaves the old one, or none, but no half-written one.
+
+    Folders on the way are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

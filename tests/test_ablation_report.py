@@ -8,7 +8,7 @@ import torch
 
 from coneslab.diffusion.sampling import generate
 from coneslab.errors import ConeslabError
-from coneslab.measure.judge import kid
+from coneslab.measure.statistics import kid
 from coneslab.methods.ablation.concept_ablation import ablate
 from coneslab.methods.ablation.report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
 from coneslab.world.pictures import CLASSES, memorised, sample

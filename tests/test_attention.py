@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
-from coneslab.diffusion.sampling import ddim_sample, encode_prompts, generate, start_noise
+from coneslab.diffusion.encoding import encode_prompts
+from coneslab.diffusion.sampling import ddim_sample, generate, start_noise
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.measure.attention import KVLayout, KVSpace, record_attention
 

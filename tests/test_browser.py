@@ -29,7 +29,7 @@ from short_notebooks import write
 
 from coneslab import ConceptNeurons, subject
 from coneslab.diffusion.kvspace import KVSpace
-from coneslab.edits.base import model_fingerprint
+from coneslab.edits.weights import model_fingerprint
 
 pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright: pip install -e '.[test]'")
 from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright  # noqa: E402

@@ -5,7 +5,7 @@ import pandas
 import pytest
 
 from coneslab.errors import ConeslabError
-from coneslab.experiments.setting import equivalence, run_cells, summarise
+from coneslab.experiments.table import equivalence, run_cells, summarise
 
 CELLS = [{"subject": name, "seed": seed} for name in ("cat", "dog") for seed in range(3)]
 

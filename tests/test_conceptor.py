@@ -78,7 +78,8 @@ def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge,
 
 def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge):
     """One step of `decompose` against the loss written out, its gradient through the whole U-Net."""
-    from coneslab.diffusion.sampling import denoising_loss, encode_images
+    from coneslab.diffusion.encoding import encode_images
+    from coneslab.diffusion.loss import denoising_loss
     from coneslab.edits.tokens import LearnedText
     from coneslab.finetuning.samples import Pairs, draws
 

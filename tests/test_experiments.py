@@ -14,13 +14,13 @@ from coneslab import load_judge
 from coneslab.cli import main
 from coneslab.diffusion.sampling import generate
 from coneslab.errors import ConeslabError, WorldError
-from coneslab.experiments import ablation, conceptor, registry
+from coneslab.experiments import ablation, conceptor, masks, neurons, unions
 from coneslab.experiments.registry import EXPERIMENTS, Setting, run_experiment
 from coneslab.world.pictures import CLASSES, memorised, rearranged, with_article
 
 SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
 EXPECTED = {
-    "controls": (set(registry.CONTROLS), SUBJECT_MEASURES),
+    "controls": (set(neurons.CONTROLS), SUBJECT_MEASURES),
     "precision": ({"untouched model", "float32", "float16", "quaternary", "binary"}, SUBJECT_MEASURES),
     "storage": (
         {"untouched model", "Textual Inversion", "mask, binary", "Custom Diffusion", "binary mask, entropy bound"},
@@ -33,7 +33,7 @@ EXPECTED = {
         {"same subject, other seed", "another subject", "random mask"},
         {"overlap (Jaccard)", "overlap by chance", "cosine of what they change"},
     ),
-    "finders": ({"untouched model", *registry.FINDERS}, SUBJECT_MEASURES),
+    "finders": ({"untouched model", *neurons.FINDERS}, SUBJECT_MEASURES),
     "together": (
         {"untouched model", "random mask", "own mask alone", "union", "union, float", "union, 10 steps"},
         {"text alignment", "image alignment", "image alignment, cat", "every subject found", "additivity: cosine"},
@@ -56,9 +56,9 @@ def short(monkeypatch):
     for name, value in {"STEPS": 1, "ESD_STEPS": 1, "ROUNDS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
         monkeypatch.setattr(ablation, name, value)
     monkeypatch.setattr(ablation, "ATTACK_STEPS", {"inversion_steps": 1, "finetune_steps": 1})
-    monkeypatch.setattr(registry, "TUNING_STEPS", (1, 10))
-    monkeypatch.setattr(registry, "DENSITIES", (0.9, 0.998))
-    monkeypatch.setattr(registry, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
+    monkeypatch.setattr(unions, "TUNING_STEPS", (1, 10))
+    monkeypatch.setattr(neurons, "DENSITIES", (0.9, 0.998))
+    monkeypatch.setattr(masks, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.kvspace import KVSpace
-from coneslab.diffusion.sampling import encode_prompts, start_noise
+from coneslab.diffusion.sampling import start_noise
 from coneslab.edits.interchange import (
     WEIGHTS,
     export_custom_diffusion,

@@ -11,7 +11,7 @@ from conftest import weights_of
 from small_judge import save_small_judge
 
 from coneslab.cli import main
-from coneslab.edits.base import WeightDelta, model_fingerprint
+from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import comparison
 from coneslab.experiments.methods import METHODS, Method, make_edit

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from coneslab.diffusion.precision import frozen_twin
-from coneslab.edits.base import Edit, load_edit, model_fingerprint
+from coneslab.edits.base import Edit, load_edit
+from coneslab.edits.weights import model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.finetuning import samples as pairs_module
-from coneslab.finetuning.kv_gradient import KVGradient, concept_loss
+from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.finetuning.samples import concept_pairs, draws, prior_pictures
 from coneslab.neurons.controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
+from coneslab.neurons.loss import concept_loss
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.neurons.search import find_concept_neurons, quantiles
 

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from short_notebooks import NOTEBOOKS, shortened
 
 from coneslab import load
-from coneslab.pretraining.run import build_tokenizer
+from coneslab.pretraining.unet import build_tokenizer
 from coneslab.world.pictures import RARE_TOKENS, WORDS
 
 VERSIONS = ("1.5", "2.1")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.kvspace import KVSpace
-from coneslab.diffusion.sampling import denoising_loss, encode_prompts
-from coneslab.edits.base import Combined, Edit, WeightDelta, load_edit, model_fingerprint
-from coneslab.edits.low_rank import LowRankDelta, compress, merge, merge_matrices
+from coneslab.diffusion.loss import denoising_loss
+from coneslab.edits.base import Combined, Edit, load_edit
+from coneslab.edits.low_rank import LowRankDelta, compress
 from coneslab.edits.tokens import (
     LearnedText,
     TokenEdit,
@@ -20,9 +21,11 @@ from coneslab.edits.tokens import (
     vocabulary_fingerprint,
     with_tokens,
 )
+from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.finetuning.samples import concept_pairs, draws
+from coneslab.methods.merging import merge, merge_matrices
 from coneslab.methods.personalization import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
 
 FAST = {"steps": 3, "batch": 4, "progress": False}
@@ -124,7 +127,7 @@ def test_a_masked_loss_is_a_mean_over_places_and_channels(v_pipe):
     assert torch.allclose(denoising_loss(v_pipe, latents, text, mask=torch.ones(2, 1, 8, 8), **options), plain)
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :3, :5] = 1
-    from coneslab.diffusion.sampling import add_noise, target
+    from coneslab.diffusion.loss import add_noise, target
 
     noisy = add_noise(v_pipe.scheduler, latents, noise, t)
     predicted = v_pipe.unet(noisy, t, encoder_hidden_states=text.expand(2, -1, -1))

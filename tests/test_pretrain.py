@@ -23,9 +23,11 @@ from coneslab import cli, diffusion, pretraining
 from coneslab import new_world as world
 from coneslab.diffusion import pipelines
 from coneslab.errors import ConeslabError, FileFormatError
+from coneslab.finetuning import checkpoints
+from coneslab.pretraining import autoencoder, loop, model_cards, optimizers, run, unet
 from coneslab.pretraining import judge as judging
-from coneslab.pretraining import loop, model_cards, run
-from coneslab.pretraining.loop import Log, Recipe
+from coneslab.pretraining.loop import Log
+from coneslab.pretraining.recipe import Recipe
 
 QUICK = Recipe(pictures=24, batch_size=4, learning_rate=1e-2, parts=2, warmup=2, averages=(0.9, 0.1))
 RECIPE = pretraining.load_recipe()
@@ -108,7 +110,7 @@ def test_an_interrupted_step_is_finished_and_kept(tmp_path: Path, sign: signal.S
 
     with pytest.raises(KeyboardInterrupt):
         loop.fit(tmp_path / "parts", modules={"net": net}, loss=loss, recipe=QUICK)
-    assert loop.load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors")[1]["step"] == 4
+    assert checkpoints.load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors")[1]["step"] == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     parts, _ = fit_small(tmp_path / "parts")
     for name, value in whole.state_dict().items():
@@ -126,7 +128,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(tmp_path
     net = small_net()
     with pytest.raises(KeyboardInterrupt):
         loop.fit(tmp_path, modules={"net": net}, loss=loss, recipe=replace(QUICK, batch_size=1, parts=1))
-    assert loop.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 2
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 2
 
 
 def test_what_is_measured_is_measured_on_the_average_and_kept(tmp_path: Path):
@@ -144,7 +146,7 @@ def test_what_is_measured_is_measured_on_the_average_and_kept(tmp_path: Path):
     )
     assert [row["held_out"] for row in log.measures] == [2.0, 4.0, 6.0]
     torch.testing.assert_close(seen[-1], net[0].weight)  # the average is left in place at the end
-    tensors, facts = loop.load_checkpoint(tmp_path / "checkpoint.safetensors")
+    tensors, facts = checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert not torch.equal(tensors["weight/net.0.weight"], tensors["average 0.9/net.0.weight"])
     assert not torch.equal(tensors["average 0.1/net.0.weight"], tensors["average 0.9/net.0.weight"])
     assert facts["measures"] == log.measures
@@ -160,11 +162,11 @@ def test_a_recipe_that_cannot_be_is_refused():
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
     fit_small(tmp_path, stop_after=2)
     path = tmp_path / "checkpoint.safetensors"
-    tensors, facts = loop.load_checkpoint(path)
+    tensors, facts = checkpoints.load_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(FileFormatError, match="not a whole coneslab checkpoint"):
         fit_small(tmp_path)
-    loop.save_checkpoint(path, {k: v for k, v in tensors.items() if "net.0" not in k}, facts)
+    checkpoints.save_checkpoint(path, {k: v for k, v in tensors.items() if "net.0" not in k}, facts)
     with pytest.raises(FileFormatError, match="lacks 2 weights"):
         fit_small(tmp_path)
 
@@ -191,7 +193,7 @@ def test_the_rate_rises_stays_and_falls_to_nothing_on_time():
 
 def test_the_average_is_the_exponential_one():
     weight = {"w": torch.zeros(1)}
-    average = loop.Average(weight, decay=0.5)
+    average = optimizers.Average(weight, decay=0.5)
     by_hand = 0.0
     for step in range(20):
         weight["w"] = torch.tensor([float(step)])
@@ -203,7 +205,7 @@ def test_the_average_is_the_exponential_one():
 
 def test_muon_makes_updates_nearly_orthogonal():
     matrices = torch.randn(2, 12, 30, generator=torch.Generator().manual_seed(0))
-    for made, raw in ((loop.orthogonal(matrices), matrices), (loop.orthogonal(matrices.mT).mT, matrices)):
+    for made, raw in ((optimizers.orthogonal(matrices), matrices), (optimizers.orthogonal(matrices.mT).mT, matrices)):
         values = torch.linalg.svdvals(made.float())
         assert values.min() > 0.5 and values.max() < 1.3  # the iteration's own range
         left, _, right = torch.linalg.svd(raw, full_matrices=False)  # the exact answer has the same directions
@@ -215,17 +217,17 @@ def test_muon_makes_updates_nearly_orthogonal():
 def test_muon_leaves_edges_and_vectors_to_adamw():
     net = small_net()
     weights = {"net.conv_in.weight": net[0].weight, "net.2.weight": net[2].weight, "net.2.bias": net[2].bias}
-    adam, muon = loop.optimizers(weights, replace(QUICK, muon=True))
+    adam, muon = optimizers.optimizers(weights, replace(QUICK, muon=True))
     assert [id(w) for w in muon.param_groups[0]["params"]] == [id(net[2].weight)]
     assert {id(w) for group in adam.param_groups for w in group["params"]} == {id(net[0].weight), id(net[2].bias)}
 
 
 def test_muon_is_shared_out_evenly():
     weights = {f"m{i}": nn.Parameter(torch.zeros(8, 8 + i // 2)) for i in range(6)}
-    shares = loop._shared_out(weights, weights, 2)
+    shares = optimizers._shared_out(weights, weights, 2)
     assert sorted(name for own in shares for name in own) == sorted(weights)
     assert len(shares) == 2 and all(len(own) in (2, 4) for own in shares)
-    assert loop._shared_out({}, [], 2) == []
+    assert optimizers._shared_out({}, [], 2) == []
 
 
 def test_a_feed_gives_the_same_pictures_again():
@@ -239,7 +241,7 @@ def test_a_feed_gives_the_same_pictures_again():
 
 
 def test_every_word_is_one_token_and_anything_else_still_encodes(tmp_path: Path):
-    run.build_tokenizer().save_pretrained(tmp_path)
+    unet.build_tokenizer().save_pretrained(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     assert all(len(tokenizer(word).input_ids) == 3 for word in world.WORDS)
     sentence = " ".join(world.WORDS[:20])
@@ -252,17 +254,17 @@ def test_every_word_is_one_token_and_anything_else_still_encodes(tmp_path: Path)
 
 
 def test_captions_fit_into_the_text_encoder():
-    tokenizer = run.build_tokenizer()
+    tokenizer = unet.build_tokenizer()
     lengths = [len(ids) for ids in tokenizer(world.sample(400, seed=5).captions).input_ids]
     assert max(lengths) <= tokenizer.model_max_length
 
 
 def test_the_text_encoder_pools_at_the_end_of_the_text():
     torch.manual_seed(0)
-    tokenizer = run.build_tokenizer()
+    tokenizer = unet.build_tokenizer()
     from transformers import CLIPTextModel
 
-    model = CLIPTextModel(run.text_config(tokenizer, **RECIPE["unet"]["text"])).eval()
+    model = CLIPTextModel(unet.text_config(tokenizer, **RECIPE["unet"]["text"])).eval()
     ids = tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         out = model(ids)
@@ -274,23 +276,23 @@ def test_the_text_encoder_pools_at_the_end_of_the_text():
 
 def test_pixels_go_back_and_forth():
     images = world.sample(2, seed=0).images
-    np.testing.assert_array_equal(run.to_uint8(run.to_tensor(images)), images)
+    np.testing.assert_array_equal(autoencoder.to_uint8(autoencoder.to_tensor(images)), images)
 
 
 def test_picture_loss_by_hand():
     made, real, even = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]]), torch.ones(1, 1, 2, 2)
-    pixels, edges = run.picture_loss(made, real, even)
+    pixels, edges = autoencoder.picture_loss(made, real, even)
     assert pixels.item() == 0.5 and edges.item() == 0.5  # across: 1 everywhere; down: 0
-    soft, _ = run.picture_loss(made, real, even, softness=0.75)
+    soft, _ = autoencoder.picture_loss(made, real, even, softness=0.75)
     assert soft.item() == pytest.approx(((1 + 0.75**2) ** 0.5 - 0.75) / 2)
     uneven = torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])
-    pixels, edges = run.picture_loss(made, real, uneven)
+    pixels, edges = autoencoder.picture_loss(made, real, uneven)
     assert pixels.item() == 0.75 and edges.item() == 0.75  # (0·1 + 1·3) / 4; across: (1·3 + 1·0) / 2 = 1.5, down: 0
 
 
 def test_objects_outweigh_scenery():
     record = world.compose(["cat"], "grass", seed=0)[1]
-    weights = run.object_weights([record], 4.0, torch.device("cpu"))[0, 0]
+    weights = autoencoder.object_weights([record], 4.0, torch.device("cpu"))[0, 0]
     mask = torch.from_numpy(record.objects[0].mask)
     assert weights.mean().item() == pytest.approx(1, abs=1e-5)
     assert weights[mask].min() / weights.min() == pytest.approx(4.0)
@@ -299,14 +301,14 @@ def test_objects_outweigh_scenery():
 def test_standard_latents_decode_to_the_same_pictures():
     torch.manual_seed(0)
     vae = AutoencoderKL(**RECIPE["vae"]["config"]).eval()
-    x = run.to_tensor(world.sample(16, seed=1).images)
+    x = autoencoder.to_tensor(world.sample(16, seed=1).images)
     with torch.no_grad():
         before = vae.encode(x).latent_dist
         picture = vae.decode(before.mean).sample
-        run.standardise_latents(vae, torch.device("cpu"), n=64)
+        autoencoder.standardise_latents(vae, torch.device("cpu"), n=64)
         after = vae.encode(x).latent_dist
         torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-3, atol=1e-3)
-        latents = vae.encode(run.to_tensor(world.sample(64, seed=77).images)).latent_dist.mean
+        latents = vae.encode(autoencoder.to_tensor(world.sample(64, seed=77).images)).latent_dist.mean
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.05)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.05)
     ratio = (before.std / after.std).mean((0, 2, 3)) / (before.mean.std((0, 2, 3)) / after.mean.std((0, 2, 3)))
@@ -321,7 +323,7 @@ def test_timesteps_are_one_from_each_part():
 
 def test_level_weights_match_min_snr_where_there_is_little_noise():
     ratio = torch.tensor([0.0, 5.0, 20.0, 1000.0])
-    ours = run.level_weights(ratio)
+    ours = unet.level_weights(ratio)
     torch.testing.assert_close(ours[2:], (torch.tensor([6.0, 6.0]) / (ratio[2:] + 1)))
     assert ours[0] == ours[1] == 1.0  # where min-SNR vanishes
 
@@ -337,32 +339,32 @@ def test_the_schedule_ends_in_noise_alone():
 
 def test_latents_are_scaled_turned_and_mirrored_like_pictures():
     x = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
-    assert torch.equal(run.transformed(x, 1.0, 0, False), x)
-    assert torch.equal(run.transformed(x, 1.0, 1, False), torch.rot90(x, 1, (2, 3)))
-    assert torch.equal(run.transformed(x, 1.0, 0, True), x.flip(3))
-    half = run.transformed(x, 0.5, 0, False)
+    assert torch.equal(autoencoder.transformed(x, 1.0, 0, False), x)
+    assert torch.equal(autoencoder.transformed(x, 1.0, 1, False), torch.rot90(x, 1, (2, 3)))
+    assert torch.equal(autoencoder.transformed(x, 1.0, 0, True), x.flip(3))
+    half = autoencoder.transformed(x, 0.5, 0, False)
     assert half.shape == (2, 3, 4, 4)
     torch.testing.assert_close(half.mean(), x.mean())
     generator = torch.Generator().manual_seed(0)
-    ways = Counter(run._draw_transform(0.5, generator) for _ in range(2000))
+    ways = Counter(autoencoder._draw_transform(0.5, generator) for _ in range(2000))
     assert 1000 - 90 < ways[(1.0, 0, False)] - 1000 / 24 < 1000 + 90  # every 24th of the transforms is none, too
     assert len(ways) == 24
 
 
 def test_places_say_what_lies_there():
     _, record = world.compose([world.Sticker("cat", "flat", size=40.0)], "white", seed=0)
-    drawings, styles = run.place_labels([record])
+    drawings, styles = unet.place_labels([record])
     thing = record.objects[0]
     share = thing.mask.reshape(16, 4, 16, 4).mean((1, 3))
     assert torch.equal(drawings[0] == world.DRAWINGS.index("cat/face"), torch.from_numpy(share > 0.25))
     assert torch.equal(styles[0] == world.STYLES.index("flat"), torch.from_numpy(share > 0.25))
-    assert set(drawings[0].unique().tolist()) == {world.DRAWINGS.index("cat/face"), run.NOTHING}
+    assert set(drawings[0].unique().tolist()) == {world.DRAWINGS.index("cat/face"), unet.NOTHING}
 
 
 def test_noises_go_to_the_nearest_pictures():
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
-    ours = run.nearest_noise(x, noise)
+    ours = unet.nearest_noise(x, noise)
 
     def total(order) -> float:
         return sum(float((x[i] - noise[j]).norm()) for i, j in enumerate(order))
@@ -372,14 +374,14 @@ def test_noises_go_to_the_nearest_pictures():
 
 
 def test_each_pass_shows_every_picture_once_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run, "CHUNK", 8)
+    monkeypatch.setattr(unet, "CHUNK", 8)
     for number in range(3):
         (tmp_path / "latents").mkdir(exist_ok=True)
         names = torch.arange(8) + 8 * number
         tensors = {"latents": names.half(), "drawings": names.byte(), "styles": names.byte()}
-        loop.save_checkpoint(tmp_path / "latents" / f"{number:05d}.safetensors", tensors, {"captions": [""] * 8})
+        checkpoints.save_checkpoint(tmp_path / "latents" / f"{number:05d}.safetensors", tensors, {"captions": [""] * 8})
     encode = lambda captions: torch.zeros(len(captions), 2)  # noqa: E731
-    with run.Latents(tmp_path, QUICK, encode, distinct=24, objects=(1, 0, 0, 0)) as latents:
+    with unet.Latents(tmp_path, QUICK, encode, distinct=24, objects=(1, 0, 0, 0)) as latents:
         steps = [
             torch.cat([latents.batch(step, part)["latents"] for part in range(2)]).int().tolist() for step in range(12)
         ]
@@ -469,9 +471,10 @@ SMALL = [
 
 @pytest.mark.slow
 def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(run, "CHUNK", 16)
-    monkeypatch.setattr(run, "LATENT_SAMPLES", 32)
-    monkeypatch.setattr(run, "HELD_OUT_PICTURES", 8)
+    monkeypatch.setattr(unet, "CHUNK", 16)
+    monkeypatch.setattr(autoencoder, "LATENT_SAMPLES", 32)
+    monkeypatch.setattr(autoencoder, "HELD_OUT_PICTURES", 8)
+    monkeypatch.setattr(unet, "HELD_OUT_PICTURES", 8)
     runs, shipped = tmp_path / "runs", tmp_path / "models"
     options = [option for value in SMALL for option in ("--set", value)]
     assert cli.main(["pretrain", "all", "--runs", str(runs), "--models", str(shipped), *options]) == 0
@@ -495,7 +498,7 @@ def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.Mo
     pipelines.verify(shipped / "tiny")
     assert list((runs / "unet").glob("*.png"))
     measured = Log.load(runs / "unet" / "log.json").measures[-1]
-    levels = [measured[f"loss_{level}"] for level in run.LEVELS]
+    levels = [measured[f"loss_{level}"] for level in unet.LEVELS]
     assert measured["loss"] == pytest.approx(np.mean(levels)) and 0 < min(levels) and max(levels) < 4
 
 

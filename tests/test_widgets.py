@@ -22,7 +22,8 @@ from PIL import Image
 
 from coneslab import ConceptNeurons, find_concept_neurons, generate, record_attention
 from coneslab.diffusion.kvspace import KVSpace
-from coneslab.edits.base import StoredEdit, model_fingerprint, swapped
+from coneslab.edits.base import StoredEdit
+from coneslab.edits.weights import model_fingerprint, swapped
 from coneslab.errors import ConeslabError
 from coneslab.show import explorers, widgets
 from coneslab.show.widgets import control, explorer, playground, slider

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConeslabError
-from .use import add_json, add_judge, teller
+from .options import add_json, add_judge, teller
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:

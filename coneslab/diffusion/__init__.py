@@ -5,30 +5,12 @@ Nothing here knows of concepts, edits or the picture world. Builds on errors and
 
 from __future__ import annotations
 
+from .encoding import decode_latents, encode_ids, encode_images, encode_prompts, latent_shape, tokenize
 from .kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name, unet_of
+from .loss import add_noise, alphas_cumprod, denoising_loss, snr, stratified_timesteps, target
 from .pipelines import fingerprint, load, model_folder, usable_device, verify, write_sums
-from .precision import bfloat16_pays, drawing, fast_dtype, frozen_twin, is_plain
-from .sampling import (
-    add_noise,
-    alphas_cumprod,
-    clean_and_noise,
-    ddim_sample,
-    ddpm_sample,
-    decode_latents,
-    denoising_loss,
-    encode_ids,
-    encode_images,
-    encode_prompts,
-    generate,
-    guided,
-    guided_between,
-    latent_shape,
-    snr,
-    start_noise,
-    stratified_timesteps,
-    target,
-    tokenize,
-)
+from .precision import bfloat16_pays, drawing, fast_dtype, flushing_denormals, frozen_twin, is_plain, mixed_precision
+from .sampling import clean_and_noise, ddim_sample, ddpm_sample, generate, guided, guided_between, start_noise
 
 __all__ = [
     "KVLayer",
@@ -49,6 +31,7 @@ __all__ = [
     "encode_prompts",
     "fast_dtype",
     "fingerprint",
+    "flushing_denormals",
     "frozen_twin",
     "generate",
     "guided",
@@ -56,6 +39,7 @@ __all__ = [
     "is_plain",
     "latent_shape",
     "load",
+    "mixed_precision",
     "model_folder",
     "short_name",
     "snr",

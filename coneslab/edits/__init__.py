@@ -5,23 +5,18 @@ What all of them share, the kinds that are no method's own, and other programs' 
 
 from __future__ import annotations
 
-from .base import (
-    Combined,
-    Edit,
-    StoredEdit,
-    WeightDelta,
-    applied,
-    load_edit,
-    model_fingerprint,
-    require_dose,
-    require_model,
-    swapped,
-    untouched,
+from .base import Combined, Edit, StoredEdit, applied, load_edit, require_dose
+from .interchange import (
+    custom_diffusion_parts,
+    export_custom_diffusion,
+    export_tokens,
+    import_custom_diffusion,
+    import_tokens,
 )
-from .interchange import export_custom_diffusion, export_tokens, import_custom_diffusion, import_tokens
-from .low_rank import LowRankDelta, compress, custom_diffusion_parts, merge, merge_matrices
+from .low_rank import LowRankDelta, compress
 from .tokens import LearnedText, TokenEdit, embedding_of, start_vector, vocabulary_fingerprint, with_tokens
 from .undo import Undo
+from .weights import WeightDelta, model_fingerprint, require_model, swapped, untouched
 
 __all__ = [
     "Combined",
@@ -41,8 +36,6 @@ __all__ = [
     "import_custom_diffusion",
     "import_tokens",
     "load_edit",
-    "merge",
-    "merge_matrices",
     "model_fingerprint",
     "require_dose",
     "require_model",

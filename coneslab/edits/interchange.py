@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ..diffusion.kvspace import KVSpace, unet_of
 from ..errors import ConeslabError, FileFormatError, MismatchError
-from .base import Combined, WeightDelta, model_fingerprint, write_whole
-from .low_rank import custom_diffusion_parts
+from ..files import write_whole
+from .base import Combined
 from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
+from .weights import WeightDelta, model_fingerprint
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
 
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # the name that diffusers' own training script gives
 
@@ -125,3 +127,11 @@ def _read(file: str | Path) -> dict[str, Tensor]:
         raise FileFormatError(
             f"{file} is no safetensors file ({error}); files of pickles (.bin, .pt) are never loaded: convert it first"
         ) from error
+
+
+def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:
+    """The tokens' vectors and the weights' change. Raises ConeslabError if the edit is not made of these two."""
+    kinds = {type(part): part for part in getattr(edit, "edits", ())}
+    if set(kinds) != {TokenEdit, WeightDelta}:
+        raise ConeslabError(f"{type(edit).__name__} is no Custom Diffusion edit: give what `custom_diffusion` returns")
+    return kinds[TokenEdit], kinds[WeightDelta]

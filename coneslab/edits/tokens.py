@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.encoding import encode_ids
 from ..diffusion.pipelines import fingerprint
-from ..diffusion.sampling import encode_ids
 from ..errors import ConeslabError, MismatchError
 from .base import StoredEdit, require_dose
 from .undo import Undo

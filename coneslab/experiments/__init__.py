@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from .registry import Experiment as Experiment
     from .registry import run_experiment as run_experiment
     from .setting import MEASURES as MEASURES
-    from .setting import Row as Row
     from .setting import Setting as Setting
-    from .setting import equivalence as equivalence
     from .setting import measure as measure
-    from .setting import run_cells as run_cells
     from .setting import stored_bytes as stored_bytes
-    from .setting import summarise as summarise
+    from .table import Row as Row
+    from .table import equivalence as equivalence
+    from .table import run_cells as run_cells
+    from .table import summarise as summarise
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -60,12 +60,14 @@ __getattr__, __dir__, __all__ = attach(
         ),
         "setting": (
             "MEASURES",
-            "Row",
             "Setting",
-            "equivalence",
             "measure",
-            "run_cells",
             "stored_bytes",
+        ),
+        "table": (
+            "Row",
+            "equivalence",
+            "run_cells",
             "summarise",
         ),
     },

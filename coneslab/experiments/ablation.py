@@ -20,10 +20,14 @@ from ..errors import ConeslabError
 from ..finetuning.samples import drawn_once
 from ..measure.judge import Judge
 from ..methods.ablation.concept_ablation import ablate
-from ..methods.ablation.neurons import ablating_neurons, closed_form_edit, erase, prune_feed_forward
+from ..methods.ablation.concept_prune import prune_feed_forward
+from ..methods.ablation.esd import erase
+from ..methods.ablation.neurons import ablating_neurons
 from ..methods.ablation.report import CopyDetector, attacks, evaluate_ablation, near_and_far
+from ..methods.ablation.uce import closed_form_edit
 from ..world.pictures import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, rearranged, with_article
-from .setting import Row, Setting, rows_of, stored_bytes, timed
+from .setting import Setting, stored_bytes, timed
+from .table import Row, rows_of
 
 OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
     "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",

@@ -20,14 +20,14 @@ import numpy as np
 import pandas
 
 from ..diffusion.pipelines import load
-from ..edits.base import write_whole
 from ..errors import ConeslabError
-from ..files import data_folder
+from ..files import data_folder, write_whole
 from ..measure.judge import load_judge
 from ..world.subjects import COMBINATIONS, SUBJECTS, subjects_of, title_of
 from .methods import METHODS, Method, chosen_settings, make_edit
-from .registry import measure_together
-from .setting import Row, Setting, measure, rows_of, run_cells, stored_bytes
+from .setting import Setting, measure, stored_bytes
+from .table import Row, rows_of, run_cells
+from .unions import measure_together
 
 TUNING_SUBJECTS = SUBJECTS[14:]
 SINGLE_SUBJECTS = SUBJECTS[:4]

@@ -19,13 +19,14 @@ from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied
 from ..errors import ConeslabError
 from ..finetuning.samples import drawn_once
-from ..measure.judge import kid
+from ..measure.statistics import kid
 from ..methods.conceptor.biases import bias, group_shares, rebalance
 from ..methods.conceptor.decomposition import Decomposition, decompose
 from ..methods.conceptor.vocabulary import Vocabulary, encode_vocabulary
 from ..methods.personalization import textual_inversion
 from ..world.pictures import CLASSES, FACTS, with_article
-from .setting import Row, Setting, rows_of
+from .setting import Setting
+from .table import Row, rows_of
 
 # Chosen on "a fruit" and "a bat": with the paper's 1e-3, 200 steps are too few.
 TRAINING: dict[str, Any] = {"batch": 8, "pictures": 48, "steps": 200, "learning_rate": 1e-2}

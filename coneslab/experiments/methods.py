@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..edits.base import Combined, Edit
-from ..edits.low_rank import merge
 from ..errors import ConeslabError
 from ..files import data_folder
+from ..methods.merging import merge
 from ..methods.personalization import custom_diffusion, dreambooth, textual_inversion
 from ..neurons.mask import ConceptNeurons
 from ..neurons.union import concatenate, finetune_together

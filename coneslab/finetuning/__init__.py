@@ -5,7 +5,8 @@ Every method that learns by gradient steps does it with these. Builds on `diffus
 
 from __future__ import annotations
 
-from .kv_gradient import ConceptLoss, KVGradient, concept_loss
+from .checkpoints import load_checkpoint, save_checkpoint
+from .kv_gradient import KVGradient
 from .loop import Step, TuningCallback, figures, tune, tune_unet
 from .samples import (
     ConceptSubject,
@@ -22,22 +23,22 @@ from .samples import (
 )
 
 __all__ = [
-    "ConceptLoss",
     "ConceptSubject",
     "Draw",
     "KVGradient",
     "Pairs",
     "Step",
     "TuningCallback",
-    "concept_loss",
     "concept_pairs",
     "drawn_latents",
     "drawn_once",
     "draws",
     "figures",
     "joint_pairs",
+    "load_checkpoint",
     "prior_pictures",
     "rounds",
+    "save_checkpoint",
     "total_loss",
     "tune",
     "tune_unet",

@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion.kvspace import unet_of
-from ..diffusion.precision import fast_dtype, is_plain, speed_up_backward
-from ..diffusion.sampling import denoising_loss
-from ..errors import ConeslabError, MismatchError
-from ..pretraining.loop import load_checkpoint, mixed_precision, save_checkpoint
+from ..diffusion.loss import denoising_loss
+from ..diffusion.precision import fast_dtype, is_plain, mixed_precision, speed_up_backward
+from ..errors import ConeslabError
+from .checkpoints import _Checkpoint
 from .samples import Draw, Pairs, total_loss
 
 Step = Callable[[int], dict[str, float]]
@@ -126,43 +126,3 @@ def tune_unet(
 
     history = tune(weights, step, **options)
     return {name: weight.detach() - before[name] for name, weight in weights.items()}, history
-
-
-class _Checkpoint:
-    """Weights, what the optimiser remembers of them, and the history, in one safetensors file."""
-
-    def __init__(
-        self, path: str | Path | None, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, identity: str
-    ) -> None:
-        self.path = None if path is None else Path(path)
-        self.weights, self.optimiser, self.identity = weights, optimiser, identity
-
-    def save(self, step: int, history: dict[str, list[float]]) -> None:
-        if self.path is None:
-            return
-        tensors = {f"weight/{name}": weight for name, weight in self.weights.items()}
-        for name, weight in self.weights.items():
-            for key, value in self.optimiser.state[weight].items():
-                tensors[f"{key}/{name}"] = torch.as_tensor(value)
-        facts = {"step": step, "history": history, "identity": self.identity}
-        save_checkpoint(self.path, tensors, facts)
-
-    def load(self) -> tuple[int, dict[str, list[float]]]:
-        """Put the state back; returns the number of steps done, and the history."""
-        if self.path is None or not self.path.is_file():
-            return 0, {}
-        tensors, facts = load_checkpoint(self.path)
-        if facts["identity"] != self.identity:
-            raise MismatchError(
-                f"{self.path} was written with other settings ({facts['identity'][:120]}, now "
-                f"{self.identity[:120]}): name another file, or delete it to start again"
-            )
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(tensors[f"weight/{name}"])
-                keys = [key.split("/", 1)[0] for key in tensors if key.endswith(f"/{name}")]
-                kept = {key: tensors[f"{key}/{name}"] for key in keys if key != "weight"}
-                self.optimiser.state[weight] = {
-                    key: value if key == "step" else value.to(weight.device) for key, value in kept.items()
-                }
-        return int(facts["step"]), {name: list(values) for name, values in facts["history"].items()}

@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..diffusion.encoding import encode_images, encode_prompts
+from ..diffusion.loss import stratified_timesteps
 from ..diffusion.pipelines import fingerprint
-from ..diffusion.sampling import encode_images, encode_prompts, generate, stratified_timesteps
+from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 
 _DRAWN: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `drawn_once`

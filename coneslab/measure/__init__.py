@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from .evaluation import finds_objects as finds_objects
     from .evaluation import judge_accuracy as judge_accuracy
     from .evaluation import questions as questions
-    from .judge import Interval as Interval
     from .judge import Judge as Judge
     from .judge import as_pictures as as_pictures
-    from .judge import bootstrap_interval as bootstrap_interval
-    from .judge import kid as kid
     from .judge import load_judge as load_judge
     from .samplers import SCHEDULERS as SCHEDULERS
     from .samplers import Sampler as Sampler
     from .samplers import compare_samplers as compare_samplers
     from .samplers import use_scheduler as use_scheduler
+    from .statistics import Interval as Interval
+    from .statistics import bootstrap_interval as bootstrap_interval
+    from .statistics import kid as kid
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -51,11 +51,8 @@ __getattr__, __dir__, __all__ = attach(
             "questions",
         ),
         "judge": (
-            "Interval",
             "Judge",
             "as_pictures",
-            "bootstrap_interval",
-            "kid",
             "load_judge",
         ),
         "samplers": (
@@ -63,6 +60,11 @@ __getattr__, __dir__, __all__ = attach(
             "Sampler",
             "compare_samplers",
             "use_scheduler",
+        ),
+        "statistics": (
+            "Interval",
+            "bootstrap_interval",
+            "kid",
         ),
     },
 )

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..diffusion.encoding import encode_prompts
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
-from ..diffusion.sampling import encode_prompts
 from ..edits.undo import Undo
 from ..errors import ConeslabError
 

@@ -24,7 +24,8 @@ from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 from ..new_world import CLASSES, COLOURS, SCENES, STYLE_WORDS, listed, with_article
 from ..new_world.subjects import KINDS, SUBJECTS, truth, wanted
-from .judge import Images, Interval, Judge, as_pictures, bootstrap_interval, kid
+from .judge import Images, Judge, as_pictures
+from .statistics import Interval, bootstrap_interval, kid
 
 #: The shares that the shipped model is held to (every class, 8 seeds, prompts with scenes, guidance as shipped).
 BARS = {

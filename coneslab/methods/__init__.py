@@ -31,6 +31,7 @@ from .conceptor import (
     group_shares,
     rebalance,
 )
+from .merging import merge, merge_matrices
 from .personalization import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
 
 __all__ = [
@@ -54,6 +55,8 @@ __all__ = [
     "erase",
     "evaluate_ablation",
     "group_shares",
+    "merge",
+    "merge_matrices",
     "near_and_far",
     "prune_feed_forward",
     "rebalance",

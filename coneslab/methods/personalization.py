@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..diffusion.sampling import encode_images, encode_prompts
-from ..edits.base import Combined, WeightDelta, model_fingerprint
+from ..diffusion.encoding import encode_images, encode_prompts
+from ..edits.base import Combined
 from ..edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
+from ..edits.weights import WeightDelta, model_fingerprint
 from ..errors import ConeslabError
 from ..finetuning.kv_gradient import KVGradient
 from ..finetuning.loop import TuningCallback, figures, tune, tune_unet

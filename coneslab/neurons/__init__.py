@@ -8,6 +8,7 @@ from __future__ import annotations
 from .controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
 from .damage import DAMAGES, dropped, flipped, moved
 from .encoding import LEVELS, PRECISIONS, MaskFile, decode, encode, entropy, entropy_bound, precision_of, quantised
+from .loss import ConceptLoss, concept_loss
 from .mask import ConceptNeurons, Overlap
 from .search import SearchState, find_concept_neurons, quantiles
 from .union import (
@@ -24,6 +25,7 @@ from .union import (
 
 __all__ = [
     "Additivity",
+    "ConceptLoss",
     "ConceptNeurons",
     "DAMAGES",
     "LEVELS",
@@ -34,6 +36,7 @@ __all__ = [
     "TunedNeurons",
     "additivity",
     "concatenate",
+    "concept_loss",
     "cosines",
     "decode",
     "dropped",

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion.kvspace import KVSpace
-from ..edits.base import WeightDelta, model_fingerprint
+from ..edits.weights import WeightDelta, model_fingerprint
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
 from ..finetuning.loop import TuningCallback, tune

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ..diffusion.kvspace import KVLayout, KVSpace
-from ..edits.base import Change, StoredEdit, require_dose, require_model, swapped, write_whole
+from ..edits.base import StoredEdit, require_dose
+from ..edits.weights import Change, require_model, swapped
 from ..errors import ConeslabError, MismatchError
+from ..files import write_whole
 from . import encoding
 
 

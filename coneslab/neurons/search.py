@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion.kvspace import KVLayout, KVSpace
-from ..edits.base import model_fingerprint
+from ..edits.weights import model_fingerprint
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
 from ..finetuning.samples import ConceptSubject, concept_pairs, draws, total_loss

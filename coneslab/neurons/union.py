@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.sampling import add_noise, encode_prompts
-from ..edits.base import Edit, StoredEdit, applied, require_dose, require_model, swapped
+from ..diffusion.encoding import encode_prompts
+from ..diffusion.loss import add_noise
+from ..edits.base import Edit, StoredEdit, applied, require_dose
+from ..edits.weights import require_model, swapped
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
 from ..finetuning.loop import TuningCallback, tune

@@ -12,14 +12,14 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from .judge import train_judge as train_judge
     from .loop import Log as Log
-    from .loop import Recipe as Recipe
     from .loop import fit as fit
     from .model_cards import write_model_card as write_model_card
+    from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
-    from .run import build_tokenizer as build_tokenizer
     from .run import export as export
     from .run import note_trial as note_trial
     from .run import train as train
+    from .unet import build_tokenizer as build_tokenizer
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -27,16 +27,18 @@ __getattr__, __dir__, __all__ = attach(
         "judge": ("train_judge",),
         "loop": (
             "Log",
-            "Recipe",
             "fit",
         ),
         "model_cards": ("write_model_card",),
-        "recipe": ("load_recipe",),
+        "recipe": (
+            "Recipe",
+            "load_recipe",
+        ),
         "run": (
-            "build_tokenizer",
             "export",
             "note_trial",
             "train",
         ),
+        "unet": ("build_tokenizer",),
     },
 )

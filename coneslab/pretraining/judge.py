@@ -30,7 +30,9 @@ from transformers import (
 )
 
 from .. import new_world as world
-from .loop import Feed, Log, Recipe, best_device, fit, flushing_denormals, mixed_precision
+from ..diffusion.precision import flushing_denormals, mixed_precision
+from .loop import Feed, Log, best_device, fit
+from .recipe import Recipe
 
 NAMES = tuple(world.CLASSES)
 SCENES = tuple(world.SCENES)

@@ -14,9 +14,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -24,66 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import new_world as world
-from ..diffusion.precision import bfloat16_pays
+from ..diffusion.precision import bfloat16_pays, flushing_denormals
 from ..errors import ConeslabError, FileFormatError
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long and how fast to train.
-
-    pictures: the budget, all passes counted; minutes: another one, of training time (checkpoints and previews not
-    counted), if given; whichever is used up first counts. batch_size: pictures a step; parts: how many parts a batch is
-    cut into. The learning rate rises over `warmup` steps, stays, and falls linearly to 0 over the last `decay` part of
-    the budget, so it always arrives at 0 on time. averages: decays of the averages of weights that are kept; the first
-    is used. muon: inner matrices are updated with Muon, the rest with AdamW.
-    """
-
-    pictures: int
-    batch_size: int
-    learning_rate: float
-    minutes: float | None = None
-    parts: int = 1
-    warmup: int = 100
-    decay: float = 0.8
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    averages: tuple[float, ...] = (0.999,)
-    seed: int = 0
-    muon: bool = False
-
-    def __post_init__(self) -> None:
-        if self.pictures < 0 or self.parts < 1 or self.batch_size < 1 or self.batch_size % self.parts:
-            raise ConeslabError(
-                f"got {self.pictures} pictures in batches of {self.batch_size} and {self.parts} parts: expected "
-                "none or more, one or more, and a batch that can be cut into equal parts"
-            )
-        if not self.averages:
-            raise ConeslabError("got no average of weights, expected at least one decay: averages=(0.999,)")
-
-    @property
-    def part_size(self) -> int:
-        """Pictures a part."""
-        return self.batch_size // self.parts
-
-    def spent(self, step: int, seconds: float) -> float:
-        """The part of the budget, in [0, 1], that is used up."""
-        share = step * self.batch_size / self.pictures if self.pictures else 1.0
-        if self.minutes is not None:
-            share = max(share, seconds / (60 * self.minutes) if self.minutes > 0 else 1.0)
-        return min(share, 1.0)
-
-    def rate(self, step: int, seconds: float) -> float:
-        """The learning rate of a step, from the budget spent."""
-        left = (1.0 - self.spent(step, seconds)) / self.decay
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
+from .optimizers import Average, Muon, optimizers
+from .recipe import Recipe
 
 
 @dataclass
@@ -114,34 +63,9 @@ class Log:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and facts as one safetensors file, all or nothing."""
-    part = path.with_suffix(".part")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, {"facts": json.dumps(facts)})
-    os.replace(part, path)
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote. Raises FileFormatError if the file is damaged or foreign."""
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise FileFormatError(
-            f"{path} is not a whole coneslab checkpoint ({error}): delete it to start that model again"
-        ) from error
-
-
 def best_device() -> torch.device:
     """A GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager:
-    """Autocast to bfloat16 if `dtype` is that, by default where it pays, else nothing."""
-    wanted = bfloat16_pays(device) if dtype is None else dtype == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 class Feed:
@@ -192,100 +116,6 @@ class Feed:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for inner matrices (Jordan et al. 2024, Muon).
-
-    A convolution counts as a matrix (out, in * height * width). The update is scaled to the size that AdamW's has,
-    0.2 sqrt(max(rows, columns)) (Liu et al. 2025, Muon is Scalable for LLM Training, Eq. 4), so both share a rate.
-    """
-
-    def __init__(
-        self, weights: Sequence[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ):
-        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                memory = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(memory, group["momentum"]).flatten(1)  # Nesterov's look ahead
-                by_shape.setdefault((update.shape[0], update.shape[1]), []).append((weight, update))
-            for shape, pairs in by_shape.items():
-                updates = orthogonal(torch.stack([update for _, update in pairs]))
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                for (weight, _), update in zip(pairs, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.reshape(weight.shape).to(weight.dtype), alpha=-rate)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Bring the singular values of matrices (k, m, n) near 1 by five Newton-Schulz steps (Jordan et al. 2024)."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).float()
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
-    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
-
-
-_EDGES = ("conv_in", "conv_out", "embedding", "embed", "head")  # matrices that Muon is not meant for
-
-
-def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for inner matrices and AdamW for the rest."""
-    inner = {k for k, w in weights.items() if recipe.muon and w.ndim > 1 and not any(part in k for part in _EDGES)}
-    rest = {k: w for k, w in weights.items() if k not in inner}
-    groups = [
-        {"params": [w for w in rest.values() if w.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [w for w in rest.values() if w.ndim <= 1], "weight_decay": 0.0},
-    ]
-    result: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
-    ]
-    for names in _shared_out(weights, inner, recipe.parts):  # one for each core: they step beside each other
-        own = [weights[k] for k in names]
-        result.append(Muon(own, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
-    return result
-
-
-def _shared_out(weights: Mapping[str, nn.Parameter], names: Iterable[str], shares: int) -> list[list[str]]:
-    """Share matrices out so that each share has about as much to orthogonalise, equal shapes together."""
-    shapes: dict[tuple[int, int], list[str]] = {}
-    for name in sorted(names):
-        rows = weights[name].shape[0]
-        shapes.setdefault((rows, weights[name].numel() // rows), []).append(name)
-    costs = {shape: min(shape) * shape[0] * shape[1] * len(own) for shape, own in shapes.items()}
-    result: list[list[str]] = [[] for _ in range(shares)]
-    totals = [0] * shares
-    for shape in sorted(costs, key=lambda shape: (-costs[shape], shape)):
-        least = totals.index(min(totals))
-        totals[least] += costs[shape]
-        result[least] += shapes[shape]
-    return [own for own in result if own]
-
-
-class Average(nn.Module):
-    """Exponential moving average of weights, faster at the start (Karras et al. 2018, Progressive GAN, Sec. 4)."""
-
-    def __init__(self, weights: Mapping[str, Tensor], decay: float):
-        super().__init__()
-        self.decay = decay
-        self.shadow = {name: weight.detach().clone() for name, weight in weights.items()}
-
-    @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        share = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [weights[name].detach() for name in self.shadow], share)
-
-
 def _named(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Every weight that is to be trained, by module and name."""
     return {
@@ -314,19 +144,6 @@ def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, An
 
 
 Loss = Callable[[int, int, torch.Generator], dict[str, Tensor]]
-
-
-@contextmanager
-def flushing_denormals() -> Iterator[None]:
-    """Take tiny numbers as 0 for the length of a block or function: they are slow, and gradients are full of them.
-
-    Begin before worker threads start, which inherit it.
-    """
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 @contextmanager

@@ -28,7 +28,9 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import coneslab  # noqa: E402
-from coneslab.diffusion.sampling import denoising_loss, encode_images, generate  # noqa: E402
+from coneslab.diffusion.encoding import encode_images  # noqa: E402
+from coneslab.diffusion.loss import denoising_loss  # noqa: E402
+from coneslab.diffusion.sampling import generate  # noqa: E402
 from coneslab.edits.tokens import embedding_of, with_tokens  # noqa: E402
 from coneslab.methods.conceptor.decomposition import TEMPLATE, Decomposition, choose_dictionary, decompose  # noqa: E402
 from coneslab.methods.conceptor.image import decompose_image  # noqa: E402

@@ -21,8 +21,9 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import coneslab  # noqa: E402
+from coneslab.diffusion.encoding import encode_images, encode_prompts  # noqa: E402
 from coneslab.diffusion.kvspace import KVSpace  # noqa: E402
-from coneslab.diffusion.sampling import denoising_loss, encode_images, encode_prompts  # noqa: E402
+from coneslab.diffusion.loss import denoising_loss  # noqa: E402
 from coneslab.errors import ConeslabError  # noqa: E402
 from coneslab.finetuning.kv_gradient import KVGradient  # noqa: E402
 from coneslab.finetuning.samples import concept_pairs, draws  # noqa: E402

@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import coneslab  # noqa: E402
 from coneslab.diffusion.kvspace import KVSpace  # noqa: E402
-from coneslab.edits.base import model_fingerprint  # noqa: E402
+from coneslab.edits.weights import model_fingerprint  # noqa: E402
 from coneslab.neurons.mask import ConceptNeurons  # noqa: E402
 from coneslab.show.widgets import playground  # noqa: E402
 

@@ -6,8 +6,11 @@ Each function returns an edit. Builds on `neurons`, `finetuning`, `edits` and `m
 from __future__ import annotations
 
 from .concept_ablation import AblationPairs, ablate, ablation_pairs
-from .neurons import AblationSubject, ablating_neurons, closed_form_edit, erase, prune_feed_forward
+from .concept_prune import prune_feed_forward
+from .esd import erase
+from .neurons import AblationSubject, ablating_neurons
 from .report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
+from .uce import closed_form_edit
 
 __all__ = [
     "AblationPairs",

@@ -15,28 +15,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...diffusion.sampling import add_noise, encode_images, encode_prompts
-from ...diffusion.sampling import target as regression_target
-from ...edits.base import StoredEdit, WeightDelta, model_fingerprint
+from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.loss import add_noise
+from ...diffusion.loss import target as regression_target
+from ...diffusion.precision import mixed_precision
+from ...edits.base import StoredEdit
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
+from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.kv_gradient import KVGradient
 from ...finetuning.loop import TuningCallback, figures, tune, tune_unet
 from ...finetuning.samples import Draw, Pairs, drawn_latents, rounds
-from ...pretraining.loop import mixed_precision
+from .prompts import Prompts, paired
 
 Objective = Literal["model", "noise"]
 Parameters = Literal["cross_attention_kv", "attention", "embedding", "all"]
-Prompts = str | Sequence[str]
-
-
-def paired(target: Prompts, anchor: Prompts) -> tuple[list[str], list[str]]:
-    """Targets and as many anchors; one anchor serves all targets. Raises ConeslabError for other numbers."""
-    targets, anchors = ([given] if isinstance(given, str) else list(given) for given in (target, anchor))
-    anchors = anchors * len(targets) if len(anchors) == 1 else anchors
-    if not targets or len(targets) != len(anchors):
-        raise ConeslabError(f"got {len(targets)} targets and {len(anchors)} anchors: give one anchor, or one each")
-    return targets, anchors
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ...diffusion.sampling import generate
 from ...edits.base import Edit, applied
 from ...errors import ConeslabError
 from ...finetuning.samples import drawn_once
-from ...measure.judge import Images, Judge, bootstrap_interval, kid
+from ...measure.judge import Images, Judge
+from ...measure.statistics import bootstrap_interval, kid
 from ...neurons.controls import finetune_kv
 from ...world.pictures import CLASSES, FACTS
 from ..personalization import textual_inversion

@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from ...errors import ConeslabError
-from ...measure.judge import Images, Interval, Judge, bootstrap_interval
+from ...measure.judge import Images, Judge
+from ...measure.statistics import Interval, bootstrap_interval
 from .decomposition import Decomposition
 
 Groups = Mapping[str, Sequence[str]]

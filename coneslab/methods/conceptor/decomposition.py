@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...diffusion.sampling import encode_images, encode_prompts, generate
+from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.sampling import generate
 from ...edits.base import StoredEdit
 from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
 from ...errors import ConeslabError

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...diffusion.pipelines import fingerprint
-from ...edits.base import write_whole
 from ...edits.tokens import embedding_of
 from ...errors import ConeslabError
+from ...files import write_whole
 from ...measure.judge import Judge
 
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "the {}")
