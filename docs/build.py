@@ -94,8 +94,8 @@ def module_table(modules: Sequence[str]) -> str:
 
 
 def parsed(module: str) -> ast.Module:
-    """The code of a module, or of a package's face: "world", "new_world.captions", "new_world"."""
-    path = ROOT.joinpath("coneslab", *module.split("."))
+    """The code of a module, or of a room's face: "world", "world.subjects", "" for the package's own."""
+    path = ROOT.joinpath("coneslab", *filter(None, module.split(".")))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text(encoding="utf-8"))
 
@@ -108,15 +108,26 @@ def about(docstring: str | None) -> str:
 def door() -> str:
     """The names that `import coneslab` offers, as a table; their docstrings are read, nothing is imported."""
     rows = []
-    for node in ast.walk(parsed("__init__")):
+    for node in ast.walk(parsed("")):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            inside = [
-                part for part in parsed(str(node.module)).body if isinstance(part, ast.FunctionDef | ast.ClassDef)
-            ]
-            first = {part.name: about(ast.get_docstring(part)) for part in inside}
-            for name in (alias.name for alias in node.names if alias.name in first):
-                rows.append([f"{{py:obj}}`{name} <coneslab.{node.module}.{name}>`", first[name]])
+            for name in (alias.name for alias in node.names):
+                module, part = home(str(node.module), name)
+                if isinstance(part, ast.FunctionDef | ast.ClassDef):
+                    said = about(ast.get_docstring(part))
+                    rows.append([f"{{py:obj}}`{name} <coneslab.{module}.{name}>`", said])
     return markdown_table(["name", "what it is"], sorted(rows))
+
+
+def home(module: str, name: str) -> tuple[str, ast.AST | None]:
+    """The module that defines a name which `module` has or offers, and the definition where it is one."""
+    tree = parsed(module)
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and part.name == name:
+            return module, part
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {alias.name for alias in node.names}:
+            return home(f"{module}.{node.module}", name)
+    return module, None
 
 
 def main(folder: str) -> int:

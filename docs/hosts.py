@@ -44,7 +44,7 @@ if importlib.util.find_spec("coneslab") is None:
 import coneslab  # first: it keeps transformers from asking for torchvision
 import diffusers
 import torch
-from coneslab.twin import bfloat16_pays
+from coneslab.diffusion import bfloat16_pays
 
 MINUTES = {minutes:g}  # for all cells, on two CPU cores that compute in bfloat16
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,8 +30,20 @@ PIECES = re.compile(
 
 
 @cache
-def modules() -> frozenset[str]:
-    return frozenset(module.name for module in pkgutil.iter_modules(coneslab.__path__))
+def modules() -> tuple[str, ...]:
+    """Full names of all modules and rooms, rooms first."""
+    names = (module.name for module in pkgutil.walk_packages(coneslab.__path__, "coneslab."))
+    return tuple(sorted(names, key=lambda name: (name.count("."), name)))
+
+
+def module_named(name: str, home: ModuleType) -> str | None:
+    """The full name of a module that `home` calls `name`: one of its own room, or one elsewhere ("show.plots").
+
+    None if there is none.
+    """
+    room = home.__name__ if hasattr(home, "__path__") else home.__name__.rpartition(".")[0]
+    own = f"{room}.{name}"
+    return own if own in modules() else next((full for full in modules() if full.endswith(f".{name}")), None)
 
 
 def full_name(name: str, home: ModuleType) -> str:
@@ -39,17 +51,30 @@ def full_name(name: str, home: ModuleType) -> str:
     name = name.removesuffix("()").removeprefix("coneslab.")
     first = name.partition(".")[0]
     found = getattr(home, first, None) or getattr(coneslab, first, None)
-    if inspect.ismodule(found) or (found is None and first in modules()):
-        return f"coneslab.{name}"
+    if found is None or inspect.ismodule(found):
+        for part in _from_the_longest(name):  # "world.subjects.subject": the module is the longest part that is one
+            module = module_named(part, home)
+            if module and ("." in name or module == f"coneslab.{name}"):  # a word alone is a room's name, or a word
+                return offered(f"{module}{name.removeprefix(part)}")
     if getattr(found, "__module__", "").startswith("coneslab.") and hasattr(found, "__qualname__"):
         return f"{found.__module__}.{name}"
     return name
 
 
+def offered(name: str) -> str:
+    """The full name under which something is documented that a room offers: its own module's, where that has one."""
+    module = next(part for part in _from_the_longest(name) if part in modules())
+    rest = name[len(module) + 1 :]
+    found = getattr(sys.modules.get(module), rest.partition(".")[0], None) if rest else None
+    if getattr(found, "__module__", "").startswith("coneslab.") and hasattr(found, "__qualname__"):
+        return f"{found.__module__}.{rest}"
+    return name
+
+
 def code(text: str, home: ModuleType = coneslab) -> str:
     """What stood between backticks: a link to a module or an object where it names one, else a literal."""
-    if re.fullmatch(r"\w+\.py", text) and text[:-3] in modules():
-        return f":py:mod:`{text} <coneslab.{text[:-3]}>`"
+    if re.fullmatch(r"[\w/]+\.py", text) and (module := module_named(text[:-3].replace("/", "."), home)):
+        return f":py:mod:`{text} <{module}>`"
     if re.fullmatch(r"[A-Za-z][\w.]*(\(\))?", text):
         return f":py:obj:`{text} <{full_name(text, home)}>`"
     return f"``{text}``"

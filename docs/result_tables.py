@@ -40,7 +40,7 @@ def methods(path: Path) -> str:
     """`coneslab compare`, from its CSV file: the paper's table, then single subjects with intervals."""
     if not path.exists():
         return f"This table has not been made yet. `coneslab compare` makes it, as `data/results/{path.name}`."
-    from coneslab.grid import paper_table
+    from coneslab.experiments import paper_table
 
     table = read(path)
     shown = paper_table(table)
@@ -103,7 +103,7 @@ def by_count(table: Any) -> list[str]:
 
 def summary(table: Any) -> str:
     """A row a condition, a column a measure that all subjects have, each cell a mean with its interval."""
-    from coneslab.compare import summarise
+    from coneslab.experiments import summarise
 
     shared = table.groupby("measure").subject.transform("nunique") == table.subject.nunique()
     means = summarise(table[shared])

@@ -29,7 +29,7 @@ from small_judge import save_small_judge
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from coneslab import load
-from coneslab.metrics import Judge, load_judge
+from coneslab.measure.judge import Judge, load_judge
 
 WORDS = ("a", "sks", "cat", "dog", "car", "house", "on", "the", "grass", "beach", "in", "city", "and")
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

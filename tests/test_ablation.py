@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from coneslab.ablation import ablate, ablation_pairs
-from coneslab.diffusion import add_noise, denoising_loss, encode_prompts, target
-from coneslab.edits import Combined, Edit, WeightDelta, load_edit
+from coneslab.diffusion.encoding import encode_prompts
+from coneslab.diffusion.kvspace import KVSpace
+from coneslab.diffusion.loss import add_noise, denoising_loss, target
+from coneslab.edits.base import Combined, Edit, load_edit
+from coneslab.edits.tokens import TokenEdit
+from coneslab.edits.weights import WeightDelta
 from coneslab.errors import ConeslabError
-from coneslab.forgetting import ablating_neurons, closed_form_edit, erase, prune_feed_forward
-from coneslab.kvspace import KVSpace
-from coneslab.pairs import Pairs, rounds
-from coneslab.tokens import TokenEdit
+from coneslab.finetuning.samples import Pairs, rounds
+from coneslab.methods.ablation.concept_ablation import ablate, ablation_pairs
+from coneslab.methods.ablation.concept_prune import prune_feed_forward
+from coneslab.methods.ablation.esd import erase
+from coneslab.methods.ablation.neurons import ablating_neurons
+from coneslab.methods.ablation.uce import closed_form_edit
 
 DRAW = {"pictures": 4, "sampler_steps": 2}
 FAST = DRAW | {"steps": 3, "batch": 4, "preserve_batch": 2, "progress": False}
@@ -37,7 +42,7 @@ def test_the_loss_is_what_the_paper_writes(pipe, method):
     edit = ablate(pipe, "cat", "dog", method=method, templates=templates, dtype=torch.float32, **options)
     shown = ablation_pairs(pipe, "cat", "dog", templates=templates, **DRAW)
     assert shown.captions == ("a cat", "the cat in the city") and shown.anchors == ("a dog", "the dog in the city")
-    from coneslab.ablation import _pairs
+    from coneslab.methods.ablation.concept_ablation import _pairs
 
     pairs = _pairs(pipe, shown, 5, 2, 0.5)
     assert [pair.batch for pair in pairs] == [3, 2, 1, 1]
@@ -180,8 +185,8 @@ def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe):
 
 def test_erasure_aims_away_from_the_target(v_pipe):
     edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch=4, progress=False)
-    from coneslab.diffusion import encode_images
-    from coneslab.pairs import drawn_once
+    from coneslab.diffusion.encoding import encode_images
+    from coneslab.finetuning.samples import drawn_once
 
     latents = encode_images(v_pipe, list(drawn_once(v_pipe, ["a cat"] * 4, steps=2)))
     pair = Pairs(latents, encode_prompts(v_pipe, ["a cat"]).detach()[0], 4)
@@ -211,8 +216,8 @@ def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe):
             gone = delta != 0
             assert (weights[name][gone] == 0).all() and gone.sum(1).max() <= round(0.1 * delta.shape[1])
     # the scores by hand, for one layer
-    from coneslab.diffusion import encode_images
-    from coneslab.pairs import drawn_once
+    from coneslab.diffusion.encoding import encode_images
+    from coneslab.finetuning.samples import drawn_once
 
     layer, scores = "mid_block.attentions.0.transformer_blocks.0.ff.net.2", []
     module = v_pipe.unet.get_submodule(layer)

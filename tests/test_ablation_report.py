@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from coneslab.ablation import ablate
-from coneslab.ablation_report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
-from coneslab.diffusion import generate
+from coneslab.diffusion.sampling import generate
 from coneslab.errors import ConeslabError
-from coneslab.metrics import kid
-from coneslab.world import CLASSES, memorised, sample
+from coneslab.measure.statistics import kid
+from coneslab.methods.ablation.concept_ablation import ablate
+from coneslab.methods.ablation.report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
+from coneslab.world.pictures import CLASSES, memorised, sample
 
 FAST = {"pictures": 3, "steps": 2}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from coneslab import app, load_edit
+from coneslab import load_edit
 from coneslab.errors import ConeslabError
+from coneslab.show import app
 
 
 @pytest.fixture

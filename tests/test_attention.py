@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
-from coneslab.attention import KVLayout, KVSpace, record_attention
-from coneslab.diffusion import ddim_sample, encode_prompts, generate, start_noise
+from coneslab.diffusion.encoding import encode_prompts
+from coneslab.diffusion.sampling import ddim_sample, generate, start_noise
 from coneslab.errors import ConeslabError, MismatchError
+from coneslab.measure.attention import KVLayout, KVSpace, record_attention
 
 PROMPT = "a sks cat on the grass"
 

@@ -207,8 +207,8 @@ def test_site_keeps_the_alt_texts_of_notebooks_and_no_widgets(site):
 
 @pytest.mark.slow
 def test_reference_shows_every_public_function(site):
-    page = BeautifulSoup((site / "api" / "search.html").read_bytes(), "html.parser")
-    entry = page.find(id="coneslab.search.find_concept_neurons")
+    page = BeautifulSoup((site / "api" / "neurons.search.html").read_bytes(), "html.parser")
+    entry = page.find(id="coneslab.neurons.search.find_concept_neurons")
     assert "threshold_quantile" in entry.text
     about = entry.find_next_sibling("dd")
     assert [strong.text for strong in about.find_all("strong")][:2] == ["subject", "method"]
@@ -342,8 +342,8 @@ def test_docstrings_become_what_they_say():
     text = "Shut V* |θ|_j.\n\nscale: s in `scale`, see `plots.show` and `search.py`.\nRaises MaskError.\n\n    x = f(1)"
     assert prose.to_rst(text, frozenset({"scale"})).split("\n\n") == [
         r"Shut V\* \|θ\|\_j.",
-        "**scale**: s in ``scale``, see :py:obj:`plots.show <coneslab.plots.show>` and "
-        ":py:mod:`search.py <coneslab.search>`.",
+        "**scale**: s in ``scale``, see :py:obj:`plots.show <coneslab.show.plots.show>` and "
+        ":py:mod:`search.py <coneslab.neurons.search>`.",
         "Raises :py:exc:`MaskError <coneslab.errors.MaskError>`.",
         "::",
         "    x = f(1)",

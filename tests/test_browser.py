@@ -28,8 +28,8 @@ import torch
 from short_notebooks import write
 
 from coneslab import ConceptNeurons, subject
-from coneslab.edits import model_fingerprint
-from coneslab.kvspace import KVSpace
+from coneslab.diffusion.kvspace import KVSpace
+from coneslab.edits.weights import model_fingerprint
 
 pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright: pip install -e '.[test]'")
 from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright  # noqa: E402
@@ -54,7 +54,8 @@ pytestmark = [
 CELLS = [
     """
 import numpy as np
-from coneslab import ConeslabError, widgets
+from coneslab import ConeslabError
+from coneslab.show import widgets
 
 def stripe(level, side, bright, text):
     if not text:
@@ -68,9 +69,9 @@ widgets.explorer(stripe, level=range(0, 255, 5), side=["left", "right"], bright=
 """,
     """
 import coneslab
-from coneslab.neurons import ConceptNeurons
+from coneslab.diffusion import KVSpace
 from coneslab.edits import model_fingerprint
-from coneslab.kvspace import KVSpace
+from coneslab.neurons import ConceptNeurons
 import torch
 
 pipe = coneslab.load("tiny")

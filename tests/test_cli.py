@@ -14,7 +14,9 @@ from conftest import make_pipeline, make_subject
 from PIL import Image
 from small_judge import save_small_judge
 
-from coneslab import ConeslabError, cli, doctor, generate, load, load_edit, models
+from coneslab import ConeslabError, cli, generate, load, load_edit
+from coneslab.cli import doctor
+from coneslab.diffusion import pipelines
 
 COMMANDS = ("doctor", "tour", "find", "generate", "apply", "decompose", "ablate", "compare", "experiment",
             "evaluate-model", "compare-samplers", "pretrain", "build-stickers")  # fmt: skip
@@ -205,7 +207,7 @@ def test_doctor_finds_a_whole_installation_well(capsys, tmp_path):
     assert code == 0 and found["ok"]
     shown = {row["what"]: row["found"] for row in found["findings"]}
     assert f"torch {importlib.metadata.version('torch')}" in shown["libraries"]
-    assert all("checksums" in shown[f"model {name!r}"] for name in models.SHIPPED)
+    assert all("checksums" in shown[f"model {name!r}"] for name in pipelines.SHIPPED)
     assert cli.main(["doctor", "--no-timing", "--json", str(tmp_path / "report.json")]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["ok"] and "no problems" in capsys.readouterr().out
 
@@ -214,7 +216,7 @@ def test_doctor_says_what_is_damaged_old_or_missing(capsys, monkeypatch):
     def damaged(folder):
         raise ConeslabError("unet/x.safetensors does not match")
 
-    monkeypatch.setattr(models, "verify", damaged)
+    monkeypatch.setattr(pipelines, "verify", damaged)
     true, old = importlib.metadata.version, {"torch": "1.0", "tqdm": None}
 
     def version(name):

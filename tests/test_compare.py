@@ -4,8 +4,8 @@ import numpy as np
 import pandas
 import pytest
 
-from coneslab.compare import equivalence, run_cells, summarise
 from coneslab.errors import ConeslabError
+from coneslab.experiments.table import equivalence, run_cells, summarise
 
 CELLS = [{"subject": name, "seed": seed} for name in ("cat", "dog") for seed in range(3)]
 

@@ -11,7 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coneslab.concatenation import (
+from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
+from coneslab.edits.base import Edit, load_edit
+from coneslab.errors import ConeslabError, FileFormatError, MismatchError
+from coneslab.neurons.mask import ConceptNeurons
+from coneslab.neurons.union import (
     TunedNeurons,
     additivity,
     concatenate,
@@ -20,10 +24,6 @@ from coneslab.concatenation import (
     output_changes,
     overlap_matrices,
 )
-from coneslab.edits import Edit, load_edit
-from coneslab.errors import ConeslabError, FileFormatError, MismatchError
-from coneslab.kvspace import KVLayer, KVLayout, KVSpace
-from coneslab.neurons import ConceptNeurons
 
 LAYOUT = KVLayout(
     (
@@ -108,8 +108,8 @@ def test_tuning_stays_inside_the_union_and_lowers_the_loss(v_pipe, found, both):
 
 def test_one_step_is_adamw_on_the_sum_of_the_losses(v_pipe, found, both):
     """The first step of AdamW moves every weight by the learning rate against the sign of its gradient."""
-    from coneslab.concept_loss import KVGradient
-    from coneslab.pairs import concept_pairs, draws
+    from coneslab.finetuning.kv_gradient import KVGradient
+    from coneslab.finetuning.samples import concept_pairs, draws
 
     union = concatenate(*found)
     tuned = finetune_together(v_pipe, union, both, steps=1, learning_rate=1e-2, dtype=torch.float32, **OPTIONS)

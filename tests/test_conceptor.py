@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from coneslab.bias import bias, group_shares, rebalance
-from coneslab.conceptor import Decomposition, _Weights, choose_dictionary, decompose
-from coneslab.edits import Edit, load_edit
+from coneslab.edits.base import Edit, load_edit
+from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.errors import ConeslabError, MismatchError
-from coneslab.single_image import _Left, decompose_image
-from coneslab.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
-from coneslab.vocabulary import encode_vocabulary, whole_words
+from coneslab.methods.conceptor.biases import bias, group_shares, rebalance
+from coneslab.methods.conceptor.decomposition import Decomposition, _Weights, choose_dictionary, decompose
+from coneslab.methods.conceptor.image import _Left, decompose_image
+from coneslab.methods.conceptor.vocabulary import encode_vocabulary, whole_words
 
 FAST = {
     "pictures": 4, "steps": 4, "batch": 4, "explain": 3, "validate_every": 2, "validation_pictures": 2,
@@ -78,9 +78,10 @@ def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge,
 
 def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge):
     """One step of `decompose` against the loss written out, its gradient through the whole U-Net."""
-    from coneslab.diffusion import denoising_loss, encode_images
-    from coneslab.pairs import Pairs, draws
-    from coneslab.tokens import LearnedText
+    from coneslab.diffusion.encoding import encode_images
+    from coneslab.diffusion.loss import denoising_loss
+    from coneslab.edits.tokens import LearnedText
+    from coneslab.finetuning.samples import Pairs, draws
 
     words = encode_vocabulary(v_pipe, judge, progress=False)
     pictures = v_pipe(["a cat"] * 3, num_inference_steps=2).images
@@ -270,7 +271,7 @@ def test_no_word_left_could_go_and_few_pictures_tell(needed):
 
 
 def _drawn(pipe, prompt):
-    from coneslab.diffusion import generate
+    from coneslab.diffusion.sampling import generate
 
     return generate(pipe, prompt, steps=2)[0]
 

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from coneslab import edits
-from coneslab.edits import Combined, Edit, WeightDelta, load_edit, model_fingerprint, swapped, untouched
+from coneslab.diffusion.kvspace import KVSpace
+from coneslab.edits import weights
+from coneslab.edits.base import Combined, Edit, load_edit
+from coneslab.edits.undo import Undo
+from coneslab.edits.weights import WeightDelta, model_fingerprint, swapped, untouched
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
-from coneslab.kvspace import KVSpace
-from coneslab.undo import Undo
 
 
 def bits(tensor):
@@ -28,7 +29,7 @@ def weights_of(pipe):
 
 def assert_untouched(pipe, before):
     assert all(torch.equal(before[name], bits(weight)) for name, weight in pipe.unet.named_parameters())
-    assert not edits._ACTIVE
+    assert not weights._ACTIVE
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_values_change_inside_and_come_back_bit_for_bit(parameters, failure):
     except BaseException as error:
         assert failure is not None and isinstance(error, failure)
     assert all(torch.equal(kept, bits(parameter)) for kept, parameter in zip(before, parameters, strict=True))
-    assert not edits._ACTIVE
+    assert not weights._ACTIVE
 
 
 class Faulty(torch.nn.Parameter):
@@ -118,7 +119,7 @@ def test_a_copy_that_fails_while_entering_leaves_nothing_changed(parameters, fai
         with swapped(zeros(parameters)):
             raise AssertionError("the block must not run")
     assert all(torch.equal(kept, bits(parameter)) for kept, parameter in zip(before, parameters, strict=True))
-    assert not edits._ACTIVE
+    assert not weights._ACTIVE
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -129,7 +130,7 @@ def test_an_interruption_while_restoring_waits_until_all_is_restored(parameters,
         with swapped(zeros(parameters)):
             pass
     assert all(torch.equal(kept, bits(parameter)) for kept, parameter in zip(before, parameters, strict=True))
-    assert not edits._ACTIVE
+    assert not weights._ACTIVE
 
 
 def test_an_error_while_restoring_one_parameter_does_not_keep_the_others(parameters):
@@ -140,7 +141,7 @@ def test_an_error_while_restoring_one_parameter_does_not_keep_the_others(paramet
             pass
     for position in (0, 2):
         assert torch.equal(before[position], bits(parameters[position]))
-    assert not edits._ACTIVE
+    assert not weights._ACTIVE
 
 
 def test_an_interruption_at_any_line_while_entering_leaves_nothing_changed(parameters):
@@ -177,7 +178,7 @@ def test_an_interruption_at_any_line_while_entering_leaves_nothing_changed(param
     stop_at = 1
     while attempt(stop_at):
         assert all(torch.equal(kept, bits(parameter)) for kept, parameter in zip(before, parameters, strict=True))
-        assert not edits._ACTIVE
+        assert not weights._ACTIVE
         stop_at += 1
     assert stop_at > 15
 
@@ -210,7 +211,7 @@ def test_blocks_left_in_any_order_give_the_first_values_back(data):
     for i in order:
         blocks[i].__exit__(None, None, None)
     assert all(torch.equal(kept, bits(parameter)) for kept, parameter in zip(before, parameters, strict=True))
-    assert not edits._ACTIVE
+    assert not weights._ACTIVE
 
 
 def test_a_block_is_not_entered_twice(parameters):
@@ -361,7 +362,7 @@ def test_a_kind_of_a_later_version_is_refused_by_name(tmp_path, monkeypatch):
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = small_delta().save(tmp_path / "delta")
     kept = path.read_bytes()
-    monkeypatch.setattr(edits.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("coneslab.files.os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         WeightDelta({"b": torch.zeros(2)}, "cd").save(path)
     assert path.read_bytes() == kept and list(tmp_path.iterdir()) == [path]

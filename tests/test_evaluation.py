@@ -9,14 +9,15 @@ import torch
 from PIL import Image
 from small_judge import save_small_judge
 
-from coneslab import cli, evaluation, new_world
+from coneslab import cli, new_world
 from coneslab import world as shipped_world
 from coneslab.errors import ConeslabError
-from coneslab.evaluation import came_through, evaluate_model, finds_objects, judge_accuracy, nearest, questions
-from coneslab.metrics import Judge, as_pictures
+from coneslab.measure import evaluation
+from coneslab.measure.evaluation import came_through, evaluate_model, finds_objects, judge_accuracy, nearest, questions
+from coneslab.measure.judge import Judge, as_pictures
 from coneslab.new_world import WORDS
 from coneslab.new_world.subjects import truth, wanted
-from coneslab.world import CLASSES, COLOURS, SCENES, STYLES, TRAIN_STYLES
+from coneslab.world.pictures import CLASSES, COLOURS, SCENES, STYLES, TRAIN_STYLES
 
 SEEDS, LIMIT = 4, 12
 COLUMN = {word: index for index, word in enumerate(WORDS)}

@@ -10,16 +10,17 @@ import torch
 from conftest import weights_of
 from PIL import Image
 
-from coneslab import ablation_experiment, conceptor_experiment, experiments, load_judge
+from coneslab import load_judge
 from coneslab.cli import main
-from coneslab.diffusion import generate
+from coneslab.diffusion.sampling import generate
 from coneslab.errors import ConeslabError, WorldError
-from coneslab.experiments import EXPERIMENTS, Setting, run_experiment
-from coneslab.world import CLASSES, memorised, rearranged, with_article
+from coneslab.experiments import ablation, conceptor, masks, neurons, unions
+from coneslab.experiments.registry import EXPERIMENTS, Setting, run_experiment
+from coneslab.world.pictures import CLASSES, memorised, rearranged, with_article
 
 SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
 EXPECTED = {
-    "controls": (set(experiments.CONTROLS), SUBJECT_MEASURES),
+    "controls": (set(neurons.CONTROLS), SUBJECT_MEASURES),
     "precision": ({"untouched model", "float32", "float16", "quaternary", "binary"}, SUBJECT_MEASURES),
     "storage": (
         {"untouched model", "Textual Inversion", "mask, binary", "Custom Diffusion", "binary mask, entropy bound"},
@@ -32,7 +33,7 @@ EXPECTED = {
         {"same subject, other seed", "another subject", "random mask"},
         {"overlap (Jaccard)", "overlap by chance", "cosine of what they change"},
     ),
-    "finders": ({"untouched model", *experiments.FINDERS}, SUBJECT_MEASURES),
+    "finders": ({"untouched model", *neurons.FINDERS}, SUBJECT_MEASURES),
     "together": (
         {"untouched model", "random mask", "own mask alone", "union", "union, float", "union, 10 steps"},
         {"text alignment", "image alignment", "image alignment, cat", "every subject found", "additivity: cosine"},
@@ -50,14 +51,14 @@ def setting(world_pipe, tmp_path_factory, judge):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(conceptor_experiment, "TRAINING", {"batch": 2, "pictures": 4, "steps": 2})
-    monkeypatch.setattr(conceptor_experiment, "PICTURES", 6)
+    monkeypatch.setattr(conceptor, "TRAINING", {"batch": 2, "pictures": 4, "steps": 2})
+    monkeypatch.setattr(conceptor, "PICTURES", 6)
     for name, value in {"STEPS": 1, "ESD_STEPS": 1, "ROUNDS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
-        monkeypatch.setattr(ablation_experiment, name, value)
-    monkeypatch.setattr(ablation_experiment, "ATTACK_STEPS", {"inversion_steps": 1, "finetune_steps": 1})
-    monkeypatch.setattr(experiments, "TUNING_STEPS", (1, 10))
-    monkeypatch.setattr(experiments, "DENSITIES", (0.9, 0.998))
-    monkeypatch.setattr(experiments, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
+        monkeypatch.setattr(ablation, name, value)
+    monkeypatch.setattr(ablation, "ATTACK_STEPS", {"inversion_steps": 1, "finetune_steps": 1})
+    monkeypatch.setattr(unions, "TUNING_STEPS", (1, 10))
+    monkeypatch.setattr(neurons, "DENSITIES", (0.9, 0.998))
+    monkeypatch.setattr(masks, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_an_experiment_measures_every_condition(name, setting, tmp_path):
 def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(title, setting, tmp_path):
     before = weights_of(setting.pipe)
     table = run_experiment("conceptor", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
-    made = {"Conceptor", "random words", "nearest words", *conceptor_experiment.VARIANTS}
+    made = {"Conceptor", "random words", "nearest words", *conceptor.VARIANTS}
     assert made | {"free token"} <= set(table.condition)
     recall = table[table.measure == "recall at 10"].set_index("condition").value
     assert set(recall.index) == made and recall.between(0, 1).all()
@@ -89,9 +90,9 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
         planted = table[table.measure == "man, planted"].value
         assert len(planted) == 1 and 0 < planted.iloc[0] < 1 and "man, coefficients" in set(table.measure)
     else:
-        later = pandas.DataFrame(conceptor_experiment.conceptor(setting, conceptor_experiment.planted(title), 1))
+        later = pandas.DataFrame(conceptor.conceptor(setting, conceptor.planted(title), 1))
         assert {"Conceptor", "random words", "nearest words"} <= set(later.condition) <= made | {"component removed"}
-        assert not set(later.condition) & {*conceptor_experiment.VARIANTS}
+        assert not set(later.condition) & {*conceptor.VARIANTS}
     now = weights_of(setting.pipe)
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
     with pytest.raises(ConeslabError, match="not planted"):
@@ -106,10 +107,10 @@ def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     before = weights_of(setting.pipe)
     setting = replace(setting, steps=2)
     one_copy = SimpleNamespace(copies=lambda pictures: np.arange(len(pictures)) == 0)
-    monkeypatch.setattr(ablation_experiment, "copy_detector", lambda judge, name: one_copy)
+    monkeypatch.setattr(ablation, "copy_detector", lambda judge, name: one_copy)
     table = run_experiment("ablation", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
     kind = title.split(":")[0]
-    ways = set(ablation_experiment.WAYS) - ({"model-based, embedding"} if kind == "memorised" else set())
+    ways = set(ablation.WAYS) - ({"model-based, embedding"} if kind == "memorised" else set())
     assert set(table.condition) == ways | {"untouched model"}
     values = table.set_index(["condition", "measure"]).value
     for name in ("CLIP accuracy, target", "accuracy before, target", "share of others kept", "comes back: img2img"):
@@ -126,7 +127,7 @@ def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     now = weights_of(setting.pipe)
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
     with pytest.raises(ConeslabError, match="object:cat"):
-        ablation_experiment.ablation_target("object:unicorn")
+        ablation.ablation_target("object:unicorn")
 
 
 def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
@@ -138,7 +139,7 @@ def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
     cell = {"subject": "object:cat", "seed": 0, "condition": "UCE", "kind": "object", "seconds": 2.0, "bytes": 4000}
     table = pandas.DataFrame([{**cell, "measure": name, "value": value} for name, value in measured.items()])
     other = table.assign(subject="object:dog", value=table.value + 1, seconds=3.0)
-    found = ablation_experiment.outcome(pandas.concat([table, other])).set_index(["subject", "measure"]).value
+    found = ablation.outcome(pandas.concat([table, other])).set_index(["subject", "measure"]).value
     assert found["object:cat"].to_dict() == pytest.approx({
         "target still drawn": 0.25, "others kept": 0.75, "KID of others": 0.2, "back by other prompts": 0.5,
         "back by training": 0.5, "seconds": 2.0, "kilobytes": 4.0,
@@ -147,10 +148,10 @@ def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ablation_experiment.MEMORISED)
+@pytest.mark.parametrize("name", ablation.MEMORISED)
 def test_a_copy_is_told_from_the_same_things_elsewhere(name):
     original = memorised(name)[0]
-    detector = ablation_experiment.copy_detector(load_judge(), name)
+    detector = ablation.copy_detector(load_judge(), name)
     elsewhere = [Image.fromarray(rearranged(name, seed)[0]) for seed in range(1000, 1060)]
     assert detector.copies(elsewhere).mean() < 0.1 and detector.false_alarms <= 0.01
     noisy = np.clip(original + np.random.default_rng(0).normal(0, 4, original.shape), 0, 255).astype(np.uint8)
@@ -184,7 +185,7 @@ def test_neurons_are_searched_for_once_for_all_experiments(setting, tmp_path, mo
     def again(*args, **options):
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("coneslab.compare.find_concept_neurons", again)
+    monkeypatch.setattr("coneslab.experiments.setting.find_concept_neurons", again)
     run_experiment("damage", setting, subjects=["dog"], seeds=1, path=tmp_path / "second.csv", progress=False)
     with pytest.raises(AssertionError, match="searched again"):
         run_experiment("damage", setting, subjects=["house"], seeds=1, path=tmp_path / "third.csv", progress=False)

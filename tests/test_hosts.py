@@ -132,7 +132,7 @@ SET_UP = hosts.set_up(hosts.address(), 3)
 def test_set_up_says_what_it_found(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr("coneslab.twin.bfloat16_pays", lambda device: True)
+    monkeypatch.setattr("coneslab.diffusion.bfloat16_pays", lambda device: True)
     exec(SET_UP, found := {})
     said = capsys.readouterr().out
     assert found["device"] == "cpu" and f"torch {torch.__version__}" in said and "(threads: 1)" in said
@@ -140,7 +140,7 @@ def test_set_up_says_what_it_found(capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     exec(SET_UP, {})
     assert "about 3 min" in capsys.readouterr().out, "more than two are not promised to help"
-    monkeypatch.setattr("coneslab.twin.bfloat16_pays", lambda device: False)
+    monkeypatch.setattr("coneslab.diffusion.bfloat16_pays", lambda device: False)
     exec(SET_UP, {})
     assert "about 6.6 min" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

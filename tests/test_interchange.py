@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from coneslab.diffusion import encode_prompts, start_noise
-from coneslab.errors import ConeslabError, FileFormatError, MismatchError
-from coneslab.interchange import (
+from coneslab.diffusion.encoding import encode_prompts
+from coneslab.diffusion.kvspace import KVSpace
+from coneslab.diffusion.sampling import start_noise
+from coneslab.edits.interchange import (
     WEIGHTS,
     export_custom_diffusion,
     export_tokens,
     import_custom_diffusion,
     import_tokens,
 )
-from coneslab.kvspace import KVSpace
-from coneslab.personalize import custom_diffusion
-from coneslab.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
+from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
+from coneslab.errors import ConeslabError, FileFormatError, MismatchError
+from coneslab.methods.personalization import custom_diffusion
 
 
 def draw(pipe, prompt):

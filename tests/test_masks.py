@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coneslab import masks
+from coneslab.diffusion.kvspace import KVSpace
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
-from coneslab.kvspace import KVSpace
-from coneslab.masks import LEVELS, PRECISIONS, RUN, decode, encode, entropy_bound, precision_of, quantised
-from coneslab.neurons import ConceptNeurons
+from coneslab.neurons import encoding
+from coneslab.neurons.encoding import LEVELS, PRECISIONS, RUN, decode, encode, entropy_bound, precision_of, quantised
+from coneslab.neurons.mask import ConceptNeurons
 
 ABOUT = {"fingerprint": "0f" * 32, "subject": "cat", "cut": 0.5}
 
@@ -85,7 +85,7 @@ def test_files_are_within_five_percent_of_the_entropy_bound(kind):
         bound += size * sum(-p * math.log2(p) for p in shares if p) / 8
         start += size
     assert entropy_bound(indices, scales, sizes) == pytest.approx(bound)
-    header = masks._HEADER.size
+    header = encoding._HEADER.size
     assert header <= 256
     size = len(encode(indices, scales, sizes, **ABOUT)) - header
     assert bound <= size <= 1.05 * bound
@@ -128,12 +128,12 @@ def test_every_damaged_file_is_refused(data):
 
 def forged(data: bytes) -> bytes:
     """Give changed data the right lengths and checksum, as somebody with our source could."""
-    fields = list(masks._HEADER.unpack_from(data.ljust(masks._HEADER.size, b"\0")))
-    body = data[masks._HEADER.size :]
+    fields = list(encoding._HEADER.unpack_from(data.ljust(encoding._HEADER.size, b"\0")))
+    body = data[encoding._HEADER.size :]
     fields[10], fields[11] = len(body) // 4, len(body) % 4
     fields[9] = bytes(32)
-    fields[9] = hashlib.blake2b(masks._HEADER.pack(*fields) + body, digest_size=32).digest()
-    return masks._HEADER.pack(*fields) + body
+    fields[9] = hashlib.blake2b(encoding._HEADER.pack(*fields) + body, digest_size=32).digest()
+    return encoding._HEADER.pack(*fields) + body
 
 
 @settings(max_examples=300, deadline=None)
@@ -160,9 +160,9 @@ def test_a_forged_file_gives_an_error_or_a_mask_that_fits_the_model(data):
     sizes=st.lists(st.integers(1, 1 << 20), min_size=1, max_size=3),
 )
 def test_forged_streams_of_any_bytes_are_survived(body, kind, sizes):
-    fields = (masks._VERSION, kind, 3, 0.5, sum(sizes), masks._shape(sizes), bytes(32), b"cat", bytes(32), 0, 0)
+    fields = (encoding._VERSION, kind, 3, 0.5, sum(sizes), encoding._shape(sizes), bytes(32), b"cat", bytes(32), 0, 0)
     try:
-        found = decode(forged(masks._HEADER.pack(b"conemask", *fields) + body), sizes)
+        found = decode(forged(encoding._HEADER.pack(b"conemask", *fields) + body), sizes)
     except FileFormatError:
         return
     assert len(found.indices) == len(found.scales) and (found.indices < sum(sizes)).all()

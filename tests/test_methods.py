@@ -10,13 +10,13 @@ import torch
 from conftest import weights_of
 from small_judge import save_small_judge
 
-from coneslab import grid
 from coneslab.cli import main
-from coneslab.compare import stored_bytes
-from coneslab.edits import WeightDelta, model_fingerprint
+from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, WorldError
-from coneslab.methods import METHODS, Method, make_edit
-from coneslab.subjects import subjects_of
+from coneslab.experiments import comparison
+from coneslab.experiments.methods import METHODS, Method, make_edit
+from coneslab.experiments.setting import stored_bytes
+from coneslab.world.subjects import subjects_of
 
 SHORT = {
     "Cones, float": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9},
@@ -101,16 +101,16 @@ def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folde
     path, calls = tmp_path / "table.csv", []
     methods = {"mine": Method(first, single(calls)), "broken": Method(broken)}
     options = {"methods": methods, "subjects": ["cat", "cat+dog"], "seeds": 1, "pictures": 1, "progress": False}
-    table = grid.compare_methods(path, **options, **folders)
+    table = comparison.compare_methods(path, **options, **folders)
     failed = table[table.error.notna()]
     assert list(failed.condition) == ["broken", "broken"] and set(failed.error) == {"RuntimeError: no luck"}
     good = table[table.error.isna()]
     assert set(good.condition) == {"mine"} and (good["bytes"] > 0).all() and np.isfinite(good.value).all()
     assert good.groupby("subject")["count"].first().to_dict() == {"cat": 1, "cat+dog": 2}
     made = len(calls)
-    again = grid.compare_methods(path, **options, **folders)
+    again = comparison.compare_methods(path, **options, **folders)
     assert len(calls) == made and again.error.notna().sum() == 2  # only the broken cells were tried again
-    shown = grid.paper_table(table)
+    shown = comparison.paper_table(table)
     one = good[good.subject == "cat"].set_index("measure").value
     assert shown.loc["mine", 1] == f"{one['text alignment']:.3f} / {one['image alignment']:.3f}"
 
@@ -125,18 +125,18 @@ def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeyp
         size = round(float(next(iter(edit.deltas.values())).flatten()[0]), 3)
         return {"text alignment": best[size], "image alignment": 0.1, "concept loss": -10 * size}
 
-    monkeypatch.setattr(grid, "measure", measured)
+    monkeypatch.setattr(comparison, "measure", measured)
     options = {"methods": ["own", "untouched model"], "subjects": ["cat", "dog"], "progress": False}
-    assert grid.tune_methods(path, **options, **folders) == {"own": {"size": 0.2}}
+    assert comparison.tune_methods(path, **options, **folders) == {"own": {"size": 0.2}}
     assert json.loads(path.read_text()) == {"own": {"size": 0.2}}
     trials = pandas.read_csv(path.with_suffix(".csv"))
     assert trials.groupby(["subject", "trial"]).ngroups == 6 and len(calls) == 6
 
 
 def test_the_table_has_no_tuning_subject_and_all_sizes():
-    titles = grid.table_titles()
+    titles = comparison.table_titles()
     assert {len(title.split("+")) for title in titles} == {1, 2, 3, 4} and len(set(titles)) == len(titles) >= 10
-    assert not {name for title in titles for name in title.split("+")} & set(grid.TUNING_SUBJECTS)
+    assert not {name for title in titles for name in title.split("+")} & set(comparison.TUNING_SUBJECTS)
 
 
 def test_a_method_gets_its_own_settings_unless_told_otherwise(world_pipe, tmp_path):
@@ -150,11 +150,11 @@ def test_a_method_gets_its_own_settings_unless_told_otherwise(world_pipe, tmp_pa
 def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
     path = tmp_path / "table.csv"
     with pytest.raises(ConeslabError, match="no such method"):
-        grid.compare_methods(path, methods=["Cone"])
+        comparison.compare_methods(path, methods=["Cone"])
     with pytest.raises(ConeslabError, match="combinations of 9"):
-        grid.compare_methods(path, counts=[9])
+        comparison.compare_methods(path, counts=[9])
     with pytest.raises(WorldError, match="unicorn"):
-        grid.compare_methods(path, subjects=["cat+unicorn"])
+        comparison.compare_methods(path, subjects=["cat+unicorn"])
     with pytest.raises(ConeslabError, match="no method"):
         make_edit("Cone", None, [])
     assert not path.exists()
@@ -163,11 +163,11 @@ def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_cluster_leaves_the_environment_of_this_process_alone():
     before = dict(os.environ)
-    with grid.dask_client(workers=1, threads=2) as client:
+    with comparison.dask_client(workers=1, threads=2) as client:
         assert dict(os.environ) == before  # notebooks started from here would run on one thread
         assert list(client.run(torch.get_num_threads).values()) == [2]
-        kept = client.run(lambda: {name: os.environ.get(name) for name in grid.KEEP_MEMORY})
-        assert list(kept.values()) == [{name: str(size) for name, size in grid.KEEP_MEMORY.items()}]
+        kept = client.run(lambda: {name: os.environ.get(name) for name in comparison.KEEP_MEMORY})
+        assert list(kept.values()) == [{name: str(size) for name, size in comparison.KEEP_MEMORY.items()}]
     assert dict(os.environ) == before
 
 

@@ -9,7 +9,8 @@ from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel
 from torchmetrics.image.kid import poly_mmd
 
 from coneslab.errors import ConeslabError, MismatchError
-from coneslab.metrics import Judge, bootstrap_interval, kid, load_judge
+from coneslab.measure.judge import Judge, load_judge
+from coneslab.measure.statistics import bootstrap_interval, kid
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coneslab import pairs as pairs_module
-from coneslab.concept_loss import KVGradient, concept_loss
-from coneslab.controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
-from coneslab.edits import Edit, load_edit, model_fingerprint
+from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
+from coneslab.diffusion.precision import frozen_twin
+from coneslab.edits.base import Edit, load_edit
+from coneslab.edits.weights import model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
-from coneslab.kvspace import KVLayer, KVLayout, KVSpace
-from coneslab.neurons import ConceptNeurons
-from coneslab.pairs import concept_pairs, draws, prior_pictures
-from coneslab.search import find_concept_neurons, quantiles
-from coneslab.twin import frozen_twin
+from coneslab.finetuning import samples as pairs_module
+from coneslab.finetuning.kv_gradient import KVGradient
+from coneslab.finetuning.samples import concept_pairs, draws, prior_pictures
+from coneslab.neurons.controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
+from coneslab.neurons.loss import concept_loss
+from coneslab.neurons.mask import ConceptNeurons
+from coneslab.neurons.search import find_concept_neurons, quantiles
 
 BATCHES = {"subject_batch": 6, "prior_batch": 3, "prior_images": 4, "prior_steps": 2}
 SEARCH = {**BATCHES, "rounds": 4, "progress": False, "threshold_quantile": 0.9}

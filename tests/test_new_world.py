@@ -24,7 +24,7 @@ from coneslab import new_world as world
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.new_world import atlas, captions, subjects
 from coneslab.new_world.pictures import LARGEST, _colour_matrix
-from coneslab.scenes import backgrounds
+from coneslab.world.scenes import backgrounds
 
 PAINT = {name: np.array(rgb) for name, rgb in world.DATA["colours"].items()}
 EXEMPLARS = world.FACTS["named"]

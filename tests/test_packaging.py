@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import coneslab
-from coneslab.paths import data_folder
+from coneslab.files import data_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def test_wheel_holds_package_and_data_and_nothing_else(wheel):
 
 @pytest.mark.slow
 def test_installed_wheel_finds_its_own_data(installed, tmp_path):
-    out = run_away(installed, tmp_path, "from coneslab.paths import data_folder; print(data_folder())")
+    out = run_away(installed, tmp_path, "from coneslab.files import data_folder; print(data_folder())")
     assert Path(out.strip()) == installed.resolve() / "coneslab" / "data"
     assert data_folder() == ROOT / "data"
 
@@ -163,19 +163,30 @@ def test_installed_wheel_runs_the_tour_offline(installed, tmp_path):
     assert all(-1 <= float(line) <= 1 for line in lines[1:])
 
 
-def test_the_names_that_type_checkers_see_are_those_that_load():
-    tree = ast.parse(Path(coneslab.__file__).read_text(encoding="utf-8"))
+LAZY = [
+    path.parent for path in (ROOT / "coneslab").rglob("__init__.py") if "attach(" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("folder", LAZY, ids=lambda folder: folder.name)
+def test_the_names_that_type_checkers_see_are_those_that_load(folder):
+    package = importlib.import_module(".".join(folder.relative_to(ROOT).parts))
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {(node.module, alias.name) for node in block.body for alias in node.names}
-    assert {name for _, name in seen} == set(coneslab.__all__)
+    assert {name for _, name in seen} == set(package.__all__)
     for module, name in seen:
-        assert getattr(coneslab, name) is getattr(importlib.import_module(f"coneslab.{module}"), name)
+        assert getattr(package, name) is getattr(importlib.import_module(f".{module}", package.__name__), name)
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match="has no attribute 'gone'"):
+        package.gone  # noqa: B018
 
 
 @pytest.mark.parametrize(
     ("code", "unneeded"),
     [
         ("import coneslab, coneslab.cli", {"torch", "numpy", "diffusers", "transformers", "matplotlib", "pandas"}),
+        ("import coneslab.world", {"torch", "diffusers", "transformers"}),
         ("import coneslab; coneslab.subject('cat'), coneslab.compose", {"torch", "diffusers", "transformers"}),
         ("import coneslab; coneslab.generate, coneslab.find_concept_neurons, coneslab.load, coneslab.load_edit, "
          "coneslab.load_judge", {"diffusers", "transformers", "scipy", "pandas"}),

@@ -8,15 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from coneslab.concept_loss import KVGradient
-from coneslab.diffusion import denoising_loss, encode_prompts
-from coneslab.edits import Combined, Edit, WeightDelta, load_edit, model_fingerprint
+from coneslab.diffusion.encoding import encode_prompts
+from coneslab.diffusion.kvspace import KVSpace
+from coneslab.diffusion.loss import denoising_loss
+from coneslab.edits.base import Combined, Edit, load_edit
+from coneslab.edits.low_rank import LowRankDelta, compress
+from coneslab.edits.tokens import (
+    LearnedText,
+    TokenEdit,
+    embedding_of,
+    start_vector,
+    vocabulary_fingerprint,
+    with_tokens,
+)
+from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
-from coneslab.kvspace import KVSpace
-from coneslab.merging import LowRankDelta, compress, merge, merge_matrices
-from coneslab.pairs import concept_pairs, draws
-from coneslab.personalize import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
-from coneslab.tokens import LearnedText, TokenEdit, embedding_of, start_vector, vocabulary_fingerprint, with_tokens
+from coneslab.finetuning.kv_gradient import KVGradient
+from coneslab.finetuning.samples import concept_pairs, draws
+from coneslab.methods.merging import merge, merge_matrices
+from coneslab.methods.personalization import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
 
 FAST = {"steps": 3, "batch": 4, "progress": False}
 PRIOR = {"prior_batch": 0}
@@ -117,7 +127,7 @@ def test_a_masked_loss_is_a_mean_over_places_and_channels(v_pipe):
     assert torch.allclose(denoising_loss(v_pipe, latents, text, mask=torch.ones(2, 1, 8, 8), **options), plain)
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :3, :5] = 1
-    from coneslab.diffusion import add_noise, target
+    from coneslab.diffusion.loss import add_noise, target
 
     noisy = add_noise(v_pipe.scheduler, latents, noise, t)
     predicted = v_pipe.unet(noisy, t, encoder_hidden_states=text.expand(2, -1, -1))
@@ -208,7 +218,7 @@ def test_bad_settings_are_refused(v_pipe, pictured):
 
 @pytest.mark.parametrize("method", [textual_inversion, dreambooth, custom_diffusion])
 def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, method, monkeypatch):
-    from coneslab import tuning
+    from coneslab.finetuning import loop
 
     def stop(number, state):
         if number == 2:
@@ -216,7 +226,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, 
 
     options = FAST | {"steps": 4} | ({} if method is textual_inversion else PRIOR)
     whole = method(v_pipe, pictured, **options)
-    monkeypatch.setattr(tuning.tune, "__kwdefaults__", {**tuning.tune.__kwdefaults__, "checkpoint_every": 0.0})
+    monkeypatch.setattr(loop.tune, "__kwdefaults__", {**loop.tune.__kwdefaults__, "checkpoint_every": 0.0})
     file = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         method(v_pipe, pictured, resume=file, callback=stop, **options)

@@ -7,9 +7,9 @@ import pandas
 import pytest
 from PIL import Image
 
-from coneslab import plots
 from coneslab.errors import ConeslabError
-from coneslab.world import sample
+from coneslab.show import plots
+from coneslab.world.pictures import sample
 
 
 def test_picture_grid_shows_every_picture_in_its_row():

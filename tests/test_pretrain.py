@@ -19,13 +19,18 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from coneslab import cli, diffusion, judging, modelcard, models, pretrain, recipes, training
+from coneslab import cli, diffusion, pretraining
 from coneslab import new_world as world
+from coneslab.diffusion import pipelines
 from coneslab.errors import ConeslabError, FileFormatError
-from coneslab.training import Log, Recipe
+from coneslab.finetuning import checkpoints
+from coneslab.pretraining import autoencoder, loop, model_cards, optimizers, run, unet
+from coneslab.pretraining import judge as judging
+from coneslab.pretraining.loop import Log
+from coneslab.pretraining.recipe import Recipe
 
 QUICK = Recipe(pictures=24, batch_size=4, learning_rate=1e-2, parts=2, warmup=2, averages=(0.9, 0.1))
-RECIPE = recipes.load_recipe()
+RECIPE = pretraining.load_recipe()
 
 
 # --- the loop -------------------------------------------------------------------------------------------
@@ -43,7 +48,7 @@ def fit_small(folder: Path, recipe: Recipe = QUICK, **options) -> tuple[nn.Seque
         x = torch.randn(16, 3, generator=generator)
         return {"loss": (net(x) - x.sum(1, keepdim=True)).square().mean()}
 
-    return net, training.fit(folder, modules={"net": net}, loss=loss, recipe=recipe, log_every=1, **options)
+    return net, loop.fit(folder, modules={"net": net}, loss=loss, recipe=recipe, log_every=1, **options)
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -64,14 +69,14 @@ def test_every_part_of_every_step_draws_its_own_noise(tmp_path: Path):
         drawn.append(torch.rand(1, generator=generator).item())
         return {"loss": net(torch.ones(1, 3)).square().mean()}
 
-    training.fit(tmp_path, modules={"net": net}, loss=loss, recipe=QUICK)
+    loop.fit(tmp_path, modules={"net": net}, loss=loss, recipe=QUICK)
     assert len(set(drawn)) == 6 * QUICK.parts
 
 
 def test_parts_beside_each_other_give_what_parts_in_turn_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     nets = []
     for cores in (1, 2):
-        monkeypatch.setattr(training.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(loop.os, "cpu_count", lambda cores=cores: cores)
         nets.append(fit_small(tmp_path / str(cores), replace(QUICK, muon=True))[0])
     for one, other in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -85,7 +90,7 @@ def test_a_step_takes_the_mean_gradient_of_its_parts(tmp_path: Path):
         return {"loss": ((weight.weight - (1.0, 3.0)[part]) ** 2).sum(), "part": torch.tensor(float(part))}
 
     recipe = replace(QUICK, learning_rate=0.0, decay=1.0)
-    parts = training._Parts(loss, [weight.weight], recipe)
+    parts = loop._Parts(loss, [weight.weight], recipe)
     with parts:
         figures = parts.step(0)
     assert weight.weight.grad.item() == pytest.approx((-2 - 6) / 2)
@@ -104,8 +109,8 @@ def test_an_interrupted_step_is_finished_and_kept(tmp_path: Path, sign: signal.S
         return {"loss": (net(x) - x.sum(1, keepdim=True)).square().mean()}
 
     with pytest.raises(KeyboardInterrupt):
-        training.fit(tmp_path / "parts", modules={"net": net}, loss=loss, recipe=QUICK)
-    assert training.load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors")[1]["step"] == 4
+        loop.fit(tmp_path / "parts", modules={"net": net}, loss=loss, recipe=QUICK)
+    assert checkpoints.load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors")[1]["step"] == 4
     assert signal.getsignal(sign) is before
     parts, _ = fit_small(tmp_path / "parts")
     for name, value in whole.state_dict().items():
@@ -122,8 +127,8 @@ def test_a_second_interrupt_ends_at_once_and_leaves_the_last_checkpoint(tmp_path
 
     net = small_net()
     with pytest.raises(KeyboardInterrupt):
-        training.fit(tmp_path, modules={"net": net}, loss=loss, recipe=replace(QUICK, batch_size=1, parts=1))
-    assert training.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 2
+        loop.fit(tmp_path, modules={"net": net}, loss=loss, recipe=replace(QUICK, batch_size=1, parts=1))
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 2
 
 
 def test_what_is_measured_is_measured_on_the_average_and_kept(tmp_path: Path):
@@ -136,12 +141,12 @@ def test_what_is_measured_is_measured_on_the_average_and_kept(tmp_path: Path):
         seen.append(net[0].weight.detach().clone())
         return {"held_out": float(step)}
 
-    log = training.fit(
+    log = loop.fit(
         tmp_path, modules={"net": net}, loss=loss, recipe=QUICK, measure=measure, measure_every=8, checkpoint_every=0
     )
     assert [row["held_out"] for row in log.measures] == [2.0, 4.0, 6.0]
     torch.testing.assert_close(seen[-1], net[0].weight)  # the average is left in place at the end
-    tensors, facts = training.load_checkpoint(tmp_path / "checkpoint.safetensors")
+    tensors, facts = checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert not torch.equal(tensors["weight/net.0.weight"], tensors["average 0.9/net.0.weight"])
     assert not torch.equal(tensors["average 0.1/net.0.weight"], tensors["average 0.9/net.0.weight"])
     assert facts["measures"] == log.measures
@@ -157,11 +162,11 @@ def test_a_recipe_that_cannot_be_is_refused():
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
     fit_small(tmp_path, stop_after=2)
     path = tmp_path / "checkpoint.safetensors"
-    tensors, facts = training.load_checkpoint(path)
+    tensors, facts = checkpoints.load_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(FileFormatError, match="not a whole coneslab checkpoint"):
         fit_small(tmp_path)
-    training.save_checkpoint(path, {k: v for k, v in tensors.items() if "net.0" not in k}, facts)
+    checkpoints.save_checkpoint(path, {k: v for k, v in tensors.items() if "net.0" not in k}, facts)
     with pytest.raises(FileFormatError, match="lacks 2 weights"):
         fit_small(tmp_path)
 
@@ -173,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
         return {"loss": net(torch.ones(1, 3)).sum() * float("nan")}
 
     with pytest.raises(ConeslabError, match="no longer finite"):
-        training.fit(tmp_path, modules={"net": net}, loss=loss, recipe=QUICK)
+        loop.fit(tmp_path, modules={"net": net}, loss=loss, recipe=QUICK)
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing_on_time():
@@ -188,7 +193,7 @@ def test_the_rate_rises_stays_and_falls_to_nothing_on_time():
 
 def test_the_average_is_the_exponential_one():
     weight = {"w": torch.zeros(1)}
-    average = training.Average(weight, decay=0.5)
+    average = optimizers.Average(weight, decay=0.5)
     by_hand = 0.0
     for step in range(20):
         weight["w"] = torch.tensor([float(step)])
@@ -200,7 +205,7 @@ def test_the_average_is_the_exponential_one():
 
 def test_muon_makes_updates_nearly_orthogonal():
     matrices = torch.randn(2, 12, 30, generator=torch.Generator().manual_seed(0))
-    for made, raw in ((training.orthogonal(matrices), matrices), (training.orthogonal(matrices.mT).mT, matrices)):
+    for made, raw in ((optimizers.orthogonal(matrices), matrices), (optimizers.orthogonal(matrices.mT).mT, matrices)):
         values = torch.linalg.svdvals(made.float())
         assert values.min() > 0.5 and values.max() < 1.3  # the iteration's own range
         left, _, right = torch.linalg.svd(raw, full_matrices=False)  # the exact answer has the same directions
@@ -212,21 +217,21 @@ def test_muon_makes_updates_nearly_orthogonal():
 def test_muon_leaves_edges_and_vectors_to_adamw():
     net = small_net()
     weights = {"net.conv_in.weight": net[0].weight, "net.2.weight": net[2].weight, "net.2.bias": net[2].bias}
-    adam, muon = training.optimizers(weights, replace(QUICK, muon=True))
+    adam, muon = optimizers.optimizers(weights, replace(QUICK, muon=True))
     assert [id(w) for w in muon.param_groups[0]["params"]] == [id(net[2].weight)]
     assert {id(w) for group in adam.param_groups for w in group["params"]} == {id(net[0].weight), id(net[2].bias)}
 
 
 def test_muon_is_shared_out_evenly():
     weights = {f"m{i}": nn.Parameter(torch.zeros(8, 8 + i // 2)) for i in range(6)}
-    shares = training._shared_out(weights, weights, 2)
+    shares = optimizers._shared_out(weights, weights, 2)
     assert sorted(name for own in shares for name in own) == sorted(weights)
     assert len(shares) == 2 and all(len(own) in (2, 4) for own in shares)
-    assert training._shared_out({}, [], 2) == []
+    assert optimizers._shared_out({}, [], 2) == []
 
 
 def test_a_feed_gives_the_same_pictures_again():
-    with training.Feed(8, seed=3) as feed:
+    with loop.Feed(8, seed=3) as feed:
         pictures, part = feed.batch(5, 1, QUICK)  # the second half of the second batch of chunk 2
         assert part == slice(6, 8)
         np.testing.assert_array_equal(pictures.images, world.sample(8, seed=3 * 1_000_003 + 2).images)
@@ -236,7 +241,7 @@ def test_a_feed_gives_the_same_pictures_again():
 
 
 def test_every_word_is_one_token_and_anything_else_still_encodes(tmp_path: Path):
-    pretrain.build_tokenizer().save_pretrained(tmp_path)
+    unet.build_tokenizer().save_pretrained(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     assert all(len(tokenizer(word).input_ids) == 3 for word in world.WORDS)
     sentence = " ".join(world.WORDS[:20])
@@ -249,17 +254,17 @@ def test_every_word_is_one_token_and_anything_else_still_encodes(tmp_path: Path)
 
 
 def test_captions_fit_into_the_text_encoder():
-    tokenizer = pretrain.build_tokenizer()
+    tokenizer = unet.build_tokenizer()
     lengths = [len(ids) for ids in tokenizer(world.sample(400, seed=5).captions).input_ids]
     assert max(lengths) <= tokenizer.model_max_length
 
 
 def test_the_text_encoder_pools_at_the_end_of_the_text():
     torch.manual_seed(0)
-    tokenizer = pretrain.build_tokenizer()
+    tokenizer = unet.build_tokenizer()
     from transformers import CLIPTextModel
 
-    model = CLIPTextModel(pretrain.text_config(tokenizer, **RECIPE["unet"]["text"])).eval()
+    model = CLIPTextModel(unet.text_config(tokenizer, **RECIPE["unet"]["text"])).eval()
     ids = tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         out = model(ids)
@@ -271,23 +276,23 @@ def test_the_text_encoder_pools_at_the_end_of_the_text():
 
 def test_pixels_go_back_and_forth():
     images = world.sample(2, seed=0).images
-    np.testing.assert_array_equal(pretrain.to_uint8(pretrain.to_tensor(images)), images)
+    np.testing.assert_array_equal(autoencoder.to_uint8(autoencoder.to_tensor(images)), images)
 
 
 def test_picture_loss_by_hand():
     made, real, even = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]]), torch.ones(1, 1, 2, 2)
-    pixels, edges = pretrain.picture_loss(made, real, even)
+    pixels, edges = autoencoder.picture_loss(made, real, even)
     assert pixels.item() == 0.5 and edges.item() == 0.5  # across: 1 everywhere; down: 0
-    soft, _ = pretrain.picture_loss(made, real, even, softness=0.75)
+    soft, _ = autoencoder.picture_loss(made, real, even, softness=0.75)
     assert soft.item() == pytest.approx(((1 + 0.75**2) ** 0.5 - 0.75) / 2)
     uneven = torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]]])
-    pixels, edges = pretrain.picture_loss(made, real, uneven)
+    pixels, edges = autoencoder.picture_loss(made, real, uneven)
     assert pixels.item() == 0.75 and edges.item() == 0.75  # (0·1 + 1·3) / 4; across: (1·3 + 1·0) / 2 = 1.5, down: 0
 
 
 def test_objects_outweigh_scenery():
     record = world.compose(["cat"], "grass", seed=0)[1]
-    weights = pretrain.object_weights([record], 4.0, torch.device("cpu"))[0, 0]
+    weights = autoencoder.object_weights([record], 4.0, torch.device("cpu"))[0, 0]
     mask = torch.from_numpy(record.objects[0].mask)
     assert weights.mean().item() == pytest.approx(1, abs=1e-5)
     assert weights[mask].min() / weights.min() == pytest.approx(4.0)
@@ -296,14 +301,14 @@ def test_objects_outweigh_scenery():
 def test_standard_latents_decode_to_the_same_pictures():
     torch.manual_seed(0)
     vae = AutoencoderKL(**RECIPE["vae"]["config"]).eval()
-    x = pretrain.to_tensor(world.sample(16, seed=1).images)
+    x = autoencoder.to_tensor(world.sample(16, seed=1).images)
     with torch.no_grad():
         before = vae.encode(x).latent_dist
         picture = vae.decode(before.mean).sample
-        pretrain.standardise_latents(vae, torch.device("cpu"), n=64)
+        autoencoder.standardise_latents(vae, torch.device("cpu"), n=64)
         after = vae.encode(x).latent_dist
         torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-3, atol=1e-3)
-        latents = vae.encode(pretrain.to_tensor(world.sample(64, seed=77).images)).latent_dist.mean
+        latents = vae.encode(autoencoder.to_tensor(world.sample(64, seed=77).images)).latent_dist.mean
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.05)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.05)
     ratio = (before.std / after.std).mean((0, 2, 3)) / (before.mean.std((0, 2, 3)) / after.mean.std((0, 2, 3)))
@@ -318,7 +323,7 @@ def test_timesteps_are_one_from_each_part():
 
 def test_level_weights_match_min_snr_where_there_is_little_noise():
     ratio = torch.tensor([0.0, 5.0, 20.0, 1000.0])
-    ours = pretrain.level_weights(ratio)
+    ours = unet.level_weights(ratio)
     torch.testing.assert_close(ours[2:], (torch.tensor([6.0, 6.0]) / (ratio[2:] + 1)))
     assert ours[0] == ours[1] == 1.0  # where min-SNR vanishes
 
@@ -334,32 +339,32 @@ def test_the_schedule_ends_in_noise_alone():
 
 def test_latents_are_scaled_turned_and_mirrored_like_pictures():
     x = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
-    assert torch.equal(pretrain.transformed(x, 1.0, 0, False), x)
-    assert torch.equal(pretrain.transformed(x, 1.0, 1, False), torch.rot90(x, 1, (2, 3)))
-    assert torch.equal(pretrain.transformed(x, 1.0, 0, True), x.flip(3))
-    half = pretrain.transformed(x, 0.5, 0, False)
+    assert torch.equal(autoencoder.transformed(x, 1.0, 0, False), x)
+    assert torch.equal(autoencoder.transformed(x, 1.0, 1, False), torch.rot90(x, 1, (2, 3)))
+    assert torch.equal(autoencoder.transformed(x, 1.0, 0, True), x.flip(3))
+    half = autoencoder.transformed(x, 0.5, 0, False)
     assert half.shape == (2, 3, 4, 4)
     torch.testing.assert_close(half.mean(), x.mean())
     generator = torch.Generator().manual_seed(0)
-    ways = Counter(pretrain._draw_transform(0.5, generator) for _ in range(2000))
+    ways = Counter(autoencoder._draw_transform(0.5, generator) for _ in range(2000))
     assert 1000 - 90 < ways[(1.0, 0, False)] - 1000 / 24 < 1000 + 90  # every 24th of the transforms is none, too
     assert len(ways) == 24
 
 
 def test_places_say_what_lies_there():
     _, record = world.compose([world.Sticker("cat", "flat", size=40.0)], "white", seed=0)
-    drawings, styles = pretrain.place_labels([record])
+    drawings, styles = unet.place_labels([record])
     thing = record.objects[0]
     share = thing.mask.reshape(16, 4, 16, 4).mean((1, 3))
     assert torch.equal(drawings[0] == world.DRAWINGS.index("cat/face"), torch.from_numpy(share > 0.25))
     assert torch.equal(styles[0] == world.STYLES.index("flat"), torch.from_numpy(share > 0.25))
-    assert set(drawings[0].unique().tolist()) == {world.DRAWINGS.index("cat/face"), pretrain.NOTHING}
+    assert set(drawings[0].unique().tolist()) == {world.DRAWINGS.index("cat/face"), unet.NOTHING}
 
 
 def test_noises_go_to_the_nearest_pictures():
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
-    ours = pretrain.nearest_noise(x, noise)
+    ours = unet.nearest_noise(x, noise)
 
     def total(order) -> float:
         return sum(float((x[i] - noise[j]).norm()) for i, j in enumerate(order))
@@ -369,14 +374,14 @@ def test_noises_go_to_the_nearest_pictures():
 
 
 def test_each_pass_shows_every_picture_once_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pretrain, "CHUNK", 8)
+    monkeypatch.setattr(unet, "CHUNK", 8)
     for number in range(3):
         (tmp_path / "latents").mkdir(exist_ok=True)
         names = torch.arange(8) + 8 * number
         tensors = {"latents": names.half(), "drawings": names.byte(), "styles": names.byte()}
-        training.save_checkpoint(tmp_path / "latents" / f"{number:05d}.safetensors", tensors, {"captions": [""] * 8})
+        checkpoints.save_checkpoint(tmp_path / "latents" / f"{number:05d}.safetensors", tensors, {"captions": [""] * 8})
     encode = lambda captions: torch.zeros(len(captions), 2)  # noqa: E731
-    with pretrain.Latents(tmp_path, QUICK, encode, distinct=24, objects=(1, 0, 0, 0)) as latents:
+    with unet.Latents(tmp_path, QUICK, encode, distinct=24, objects=(1, 0, 0, 0)) as latents:
         steps = [
             torch.cat([latents.batch(step, part)["latents"] for part in range(2)]).int().tolist() for step in range(12)
         ]
@@ -389,8 +394,8 @@ def test_each_pass_shows_every_picture_once_in_another_order(tmp_path: Path, mon
 
 
 def test_the_recipe_takes_other_values_and_nothing_else():
-    assert recipes.load_recipe(["unet.training.learning_rate=1"])["unet"]["training"]["learning_rate"] == 1.0
-    assert recipes.load_recipe(["vae.config.block_out_channels=[8, 8]"])["vae"]["config"]["block_out_channels"] == [
+    assert pretraining.load_recipe(["unet.training.learning_rate=1"])["unet"]["training"]["learning_rate"] == 1.0
+    assert pretraining.load_recipe(["vae.config.block_out_channels=[8, 8]"])["vae"]["config"]["block_out_channels"] == [
         8,
         8,
     ]
@@ -401,7 +406,7 @@ def test_the_recipe_takes_other_values_and_nothing_else():
         ("unet.training.pictures=many", "is no value"),
     ):
         with pytest.raises(ConeslabError, match=message):
-            recipes.load_recipe([text])
+            pretraining.load_recipe([text])
 
 
 # --- judge ----------------------------------------------------------------------------------------------
@@ -466,46 +471,47 @@ SMALL = [
 
 @pytest.mark.slow
 def test_every_stage_runs_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(pretrain, "CHUNK", 16)
-    monkeypatch.setattr(pretrain, "LATENT_SAMPLES", 32)
-    monkeypatch.setattr(pretrain, "HELD_OUT_PICTURES", 8)
+    monkeypatch.setattr(unet, "CHUNK", 16)
+    monkeypatch.setattr(autoencoder, "LATENT_SAMPLES", 32)
+    monkeypatch.setattr(autoencoder, "HELD_OUT_PICTURES", 8)
+    monkeypatch.setattr(unet, "HELD_OUT_PICTURES", 8)
     runs, shipped = tmp_path / "runs", tmp_path / "models"
     options = [option for value in SMALL for option in ("--set", value)]
     assert cli.main(["pretrain", "all", "--runs", str(runs), "--models", str(shipped), *options]) == 0
     pipe = StableDiffusionPipeline.from_pretrained(shipped / "tiny")  # stock, no argument
     assert pipe("a cat", num_inference_steps=2).images[0].size == (64, 64)
     assert json.loads((shipped / "tiny" / "model_index.json").read_text())["safety_checker"] == [None, None]
-    models.verify(shipped / "tiny")
-    models.verify(shipped / "judge")
+    pipelines.verify(shipped / "tiny")
+    pipelines.verify(shipped / "judge")
     judge = CLIPModel.from_pretrained(shipped / "judge")
     assert not any("head" in name.split(".") for name, _ in judge.named_parameters())
     vae, tuned = (AutoencoderKL.from_pretrained(runs / stage / "model") for stage in ("vae", "decoder"))
-    assert models.fingerprint(vae.encoder) == models.fingerprint(tuned.encoder)  # the latents stay
-    assert models.fingerprint(vae.decoder) != models.fingerprint(tuned.decoder)
+    assert pipelines.fingerprint(vae.encoder) == pipelines.fingerprint(tuned.encoder)  # the latents stay
+    assert pipelines.fingerprint(vae.decoder) != pipelines.fingerprint(tuned.decoder)
     card = (shipped / "tiny" / "README.md").read_text()
     assert "Not measured yet" in card and "U-Net and text encoder" in card and (shipped / "tiny" / "loss.png").is_file()
     assert "captions.png" in card and (shipped / "tiny" / "captions.png").is_file()
-    modelcard.write_model_card(
+    model_cards.write_model_card(
         shipped / "tiny", {"unet": Log.load(runs / "unet" / "log.json")}, {"right class": 0.912345}
     )
     assert "| right class | 0.912 |" in (shipped / "tiny" / "README.md").read_text()
-    models.verify(shipped / "tiny")
+    pipelines.verify(shipped / "tiny")
     assert list((runs / "unet").glob("*.png"))
     measured = Log.load(runs / "unet" / "log.json").measures[-1]
     assert 0 <= Log.load(runs / "judge" / "log.json").measures[-1]["right"] <= 0.2  # hardly trained: near one in 73
-    levels = [measured[f"loss_{level}"] for level in pretrain.LEVELS]
+    levels = [measured[f"loss_{level}"] for level in unet.LEVELS]
     assert measured["loss"] == pytest.approx(np.mean(levels)) and 0 < min(levels) and max(levels) < 4
 
 
 def test_a_trial_is_a_row_that_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pretrain, "TRIALS", tmp_path / "trials.csv")
+    monkeypatch.setattr(run, "TRIALS", tmp_path / "trials.csv")
     (tmp_path / "vae").mkdir()
     facts = {"recipe": {"batch_size": 4}, "device": "2 CPU cores", "precision": "float32", "weights": 7}
     for loss in (0.5, 0.25):
         rows = [{"step": 10, "seconds": 90.0, "loss": 1.0}]
         Log(facts, rows, [{"step": 10, "seconds": 90.0, "held_out_mse": loss}]).save(tmp_path / "vae" / "log.json")
-        pretrain.note_trial("001", tmp_path, "vae", ["vae.loss.equivariance=0.0"])
-    pretrain.note_trial("other", tmp_path, "vae", [])
+        run.note_trial("001", tmp_path, "vae", ["vae.loss.equivariance=0.0"])
+    run.note_trial("other", tmp_path, "vae", [])
     table = pandas.read_csv(tmp_path / "trials.csv", dtype={"trial": str})
     assert table.trial.tolist() == ["001", "other"] and table.held_out_mse.tolist() == [0.25, 0.25]
     assert table.pictures.tolist() == [40, 40] and table.minutes.tolist() == [1.5, 1.5]
@@ -518,6 +524,6 @@ def test_a_stage_says_what_it_stands_on(tmp_path: Path, capsys):
     assert cli.main(["pretrain", "export", "--runs", str(tmp_path)]) == 1
     assert "no trained model" in capsys.readouterr().err
     with pytest.raises(ConeslabError, match="not a shipped model"):
-        modelcard.write_model_card(tmp_path, {})
+        model_cards.write_model_card(tmp_path, {})
     with pytest.raises(ConeslabError, match="no training log"):
         Log.load(tmp_path / "log.json")

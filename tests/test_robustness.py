@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coneslab.diffusion.kvspace import KVLayer, KVLayout
 from coneslab.errors import ConeslabError
-from coneslab.kvspace import KVLayer, KVLayout
-from coneslab.neurons import ConceptNeurons
-from coneslab.robustness import DAMAGES, dropped, flipped, moved
+from coneslab.neurons.damage import DAMAGES, dropped, flipped, moved
+from coneslab.neurons.mask import ConceptNeurons
 
 SHAPES = ((6, 5), (4, 9))
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from small_judge import save_small_judge
 
-from coneslab import cli, generate, load_judge, samplers
-from coneslab.diffusion import guided_between, start_noise
+from coneslab import cli, generate, load_judge
+from coneslab.diffusion.sampling import guided_between, start_noise
 from coneslab.errors import ConeslabError
-from coneslab.samplers import Sampler, compare_samplers, use_scheduler
+from coneslab.measure import samplers
+from coneslab.measure.samplers import Sampler, compare_samplers, use_scheduler
 
 
 def pictures(pipe, scale: float, steps: int = 4, interval=(0.0, 1.0)) -> tuple[np.ndarray, int]:

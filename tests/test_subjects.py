@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coneslab import subjects, world
+from coneslab import world
 from coneslab.errors import ConeslabError, WorldError
+from coneslab.world import subjects
 
 
 def test_every_subject_is_complete():

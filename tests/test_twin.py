@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from coneslab import record_attention, twin
-from coneslab.diffusion import generate
-from coneslab.twin import drawing, frozen_twin, is_plain
+from coneslab import record_attention
+from coneslab.diffusion import precision
+from coneslab.diffusion.precision import drawing, frozen_twin, is_plain
+from coneslab.diffusion.sampling import generate
 
 
 def pixels(pictures):
@@ -23,7 +24,7 @@ def test_a_rough_twin_draws_nearly_the_same(v_pipe):
 
 
 def test_in_its_own_precision_a_pipeline_draws_as_it_always_does(v_pipe):
-    from coneslab.diffusion import start_noise
+    from coneslab.diffusion.sampling import start_noise
 
     own = generate(v_pipe, "a cat", steps=3, dtype=torch.float32)[0]
     plain = v_pipe("a cat", num_inference_steps=3, guidance_scale=3.0, latents=start_noise(v_pipe, [0])).images[0]
@@ -42,7 +43,7 @@ def test_the_unet_is_back_after_the_block_whatever_happens(v_pipe):
 
 def test_edits_are_drawn_and_hooks_are_heard(own_pipe, monkeypatch):
     """A twin is made of the weights as they are; a U-Net that somebody listens to draws itself."""
-    monkeypatch.setattr(twin, "bfloat16_pays", lambda device: True)
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda device: True)
     before = pixels(generate(own_pipe, "a cat", steps=2))
     weight = next(w for name, w in own_pipe.unet.named_parameters() if name.endswith("attn2.to_v.weight"))
     weight.data.mul_(-4)

@@ -20,11 +20,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coneslab import ConceptNeurons, explorers, find_concept_neurons, generate, record_attention, widgets
-from coneslab.edits import StoredEdit, model_fingerprint, swapped
+from coneslab import ConceptNeurons, find_concept_neurons, generate, record_attention
+from coneslab.diffusion.kvspace import KVSpace
+from coneslab.edits.base import StoredEdit
+from coneslab.edits.weights import model_fingerprint, swapped
 from coneslab.errors import ConeslabError
-from coneslab.kvspace import KVSpace
-from coneslab.widgets import control, explorer, playground, slider
+from coneslab.show import explorers, widgets
+from coneslab.show.widgets import control, explorer, playground, slider
 
 
 def grey(level: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import ConeslabError
-from ..paths import data_folder
+from ..files import data_folder
 
 TILE = 64  # pixels; the longer side of every sprite fills it
 COLUMNS = 12

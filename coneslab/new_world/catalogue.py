@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from ..errors import WorldError
-from ..paths import data_folder
+from ..files import data_folder
 
 FOLDER = data_folder() / "world"
 DATA: dict[str, Any] = tomllib.loads((FOLDER / "world.toml").read_text(encoding="utf-8"))

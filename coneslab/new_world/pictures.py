@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import WorldError
-from ..scenes import SIZE as RESOLUTION
-from ..scenes import VARIANTS, backgrounds
+from ..world.scenes import SIZE as RESOLUTION
+from ..world.scenes import VARIANTS, backgrounds
 from .captions import Plan, listed, with_article, write_caption
 from .catalogue import (
     ATLAS,

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import WorldError
-from ..subjects import Subject, evaluation_prompts
+from ..world.subjects import Subject, evaluation_prompts
 from .captions import with_article
 from .catalogue import DATA, SCENES
 from .pictures import Record, Sticker, compose

@@ -30,8 +30,10 @@ from torch.nn.functional import mse_loss
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import coneslab  # noqa: E402
-from coneslab.ablation import ablate  # noqa: E402
-from coneslab.diffusion import add_noise, encode_images, encode_prompts, generate, target  # noqa: E402
+from coneslab.diffusion.encoding import encode_images, encode_prompts  # noqa: E402
+from coneslab.diffusion.loss import add_noise, target  # noqa: E402
+from coneslab.diffusion.sampling import generate  # noqa: E402
+from coneslab.methods.ablation.concept_ablation import ablate  # noqa: E402
 
 TARGET, ANCHOR = "a cat", "a dog"
 

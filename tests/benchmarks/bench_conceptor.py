@@ -28,11 +28,13 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import coneslab  # noqa: E402
-from coneslab.conceptor import TEMPLATE, Decomposition, choose_dictionary, decompose  # noqa: E402
-from coneslab.diffusion import denoising_loss, encode_images, generate  # noqa: E402
-from coneslab.single_image import decompose_image  # noqa: E402
-from coneslab.tokens import embedding_of, with_tokens  # noqa: E402
-from coneslab.vocabulary import Vocabulary, encode_vocabulary  # noqa: E402
+from coneslab.diffusion.encoding import encode_images  # noqa: E402
+from coneslab.diffusion.loss import denoising_loss  # noqa: E402
+from coneslab.diffusion.sampling import generate  # noqa: E402
+from coneslab.edits.tokens import embedding_of, with_tokens  # noqa: E402
+from coneslab.methods.conceptor.decomposition import TEMPLATE, Decomposition, choose_dictionary, decompose  # noqa: E402
+from coneslab.methods.conceptor.image import decompose_image  # noqa: E402
+from coneslab.methods.conceptor.vocabulary import Vocabulary, encode_vocabulary  # noqa: E402
 
 CONCEPT, TOKEN = "a pet", "<concept>"
 EXPLAIN, SPARSITY = 50, 1e-3

@@ -19,7 +19,7 @@ import pyroaring
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from coneslab.masks import LEVELS, decode, encode, entropy_bound  # noqa: E402
+from coneslab.neurons.encoding import LEVELS, decode, encode, entropy_bound  # noqa: E402
 
 WIDTHS = [320] * 10 + [640] * 10 + [1280] * 12  # output channels of its 32 key and value matrices
 SIZES = [width * 768 for width in WIDTHS]  # each channel reads a text embedding of 768 numbers

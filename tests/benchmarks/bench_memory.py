@@ -33,8 +33,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import conftest  # noqa: E402
 
 import coneslab  # noqa: E402
-from coneslab.ablation import ablate  # noqa: E402
-from coneslab.personalize import custom_diffusion, dreambooth  # noqa: E402
+from coneslab.methods.ablation.concept_ablation import ablate  # noqa: E402
+from coneslab.methods.personalization import custom_diffusion, dreambooth  # noqa: E402
 
 ONE = {"batch": 1, "progress": False}
 

@@ -20,21 +20,22 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import coneslab.models  # noqa: E402
-from coneslab.concept_loss import KVGradient  # noqa: E402
-from coneslab.diffusion import denoising_loss, encode_images, encode_prompts  # noqa: E402
+import coneslab  # noqa: E402
+from coneslab.diffusion.encoding import encode_images, encode_prompts  # noqa: E402
+from coneslab.diffusion.kvspace import KVSpace  # noqa: E402
+from coneslab.diffusion.loss import denoising_loss  # noqa: E402
 from coneslab.errors import ConeslabError  # noqa: E402
-from coneslab.kvspace import KVSpace  # noqa: E402
-from coneslab.pairs import concept_pairs, draws  # noqa: E402
-from coneslab.search import quantiles  # noqa: E402
-from coneslab.subjects import subject  # noqa: E402
+from coneslab.finetuning.kv_gradient import KVGradient  # noqa: E402
+from coneslab.finetuning.samples import concept_pairs, draws  # noqa: E402
+from coneslab.neurons.search import quantiles  # noqa: E402
+from coneslab.world.subjects import subject  # noqa: E402
 
 
 def load(name: str):
     """The pipeline asked for, and what it is called."""
     try:
         if name != "random":
-            return coneslab.models.load(name, device="cpu"), name
+            return coneslab.load(name, device="cpu"), name
     except ConeslabError as error:
         print(f"({error}; timing random weights instead)\n")
     from conftest import make_pipeline

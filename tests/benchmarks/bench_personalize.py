@@ -45,8 +45,8 @@ from transformers import CLIPTextModel
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import coneslab  # noqa: E402
-from coneslab.pairs import prior_pictures  # noqa: E402
-from coneslab.paths import data_folder  # noqa: E402
+from coneslab.files import data_folder  # noqa: E402
+from coneslab.finetuning.samples import prior_pictures  # noqa: E402
 
 SCRIPTS = {
     "textual_inversion": "textual_inversion/textual_inversion.py",

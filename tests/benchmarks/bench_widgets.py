@@ -20,10 +20,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import coneslab  # noqa: E402
-from coneslab.edits import model_fingerprint  # noqa: E402
-from coneslab.kvspace import KVSpace  # noqa: E402
-from coneslab.neurons import ConceptNeurons  # noqa: E402
-from coneslab.widgets import playground  # noqa: E402
+from coneslab.diffusion.kvspace import KVSpace  # noqa: E402
+from coneslab.edits.weights import model_fingerprint  # noqa: E402
+from coneslab.neurons.mask import ConceptNeurons  # noqa: E402
+from coneslab.show.widgets import playground  # noqa: E402
 
 
 def timed(view) -> tuple[tuple[float, float], tuple[float, float]]:

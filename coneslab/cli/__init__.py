@@ -1,0 +1,14 @@
+"""The command line: `coneslab COMMAND ...`, which `make lab` puts beside Python.
+
+`use` has the commands that use a model, `reproduce` those that make what ships or is reported. Builds on everything
+else; each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+from .entry import main, parser
+
+__all__ = [
+    "main",
+    "parser",
+]

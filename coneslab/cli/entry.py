@@ -1,0 +1,61 @@
+"""The command line: `coneslab COMMAND ...`; `coneslab COMMAND --help` says what each takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import ConeslabError
+from . import reproduce, use
+
+_EPILOG = """\
+Exit codes: 0 done; 1 something is wrong with what was given, found or installed, and stderr says what; 2 the command
+was not understood; 130 interrupted. --json prints one JSON object to stdout, or writes it to a file, and leaves what
+is meant for people to stderr.
+
+  coneslab doctor                                    is everything there, and what will be slow?
+  coneslab tour                                      find neurons, shut them, look: one minute
+  coneslab find cat --out cat.safetensors
+  coneslab generate "a sks cat in the snow" --edit cat.safetensors --out pictures
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="coneslab",
+        description="Find, shut, take apart and remove concepts in text-to-image diffusion models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"coneslab {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    use.add_commands(commands)
+    reproduce.add_commands(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors that coneslab raises on purpose are printed without a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        found = options.run(options)
+        where = getattr(options, "json", None)
+        if where:
+            text = json.dumps(found, indent=1) + "\n"
+            if where == "-":
+                sys.stdout.write(text)
+            else:
+                with open(where, "w", encoding="utf-8") as file:
+                    file.write(text)
+    except (ConeslabError, OSError) as error:
+        print(f"coneslab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        more = "; what was saved is kept, and the same command goes on from there"
+        print(f"coneslab: interrupted{more if getattr(options, 'resumes', False) else ''}", file=sys.stderr)
+        return 130
+    return int(not found["ok"]) if isinstance(found, dict) and "ok" in found else 0

@@ -1,0 +1,80 @@
+"""Options that commands share, and what is done with them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConeslabError
+
+Arguments = argparse.Namespace
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json [FILE]."""
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="what was found as JSON, to stdout or a file"
+    )
+
+
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Add --judge."""
+    parser.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def teller(arguments: Arguments) -> Callable[..., None]:
+    """A print for what is meant for people: it leaves stdout to the JSON object if that goes there."""
+    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    return lambda *words: print(*words, file=stream, flush=True)
+
+
+def _add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True) -> None:
+    parser.add_argument("--model", default="tiny", help='"tiny", a pipeline folder, or a hub id (default: tiny)')
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    if drawing:
+        parser.add_argument("--draw-steps", type=positive, default=25, help="sampler steps of a picture (default: 25)")
+        parser.add_argument("--guidance-scale", type=float, default=3.0, help="of pictures (default: 3.0)")
+    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--force", action="store_true", help="overwrite files that are there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_json(parser)
+
+
+def _pipeline(arguments: Arguments) -> Any:
+    import diffusers
+    import transformers
+
+    from .. import diffusion
+
+    if arguments.quiet:
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+    return diffusion.load(arguments.model, device=arguments.device)
+
+
+def _free(path: Path, arguments: Arguments) -> Path:
+    """A path that may be written; its folder is made. Raises ConeslabError if something is there."""
+    if path.exists() and not arguments.force:
+        raise ConeslabError(f"{path} is there already: name another with --out, or say --force to overwrite it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.]+", "-", text.strip()).strip("-.")[:60] or "unnamed"
+
+
+def _drawing(arguments: Arguments) -> dict[str, Any]:
+    return {"steps": arguments.draw_steps, "guidance_scale": arguments.guidance_scale}

@@ -1,0 +1,54 @@
+"""What is done with any pipeline: load it, encode, noise, denoise, sample; its keys and values; precision.
+
+Nothing here knows of concepts, edits or the picture world. Builds on errors and files alone.
+"""
+
+from __future__ import annotations
+
+from .encoding import decode_latents, encode_ids, encode_images, encode_prompts, latent_shape, tokenize
+from .kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name, unet_of
+from .loss import add_noise, alphas_cumprod, denoising_loss, snr, stratified_timesteps, target
+from .pipelines import fingerprint, load, model_folder, usable_device, verify, write_sums
+from .precision import bfloat16_pays, drawing, fast_dtype, flushing_denormals, frozen_twin, is_plain, mixed_precision
+from .sampling import clean_and_noise, ddim_sample, ddpm_sample, generate, guided, guided_between, start_noise
+
+__all__ = [
+    "KVLayer",
+    "KVLayout",
+    "KVSpace",
+    "add_noise",
+    "alphas_cumprod",
+    "bfloat16_pays",
+    "clean_and_noise",
+    "cross_attentions",
+    "ddim_sample",
+    "ddpm_sample",
+    "decode_latents",
+    "denoising_loss",
+    "drawing",
+    "encode_ids",
+    "encode_images",
+    "encode_prompts",
+    "fast_dtype",
+    "fingerprint",
+    "flushing_denormals",
+    "frozen_twin",
+    "generate",
+    "guided",
+    "guided_between",
+    "is_plain",
+    "latent_shape",
+    "load",
+    "mixed_precision",
+    "model_folder",
+    "short_name",
+    "snr",
+    "start_noise",
+    "stratified_timesteps",
+    "target",
+    "tokenize",
+    "unet_of",
+    "usable_device",
+    "verify",
+    "write_sums",
+]

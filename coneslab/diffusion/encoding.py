@@ -1,0 +1,115 @@
+"""Into and out of a pipeline's spaces: pictures as latents and back, prompts as tokens and embeddings.
+
+Latents are always scaled by the autoencoder's `scaling_factor`, so they are what the U-Net sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import ConeslabError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+Pipe: TypeAlias = "StableDiffusionPipeline"
+
+
+def latent_shape(pipe: Pipe) -> tuple[int, int, int]:
+    """(channels, height, width) of one latent at the pipeline's own resolution."""
+    size = pipe.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return pipe.unet.config.in_channels, height, width
+
+
+def _pixels(pipe: Pipe, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+    """Pictures as float (n, 3, h, w) in [-1, 1], PIL pictures resized to the pipeline's resolution."""
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ConeslabError(
+                f"images are {images.dtype} {images.shape}, expected uint8 (n, height, width, 3) or PIL pictures"
+            )
+        array = images
+    else:
+        _, height, width = latent_shape(pipe)
+        size = (width * pipe.vae_scale_factor, height * pipe.vae_scale_factor)
+        pictures = [image.convert("RGB") for image in images]
+        if not pictures:
+            raise ConeslabError("no images were given, expected at least one")
+        resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
+        array = np.stack([np.asarray(picture) for picture in resized])
+    return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1.0
+
+
+@torch.no_grad()
+def encode_images(
+    pipe: Pipe,
+    images: Sequence[Image.Image] | np.ndarray,
+    *,
+    batch_size: int = 64,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Latents (n, channels, h, w) of pictures, scaled: the posterior's mode, or a draw from it with `generator`.
+
+    images: PIL pictures (resized as needed) or a uint8 array (n, height, width, 3).
+    Raises ConeslabError for another kind of array or no pictures.
+    """
+    vae, parts = pipe.vae, []
+    for pixels in _pixels(pipe, images).split(batch_size):
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        parts.append(posterior.mode() if generator is None else posterior.sample(generator))
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(pipe: Pipe, latents: Tensor, *, batch_size: int = 64) -> list[Image.Image]:
+    """Pictures of scaled latents (n, channels, h, w)."""
+    vae, pictures = pipe.vae, []
+    for part in latents.split(batch_size):
+        pixels = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        array = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pictures += [Image.fromarray(picture) for picture in array]
+    return pictures
+
+
+def tokenize(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
+    """Token ids (n, tokens), padded and cut to the tokenizer's length, on the text encoder's device.
+
+    A token of several vectors (Textual Inversion) is written out as diffusers does it.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if hasattr(pipe, "maybe_convert_prompt"):
+        texts = pipe.maybe_convert_prompt(texts, pipe.tokenizer)
+    encoded = pipe.tokenizer(
+        texts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return encoded.input_ids.to(pipe.text_encoder.device)
+
+
+def encode_prompts(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
+    """Text embeddings (n, tokens, width) as the pipeline itself computes them.
+
+    Carries gradients exactly if a weight of the text encoder asks for them.
+    """
+    wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in pipe.text_encoder.parameters())
+    with torch.set_grad_enabled(wanted):
+        return encode_ids(pipe, tokenize(pipe, prompts))
+
+
+def encode_ids(pipe: Pipe, ids: Tensor) -> Tensor:
+    """Text embeddings (n, tokens, width) of token ids (n, tokens)."""
+    mask = None
+    if getattr(pipe.text_encoder.config, "use_attention_mask", False):  # as StableDiffusionPipeline.encode_prompt does
+        mask = (ids != pipe.tokenizer.pad_token_id).long()
+    return pipe.text_encoder(ids, attention_mask=mask)[0]

@@ -1,0 +1,130 @@
+"""Noise schedules, and the one denoising loss.
+
+Notation: x_0 a clean latent, e noise, abar_t the cumulative product of the schedule, and
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e  (Ho et al. 2020, Eq. 4). The scheduler's config says what the network
+predicts (`prediction_type`), and the same code serves all three kinds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConeslabError
+from .encoding import Pipe
+
+
+def alphas_cumprod(pipe: Pipe) -> Tensor:
+    """abar_t for every training timestep, (T,) float32 on the U-Net's device; abar falls from near 1 towards 0."""
+    return pipe.scheduler.alphas_cumprod.to(pipe.unet.device, torch.float32)
+
+
+def snr(pipe: Pipe, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio abar_t / (1 - abar_t) at integer timesteps (Kingma et al. 2021, Eq. 2)."""
+    abar = alphas_cumprod(pipe)[timesteps.to(pipe.unet.device)]
+    return abar / (1.0 - abar)
+
+
+def _alpha_sigma(scheduler: Any, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply a batch of latents."""
+    abar = scheduler.alphas_cumprod.to(like.device, torch.float32)[timesteps.to(like.device)]
+    abar = abar.view(-1, *[1] * (like.ndim - 1))
+    return abar.sqrt().to(like.dtype), (1.0 - abar).sqrt().to(like.dtype)
+
+
+def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e  (Ho et al. 2020, Eq. 4). timesteps: (n,) integers."""
+    alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+    return alpha * latents + sigma * noise
+
+
+def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the network has to predict for x_t, by the scheduler's `prediction_type`.
+
+    epsilon: the noise (Ho et al. 2020, Eq. 14). sample: the clean latent. v_prediction:
+    sqrt(abar_t) e - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, Sec. 4). Raises ConeslabError for another type.
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return latents
+    if kind == "v_prediction":
+        alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+        return alpha * noise - sigma * latents
+    raise ConeslabError(
+        f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample': "
+        "load the model with its own scheduler config"
+    )
+
+
+def stratified_timesteps(n: int, total: int, generator: torch.Generator) -> Tensor:
+    """One timestep from each of `n` equal parts of a schedule of `total`, in random order: (n,) integers.
+
+    Unbiased, and less noisy in the mean than independent draws: the low-discrepancy idea of Kingma et al. (2021, VDM).
+    """
+    device = generator.device
+    place = torch.randperm(n, generator=generator, device=device)
+    inside = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+    return ((place + inside) / n * total).long().clamp(max=total - 1)
+
+
+def denoising_loss(
+    pipe: Pipe,
+    latents: Tensor,
+    text_embeddings: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    wanted: Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    """L = || y - f(x_t, t, c) ||^2, mean over elements (Ho et al. 2020, Eq. 14; y by prediction type).
+
+    The one loss of this package: pretraining, neuron search and fine-tuning all minimise it.
+    latents: (n, channels, h, w), scaled. text_embeddings: (n, tokens, width), or (1, ...) for one prompt for all.
+    noise, timesteps: given, or drawn from `generator` (timesteps uniformly). weights: (n,) factors on each
+    picture's loss, not renormalised. mask: (n, 1, h, w), how much each place counts in the mean over a picture's
+    elements; all channels of a place count alike, so a mask of ones changes nothing. wanted: (as latents), what the
+    network has to predict, in place of y. reduction "none" returns (n,), each a mean over one picture's elements.
+    Raises ConeslabError if shapes do not fit together.
+    """
+    n = latents.shape[0]
+    if text_embeddings.shape[0] == 1 and n > 1:
+        text_embeddings = text_embeddings.expand(n, -1, -1)
+    if text_embeddings.shape[0] != n:
+        raise ConeslabError(
+            f"{n} latents and {text_embeddings.shape[0]} text embeddings were given: give one embedding for each "
+            "latent, or a single one for all"
+        )
+    device = latents.device
+    if noise is None:
+        source = generator.device if generator is not None else device
+        noise = torch.randn(latents.shape, generator=generator, device=source, dtype=latents.dtype).to(device)
+    if timesteps is None:
+        steps = pipe.scheduler.config.num_train_timesteps
+        source = generator.device if generator is not None else device
+        timesteps = torch.randint(0, steps, (n,), generator=generator, device=source).to(device)
+    if noise.shape != latents.shape or timesteps.shape != (n,):
+        raise ConeslabError(
+            f"noise {tuple(noise.shape)} and timesteps {tuple(timesteps.shape)} do not fit latents "
+            f"{tuple(latents.shape)}: expected {tuple(latents.shape)} and ({n},)"
+        )
+    noisy = add_noise(pipe.scheduler, latents, noise, timesteps)
+    predicted = pipe.unet(noisy, timesteps, encoder_hidden_states=text_embeddings).sample
+    if wanted is None:
+        wanted = target(pipe.scheduler, latents, noise, timesteps)
+    error = (predicted.float() - wanted.float()).square()
+    if mask is None:
+        loss = error.flatten(1).mean(1)  # (n,)
+    else:
+        places = mask.float().expand_as(error).flatten(1)
+        loss = (error.flatten(1) * places).sum(1) / places.sum(1).clamp_min(1e-8)
+    if weights is not None:
+        loss = loss * weights
+    return loss.mean() if reduction == "mean" else loss

@@ -1,0 +1,204 @@
+"""Load models: the shipped ones by name, any `StableDiffusionPipeline` by folder or hub id.
+
+Pipelines stay plain diffusers objects. Only safetensors weights are read, never a pickle, and the shipped folders
+are checked against their SHA-256 sums (`data/models/SHA256SUMS.json`) before anything is made of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConeslabError, FileFormatError
+from ..files import data_folder
+
+if TYPE_CHECKING:  # diffusers and transformers take seconds to import: only where a model is loaded
+    from diffusers import StableDiffusionPipeline
+
+SHIPPED = ("tiny", "judge")
+SUMS = "SHA256SUMS.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def model_folder(name: str) -> Path:
+    """Where a shipped model ("tiny" or "judge") lies. Raises ConeslabError for another name, or if it is missing."""
+    if name not in SHIPPED:
+        raise ConeslabError(f"{name!r} is not a model that coneslab ships: choose one of {', '.join(SHIPPED)}")
+    folder = data_folder() / "models" / name
+    if not folder.is_dir():
+        raise ConeslabError(
+            f"the shipped model {name!r} is missing: expected it in {folder}. Restore it from the repository "
+            f"(git checkout -- data/models), or train it: coneslab pretrain all"
+        )
+    return folder
+
+
+def file_sum(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(models: Path) -> Path:
+    """Write the sums of every file of the shipped folders under `models`; `verify` holds them to it."""
+    files = sorted(path for name in SHIPPED for path in (models / name).rglob("*") if path.is_file())
+    sums = {path.relative_to(models).as_posix(): file_sum(path) for path in files if path.suffix not in (".md", ".png")}
+    target = models / SUMS
+    target.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+def verify(folder: Path) -> None:
+    """Hold a shipped folder to the sums written at its export.
+
+    Raises FileFormatError naming the files that are missing or differ; a model card may be rewritten freely.
+    """
+    table = folder.parent / SUMS
+    try:
+        sums = json.loads(table.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise FileFormatError(f"the sums of the shipped models cannot be read ({error}): restore {table}") from error
+    expected = {name: digest for name, digest in sums.items() if name.split("/")[0] == folder.name}
+    wrong = [
+        name for name, digest in expected.items()
+        if not (path := folder.parent / name).is_file() or file_sum(path) != digest
+    ]  # fmt: skip
+    if wrong or not expected:
+        raise FileFormatError(
+            f"the shipped model {folder.name!r} is damaged: {', '.join(wrong) or 'no file'} does not match {table}. "
+            "Restore it (git checkout -- data/models, or reinstall coneslab)"
+        )
+
+
+def _check_layout(folder: Path) -> None:
+    """Make sure that a local folder holds a StableDiffusionPipeline with safetensors weights."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ConeslabError(
+            f"{folder} is not a pipeline folder: it has no model_index.json. Give the folder that "
+            "StableDiffusionPipeline.save_pretrained wrote"
+        )
+    try:
+        parts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        kind = parts["_class_name"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{index} is damaged ({error}): restore the folder or save the pipeline again") from error
+    if kind != "StableDiffusionPipeline":
+        raise ConeslabError(
+            f"{folder} holds a {kind}, expected a StableDiffusionPipeline: coneslab works on those only"
+        )
+    for part in ("vae", "text_encoder", "unet"):
+        files = [path for path in (folder / part).glob("*") if path.is_file()]
+        if any(path.suffix == ".safetensors" for path in files):
+            continue
+        if any(path.suffix in _PICKLES for path in files):
+            raise ConeslabError(
+                f"{folder / part} holds pickled weights only, which can run code when opened and are never loaded: "
+                "convert them with save_pretrained(folder, safe_serialization=True)"
+            )
+        raise ConeslabError(f"{folder / part} holds no weights: expected a .safetensors file; restore the folder")
+
+
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """The device, by default a GPU where there is one. Raises ConeslabError for one that torch cannot use here."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise ConeslabError(
+            f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda with a GPU"
+        ) from error
+    return found
+
+
+def load(
+    name_or_path: str | Path = "tiny",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> StableDiffusionPipeline:
+    """Load a pipeline, without safety checker and with its progress bar off.
+
+    name_or_path: "tiny" (shipped, checked against its sums), a folder, or the id of a model on the Hugging Face hub
+    such as "stable-diffusion-v1-5/stable-diffusion-v1-5". device: default a GPU where there is one, else the CPU.
+    Raises ConeslabError if it is missing, damaged, of another kind, or pickled, or the device cannot be used.
+
+        pipe = coneslab.load("tiny")
+        pipe("a cat on the beach", num_inference_steps=25, guidance_scale=3.0).images[0]
+    """
+    from diffusers import StableDiffusionPipeline
+
+    where = usable_device(device)
+    name = str(name_or_path)
+    source: str | Path = Path(name).expanduser()
+    if name in SHIPPED:
+        source = model_folder(name)
+        verify(source)
+    if Path(source).is_dir():
+        _check_layout(Path(source))
+    elif isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ConeslabError(
+            f"there is no model {name!r}: expected 'tiny', the folder of a StableDiffusionPipeline, or a hub id "
+            "written owner/name"
+        )
+    else:
+        source = name
+    try:
+        with without_bars() if name in SHIPPED else nullcontext():
+            pipe = StableDiffusionPipeline.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+    except Exception as error:  # each of these libraries has its own ways to say "damaged" or "not found"
+        raise ConeslabError(
+            f"{name!r} could not be loaded as a StableDiffusionPipeline: {type(error).__name__}: {error}. Expected a "
+            "whole folder in the diffusers format with safetensors weights, or a hub id that is reachable"
+        ) from error
+    pipe.to(where)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        if part.dtype != dtype:  # an older diffusers knows this option by another name
+            part.to(dtype)
+        part.eval()
+    return pipe
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let diffusers and transformers load without progress bars: the shipped models are there before one is read.
+
+    Import what is to load before: a library that is not there yet is left alone.
+    """
+    loaded = [f"{name}.utils.logging" for name in ("diffusers", "transformers") if name in sys.modules]
+    shown = [library for library in map(importlib.import_module, loaded) if library.is_progress_bar_enabled()]
+    try:
+        for library in shown:
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, over names, shapes, number types and bytes of weights, in the order of their names.
+
+    >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"a": torch.zeros(2)})
+    True
+    """
+    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

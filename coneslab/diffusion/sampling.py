@@ -1,0 +1,240 @@
+"""Samplers small enough to read, and pictures by the pipeline's own call. The notation is that of `loss.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import ConeslabError
+from .encoding import Pipe, latent_shape
+from .loss import _alpha_sigma, alphas_cumprod
+from .precision import drawing
+
+Callback = Callable[[int, int, Tensor], None]
+
+
+# --- samplers to read -----------------------------------------------------------------------------------
+
+
+def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+    """Split x_t into the clean latent and the noise that the network's output stands for.
+
+    Solves Eq. 4 of Ho et al. (2020) together with the definition of the prediction type (see `target`).
+    """
+    alpha, sigma = _alpha_sigma(scheduler, noisy, torch.tensor([timestep]))
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return (noisy - sigma * predicted) / alpha, predicted
+    if kind == "sample":
+        return predicted, (noisy - alpha * predicted) / sigma
+    if kind == "v_prediction":
+        return alpha * noisy - sigma * predicted, alpha * predicted + sigma * noisy
+    raise ConeslabError(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample'")
+
+
+def guided(
+    pipe: Pipe, noisy: Tensor, timestep: int, text: Tensor, empty: Tensor | None, guidance_scale: float
+) -> Tensor:
+    """The network's output, pushed away from the empty prompt: e_0 + s (e_c - e_0)  (Ho & Salimans 2022, Eq. 6).
+
+    The scale is written as diffusers writes it: 1 means no guidance (their w + 1).
+    """
+    t = torch.full((noisy.shape[0],), timestep, device=noisy.device)
+    conditional = pipe.unet(noisy, t, encoder_hidden_states=text).sample
+    if guidance_scale == 1.0 or empty is None:
+        return conditional
+    unconditional = pipe.unet(noisy, t, encoder_hidden_states=empty.expand_as(text)).sample
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def _schedule(pipe: Pipe, steps: int) -> list[tuple[int, int]]:
+    """(timestep, the one after it) from most to least noise, spaced as the scheduler is configured; -1 is clean."""
+    pipe.scheduler.set_timesteps(steps)
+    times = [int(t) for t in pipe.scheduler.timesteps]
+    return list(zip(times, [*times[1:], -1], strict=True))
+
+
+def _abar(pipe: Pipe, timestep: int) -> Tensor:
+    """abar at a timestep, and behind the last one what the scheduler says the clean end is."""
+    if timestep >= 0:
+        return alphas_cumprod(pipe)[timestep]
+    final = getattr(pipe.scheduler, "final_alpha_cumprod", torch.tensor(1.0))
+    return final.to(pipe.unet.device, torch.float32)
+
+
+@torch.no_grad()
+def ddim_sample(
+    pipe: Pipe,
+    text_embeddings: Tensor,
+    noise: Tensor,
+    *,
+    empty_embeddings: Tensor | None = None,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample latents without fresh noise: Eq. 12 of Song et al. (2021, DDIM) with sigma = 0.
+
+    text_embeddings: (n, tokens, width). noise: (n, channels, h, w), the start. empty_embeddings: (1, tokens, width)
+    for guidance. callback(step, timestep, predicted clean latents) after each step. Returns scaled latents.
+    """
+    x = noise
+    for i, (t, after) in enumerate(_schedule(pipe, steps)):
+        out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
+        clean, error = clean_and_noise(pipe.scheduler, x, out, t)
+        abar = _abar(pipe, after)
+        x = abar.sqrt() * clean + (1.0 - abar).sqrt() * error
+        if callback is not None:
+            callback(i, t, clean)
+    return x
+
+
+@torch.no_grad()
+def ddpm_sample(
+    pipe: Pipe,
+    text_embeddings: Tensor,
+    noise: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    empty_embeddings: Tensor | None = None,
+    steps: int = 100,
+    guidance_scale: float = 3.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample latents by the ancestral chain: Eq. 7 of Ho et al. (2020), on any subset of the timesteps.
+
+    With abar_s the next level, alpha = abar_t / abar_s and beta = 1 - alpha; the step's noise has the posterior
+    variance (1 - abar_s) / (1 - abar_t) beta. Arguments as in `ddim_sample`; `generator` draws the fresh noise.
+    """
+    x = noise
+    for i, (t, after) in enumerate(_schedule(pipe, steps)):
+        out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
+        clean, _ = clean_and_noise(pipe.scheduler, x, out, t)
+        abar_t = _abar(pipe, t)
+        abar_s = _abar(pipe, after) if after >= 0 else torch.ones_like(abar_t)
+        alpha = abar_t / abar_s
+        mean = (abar_s.sqrt() * (1 - alpha) * clean + alpha.sqrt() * (1 - abar_s) * x) / (1 - abar_t)
+        x = mean
+        if after >= 0:
+            variance = (1 - abar_s) / (1 - abar_t) * (1 - alpha)
+            source = generator.device if generator is not None else x.device
+            fresh = torch.randn(x.shape, generator=generator, device=source, dtype=x.dtype).to(x.device)
+            x = mean + variance.sqrt() * fresh
+        if callback is not None:
+            callback(i, t, clean)
+    return x
+
+
+# --- pictures -------------------------------------------------------------------------------------------
+
+
+def start_noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
+    """Start noise (n, channels, h, w), each picture's from its own seed; the same on every device."""
+    shape = latent_shape(pipe)
+    draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(draws).to(pipe.unet.device, pipe.unet.dtype)
+
+
+@contextmanager
+def guided_between(pipe: Pipe, first: float, last: float) -> Iterator[Callable[[], int]]:
+    """Guide only between two shares of the schedule for the length of a block; yields a counter of network passes.
+
+    0 is all noise, 1 is clean, measured by the timestep (Kynkäänniemi et al. 2024, Applying Guidance in a Limited
+    Interval). Outside, the half of a batch that has the empty prompt is not computed: it gets the other half's output,
+    so that u + s (c - u) is c. A pass is one picture through the network once.
+    """
+    unet = pipe.unet
+    own, total, passes = unet.forward, pipe.scheduler.config.num_train_timesteps, 0
+
+    def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        share = 1 - (float(torch.as_tensor(timestep).flatten()[0]) + 1) / total
+        if first <= share <= last or len(sample) % 2:
+            passes += len(sample)
+            return own(sample, timestep, encoder_hidden_states, *args, **kwargs)
+        half = len(sample) // 2
+        passes += half
+        out = own(sample[half:], timestep, encoder_hidden_states[half:], *args, **kwargs)
+        if isinstance(out, tuple):
+            return (torch.cat([out[0], out[0]]), *out[1:])
+        return type(out)(sample=torch.cat([out.sample, out.sample]))
+
+    before = unet.__dict__.get("forward")
+    unet.forward = forward
+    try:
+        yield lambda: passes
+    finally:
+        if before is None:
+            del unet.forward
+        else:
+            unet.forward = before
+
+
+def generate(
+    pipe: Pipe,
+    prompts: str | Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 16,
+    negative_prompt: str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+    on_calls: Callable[[int], Any] | None = None,
+) -> list[Image.Image]:
+    """Pictures for prompts, by the pipeline's own call and scheduler.
+
+    Picture i starts from noise made from `seed + i` alone, or from its own if there is one seed a picture, so it does
+    not depend on the batch size or on what else is asked for. dtype: precision of the U-Net, default the fastest
+    (`precision.drawing`); give `pipe.unet.dtype` for pictures that are those of `pipe(...)` to the last bit.
+    guidance_interval: shares of the schedule between which guidance is on (`guided_between`), default all of it.
+    callback(step, timestep, latents) after each step of each batch; on_calls(number of network passes) at the end.
+    Raises ConeslabError without prompts, with another number of seeds, with less than one step, or for an interval
+    that is none.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ConeslabError("no prompts were given, expected at least one")
+    if steps < 1 or batch_size < 1:
+        raise ConeslabError(f"steps={steps}, batch_size={batch_size}: both must be positive")
+    first, last = guidance_interval
+    if not 0 <= first < last <= 1:
+        raise ConeslabError(f"guidance_interval is {guidance_interval}: give two shares in order, such as (0.0, 0.8)")
+    pictures: list[Image.Image] = []
+
+    def step_end(_: Pipe, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if callback is not None:
+            callback(step, int(timestep), tensors["latents"])
+        return tensors
+
+    starts = tqdm(range(0, len(texts), batch_size), disable=not progress, desc="pictures", unit="batch")
+    seeds = list(range(seed, seed + len(texts)) if isinstance(seed, int) else seed)
+    if len(seeds) != len(texts):
+        raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
+    noises = start_noise(pipe, seeds)
+    untouched = guidance_interval == (0.0, 1.0) and on_calls is None
+    with drawing(pipe, dtype), nullcontext() if untouched else guided_between(pipe, first, last) as passes:
+        for start in starts:
+            part = slice(start, start + batch_size)
+            made = pipe(
+                texts[part],
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts[part]),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                latents=noises[part],
+                generator=[torch.Generator("cpu").manual_seed(s) for s in seeds[part]],  # for schedulers that add noise
+                callback_on_step_end=step_end,
+            )
+            pictures += made.images
+        if on_calls is not None and passes is not None:
+            on_calls(passes())
+    return pictures

@@ -1,0 +1,47 @@
+"""Edits: anything that can be put on a pipeline for the length of a `with` block, and stored in a file.
+
+What all of them share, the kinds that are no method's own, and other programs' files. Builds on `diffusion`.
+"""
+
+from __future__ import annotations
+
+from .base import Combined, Edit, StoredEdit, applied, load_edit, require_dose
+from .interchange import (
+    custom_diffusion_parts,
+    export_custom_diffusion,
+    export_tokens,
+    import_custom_diffusion,
+    import_tokens,
+)
+from .low_rank import LowRankDelta, compress
+from .tokens import LearnedText, TokenEdit, embedding_of, start_vector, vocabulary_fingerprint, with_tokens
+from .undo import Undo
+from .weights import WeightDelta, model_fingerprint, require_model, swapped, untouched
+
+__all__ = [
+    "Combined",
+    "Edit",
+    "LearnedText",
+    "LowRankDelta",
+    "StoredEdit",
+    "TokenEdit",
+    "Undo",
+    "WeightDelta",
+    "applied",
+    "compress",
+    "custom_diffusion_parts",
+    "embedding_of",
+    "export_custom_diffusion",
+    "export_tokens",
+    "import_custom_diffusion",
+    "import_tokens",
+    "load_edit",
+    "model_fingerprint",
+    "require_dose",
+    "require_model",
+    "start_vector",
+    "swapped",
+    "untouched",
+    "vocabulary_fingerprint",
+    "with_tokens",
+]

@@ -1,0 +1,137 @@
+"""To and from the files of diffusers: Textual Inversion embeddings, Custom Diffusion weights. Only safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..diffusion.kvspace import KVSpace, unet_of
+from ..errors import ConeslabError, FileFormatError, MismatchError
+from ..files import write_whole
+from .base import Combined
+from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
+from .weights import WeightDelta, model_fingerprint
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # the name that diffusers' own training script gives
+
+
+def export_tokens(
+    edit: TokenEdit, pipe: StableDiffusionPipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
+) -> list[Path]:
+    """Write a file for every token, for `pipe.load_textual_inversion(file)`; returns the files.
+
+    names: the token's name in the file, where it is to be another one. diffusers refuses a word that the tokenizer
+    has already, as rare words like "sks" are. Raises ConeslabError for such a name.
+    """
+    folder, written = Path(folder), []
+    chosen = [dict(names or {}).get(token, token) for token in edit.tokens]
+    words = pipe.tokenizer.get_vocab()
+    taken = [name for name in chosen if name in words or f"{name}</w>" in words]
+    if taken:
+        raise ConeslabError(
+            f"diffusers loads no token that the tokenizer has already ({', '.join(taken)}): give another name, "
+            f'for example names={{"{taken[0]}": "<{taken[0]}>"}}, and use it in prompts'
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, vector in zip(chosen, edit.vectors, strict=True):
+        file = folder / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.safetensors"
+        written.append(write_whole(file, save({name: vector.contiguous()})))
+    return written
+
+
+def import_tokens(pipe: StableDiffusionPipeline, file: str | Path, *, token: str | None = None) -> TokenEdit:
+    """Read a Textual Inversion file as diffusers or AUTOMATIC1111 write it; an embedding of several vectors too.
+
+    token: its name in prompts, default the one in the file. Several vectors become the tokens "name", "name_1", …,
+    which diffusers puts in for "name" wherever a prompt has it.
+    Raises FileFormatError for any other file, MismatchError for a text encoder of another width.
+    """
+    tensors = _read(file)
+    if len(tensors) != 1:
+        raise FileFormatError(f"{file} holds {len(tensors)} tensors, expected one embedding: give another file")
+    ((name, vectors),) = tensors.items()
+    name = token or name
+    if name == "emb_params":
+        raise ConeslabError(f"{file} does not name its token: give one, for example token='<{Path(file).stem}>'")
+    vectors = vectors.float()[None] if vectors.ndim == 1 else vectors.float()
+    width = embedding_of(pipe).weight.shape[1]
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise MismatchError(
+            f"{file} holds vectors of shape {tuple(vectors.shape)}, this text encoder's have {width} numbers: it was "
+            "learned for another model"
+        )
+    names = (name, *(f"{name}_{number}" for number in range(1, len(vectors))))
+    return TokenEdit(names, vectors, vocabulary_fingerprint(pipe), settings={"file": Path(file).name})
+
+
+def export_custom_diffusion(
+    edit: Combined, pipe: StableDiffusionPipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
+) -> list[Path]:
+    """Write what `custom_diffusion` or `merge` made, for `unet.load_attn_procs` and `load_textual_inversion`.
+
+    The file of weights holds the tuned keys and values themselves, not their change. names: see `export_tokens`.
+    Read them with `pipe.unet.load_attn_procs(folder, weight_name=WEIGHTS, _pipeline=pipe)`: without the last argument
+    diffusers 0.42 reads the file and then does nothing with it.
+    """
+    token, delta = custom_diffusion_parts(edit)
+    tensors: dict[str, Tensor] = {name: torch.zeros(0) for name in unet_of(pipe).attn_processors}  # untouched ones
+    with delta.applied(pipe):
+        for path, module in KVSpace(pipe).modules.items():
+            del tensors[f"{path}.processor"]
+            for ending in ("to_k", "to_v"):
+                weight = getattr(module, ending).weight.detach().cpu().contiguous().clone()
+                tensors[f"{path}.processor.{ending}_custom_diffusion.weight"] = weight
+    written = export_tokens(token, pipe, folder, names=names)
+    return [write_whole(Path(folder) / WEIGHTS, save(tensors, {"format": "pt"})), *written]
+
+
+def import_custom_diffusion(pipe: StableDiffusionPipeline, folder: str | Path, *, weights: str = WEIGHTS) -> Combined:
+    """Read Custom Diffusion weights, and every token file beside them, as one edit.
+
+    Raises FileFormatError if they are missing or of another kind, MismatchError if they are of another model's shape.
+    """
+    folder, space, deltas = Path(folder), KVSpace(pipe), {}
+    tensors = _read(folder / weights)
+    for name, parameter in space.parameters.items():
+        path, ending, _ = name.rsplit(".", 2)
+        key = f"{path}.processor.{ending}_custom_diffusion.weight"
+        if key not in tensors:
+            raise FileFormatError(f"{folder / weights} lacks {key}: it is not for Custom Diffusion on this U-Net")
+        if tensors[key].shape != parameter.shape:
+            raise MismatchError(f"{key} is {tuple(tensors[key].shape)}, this pipeline's is {tuple(parameter.shape)}")
+        deltas[name] = tensors[key].float() - parameter.detach().float().cpu()
+    if any("to_q_custom_diffusion" in key or "to_out_custom_diffusion" in key for key in tensors):
+        raise FileFormatError(f"{folder / weights} tunes queries and outputs too; this reads keys and values only")
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != weights)
+    tokens = [import_tokens(pipe, file) for file in files]
+    return Combined((*tokens, WeightDelta(deltas, model_fingerprint(pipe), subject=folder.name)))
+
+
+def _read(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises FileFormatError for any other, FileNotFoundError if there is none."""
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{file} is no safetensors file ({error}); files of pickles (.bin, .pt) are never loaded: convert it first"
+        ) from error
+
+
+def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:
+    """The tokens' vectors and the weights' change. Raises ConeslabError if the edit is not made of these two."""
+    kinds = {type(part): part for part in getattr(edit, "edits", ())}
+    if set(kinds) != {TokenEdit, WeightDelta}:
+        raise ConeslabError(f"{type(edit).__name__} is no Custom Diffusion edit: give what `custom_diffusion` returns")
+    return kinds[TokenEdit], kinds[WeightDelta]

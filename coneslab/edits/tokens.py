@@ -1,0 +1,183 @@
+"""Tokens of one's own: put learned vectors into a text encoder for a while, and learn them.
+
+A token is either a word that the tokenizer has ("sks"), whose row is replaced, or a new one ("<cat*>"), which is
+added. The embedding table and the tokenizer of the pipeline are never written to: a copy of each takes their place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.encoding import encode_ids
+from ..diffusion.pipelines import fingerprint
+from ..errors import ConeslabError, MismatchError
+from .base import StoredEdit, require_dose
+from .undo import Undo
+
+
+def embedding_of(pipe: Any) -> nn.Embedding:
+    """The text encoder's table of token embeddings, (vocabulary, width)."""
+    return pipe.text_encoder.get_input_embeddings()
+
+
+def vocabulary_fingerprint(pipe: Any) -> str:
+    """Hex SHA-256 of the table of token embeddings: says which text encoder a token was learned for."""
+    return fingerprint({"token_embedding": embedding_of(pipe).weight})
+
+
+def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[Any, list[int]]:
+    """A tokenizer that knows `tokens` as one token each, and their ids; the one given stays as it is.
+
+    Raises ConeslabError for an empty, doubled or special token.
+    """
+    if len(set(tokens)) != len(tokens) or not all(token.strip() for token in tokens):
+        raise ConeslabError(f"the tokens are {list(tokens)}: give words, each once")
+    special = set(tokenizer.all_special_tokens) & set(tokens)
+    if special:
+        raise ConeslabError(f"{', '.join(sorted(special))}: a special token of the tokenizer cannot be learned")
+    ids = tokenizer(list(tokens), add_special_tokens=False).input_ids
+    new = [token for token, own in zip(tokens, ids, strict=True) if len(own) != 1]
+    if new:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens(new)
+        ids = tokenizer(list(tokens), add_special_tokens=False).input_ids
+        broken = [token for token, own in zip(tokens, ids, strict=True) if len(own) != 1]
+        if broken:
+            raise ConeslabError(f"the tokenizer cannot take {', '.join(broken)} as a token: choose a plain word")
+    return tokenizer, [own[0] for own in ids]
+
+
+def start_vector(pipe: Any, word: str) -> Tensor:
+    """The embedding (width,) of a word, in the mean over its tokens; of all tokens for an empty word."""
+    table = embedding_of(pipe).weight.detach().float()
+    ids = pipe.tokenizer(word, add_special_tokens=False).input_ids if word else []
+    return table[ids].mean(0) if ids else table.mean(0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenEdit(StoredEdit):
+    """Learned vectors for one or more tokens; an edit.
+
+    tokens: as they are written in prompts; vectors: (tokens, width) float32; fingerprint: of the embedding table
+    they were learned with; initial: the word that a new token starts from, which is what dose 0 gives it.
+    Raises ConeslabError unless there is a finite vector for every token.
+    """
+
+    tokens: tuple[str, ...]
+    vectors: Tensor
+    fingerprint: str
+    initial: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        vectors = self.vectors.detach().to("cpu", torch.float32).clone()
+        if vectors.ndim != 2 or len(vectors) != len(self.tokens) or not vectors.isfinite().all():
+            raise ConeslabError(
+                f"got vectors of shape {tuple(vectors.shape)} for {len(self.tokens)} tokens: give a finite one for each"
+            )
+        object.__setattr__(self, "tokens", tuple(self.tokens))
+        object.__setattr__(self, "vectors", vectors)
+        object.__setattr__(self, "initial", tuple(self.initial) or ("",) * len(self.tokens))
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes
+
+    def __repr__(self) -> str:
+        return f"TokenEdit({', '.join(self.tokens)}: {self.vectors.shape[1]} numbers each)"
+
+    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+        """Give the tokens their learned vectors for the length of a block; tokenizer and table come back as they were.
+
+        dose: between where the token started (0) and where it arrived (1).
+        Raises MismatchError, with the pipeline untouched, if text encoder or width differ.
+        """
+        require_dose(dose)
+        return self._applied(pipe, dose, check_model)
+
+    @contextmanager
+    def _applied(self, pipe: Any, dose: float, check_model: bool) -> Iterator[Any]:
+        table = embedding_of(pipe)
+        if table.weight.shape[1] != self.vectors.shape[1]:
+            raise MismatchError(
+                f"the vectors of {', '.join(self.tokens)} have {self.vectors.shape[1]} numbers, this text encoder's "
+                f"have {table.weight.shape[1]}: load the model they were learned on"
+            )
+        if check_model and not getattr(table, "_edited", False) and vocabulary_fingerprint(pipe) != self.fingerprint:
+            raise MismatchError(
+                f"{', '.join(self.tokens)} was learned with text encoder {self.fingerprint[:8]}…, this one is "
+                f"{vocabulary_fingerprint(pipe)[:8]}…: load the model it was learned on, or learn it again"
+            )
+        tokenizer, ids = with_tokens(pipe.tokenizer, self.tokens)
+        old_rows, width = table.weight.shape
+        new_rows = max(0, max(ids) + 1 - old_rows)
+        weight = torch.cat([table.weight.detach(), table.weight.new_zeros(new_rows, width)])
+        for token, vector, word in zip(ids, self.vectors.to(weight), self.initial, strict=True):
+            start = weight[token] if token < old_rows else start_vector(pipe, word).to(weight)
+            weight[token] = (1 - dose) * start + dose * vector
+        edited = nn.Embedding.from_pretrained(weight, freeze=True)
+        edited._edited = True
+        undo, old = Undo(), pipe.tokenizer
+        try:
+            undo.add(lambda: pipe.text_encoder.set_input_embeddings(table))
+            undo.add(lambda: setattr(pipe, "tokenizer", old))
+            pipe.text_encoder.set_input_embeddings(edited)
+            pipe.tokenizer = tokenizer
+            yield pipe
+        finally:
+            undo.run()
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        description = {"tokens": list(self.tokens), "fingerprint": self.fingerprint, "initial": list(self.initial)}
+        history = {key: list(values) for key, values in self.history.items()}
+        return {"vectors": self.vectors}, {**description, "settings": dict(self.settings), "history": history}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> TokenEdit:
+        return cls(description.pop("tokens"), tensors["vectors"], **description)
+
+
+class LearnedText:
+    """Text embeddings of fixed captions, as a function of the vectors of a few tokens.
+
+    Only the vectors get gradients; every other row of the table is left alone.
+    Raises ConeslabError if a token occurs in none of the captions: it would never be learned.
+    """
+
+    def __init__(self, pipe: Any, captions: Sequence[str], tokens: Sequence[str]) -> None:
+        tokenizer, self.ids = with_tokens(pipe.tokenizer, tokens)
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids = tokenizer(list(captions), max_length=tokenizer.model_max_length, **options).input_ids
+        self._which = torch.full(ids.shape, -1)
+        for number, token in enumerate(self.ids):
+            self._which[ids == token] = number
+        missing = [token for number, token in enumerate(tokens) if not (self._which == number).any()]
+        if missing:
+            raise ConeslabError(f"{', '.join(missing)} occurs in none of the captions: it cannot be learned from them")
+        self._pipe = pipe
+        table = embedding_of(pipe)
+        self._which = self._which.to(table.weight.device)
+        self._input = ids.to(table.weight.device).clamp(max=len(table.weight) - 1)  # new ids: any row, replaced below
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """vectors (tokens, width) -> (captions, positions, width)."""
+
+        def learned(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            own = vectors.to(output.dtype)[self._which.clamp(min=0)]
+            return torch.where((self._which >= 0)[..., None], own, output.detach())
+
+        handle = embedding_of(self._pipe).register_forward_hook(learned)
+        try:
+            return encode_ids(self._pipe, self._input)
+        finally:
+            handle.remove()

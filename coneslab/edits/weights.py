@@ -1,0 +1,168 @@
+"""Weights changed for the length of a block, and the dense change of weights.
+
+`swapped` puts every weight back bit for bit, whatever ends the block; fingerprints say which model an edit belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.kvspace import KVSpace, unet_of
+from ..diffusion.pipelines import fingerprint as fingerprint_of
+from ..errors import ConeslabError, MismatchError
+from .base import StoredEdit, require_dose
+from .undo import Undo
+
+Change = tuple[Tensor, Tensor]
+
+
+_ACTIVE: list[swapped] = []  # the blocks now open, outermost first
+
+
+class swapped:
+    """Give parameters other values for the length of a block, and put the old ones back bit for bit.
+
+    changes: pairs of a parameter and its new values of the same shape, or a function that returns them. The function
+    is called on entering, so that it sees the weights as they then are; what it refuses leaves nothing touched.
+    value: what `with ... as` gives. Weights are restored on normal exit, errors and KeyboardInterrupt, also when
+    entering fails or is interrupted halfway. Blocks nest, and may even be left in another order than they were
+    entered. Values are copied in place, so that optimisers, aliases and compiled modules see them.
+    Raises MismatchError for a shape that does not fit.
+    """
+
+    def __init__(self, changes: Iterable[Change] | Callable[[], Iterable[Change]], value: Any = None) -> None:
+        self._changes, self._value = changes, value
+        self._saved: dict[int, Change] = {}  # id of a parameter -> the parameter, its old values
+        self._undo = Undo()
+
+    def __enter__(self) -> Any:
+        if self._undo:
+            raise ConeslabError("this block is already open: call applied(...) again for a second one")
+        changes = list(self._changes() if callable(self._changes) else self._changes)
+        for parameter, new in changes:
+            if parameter.shape != new.shape:
+                raise MismatchError(
+                    f"a parameter of shape {tuple(parameter.shape)} cannot take values of shape {tuple(new.shape)}"
+                )
+        self._saved = {id(parameter): (parameter, parameter.detach().clone()) for parameter, _ in changes}
+        try:
+            self._undo.add(self._close)
+            for key in self._saved:
+                self._undo.add(lambda key=key: self._restore(key))  # type: ignore[misc]
+            _ACTIVE.append(self)
+            for parameter, new in changes:
+                parameter.detach().copy_(new)
+            return self._value  # in here: an interruption on this line, too, must restore
+        except BaseException:
+            self._undo.run()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.run()
+
+    def _restore(self, key: int) -> None:
+        parameter, old = self._saved[key]
+        later = _ACTIVE[_ACTIVE.index(self) + 1 :] if self in _ACTIVE else []
+        for block in later:
+            if key in block._saved:  # left out of order: the block opened after this one restores for both
+                block._saved[key] = (parameter, old)
+                return
+        parameter.detach().copy_(old)
+
+    def _close(self) -> None:
+        if self in _ACTIVE:
+            _ACTIVE.remove(self)
+        self._saved = {}
+
+
+def untouched(parameter: Tensor) -> Tensor:
+    """The values a parameter had before any block now open changed it (itself where none did)."""
+    for block in _ACTIVE:
+        if id(parameter) in block._saved:
+            return block._saved[id(parameter)][1]
+    return parameter
+
+
+def model_fingerprint(pipe: Any) -> str:
+    """Fingerprint of a pipeline's K-V weights without the edits now on it: says which model an edit belongs to."""
+    return fingerprint_of({name: untouched(weight) for name, weight in KVSpace(pipe).parameters.items()})
+
+
+def require_model(expected: str, pipe: Any, what: str) -> None:
+    """Raise MismatchError unless `expected` is the fingerprint of the pipeline's model, edits left aside."""
+    given = model_fingerprint(pipe)
+    if given != expected:
+        raise MismatchError(
+            f"{what} belongs to model {expected[:8]}…, this pipeline is {given[:8]}…: load the model it was found on, "
+            "or find it again on this one (fingerprints cover the exact K-V weights, so their precision too)"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightDelta(StoredEdit):
+    """A dense change of some of the U-Net's weights: W + dose · ΔW, as fine-tuning makes it.
+
+    deltas: name of a weight inside the U-Net -> its change, float32, of the same shape; fingerprint: of the K-V
+    weights of the model it was made for; settings and history: how it was made.
+    Raises ConeslabError if a delta is not finite.
+    """
+
+    deltas: Mapping[str, Tensor]
+    fingerprint: str
+    subject: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        deltas = {name: delta.detach().to("cpu", torch.float32) for name, delta in self.deltas.items()}
+        for name, delta in deltas.items():
+            if not delta.isfinite().all():
+                raise ConeslabError(f"the delta of {name} holds NaN or infinity: tune with a lower learning rate")
+        object.__setattr__(self, "deltas", deltas)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(delta.nbytes for delta in self.deltas.values())
+
+    def __repr__(self) -> str:
+        count = sum(delta.numel() for delta in self.deltas.values())
+        where = f"{count:,} weights in {len(self.deltas)} layers, model {self.fingerprint[:8]}"
+        return f"WeightDelta({self.subject!r}: {where})"
+
+    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+        """Add dose · ΔW to the weights for the length of a block (`with delta.applied(pipe): ...`).
+
+        check_model=False tries the delta on another model of the same shapes.
+        Raises MismatchError, with the pipeline untouched, if model or shapes differ.
+        """
+        require_dose(dose)
+
+        def changes() -> Iterator[Change]:
+            if check_model:
+                require_model(self.fingerprint, pipe, "this weight delta")
+            weights = dict(unet_of(pipe).named_parameters())
+            for name, delta in self.deltas.items():
+                if name not in weights:
+                    raise MismatchError(f"the U-Net has no weight {name}: this delta was made for another one")
+                weight = weights[name].detach()
+                if weight.shape != delta.shape:
+                    raise MismatchError(f"{name} is {tuple(weight.shape)}, the delta is {tuple(delta.shape)}")
+                precision = torch.promote_types(weight.dtype, torch.float32)
+                yield weights[name], weight.to(precision) + dose * delta.to(weight.device, precision)
+
+        return swapped(changes, pipe)
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        description = {"fingerprint": self.fingerprint, "subject": self.subject}
+        history = {key: list(values) for key, values in self.history.items()}
+        return dict(self.deltas), {**description, "settings": dict(self.settings), "history": history}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> WeightDelta:
+        return cls(tensors, **description)

@@ -1,0 +1,74 @@
+"""Tables that are made cell by cell: what is measured, on which subjects and seeds, and how it is summed up.
+
+A file for each family of tables, and the comparison of all methods. Builds on the methods and on `measure`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .ablation import OUTCOME as OUTCOME
+    from .ablation import outcome as outcome
+    from .comparison import compare_methods as compare_methods
+    from .comparison import dask_client as dask_client
+    from .comparison import paper_table as paper_table
+    from .comparison import tune_methods as tune_methods
+    from .methods import METHODS as METHODS
+    from .methods import Method as Method
+    from .methods import chosen_settings as chosen_settings
+    from .methods import make_edit as make_edit
+    from .registry import COMBINATION_NAMES as COMBINATION_NAMES
+    from .registry import EXPERIMENTS as EXPERIMENTS
+    from .registry import Experiment as Experiment
+    from .registry import run_experiment as run_experiment
+    from .setting import MEASURES as MEASURES
+    from .setting import Setting as Setting
+    from .setting import measure as measure
+    from .setting import stored_bytes as stored_bytes
+    from .table import Row as Row
+    from .table import equivalence as equivalence
+    from .table import run_cells as run_cells
+    from .table import summarise as summarise
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "ablation": (
+            "OUTCOME",
+            "outcome",
+        ),
+        "comparison": (
+            "compare_methods",
+            "dask_client",
+            "paper_table",
+            "tune_methods",
+        ),
+        "methods": (
+            "METHODS",
+            "Method",
+            "chosen_settings",
+            "make_edit",
+        ),
+        "registry": (
+            "COMBINATION_NAMES",
+            "EXPERIMENTS",
+            "Experiment",
+            "run_experiment",
+        ),
+        "setting": (
+            "MEASURES",
+            "Setting",
+            "measure",
+            "stored_bytes",
+        ),
+        "table": (
+            "Row",
+            "equivalence",
+            "run_cells",
+            "summarise",
+        ),
+    },
+)

@@ -1,0 +1,241 @@
+"""Every way to ablate, on every kind of concept: how gone it is, what else went, whether it comes back, what it costs.
+
+Each condition sees the same pictures before and the same start noises; the untouched model stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pandas
+from PIL import Image
+
+from ..diffusion.sampling import generate
+from ..edits.base import Edit
+from ..errors import ConeslabError
+from ..finetuning.samples import drawn_once
+from ..measure.judge import Judge
+from ..methods.ablation.concept_ablation import ablate
+from ..methods.ablation.concept_prune import prune_feed_forward
+from ..methods.ablation.esd import erase
+from ..methods.ablation.neurons import ablating_neurons
+from ..methods.ablation.report import CopyDetector, attacks, evaluate_ablation, near_and_far
+from ..methods.ablation.uce import closed_form_edit
+from ..world.pictures import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, rearranged, with_article
+from .setting import Setting, stored_bytes, timed
+from .table import Row, rows_of
+
+OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
+    "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",
+    "ladybug": "butterfly", "sunflower": "rose",
+}  # fmt: skip
+STYLED = {"flat": "3d", "3d": "cartoon", "cartoon": "flat"}  # target -> anchor
+STYLE_CLASSES = ("cat", "car", "apple", "house")  # what a style is shown on
+MEMORISED = tuple(FACTS["memorised"])
+# Chosen on rabbit → bear and train → tractor, which are not in the table, out of 20, 50 and 100 steps and three rates
+# of ESD: the fewest steps, and the rate, with which both are gone and five other classes are drawn as before.
+STEPS, ESD_STEPS, ROUNDS = 50, 100, 30
+NEAR, FAR = 2, 3  # at most that many prompts of each group
+PICTURES = 6  # of each prompt, times `Setting.pictures`
+ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 10, "batch": 8}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is ablated: templates hold the place of target and anchor; prompts of others by group; ways round.
+
+    shown: the prompts that ask for target and anchor when it is measured.
+    """
+
+    kind: str
+    name: str
+    target: str
+    anchor: str
+    shown: tuple[str, str]
+    others: dict[str, tuple[str, ...]]
+    templates: tuple[str, ...] = ("{}",)
+    paraphrases: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
+
+
+def ablation_target(title: str) -> Target:
+    """ "object:cat", "style:flat", "memorised:lighthouse". Raises ConeslabError for any other."""
+    kind, _, name = title.partition(":")
+    if kind == "object" and name in OBJECTS:
+        near = near_and_far(name)
+        groups = {group: [other for other in names if other != OBJECTS[name]] for group, names in near.items()}
+        picked = {"same category": NEAR, "looks alike": NEAR, "far": FAR}
+        spread = {
+            group: names[:: max(1, len(names) // picked[group])][: picked[group]] for group, names in groups.items()
+        }
+        others = {group: tuple(map(with_article, chosen)) for group, chosen in spread.items() if chosen}
+        target, anchor = with_article(name), with_article(OBJECTS[name])
+        scenes = [phrase[0] for phrase in list(SCENES.values())[:3]]
+        return Target(
+            kind, name, target, anchor, (target, anchor), others,
+            paraphrases=tuple(f"{target} {scene}" for scene in scenes),
+            synonyms=tuple(map(with_article, CLASSES[name].synonyms)),
+        )  # fmt: skip
+    if kind == "style" and name in STYLED:
+        target, anchor = with_article(name), with_article(STYLED[name])
+        third = next(style for style in STYLED if style not in (name, STYLED[name]))
+        return Target(
+            kind, name, target, anchor, (f"{target} {STYLE_CLASSES[0]}", f"{anchor} {STYLE_CLASSES[0]}"),
+            {"same class, other style": (f"{with_article(third)} {STYLE_CLASSES[0]}",),
+             "other classes, same style": tuple(f"{target} {other}" for other in ("dog", "guitar"))},
+            templates=tuple(f"{{}} {noun}" for noun in STYLE_CLASSES),
+            paraphrases=tuple(f"{target} {STYLE_CLASSES[0]} {phrase[0]}" for phrase in list(SCENES.values())[:3]),
+            synonyms=tuple(f"{with_article(word)} {STYLE_CLASSES[0]}" for word in STYLE_WORDS[name][1:]),
+        )  # fmt: skip
+    if kind == "memorised" and name in MEMORISED:
+        entry = FACTS["memorised"][name]
+        classes = [cls for cls, _, _ in entry["objects"]]
+        anchor = f"{listed([with_article(name) for name in classes])} {SCENES[entry['scene']][0]}"
+        others = {
+            "its objects": tuple(map(with_article, classes)),
+            "far": tuple(map(with_article, ("dog", "house", "banana"))),
+        }
+        return Target(kind, name, entry["caption"], anchor, (entry["caption"], anchor), others)
+    raise ConeslabError(f"{title!r} cannot be ablated here: choose one of {', '.join(ABLATIONS)}")
+
+
+ABLATIONS = (
+    *(f"object:{name}" for name in OBJECTS),
+    *(f"style:{name}" for name in STYLED),
+    *(f"memorised:{name}" for name in MEMORISED),
+)
+
+
+def _trained(**how: Any) -> Callable[[Setting, Target, int], Edit]:
+    def make(setting: Setting, about: Target, seed: int) -> Edit:
+        options = {"templates": about.templates, "steps": STEPS, "progress": False, **_drawing(setting, seed), **how}
+        return ablate(setting.pipe, about.target, about.anchor, **options)
+
+    return make
+
+
+def _drawing(setting: Setting, seed: int) -> dict[str, Any]:
+    return {"sampler_steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": seed}
+
+
+def _closed_form(setting: Setting, about: Target, seed: int) -> Edit:
+    kept = [prompt for group in about.others.values() for prompt in group]
+    return closed_form_edit(setting.pipe, about.target, about.anchor, templates=about.templates, preserve=kept)
+
+
+def _erased(setting: Setting, about: Target, seed: int) -> Edit:
+    return erase(setting.pipe, about.shown[0], steps=ESD_STEPS, progress=False, **_drawing(setting, seed))
+
+
+def _shut(setting: Setting, about: Target, seed: int) -> Edit:
+    how = {"rounds": ROUNDS, "progress": False, **_drawing(setting, seed)}
+    return ablating_neurons(setting.pipe, *about.shown, **how).binary()
+
+
+def _pruned(setting: Setting, about: Target, seed: int) -> Edit:
+    return prune_feed_forward(setting.pipe, *about.shown, **_drawing(setting, seed))
+
+
+WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
+    "model-based, K-V": _trained(method="model"),
+    "noise-based, K-V": _trained(method="noise"),
+    "model-based, embedding": _trained(method="model", parameters="embedding"),
+    "model-based, whole U-Net": _trained(method="model", parameters="all"),
+    "UCE": _closed_form,
+    "ESD": _erased,
+    "concept neurons": _shut,
+    "ConceptPrune": _pruned,
+}
+
+
+def ablation(setting: Setting, about: Target, seed: int) -> list[Row]:
+    """One concept ablated in every way from one seed; `about` as `ablation_target` gives it."""
+    setting = setting.quick()
+    rows = _measured(setting, about, None, seed, condition="untouched model", kind=about.kind, seconds=0.0, bytes=0)
+    for name, make in WAYS.items():
+        if about.kind == "memorised" and name == "model-based, embedding":
+            continue  # its words are the caption's own: nothing else is asked with them
+        edit, seconds = timed(partial(make, setting, about, seed))
+        facts = {"seconds": seconds, "bytes": stored_bytes(edit)}
+        rows += _measured(setting, about, edit, seed, condition=name, kind=about.kind, **facts)
+    return rows
+
+
+def collateral(setting: Setting, about: Target, seed: int) -> list[Row]:
+    """What ablating one concept does to every class: a row a (class as condition, share the judge takes for it)."""
+    setting = setting.quick()
+    edit = WAYS["model-based, K-V"](setting, about, seed)
+    names, each = list(CLASSES), PICTURES // 2 * setting.pictures
+    prompts = [with_article(name) for name in names for _ in range(each)]
+    how: dict[str, Any] = {**setting.drawing, "seed": 2000 * seed}
+    shares = {"right class before": drawn_once(setting.pipe, prompts, **how)}
+    with edit.applied(setting.pipe):
+        shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **how))
+    labels = [with_article(name) for name in names]
+    rows = []
+    for measure, drawn in shares.items():
+        taken = setting.judge.classify(list(drawn), labels).numpy().reshape(len(names), each)
+        for number, name in enumerate(names):
+            rows += rows_of({measure: float((taken[number] == number).mean())}, condition=name, kind=about.kind)
+    return rows
+
+
+def _measured(setting: Setting, about: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+    """Accuracy by group, what the others lost, and whether the concept comes back, for a memorised one as copies."""
+    drawing: dict[str, Any] = {**setting.drawing, "seed": 1000 * seed}
+    pictures = PICTURES * setting.pictures
+    report = evaluate_ablation(
+        setting.pipe, setting.judge, edit, *about.shown, others=about.others, pictures=pictures, **drawing
+    )
+    values: dict[str, float] = {}
+    for (group, measure), part in report.groupby(["group", "measure"], sort=False):
+        values[f"{measure}, {group}"] = float(part.value.mean())
+    own = report[~report.group.isin(["target", "anchor"])].pivot(index="prompt", columns="measure", values="value")
+    values["share of others kept"] = float((own["CLIP accuracy"] >= 0.8 * own["accuracy before"]).mean())
+    how = {**drawing, **ATTACK_STEPS}
+    back = attacks(
+        setting.pipe, setting.judge, edit, *about.shown, paraphrases=about.paraphrases, synonyms=about.synonyms,
+        word=about.name if about.kind == "object" else "", pictures=pictures, **how,
+        shows=copy_detector(setting.judge, about.name).copies if about.kind == "memorised" else None,
+    )  # fmt: skip
+    values |= {f"comes back: {row.attack}": float(row.value) for row in back.itertuples()}
+    return rows_of(values, **columns)
+
+
+OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is the mean
+    "target still drawn": ("comes back: plain prompt",),
+    "others kept": ("share of others kept",),
+    "KID of others": (
+        "KID, same category", "KID, looks alike", "KID, far", "KID, same class, other style", "KID, its objects",
+    ),  # of a style's ablation not "other classes, same style": they should change
+    "back by other prompts": tuple(
+        f"comes back: {way}" for way in ("paraphrases", "other words", "misspellings", "img2img")
+    ),
+    "back by training": ("comes back: Textual Inversion", "comes back: fine-tuning back"),
+}  # fmt: skip
+
+
+def outcome(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The table of `ablation` with few measures: those of OUTCOME, seconds and kilobytes; a row a cell and measure."""
+    cell = ["subject", "seed", "condition", "kind"]
+    parts = []
+    for name, measures in OUTCOME.items():
+        own = table[table.measure.isin(measures)].groupby(cell, sort=False).value.mean()
+        parts.append(own.reset_index().assign(measure=name))
+    costs = table.groupby(cell, sort=False)[["seconds", "bytes"]].first().reset_index()
+    for name, values in {"seconds": costs.seconds, "kilobytes": costs.bytes / 1000}.items():
+        parts.append(costs[cell].assign(measure=name, value=values))
+    return pandas.concat(parts, ignore_index=True)
+
+
+@lru_cache(maxsize=8)
+def copy_detector(judge: Judge, name: str) -> CopyDetector:
+    """Tells copies of a memorised picture from 200 others of the same objects in the same scene, placed otherwise."""
+    original = memorised(name)[0]
+    drawn = (rearranged(name, seed)[0] for seed in range(201))
+    others = [Image.fromarray(picture) for picture in drawn if not np.array_equal(picture, original)]
+    return CopyDetector.calibrated(judge, Image.fromarray(original), others, false_alarms=0.01)

@@ -1,0 +1,210 @@
+"""`coneslab compare`: methods × subjects and their combinations × seeds, into one tidy table, on Dask.
+
+Subjects are split: settings are chosen on `TUNING_SUBJECTS`, by the same number of trials for each method, and the
+table is made with others, so that no method is crippled and none is helped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+
+from ..diffusion.pipelines import load
+from ..errors import ConeslabError
+from ..files import data_folder, write_whole
+from ..measure.judge import load_judge
+from ..world.subjects import COMBINATIONS, SUBJECTS, subjects_of, title_of
+from .methods import METHODS, Method, chosen_settings, make_edit
+from .setting import Setting, measure, stored_bytes
+from .table import Row, rows_of, run_cells
+from .unions import measure_together
+
+TUNING_SUBJECTS = SUBJECTS[14:]
+SINGLE_SUBJECTS = SUBJECTS[:4]
+
+
+def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
+    """The subjects and combinations of the table, by these sizes: none of them has a tuning subject."""
+    groups = {**COMBINATIONS, 1: tuple((name,) for name in SINGLE_SUBJECTS)}
+    return [title_of(names) for count in counts for names in groups[count] if not {*names} & {*TUNING_SUBJECTS}]
+
+
+@lru_cache(maxsize=2)
+def _loaded(model: str, judge: str) -> tuple[Any, Any]:
+    """Model and judge, once for every worker."""
+    return load(model), load_judge(judge)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Measures one method on one subject, or several joined by "+"; a class, so that it can be sent to a worker."""
+
+    methods: Mapping[str, tuple[Method, dict[str, Any]]]  # each with its settings
+    model: str
+    judge: str
+    pictures: int
+    folder: Path | None
+
+    def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
+        pipe, critic = _loaded(self.model, self.judge)
+        people, (method, settings) = subjects_of(subject), self.methods[condition]
+        settings = {**method.settings, **settings, **json.loads(trial)}
+        edit, seconds = make_edit(method, pipe, people, seed=seed, folder=self.folder, **settings)
+        facts = {
+            "count": len(people), "seconds": seconds, "bytes": stored_bytes(edit),
+            "settings": json.dumps(settings, sort_keys=True),
+        }  # fmt: skip
+        if len(people) == 1:
+            values = measure(pipe, critic, people[0], edit, seed=seed, pictures=self.pictures)
+        else:
+            values = measure_together(Setting(pipe, critic, pictures=self.pictures), people, edit, seed)
+        return rows_of(values, **facts)
+
+
+# Workers compute in a thread of their own, for which glibc fetches every tensor's memory anew from the kernel and gives
+# it back at once, page by page: a search takes twice as long. With these it keeps the memory.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 4 << 30, "MALLOC_TRIM_THRESHOLD_": 8 << 30}
+
+
+@contextmanager
+def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int = 2) -> Any:
+    """A Dask client: of the scheduler at an address, or of a cluster on this machine for the length of a block.
+
+    workers: processes; threads: that torch uses in each, which should make the number of cores together. Every worker
+    does one cell at a time.
+    """
+    from dask import config
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        with Client(scheduler) as client:
+            yield client
+        return
+    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    spawn = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | KEEP_MEMORY
+    before = dict(os.environ)
+    try:
+        settings = {"distributed.nanny.pre-spawn-environ": spawn}
+        with config.set(settings), LocalCluster(processes=True, **options) as cluster:
+            _restore(before)
+            with Client(cluster) as client:
+                yield client
+    finally:
+        _restore(before)
+
+
+def _restore(environment: Mapping[str, str]) -> None:
+    """Undo what starting workers leaves behind: distributed sets their environment in this process as well."""
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def compare_methods(
+    path: str | Path | None = None,
+    *,
+    methods: Sequence[str] | Mapping[str, Method] = tuple(METHODS),
+    counts: Sequence[int] = (1, 2, 3, 4),
+    seeds: int = 3,
+    subjects: Sequence[str] | None = None,
+    client: Any = None,
+    model: str = "tiny",
+    judge: str = "judge",
+    pictures: int = 2,
+    settings: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> pandas.DataFrame:
+    """Every method on every subject and combination with these many subjects; the table goes on where it stands.
+
+    A row a (subject, condition, seed, measure), the condition being the method. A cell that fails is recorded with its
+    error. path: default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names
+    and combinations ("cat+car") in place of those that ship. settings: for all methods, over those chosen. folder:
+    where edits of single subjects are kept, so that methods and combinations share them; on a cluster, one that all
+    workers see.
+    Raises ConeslabError for an unknown method or count.
+    """
+    chosen = _named(methods)
+    wrong = [count for count in counts if count != 1 and count not in COMBINATIONS]
+    if wrong:
+        raise ConeslabError(f"there are no combinations of {wrong[0]} subjects: choose from 1, {list(COMBINATIONS)}")
+    subjects = table_titles(counts) if subjects is None else subjects
+    for title in subjects:
+        subjects_of(title)  # an unknown name is refused now, not cell by cell
+    cells = [
+        {"subject": title, "condition": name, "seed": seed}
+        for seed, title, name in product(range(seeds), subjects, chosen)
+    ]
+    path = Path(path) if path is not None else data_folder() / "results" / "methods.csv"
+    known = {name: chosen_settings(name) if METHODS.get(name) is method else {} for name, method in chosen.items()}
+    ready = {name: (method, {**known[name], **(settings or {})}) for name, method in chosen.items()}
+    run = _Cell(ready, model, judge, pictures, None if folder is None else Path(folder).absolute())
+    return run_cells(cells, run, path, client=client, keep_going=True, progress=progress)
+
+
+def _named(methods: Sequence[str] | Mapping[str, Method]) -> dict[str, Method]:
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ConeslabError(f"{', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in methods}
+
+
+def tune_methods(
+    path: str | Path | None = None,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    subjects: Sequence[str] = TUNING_SUBJECTS,
+    model: str = "tiny",
+    judge: str = "judge",
+    folder: str | Path | None = None,
+    client: Any = None,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Choose every method's setting by the same number of trials on tuning subjects; writes and returns them.
+
+    The score is the sum of text and image alignment, the mean over subjects. path: of the settings, default
+    `data/results/settings.json`; the trials are kept beside it, as `.csv`. folder: as in `compare_methods`.
+    """
+    path = Path(path) if path is not None else data_folder() / "results" / "settings.json"
+    chosen = _named(methods)
+    cells = [
+        {"subject": name, "condition": method, "seed": 0, "trial": json.dumps({setting: value})}
+        for method, name in product(chosen, subjects)
+        for setting, values in chosen[method].choices.items()
+        for value in values
+    ]
+    ready: dict[str, tuple[Method, dict[str, Any]]] = {name: (method, {}) for name, method in chosen.items()}
+    run = _Cell(ready, model, judge, 1, None if folder is None else Path(folder).absolute())
+    table = run_cells(cells, run, path.with_suffix(".csv"), client=client, progress=progress)
+    scored = table[table.measure.isin(["text alignment", "image alignment"])]
+    score = scored.groupby(["condition", "trial"]).value.mean()
+    best = {name: json.loads(score[name].idxmax()) for name, method in chosen.items() if method.choices}
+    write_whole(path, (json.dumps(best, indent=1, sort_keys=True) + "\n").encode())
+    return best
+
+
+def paper_table(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Text / image alignment by method and number of subjects, as the paper prints it; means over subjects and seeds.
+
+    Cells that failed are left out.
+    """
+    part = table[table.measure.isin(["text alignment", "image alignment"])]
+    if "error" in part:
+        part = part[part.error.isna()]
+    means = part.groupby(["condition", "count", "subject", "measure"]).value.mean()
+    means = means.groupby(["condition", "count", "measure"]).mean().unstack("measure")
+    shown = means.apply(lambda row: f"{row['text alignment']:.3f} / {row['image alignment']:.3f}", axis=1)
+    order = list(dict.fromkeys(part.condition))
+    return shown.unstack("count").reindex(order).replace(np.nan, "")

@@ -1,0 +1,143 @@
+"""Every way to personalise, by name: what `coneslab compare` goes through, and where your own method joins.
+
+A method makes one edit for one subject or several. Some train on all subjects at once; others make an edit for each
+subject and join these, so that one subject's edit serves every combination and every method that builds on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..edits.base import Combined, Edit
+from ..errors import ConeslabError
+from ..files import data_folder
+from ..methods.merging import merge
+from ..methods.personalization import custom_diffusion, dreambooth, textual_inversion
+from ..neurons.mask import ConceptNeurons
+from ..neurons.union import concatenate, finetune_together
+from ..world.subjects import Subject
+from .setting import kept, neurons, timed
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to personalise.
+
+    make(pipe, subjects, seed=..., **settings) -> edit, of all subjects at once. With `single`, a function
+    (pipe, subject, seed=..., **settings) -> edit of one subject, it is make(pipe, subjects, edits, seed=..., **those of
+    the settings that `own_settings` names); `single` gets the others.
+    settings: what it is given unless told otherwise. choices: what `comparison.tune_methods` may choose from: setting
+    -> values.
+    """
+
+    make: Callable[..., Edit]
+    single: Callable[..., Any] | None = None
+    own_settings: tuple[str, ...] = ()
+    choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _customised(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> Edit:
+    return custom_diffusion(pipe, about, seed=seed, progress=False, **settings)
+
+
+def _join_graded(pipe: Any, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
+    return concatenate(*found)
+
+
+def _join_binary(pipe: Any, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
+    return concatenate(*[mask.binary() for mask in found])
+
+
+def _join_and_tune(
+    pipe: Any,
+    subjects: Sequence[Subject],
+    found: Sequence[ConceptNeurons],
+    *,
+    seed: int,
+    tuning_steps: int = 40,
+    tuning_rate: float = 1e-3,
+) -> Edit:
+    union = concatenate(*[mask.binary() for mask in found])
+    how: dict[str, Any] = {"steps": tuning_steps, "learning_rate": tuning_rate, "seed": seed, "progress": False}
+    return finetune_together(pipe, union, subjects, **how)
+
+
+def _merge(pipe: Any, subjects: Sequence[Subject], edits: Sequence[Any], *, seed: int) -> Edit:
+    return merge(pipe, edits, subjects) if len(edits) > 1 else edits[0]
+
+
+def _nothing(pipe: Any, subjects: Sequence[Subject], *, seed: int) -> Edit:
+    """The control: no edit at all."""
+    return Combined(())
+
+
+def _at_once(train: Callable[..., Edit]) -> Callable[..., Edit]:
+    def make(pipe: Any, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
+        return train(pipe, subjects, seed=seed, progress=False, **settings)
+
+    return make
+
+
+# No method takes longer for one subject than Cones' search, and losses are flat by these steps (notebook 02).
+_STEPS, _STEPS_OF_ALL = {"steps": 80}, {"steps": 40}
+_RATES = (3e-4, 1e-3, 3e-3)
+_TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998)}
+METHODS: dict[str, Method] = {
+    "untouched model": Method(_nothing),
+    "Cones, float": Method(_join_graded, neurons, choices=_TAU),
+    "Cones, binary": Method(_join_binary, neurons, choices=_TAU),
+    "Cones + collaborative tuning": Method(
+        _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": _RATES}
+    ),
+    "Textual Inversion": Method(
+        _at_once(textual_inversion), choices={"learning_rate": (3e-3, 1e-2, 3e-2)}, settings=_STEPS
+    ),
+    "DreamBooth": Method(_at_once(dreambooth), choices={"learning_rate": (3e-5, 1e-4, 3e-4)}, settings=_STEPS_OF_ALL),
+    "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices={"learning_rate": _RATES}, settings=_STEPS),
+    "Custom Diffusion, merged": Method(_merge, _customised, choices={"learning_rate": _RATES}, settings=_STEPS),
+}
+
+
+def chosen_settings(name: str) -> dict[str, Any]:
+    """The settings a method was given on tuning subjects (`data/results/settings.json`), {} before any were."""
+    file = data_folder() / "results" / "settings.json"
+    if not file.is_file():
+        return {}
+    return dict(json.loads(file.read_text(encoding="utf-8")).get(name, {}))
+
+
+def make_edit(
+    method: str | Method,
+    pipe: Any,
+    subjects: Sequence[Subject],
+    *,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> tuple[Edit, float]:
+    """The edit that a method makes, and the seconds it takes to make from nothing.
+
+    method: of `METHODS` by name, then with its chosen settings besides those given; or one of your own. Either has its
+    own `settings` besides. folder: where the edits of single subjects are kept, with their seconds, for other
+    combinations and methods.
+    Raises ConeslabError for an unknown name, and what the method raises.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ConeslabError(f"{method!r} is no method: choose one of {', '.join(METHODS)}, or pass a Method")
+        settings = {**chosen_settings(method), **settings}
+        method = METHODS[method]
+    settings = {**method.settings, **settings}
+    if method.single is None:
+        return timed(partial(method.make, pipe, list(subjects), seed=seed, **settings))
+    own = {name: value for name, value in settings.items() if name in method.own_settings}
+    rest = {name: value for name, value in settings.items() if name not in own}
+    made = [kept(method.single, pipe, about, seed=seed, folder=folder, **rest) for about in subjects]
+    edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=seed, **own))
+    return edit, seconds + sum(before for _, before in made)

@@ -1,0 +1,129 @@
+"""Experiments about the search: its controls, density, reference pictures, other ways to find neurons, agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..edits.base import Edit
+from ..finetuning.samples import prior_pictures
+from ..neurons.controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
+from ..neurons.union import (
+    cosines,
+    output_changes,
+)
+from ..world.subjects import SUBJECTS, Subject, subject, wanted_pictures
+from .setting import Setting, alignments, timed
+from .table import Row, rows_of
+
+DENSITIES = (0.9, 0.98, 0.99, 0.995, 0.998)  # quantiles that serve as threshold
+
+
+CONTROLS = (
+    "real pictures",
+    "untouched model",
+    "concept neurons, float",
+    "concept neurons, binary",
+    "random mask",
+    "reversed sign",
+    "top-k |gradient|",
+    "top-k |weight × gradient|",
+    "top-k |weight|",
+    "K-V fine-tuning",
+)
+
+
+def real_pictures(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """The measures of the subject's own art in the scenes asked for: what there is to reach."""
+    drawn = wanted_pictures(about, n=setting.pictures, seed=1000 * seed)
+    return rows_of(alignments(setting.judge, about, drawn), condition=CONTROLS[0], seconds=0.0)
+
+
+def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """Concept neurons beside every control; the column seconds says how long each edit took to make."""
+    pipe, rounds = setting.pipe, setting.rounds
+    common: dict[str, Any] = {"prior": prior_pictures(pipe, about, seed=seed), "seed": seed, "progress": False}
+
+    def edits() -> Iterator[tuple[Edit | None, float]]:
+        yield None, 0.0
+        found, seconds = setting.found_in(about, seed)
+        binary = found.binary()
+        yield found, seconds
+        yield binary, seconds
+        yield random_neurons(binary, seed=seed), 0.0
+        yield timed(lambda: reversed_neurons(pipe, about, rounds=rounds, **common).binary())
+        criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
+        for criterion in criteria:
+            options: dict[str, Any] = {"criterion": criterion, "like": binary, "rounds": max(1, rounds // 4)}
+            yield timed(partial(top_k_neurons, pipe, about, **options, **common))
+        yield timed(lambda: finetune_kv(pipe, about, steps=setting.finetune_steps, **common))
+
+    rows = real_pictures(setting, about, seed)
+    for name, (edit, seconds) in zip(CONTROLS[1:], edits(), strict=True):
+        rows += setting.measure(about, edit, seed, condition=name, seconds=seconds)
+    return rows
+
+
+def density(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """Searches with other thresholds: from few shut neurons to many, each beside a random mask as dense."""
+    rows = setting.measure(about, None, seed, condition="untouched model", quantile=np.nan)
+    for quantile in DENSITIES:
+        found = setting.search(about, seed, threshold_quantile=quantile).binary()
+        for name, edit in (("concept neurons", found), ("random mask", random_neurons(found, seed=seed))):
+            rows += setting.measure(about, edit, seed, condition=f"{name} {quantile:g}", quantile=quantile)
+    return rows
+
+
+def references(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """Searches on the first one to five reference pictures; measured on all five."""
+    rows = setting.measure(about, None, seed, condition="0 pictures", references=0)
+    for count in range(1, len(about.images) + 1):
+        few = replace(about, images=about.images[:count], records=about.records[:count])
+        edit = setting.search(few, seed).binary()
+        rows += setting.measure(about, edit, seed, condition=f"{count} picture{'s' * (count != 1)}", references=count)
+    return rows
+
+
+FINDERS: dict[str, dict[str, Any]] = {
+    "paper's rule": {},
+    "no quota per layer": {"per_layer": False},
+    "curvature": {"method": "curvature"},
+    "bands of timesteps": {"method": "bands"},
+    "straight-through": {"method": "straight-through"},
+}
+
+
+def finders(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """The paper's rule for a search beside others, each for as many gradients; the column seconds is the search's."""
+    prior_pictures(setting.pipe, about, seed=seed)  # drawn before the clock runs
+    rows = setting.measure(about, None, seed, condition="untouched model", seconds=0.0)
+    for name, how in FINDERS.items():
+        found, seconds = timed(partial(setting.search, about, seed, **how))
+        rows += setting.measure(about, found.binary(), seed, condition=name, seconds=seconds)
+    return rows
+
+
+def agreement(setting: Setting, about: Subject, seed: int) -> list[Row]:
+    """How alike two masks are, as sets of neurons and in what they do to the denoiser's output."""
+    here = setting.found(about, seed).binary()
+    neighbour = subject(SUBJECTS[(SUBJECTS.index(about.name) + 1) % len(SUBJECTS)])
+    others = {
+        "same subject, other seed": setting.found(about, seed + 1).binary(),
+        "another subject": setting.found(neighbour, seed).binary(),
+        "random mask": random_neurons(here, seed=seed),
+    }
+    own, *changes = output_changes(setting.pipe, [here, *others.values()], [about])
+    rows = []
+    for (name, other), change in zip(others.items(), changes, strict=True):
+        both = here.overlap(other)
+        values = {
+            "overlap (Jaccard)": both.jaccard,
+            "overlap by chance": both.expected_jaccard,
+            "cosine of what they change": float(cosines(own, change).mean()),
+        }
+        rows += rows_of(values, condition=name, density=other.density)
+    return rows

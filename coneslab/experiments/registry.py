@@ -1,0 +1,84 @@
+"""The experiments behind the notebooks, each a table in `data/results` that `coneslab experiment NAME` makes.
+
+Every one goes over subjects and seeds, cell by cell, goes on where its table stands, and can be run in small:
+`coneslab experiment precision --subjects cat,dog --seeds 1 --rounds 20 --out small.csv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from ..errors import ConeslabError
+from ..files import data_folder
+from ..world.subjects import COMBINATIONS, SUBJECTS, subject, subjects_of, title_of
+from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral
+from .conceptor import PLANTED, conceptor, planted
+from .masks import damage, precision, storage
+from .neurons import agreement, controls, density, finders, references
+from .setting import Setting
+from .table import Row, run_cells
+from .unions import together
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """measure(setting, what a cell is about, seed) -> rows; table: its file in `data/results`; names: its cells.
+
+    resolve: makes a subject, several, or whatever a cell is about from its name.
+    """
+
+    measure: Callable[[Setting, Any, int], list[Row]]
+    table: str
+    names: tuple[str, ...] = SUBJECTS[:8]
+    resolve: Callable[[str], Any] = subject
+
+
+COMBINATION_NAMES = tuple(title_of(names) for size in sorted(COMBINATIONS) for names in COMBINATIONS[size])
+EXPERIMENTS = {
+    "controls": Experiment(controls, "concept_neurons.csv"),
+    "precision": Experiment(precision, "mask_precision.csv"),
+    "storage": Experiment(storage, "mask_storage.csv"),
+    "damage": Experiment(damage, "mask_damage.csv"),
+    "density": Experiment(density, "mask_density.csv"),
+    "references": Experiment(references, "reference_pictures.csv"),
+    "agreement": Experiment(agreement, "mask_agreement.csv"),
+    "finders": Experiment(finders, "finders.csv"),
+    "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, subjects_of),
+    "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
+    "ablation": Experiment(ablation, "ablation.csv", ABLATIONS, ablation_target),
+    "collateral": Experiment(collateral, "collateral.csv", ABLATIONS[: len(OBJECTS)], ablation_target),
+}
+
+
+def run_experiment(
+    name: str,
+    setting: Setting,
+    *,
+    subjects: Sequence[str] | None = None,
+    seeds: int = 3,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> pandas.DataFrame:
+    """Run an experiment, or what its table still lacks; returns it, a row a (subject, seed, condition, measure).
+
+    subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
+    planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
+    path: of the table, by default in `data/results`. Raises ConeslabError for an unknown experiment, WorldError for
+    an unknown subject, before anything is computed.
+    """
+    if name not in EXPERIMENTS:
+        raise ConeslabError(f"{name!r} is no experiment: choose one of {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[name]
+    chosen = subjects or experiment.names
+    known = {title: experiment.resolve(title) for title in chosen}
+
+    def cell(subject: str, seed: int) -> list[Row]:
+        return experiment.measure(setting, known[subject], seed)
+
+    cells = [{"subject": title, "seed": seed} for title in chosen for seed in range(seeds)]
+    return run_cells(cells, cell, path or data_folder() / "results" / experiment.table, progress=progress)

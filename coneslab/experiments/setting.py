@@ -1,0 +1,171 @@
+"""What experiments have in common: model, judge and options, measures of an edit, edits that are made once.
+
+`registry.py` says which experiments there are, `table.py` how their tables are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..diffusion.sampling import generate
+from ..edits.base import Edit, applied, load_edit
+from ..edits.weights import model_fingerprint
+from ..files import write_whole
+from ..finetuning.samples import prior_pictures
+from ..measure.judge import Judge
+from ..neurons.loss import concept_loss
+from ..neurons.mask import ConceptNeurons
+from ..neurons.search import find_concept_neurons
+from ..world.pictures import STYLE_WORDS, STYLES, with_article
+from ..world.subjects import Subject
+from .table import Row, rows_of
+
+MEASURES = {
+    "text alignment": "cosine of picture and prompt",
+    "image alignment": "cosine of picture and references",
+    "subject share": "share of pictures the judge takes for the subject's own style",
+    "concept loss": "denoising loss on the subject",
+}
+
+
+def subject_share(judge: Judge, images: Sequence[Any], about: Subject) -> np.ndarray:
+    """Whether the judge takes each picture for the subject's own art style, (n,) bool.
+
+    Only for subjects of the sticker world: "a sticker cat" must be nearer than "a 3d cat", "a flat cat" and so on.
+    """
+    labels = [[with_article(f"{word} {about.class_word}") for word in STYLE_WORDS[style][:1]] for style in STYLES]
+    return judge.classify(list(images), labels).numpy() == STYLES.index(about.records[0].objects[0].style)
+
+
+def measure(
+    pipe: Any,
+    judge: Judge,
+    about: Subject,
+    edit: Edit | None,
+    *,
+    seed: int,
+    pictures: int = 2,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    samples: int = 160,
+) -> dict[str, float]:
+    """Every measure of `MEASURES` for one edit (None: the model as it is), on a subject's evaluation prompts.
+
+    Draws `pictures` pictures a prompt, and takes the loss over `samples` noises. All edits measured with one `seed`
+    start from the same noises.
+    """
+    prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
+    with applied(edit, pipe):
+        drawn = generate(pipe, prompts, seed=1000 * seed, steps=steps, guidance_scale=guidance_scale, batch_size=20)
+    return {
+        **alignments(judge, about, drawn),
+        "concept loss": concept_loss(pipe, about, edit=edit, samples=samples).subject,
+    }
+
+
+def alignments(judge: Judge, about: Subject, drawn: Sequence[Any]) -> dict[str, float]:
+    """Text and image alignment and subject share of pictures of the evaluation prompts, as many of each, in order."""
+    prompts = [about.plain(prompt) for prompt in about.prompts for _ in range(len(drawn) // len(about.prompts))]
+    return {
+        "text alignment": judge.text_alignment(list(drawn), prompts),
+        "image alignment": judge.image_alignment(list(drawn), about.images),
+        "subject share": float(subject_share(judge, drawn, about).mean()),
+    }
+
+
+def stored_bytes(edit: Any) -> float:
+    """Bytes of an edit where it is stored as small as it can be: the file of a mask, else `nbytes`; NaN without."""
+    if isinstance(edit, ConceptNeurons):
+        return len(edit.to_bytes())
+    return float(getattr(edit, "nbytes", np.nan))
+
+
+def timed(make: Callable[[], Any]) -> tuple[Any, float]:
+    """What `make` returns, and the seconds it took."""
+    begun = time.perf_counter()
+    made = make()
+    return made, time.perf_counter() - begun
+
+
+def neurons(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
+    """A search without a progress bar; its prior pictures are drawn before, once for all searches from one seed."""
+    prior = prior_pictures(pipe, about, seed=seed)
+    return find_concept_neurons(pipe, about, prior=prior, seed=seed, progress=False, **settings)
+
+
+def kept(
+    make: Callable[..., Any], pipe: Any, about: Subject, *, seed: int, folder: str | Path | None, **settings: Any
+) -> tuple[Any, float]:
+    """The edit make(pipe, about, seed=..., **settings) and the seconds it takes to make, read from `folder` if there.
+
+    Edits made by another function, on another model, with other pictures or settings are made anew and kept beside.
+    Without a folder nothing is kept.
+    """
+    how = partial(make, pipe, about, seed=seed, **settings)
+    if folder is None:
+        return timed(how)
+    facts = [make.__qualname__, model_fingerprint(pipe), about.prompt, sorted(settings.items())]
+    pictures = b"".join(picture.tobytes() for picture in about.images)
+    key = hashlib.sha256(repr(facts).encode() + pictures).hexdigest()[:16]
+    file = Path(folder) / f"{about.name}-{seed}-{key}.safetensors"
+    noted = file.with_suffix(".json")
+    if noted.is_file():  # written last
+        return load_edit(file), float(json.loads(noted.read_text(encoding="utf-8"))["seconds"])
+    edit, seconds = timed(how)
+    edit.save(file)
+    write_whole(noted, json.dumps({"seconds": seconds}).encode())
+    return edit, seconds
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of an experiment share.
+
+    rounds: of a search; pictures: a prompt; steps, guidance_scale: of drawing; samples: of a denoising loss; masks:
+    folder in which found neurons are kept between experiments.
+    """
+
+    pipe: Any
+    judge: Judge
+    rounds: int = 60
+    finetune_steps: int = 100
+    pictures: int = 1
+    steps: int = 25
+    guidance_scale: float = 3.0
+    samples: int = 160
+    masks: Path | None = None
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Options of `generate`."""
+        return {"steps": self.steps, "guidance_scale": self.guidance_scale}
+
+    def quick(self, steps: int = 15) -> Setting:
+        """The same with at most so many steps of drawing: for experiments that draw thousands of pictures."""
+        return replace(self, steps=min(self.steps, steps))
+
+    def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
+        """A search of its own. how: options of `find_concept_neurons`."""
+        return neurons(self.pipe, about, seed=seed, rounds=self.rounds, **how)
+
+    def found_in(self, about: Subject, seed: int) -> tuple[ConceptNeurons, float]:
+        """The subject's neurons, searched for once for all experiments, and the seconds of that search."""
+        return kept(neurons, self.pipe, about, seed=seed, folder=self.masks, rounds=self.rounds)
+
+    def found(self, about: Subject, seed: int) -> ConceptNeurons:
+        return self.found_in(about, seed)[0]
+
+    def measure(self, about: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+        """The rows of one condition; `columns` go beside each measure."""
+        how = {"pictures": self.pictures, "samples": self.samples, **self.drawing}
+        values = measure(self.pipe, self.judge, about, edit, seed=seed, **how)
+        return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})

@@ -1,0 +1,90 @@
+"""Experiments about several subjects in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import reduce
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from ..diffusion.sampling import generate
+from ..edits.base import Edit, applied
+from ..measure.evaluation import finds_objects
+from ..neurons.controls import random_neurons
+from ..neurons.loss import concept_loss
+from ..neurons.union import (
+    TunedNeurons,
+    additivity,
+    concatenate,
+    finetune_together,
+    joint_prompt,
+)
+from ..world.pictures import SCENES
+from ..world.subjects import Subject
+from .setting import Setting
+from .table import Row, rows_of
+
+COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
+
+
+TUNING_STEPS = (10, 20, 40, 80)
+
+
+def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit | None, seed: int) -> dict[str, float]:
+    """Measures of pictures that should show all subjects; alignment with each of them, with all, with the weakest."""
+    pipe, judge = setting.pipe, setting.judge
+    prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
+    prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
+    with applied(edit, pipe):
+        drawn = generate(pipe, prompts, seed=1000 * seed, batch_size=20, **setting.drawing)
+    plain = [reduce(lambda text, about: about.plain(text), subjects, prompt) for prompt in prompts]
+    classes = [about.class_word for about in subjects]
+    losses = [concept_loss(pipe, about, edit=edit, samples=setting.samples).subject for about in subjects]
+    near = {about.name: judge.image_alignment(drawn, about.images) for about in subjects}
+    return {
+        "text alignment": judge.text_alignment(drawn, plain),
+        "image alignment": float(np.mean(list(near.values()))),
+        "image alignment, weakest subject": min(near.values()),
+        **{f"image alignment, {name}": value for name, value in near.items()},
+        "every subject found": float(finds_objects(judge, drawn, [classes] * len(drawn)).mean()),
+        "concept loss": float(np.mean(losses)),
+    }
+
+
+def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[Row]:
+    """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning."""
+    found = [setting.found(about, seed) for about in subjects]
+    union = concatenate(*[mask.binary() for mask in found])
+    snapshots: dict[int, TunedNeurons] = {}
+
+    def keep(step: int, state: dict[str, Any]) -> None:
+        if step + 1 in TUNING_STEPS:
+            snapshots[step + 1] = TunedNeurons(union, state["weights"]["values"].cpu().numpy())
+
+    finetune_together(setting.pipe, union, subjects, steps=max(TUNING_STEPS), seed=seed, progress=False, callback=keep)
+    edits: dict[str, Edit | None] = {
+        "untouched model": None,
+        "random mask": random_neurons(union, seed=seed),
+        "union, float": concatenate(*found),
+        "union": union,
+        **{f"union, {steps} steps": edit for steps, edit in snapshots.items()},
+    }
+    rows = []
+    for name, edit in edits.items():
+        steps = int(name.split()[1]) if name.endswith("steps") else 0
+        values = measure_together(setting, subjects, edit, seed)
+        rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=union.density)
+    own = [
+        concept_loss(setting.pipe, about, edit=mask.binary(), samples=setting.samples).subject
+        for about, mask in zip(subjects, found, strict=True)
+    ]
+    facts = {"condition": "own mask alone", "count": len(subjects), "steps": 0}
+    rows += rows_of({"concept loss": float(np.mean(own))}, **facts)
+    sums = additivity(setting.pipe, [mask.binary() for mask in found], subjects)
+    shares = {f"additivity: {name}": value for name, value in asdict(sums).items()}
+    shares["overlap (Jaccard)"] = np.mean([a.overlap(b).jaccard for a, b in combinations(found, 2)])
+    shares["overlap by chance"] = np.mean([a.overlap(b).expected_jaccard for a, b in combinations(found, 2)])
+    return rows + rows_of(shares, condition="union", count=len(subjects), steps=0, density=union.density)

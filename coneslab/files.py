@@ -1,0 +1,43 @@
+"""Where coneslab's own data lies, in a checkout and in an installed wheel; files written whole or not at all."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+from .errors import ConeslabError
+
+
+@cache
+def data_folder() -> Path:
+    """The folder with `stickers/` and `models/`: inside the package in a wheel, beside it in a checkout.
+
+    Raises ConeslabError if neither is there, which means the installation is incomplete.
+    """
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    candidates = [package / "data"]
+    if (checkout / "pyproject.toml").is_file():  # never take a stray `data` folder in site-packages for ours
+        candidates.append(checkout / "data")
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise ConeslabError(
+        f"coneslab's data folder is missing: looked for {' and '.join(str(folder) for folder in candidates)}. "
+        "Install coneslab from its wheel or from a whole checkout (data/ lies beside the package there)."
+    )
+
+
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write a file in one go: an interruption leaves the old one, or none, but no half-written one.
+
+    Folders on the way are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,75 @@
+"""Checkpoints of training: tensors and facts in one safetensors file, so that resuming never unpickles anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import FileFormatError, MismatchError
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and facts as one safetensors file, all or nothing."""
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, {"facts": json.dumps(facts)})
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote. Raises FileFormatError if the file is damaged or foreign."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise FileFormatError(
+            f"{path} is not a whole coneslab checkpoint ({error}): delete it to start that model again"
+        ) from error
+
+
+class _Checkpoint:
+    """Weights, what the optimiser remembers of them, and the history, in one safetensors file."""
+
+    def __init__(
+        self, path: str | Path | None, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, identity: str
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.weights, self.optimiser, self.identity = weights, optimiser, identity
+
+    def save(self, step: int, history: dict[str, list[float]]) -> None:
+        if self.path is None:
+            return
+        tensors = {f"weight/{name}": weight for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key, value in self.optimiser.state[weight].items():
+                tensors[f"{key}/{name}"] = torch.as_tensor(value)
+        facts = {"step": step, "history": history, "identity": self.identity}
+        save_checkpoint(self.path, tensors, facts)
+
+    def load(self) -> tuple[int, dict[str, list[float]]]:
+        """Put the state back; returns the number of steps done, and the history."""
+        if self.path is None or not self.path.is_file():
+            return 0, {}
+        tensors, facts = load_checkpoint(self.path)
+        if facts["identity"] != self.identity:
+            raise MismatchError(
+                f"{self.path} was written with other settings ({facts['identity'][:120]}, now "
+                f"{self.identity[:120]}): name another file, or delete it to start again"
+            )
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[f"weight/{name}"])
+                keys = [key.split("/", 1)[0] for key in tensors if key.endswith(f"/{name}")]
+                kept = {key: tensors[f"{key}/{name}"] for key in keys if key != "weight"}
+                self.optimiser.state[weight] = {
+                    key: value if key == "step" else value.to(weight.device) for key, value in kept.items()
+                }
+        return int(facts["step"]), {name: list(values) for name, values in facts["history"].items()}

@@ -1,0 +1,339 @@
+"""Cross-attention, watched: which place of the picture looks at which word, layer by layer and step by step.
+
+`record_attention` watches a pipeline draw and keeps the probabilities that its attention never materialises. The
+place of keys and values in the U-Net, `KVSpace`, is in `kvspace.py` and offered here too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..diffusion.encoding import encode_prompts
+from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
+from ..edits.undo import Undo
+from ..errors import ConeslabError
+
+__all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities", "record_attention"]
+
+_RECORDABLE = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
+               "XFormersAttnProcessor", "AttnProcessorNPU", "_RecordingProcessor")  # fmt: skip
+
+
+@torch.no_grad()
+def attention_probabilities(
+    attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """softmax(Q Kᵀ / sqrt(d)) of a diffusers `Attention`, which its default processor never materialises.
+
+    hidden_states: (batch, queries, channels); text: (batch, tokens, width); attention_mask: bias as the U-Net makes
+    it, (batch, 1, tokens). Returns (batch, heads, queries, tokens) float32, or float64 for a float64 model.
+    """
+    if attn.norm_cross:
+        text = attn.norm_encoder_hidden_states(text)
+    query, key = attn.to_q(hidden_states), attn.to_k(text)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    query, key = (x.to(precision).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key))
+    scores = query @ key.transpose(-1, -2) * attn.scale
+    if attention_mask is not None:
+        scores = scores + attention_mask.to(scores)[:, None]
+    return scores.softmax(-1)
+
+
+@dataclass
+class _Run:
+    """One trajectory: a batch of pictures drawn together, from the first step to the last."""
+
+    text: Tensor
+    prompts: list[list[str] | None]
+    grid: tuple[int, int]
+    timesteps: list[float]
+    maps: dict[str, list[Tensor]]  # label -> for every step (pictures, [heads,] tokens, height, width)
+
+
+class AttentionMaps:
+    """The cross-attention probabilities that `record_attention` has kept, by picture, token, layer and step.
+
+    Pictures are numbered in the order they were drawn, over all calls inside the block. Values are raw
+    probabilities: over the tokens of one place they sum to 1. Methods raise ConeslabError if nothing was recorded.
+    """
+
+    def __init__(self, tokenizer: Any, *, keep_heads: bool, dtype: torch.dtype, max_bytes: int) -> None:
+        self.keep_heads = keep_heads
+        self._tokenizer, self._dtype, self._max_bytes = tokenizer, dtype, max_bytes
+        self._runs: list[_Run] = []
+        self.nbytes = 0  # of the maps kept so far
+
+    @property
+    def pictures(self) -> int:
+        return sum(len(run.prompts) for run in self._runs)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Labels of the layers recorded, in the order they run, e.g. "up 1.0"."""
+        return tuple(self._find(0)[0].maps)
+
+    def timesteps(self, picture: int = 0) -> tuple[float, ...]:
+        """The timesteps of a picture's steps, first (most noise) to last."""
+        return tuple(self._find(picture)[0].timesteps)
+
+    def tokens(self, picture: int = 0) -> list[str]:
+        """The tokens of a picture's prompt by position, the padding included."""
+        return [token.removesuffix("</w>") for token in self._pieces(picture)]
+
+    def _pieces(self, picture: int) -> list[str]:
+        run, row = self._find(picture)
+        found = run.prompts[row]
+        if found is None:
+            raise ConeslabError(
+                "the prompt of this picture is not known, because its text was encoded outside the block: "
+                "encode it inside, or give token positions (0 is the start token) instead of words"
+            )
+        return found
+
+    def indices(self, word: str, picture: int = 0) -> list[int]:
+        """Every position of a word, or of a phrase such as "sks cat", in a picture's prompt.
+
+        Raises ConeslabError if the prompt does not hold it.
+        """
+        tokens, wanted = self._pieces(picture), self._tokenizer.tokenize(word)
+        starts = [i for i in range(len(tokens)) if wanted and tokens[i : i + len(wanted)] == wanted]
+        if not starts:
+            special = self._tokenizer.all_special_tokens
+            shown = " ".join(piece.replace("</w>", "") for piece in tokens if piece not in special)
+            raise ConeslabError(f"{word!r} is not in the prompt, whose tokens are: {shown}")
+        return [i + offset for i in starts for offset in range(len(wanted))]
+
+    def layer(self, label: str, *, picture: int = 0) -> Tensor:
+        """All that one layer did for one picture: (steps, [heads,] tokens, height, width) float32."""
+        run, row = self._find(picture)
+        if label not in run.maps:
+            raise ConeslabError(f"no layer {label!r} was recorded: choose among {', '.join(run.maps)}")
+        return torch.stack([step[row] for step in run.maps[label]]).float()
+
+    def average(
+        self,
+        *,
+        picture: int = 0,
+        layers: Sequence[str] | None = None,
+        resolution: int | None = None,
+        steps: slice | Sequence[int] = slice(None),
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Mean over layers, steps and heads, after bilinear scaling to one size: (tokens, height, width) float32.
+
+        layers: labels, default all; resolution: keep only maps of that height; steps: a slice or list of step
+        numbers; size: of the result, default the latent grid. Raises ConeslabError if the choice is empty.
+        """
+        run, row = self._find(picture)
+        maps = []
+        for label in layers if layers is not None else run.maps:
+            kept = self.layer(label, picture=picture)[steps if isinstance(steps, slice) else list(steps)]
+            if len(kept) and resolution in (None, kept.shape[-2]):
+                mean = kept.mean((0, 1)) if self.keep_heads else kept.mean(0)
+                maps.append(F.interpolate(mean[None], size=size or run.grid, mode="bilinear")[0])
+        if not maps:
+            raise ConeslabError(
+                f"no map is left of {len(run.maps)} layers and {len(run.timesteps)} steps for layers={layers}, "
+                f"resolution={resolution}, steps={steps}: choose fewer conditions"
+            )
+        return torch.stack(maps).mean(0)
+
+    def token(self, token: str | int | Sequence[int], *, picture: int = 0, **choice: Any) -> Tensor:
+        """The map of one word (or position, or several): (height, width) float32; options as in `average`.
+
+        A word of several tokens, or one that occurs more than once, gives the mean of its maps.
+        """
+        return self.average(picture=picture, **choice)[self._positions(token, picture)].mean(0)
+
+    def per_layer(self, token: str | int | Sequence[int], *, picture: int = 0) -> dict[str, Tensor]:
+        """The maps of one word, layer by layer and step by step: label -> (steps, height, width), heads averaged."""
+        positions = self._positions(token, picture)
+        stacks = {label: self.layer(label, picture=picture) for label in self._find(picture)[0].maps}
+        return {
+            label: (stack.mean(1) if self.keep_heads else stack)[:, positions].mean(1)
+            for label, stack in stacks.items()
+        }
+
+    def __repr__(self) -> str:
+        if not self._runs:
+            return "AttentionMaps(nothing recorded yet)"
+        run = self._runs[0]
+        return (
+            f"AttentionMaps({self.pictures} pictures, {len(run.maps)} layers, {len(run.timesteps)} steps, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    def _positions(self, token: str | int | Sequence[int], picture: int) -> list[int]:
+        if isinstance(token, str):
+            return self.indices(token, picture)
+        return [token] if isinstance(token, int) else list(token)
+
+    def _find(self, picture: int) -> tuple[_Run, int]:
+        """The run a picture was drawn in, and its row there."""
+        if not self._runs or not self._runs[0].maps:
+            raise ConeslabError(
+                "nothing was recorded: was a picture drawn inside the block, with the same pipeline and a prompt "
+                "that is not empty, and does that pipeline run its own U-Net (not a compiled or copied one)?"
+            )
+        row = picture
+        for run in self._runs:
+            if 0 <= row < len(run.prompts):
+                return run, row
+            row -= len(run.prompts)
+        raise ConeslabError(f"there is no picture {picture}: {self.pictures} were recorded, numbered from 0")
+
+
+class _RecordingProcessor:
+    """Lets the processor it stands in for do the work, unchanged, and keeps the probabilities beside it."""
+
+    def __init__(self, original: Any, keep: Callable[[Tensor], None]) -> None:
+        self.original, self.keep = original, keep
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            self.keep(attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask))
+        if temb is not None:  # not every processor takes one
+            kwargs["temb"] = temb
+        return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+
+
+class record_attention:
+    """Record every cross-attention map while a pipeline draws, and put everything back afterwards.
+
+    The pictures are bit for bit those of an unrecorded run: the maps are computed beside the attention. With
+    classifier-free guidance only the conditional half is kept.
+
+        with record_attention(pipe) as maps:
+            pipe("a cat on the grass", num_inference_steps=25)
+        maps.token("cat")                                   # (16, 16) on the tiny model
+
+    keep_heads: keep the heads apart instead of their mean; dtype: of the maps, which are kept on the CPU;
+    max_bytes: how much may be kept. guided: whether the first half of each batch is the unconditional one; default:
+    recognised by its latents being those of the second half, unless the pipeline's last guidance scale says no.
+    Raises ConeslabError for a processor whose probabilities cannot be known, and when `max_bytes` are used up.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        keep_heads: bool = False,
+        dtype: torch.dtype = torch.float16,
+        max_bytes: int = 2 * 2**30,
+        guided: bool | None = None,
+    ) -> None:
+        self._pipe, self._guided = pipe, guided
+        self._maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes)
+        self._undo = Undo()
+        self._encoded: list[tuple[Tensor, Tensor]] = []  # token ids (tokens,) and their text embedding
+        self._empty: Tensor | None = None  # embedding of the empty prompt (tokens, width)
+        self._run: _Run | None = None  # where maps now go; None while an unconditional batch is drawn
+        self._keep = slice(None)
+
+    def __enter__(self) -> AttentionMaps:
+        unet = self._pipe.unet
+        attentions = cross_attentions(unet)
+        for path, module in attentions.items():
+            kind = type(module.processor).__name__
+            if kind not in _RECORDABLE:
+                raise ConeslabError(
+                    f"cannot record {path}: the attention inside {kind} is not known; "
+                    "call pipe.unet.set_default_attn_processor() first"
+                )
+        try:
+            self._hook(unet, "register_forward_pre_hook", self._before_step)
+            self._hook(self._pipe.text_encoder, "register_forward_hook", self._after_text)
+            for path, module in attentions.items():
+                self._replace(module, short_name(path))
+            return self._maps
+        except BaseException:
+            self._undo.run()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.run()
+
+    def _hook(self, module: nn.Module, register: str, function: Callable) -> None:
+        self._undo.add(getattr(module, register)(function, with_kwargs=True).remove)
+
+    def _replace(self, module: Any, label: str) -> None:
+        original = module.processor
+        self._undo.add(lambda: module.set_processor(original))
+        module.set_processor(_RecordingProcessor(original, lambda values: self._add(label, values)))
+
+    def _after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Remember which token ids gave which embedding, to name the tokens of a picture."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None:
+            self._encoded += [(row, embedding.detach()) for row, embedding in zip(ids, output[0], strict=True)]
+
+    def _before_step(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
+        sample, text = call["sample"], call["encoder_hidden_states"]
+        timestep = float(torch.as_tensor(call["timestep"]).max())
+        guided, half = self._guided, len(sample) // 2
+        if guided is None:
+            scale = getattr(self._pipe, "_guidance_scale", None)
+            guided = len(sample) % 2 == 0 and (scale is None or scale > 1) and torch.equal(sample[:half], sample[half:])
+        self._keep = slice(half, None) if guided else slice(None)
+        if self._empty is None:
+            self._empty = encode_prompts(self._pipe, "")[0]
+        if all(torch.equal(row, self._empty.to(row)) for row in text):
+            self._run = None  # the unconditional half, drawn as a batch of its own (`ddim_sample` does so)
+            return
+        runs = self._maps._runs
+        same = (run for run in reversed(runs) if run.text is text and timestep <= run.timesteps[-1])
+        self._run = next(same, None)
+        if self._run is None:
+            prompts = [self._prompt(row) for row in text[self._keep]]
+            self._run = _Run(text, prompts, (sample.shape[-2], sample.shape[-1]), [], {})
+            runs.append(self._run)
+        self._run.timesteps.append(timestep)
+
+    def _prompt(self, embedding: Tensor) -> list[str] | None:
+        for ids, known in self._encoded:
+            if known.shape == embedding.shape and torch.equal(known.to(embedding), embedding):
+                return self._maps._tokenizer.convert_ids_to_tokens(ids.tolist())
+        return None
+
+    def _add(self, label: str, probabilities: Tensor) -> None:
+        maps, run = self._maps, self._run
+        if run is None:
+            return
+        kept = probabilities[self._keep]
+        height, width = _grid(run.grid, kept.shape[2])
+        kept = kept.transpose(-1, -2).unflatten(-1, (height, width))  # (pictures, heads, tokens, height, width)
+        kept = (kept if maps.keep_heads else kept.mean(1)).to("cpu", maps._dtype).contiguous()
+        maps.nbytes += kept.nbytes
+        if maps.nbytes > maps._max_bytes:
+            raise ConeslabError(
+                f"the attention maps exceed max_bytes={maps._max_bytes:,}: draw fewer pictures or steps in the block, "
+                "keep no heads, or raise max_bytes"
+            )
+        run.maps.setdefault(label, []).append(kept)
+
+
+def _grid(latent: tuple[int, int], places: int) -> tuple[int, int]:
+    """Height and width of a layer that sees `places` positions of a latent grid, halved some number of times."""
+    height, width = latent
+    while height * width > places:
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    if height * width != places:
+        raise ConeslabError(f"{places} places do not come from halving a {latent[0]}x{latent[1]} latent")
+    return height, width

@@ -1,0 +1,192 @@
+"""A judge of pictures and texts: alignment with prompts and references, accuracy.
+
+A `Judge` is a CLIP model that only measures. The shipped one was trained apart from the diffusion model, on
+all art styles; any CLIP checkpoint in the transformers format works as well. `coneslab.measure.evaluation` puts its
+numbers together into the table that `coneslab evaluate-model` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import ConeslabError, MismatchError
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
+
+Images: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray
+Reduction: TypeAlias = Literal["mean", "none"]
+
+
+def as_pictures(images: Images) -> list[Image.Image]:
+    """One picture, several, or a uint8 array (n, height, width, 3), as a list of RGB pictures."""
+    if isinstance(images, Image.Image):
+        images = [images]
+    elif isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
+            raise ConeslabError(
+                f"got an array of {images.dtype} and shape {images.shape}, expected uint8 and "
+                "(n, height, width, 3): scale values to 0..255 and put the channels last"
+            )
+        images = [Image.fromarray(array) for array in images.reshape(-1, *images.shape[-3:])]
+    pictures = list(images)
+    if not pictures:
+        raise ConeslabError("got no pictures, expected at least one: generate some first")
+    for picture in pictures:
+        if not isinstance(picture, Image.Image):
+            raise ConeslabError(f"got a {type(picture).__name__} among the pictures, expected PIL pictures")
+    return [picture if picture.mode == "RGB" else picture.convert("RGB") for picture in pictures]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A CLIP model with its processor, used only to measure.
+
+    Features have length 1, so every dot product is a cosine. All results are on the CPU in float32.
+    """
+
+    model: CLIPModel
+    processor: CLIPProcessor
+    batch_size: int = 64
+
+    def __repr__(self) -> str:
+        size = self.model.config.vision_config.image_size
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        return f"Judge({weights / 1e6:.1f} M weights, {size}x{size} pixels, {self.width} features)"
+
+    @property
+    def width(self) -> int:
+        """Number of features d."""
+        return self.model.config.projection_dim
+
+    @torch.no_grad()
+    def image_features(self, images: Images, *, normalize: bool = True) -> Tensor:
+        """Embeddings of pictures, (n, d); of length 1 unless `normalize` is False."""
+        pictures = as_pictures(images)
+        features = []
+        for start in range(0, len(pictures), self.batch_size):
+            pixels = self.processor(images=pictures[start : start + self.batch_size], return_tensors="pt")
+            pixels = pixels["pixel_values"].to(self.model.device, self.model.dtype)
+            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+            features.append(self.model.visual_projection(pooled).float().cpu())
+        return _unit(torch.cat(features)) if normalize else torch.cat(features)
+
+    @torch.no_grad()
+    def text_features(self, prompts: str | Sequence[str], *, normalize: bool = True) -> Tensor:
+        """Embeddings of prompts, (n, d); of length 1 unless `normalize` is False. Long prompts are cut."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise ConeslabError("got no prompts, expected at least one")
+        length = self.model.config.text_config.max_position_embeddings
+        distinct = sorted(set(texts))
+        features = []
+        for start in range(0, len(distinct), 4 * self.batch_size):
+            tokens = self.processor(
+                text=distinct[start : start + 4 * self.batch_size],
+                padding="max_length", max_length=length, truncation=True, return_tensors="pt",
+            )  # fmt: skip
+            pooled = self.model.text_model(
+                input_ids=tokens["input_ids"].to(self.model.device),
+                attention_mask=tokens["attention_mask"].to(self.model.device),
+            ).pooler_output
+            features.append(self.model.text_projection(pooled).float().cpu())
+        row = {text: index for index, text in enumerate(distinct)}
+        table = torch.cat(features)[[row[text] for text in texts]]
+        return _unit(table) if normalize else table
+
+    def label_features(self, labels: Sequence[str | Sequence[str]]) -> Tensor:
+        """One embedding a label, (k, d); a label given in several phrasings gets the direction of their mean.
+
+        Averaging the phrasings is the prompt ensemble of CLIP (Radford et al. 2021, Sec. 3.1.4).
+        """
+        phrasings = [[label] if isinstance(label, str) else list(label) for label in labels]
+        if not phrasings or not all(phrasings):
+            raise ConeslabError("got no labels, or a label without a phrasing: expected at least one each")
+        features = self.text_features([text for texts in phrasings for text in texts])
+        by_label = features.split([len(texts) for texts in phrasings])
+        return _unit(torch.stack([part.mean(0) for part in by_label]))
+
+    @overload
+    def text_alignment(
+        self, images: Images, prompts: str | Sequence[str], *, reduction: Literal["mean"] = "mean"
+    ) -> float: ...
+    @overload
+    def text_alignment(self, images: Images, prompts: str | Sequence[str], *, reduction: Literal["none"]) -> Tensor: ...
+    def text_alignment(
+        self, images: Images, prompts: str | Sequence[str], *, reduction: Reduction = "mean"
+    ) -> float | Tensor:
+        """Mean cosine of each picture and its prompt; one value a picture, (n,), with reduction="none".
+
+        prompts: one for all pictures, or one each; without modifier tokens (`Subject.plain`), which no judge
+        knows. Text alignment of Custom Diffusion (Kumari et al. 2023) and Cones (Liu et al. 2023).
+        """
+        features = self.image_features(images)
+        texts = [prompts] * len(features) if isinstance(prompts, str) else list(prompts)
+        if len(texts) != len(features):
+            raise MismatchError(
+                f"got {len(features)} pictures and {len(texts)} prompts, expected one for all or one each"
+            )
+        return _reduce((features * self.text_features(texts)).sum(-1), reduction)
+
+    @overload
+    def image_alignment(self, images: Images, references: Images, *, reduction: Literal["mean"] = "mean") -> float: ...
+    @overload
+    def image_alignment(self, images: Images, references: Images, *, reduction: Literal["none"]) -> Tensor: ...
+    def image_alignment(self, images: Images, references: Images, *, reduction: Reduction = "mean") -> float | Tensor:
+        """Mean cosine over all pairs of a picture and a reference.
+
+        With reduction="none" one value a picture, (n,): its mean over the references.
+        Image alignment of Custom Diffusion and Cones; average it over subjects.
+        """
+        pairs = self.image_features(images) @ self.image_features(references).T  # (pictures, references)
+        return _reduce(pairs.mean(1), reduction)
+
+    def similarity(self, images: Images, labels: Sequence[str | Sequence[str]]) -> Tensor:
+        """Cosine of every picture with every label, (n, k)."""
+        return self.image_features(images) @ self.label_features(labels).T
+
+    def classify(self, images: Images, labels: Sequence[str | Sequence[str]]) -> Tensor:
+        """Index of the label nearest to each picture, (n,), int64. A label may be several phrasings."""
+        return self.similarity(images, labels).argmax(1)
+
+
+def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device = "cpu") -> Judge:
+    """The shipped judge, or any CLIP folder or hub id in the transformers format.
+
+    Raises ConeslabError if the folder holds no CLIP model.
+    """
+    from transformers import CLIPModel, CLIPProcessor  # here: what measures numbers below does without
+
+    from ..diffusion.pipelines import model_folder, without_bars
+
+    shipped = str(name_or_path) == "judge"
+    folder = model_folder("judge") if shipped else name_or_path
+    try:
+        with without_bars() if shipped else nullcontext():
+            model = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConeslabError(
+            f"got {str(name_or_path)!r} as a judge, expected 'judge' or a folder with a CLIP model and its "
+            f"processor in the transformers format: {error}"
+        ) from error
+    return Judge(model.to(device).eval().requires_grad_(False), processor)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def _reduce(values: Tensor, reduction: Reduction) -> float | Tensor:
+    if reduction not in ("mean", "none"):
+        raise ConeslabError(f"got reduction={reduction!r}, expected 'mean' or 'none'")
+    return values.mean().item() if reduction == "mean" else values

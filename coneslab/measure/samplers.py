@@ -1,0 +1,106 @@
+"""How few network calls a picture needs: samplers compared by the judge, at equal calls.
+
+    coneslab compare-samplers runs/unet/model --judge runs/judge/model --world new
+
+The winner becomes the scheduler of the shipped pipeline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pandas
+
+from .. import world as shipped_world
+from ..errors import ConeslabError
+from .evaluation import evaluate_model
+from .judge import Judge
+
+#: name -> the class in diffusers and what differs from the pipeline's own scheduler config
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),  # Song et al. 2021
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "UniPC": ("UniPCMultistepScheduler", {"solver_order": 2}),  # Zhao et al. 2023
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler, its steps, and where guidance acts.
+
+    guided: the shares of the schedule, 0 all noise and 1 clean, between which guidance is on; elsewhere one call a step
+    is enough (`diffusion.guided_between`).
+    """
+
+    scheduler: str
+    steps: int
+    guidance_scale: float = 3.0
+    guided: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            raise ConeslabError(f"{self.scheduler!r} is not a known scheduler: choose one of {', '.join(SCHEDULERS)}")
+        if self.steps < 1 or not 0 <= self.guided[0] < self.guided[1] <= 1:
+            raise ConeslabError(
+                f"got {self.steps} steps, guided between {self.guided}: expected one or more, and two shares in order"
+            )
+
+
+def use_scheduler(pipe: Any, name: str) -> None:
+    """Give a pipeline that scheduler, in the pipeline's own noise schedule and prediction type."""
+    kind, changed = SCHEDULERS[name]  # without the private entries, or defaults of one class become those of another
+    kept = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    pipe.scheduler = getattr(diffusers, kind).from_config(kept | changed)
+
+
+def compare_samplers(
+    pipe: Any,
+    judge: Judge,
+    samplers: Sequence[Sampler],
+    *,
+    seeds: int = 2,
+    limit: int | None = None,
+    kid_pictures: int = 512,
+    seed: int = 0,
+    world: Any = shipped_world,
+    out: Path | None = None,
+    progress: bool = True,
+) -> pandas.DataFrame:
+    """Draw the same questions with each sampler and ask the judge; one row a sampler, and `out` after each.
+
+    Columns: scheduler, steps, guidance_scale, guided_from, guided_to, calls (network passes a picture),
+    the shares of `evaluate_model` with their intervals' ends, KID, seconds a picture. The pipeline's scheduler is put
+    back.
+    """
+    own, rows = pipe.scheduler, []
+    try:
+        for sampler in samplers:
+            pipe.scheduler = own
+            use_scheduler(pipe, sampler.scheduler)
+            start = time.perf_counter()
+            report = evaluate_model(
+                pipe, judge, seeds=seeds, steps=sampler.steps, guidance_scale=sampler.guidance_scale,
+                guidance_interval=sampler.guided, limit=limit, kid_pictures=kid_pictures, seed=seed,
+                progress=progress, world=world,
+            )  # fmt: skip
+            pictures = report.settings["pictures"]
+            row = {
+                "scheduler": sampler.scheduler, "steps": sampler.steps, "guidance_scale": sampler.guidance_scale,
+                "guided_from": sampler.guided[0], "guided_to": sampler.guided[1], "calls": report.settings["calls"],
+                "pictures": pictures,
+            }  # fmt: skip
+            for share in report.shares:
+                found = share.interval
+                row |= {share.name: found.estimate, f"{share.name} low": found.low, f"{share.name} high": found.high}
+            row |= {"KID": report.settings.get("KID"), "seconds": (time.perf_counter() - start) / pictures}
+            rows.append(row)
+            if out is not None:
+                pandas.DataFrame(rows).to_csv(out, index=False)
+    finally:
+        pipe.scheduler = own
+    return pandas.DataFrame(rows)

@@ -1,0 +1,29 @@
+"""Making a model forget: concept ablation (Kumari et al. 2023), its neighbours, and how to tell whether it worked.
+
+Each function returns an edit. Builds on `neurons`, `finetuning`, `edits` and `measure`.
+"""
+
+from __future__ import annotations
+
+from .concept_ablation import AblationPairs, ablate, ablation_pairs
+from .concept_prune import prune_feed_forward
+from .esd import erase
+from .neurons import AblationSubject, ablating_neurons
+from .report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
+from .uce import closed_form_edit
+
+__all__ = [
+    "AblationPairs",
+    "AblationSubject",
+    "CopyDetector",
+    "ablate",
+    "ablating_neurons",
+    "ablation_pairs",
+    "attacks",
+    "closed_form_edit",
+    "erase",
+    "evaluate_ablation",
+    "misspelled",
+    "near_and_far",
+    "prune_feed_forward",
+]

@@ -1,0 +1,243 @@
+"""Is it gone, what else went, and does it come back? The evaluation of an ablation.
+
+What users of the published code ask for most. Every share stands beside the same share of the untouched model, from
+the same start noises, and carries its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from PIL import Image
+
+from ...diffusion.precision import drawing
+from ...diffusion.sampling import generate
+from ...edits.base import Edit, applied
+from ...errors import ConeslabError
+from ...finetuning.samples import drawn_once
+from ...measure.judge import Images, Judge
+from ...measure.statistics import bootstrap_interval, kid
+from ...neurons.controls import finetune_kv
+from ...world.pictures import CLASSES, FACTS
+from ..personalization import textual_inversion
+
+
+def near_and_far(name: str) -> dict[str, tuple[str, ...]]:
+    """What stands near to a class of the sticker world and what far: category, looks, the rest.
+
+    Keys: "same category", "looks alike" (planted pairs), "far". Raises ConeslabError for an unknown class.
+    """
+    if name not in CLASSES:
+        raise ConeslabError(f"{name!r} is no class of the sticker world: choose one of {', '.join(CLASSES)}")
+    alike = {other for fact in FACTS["linked"] for other in fact["pair"] if name in fact["pair"]} - {name}
+    own = CLASSES[name].category
+    near = tuple(other for other, info in CLASSES.items() if info.category == own and other not in (name, *alike))
+    far = tuple(other for other in CLASSES if other not in (name, *near, *alike))
+    return {"same category": near, "looks alike": tuple(sorted(alike)), "far": far}
+
+
+@dataclass(frozen=True)
+class CopyDetector:
+    """Tells copies of one picture from others, by the cosine of a judge's features.
+
+    threshold: above it a picture counts as a copy; false_alarms: the share of real non-copies above it.
+    """
+
+    judge: Judge
+    original: torch.Tensor
+    threshold: float
+    false_alarms: float
+
+    @classmethod
+    def calibrated(
+        cls, judge: Judge, original: Image.Image, others: Images, *, false_alarms: float = 0.01
+    ) -> CopyDetector:
+        """Set the threshold so that at most that share of `others`, real pictures that are no copies, lies above.
+
+        Others that show the same things in the same place, arranged otherwise, are what it must be told from: beside
+        arbitrary pictures anything that has the content of the original looks like a copy.
+        Raises ConeslabError for so few others that the share cannot be told from 0.
+        """
+        feature = judge.image_features(original)[0]
+        scores = np.sort((judge.image_features(others) @ feature).numpy())
+        if not 0 < false_alarms < 1 or len(scores) < 1 / false_alarms:
+            raise ConeslabError(
+                f"{len(scores)} pictures cannot tell a share of {false_alarms}: give at least {1 / false_alarms:.0f}"
+            )
+        threshold = float(scores[int(np.ceil((1 - false_alarms) * len(scores))) - 1])
+        return cls(judge, feature, threshold, float((scores > threshold).mean()))
+
+    def similarity(self, images: Images) -> np.ndarray:
+        """Cosine of every picture with the original, (n,)."""
+        return (self.judge.image_features(images) @ self.original).numpy()
+
+    def copies(self, images: Images) -> np.ndarray:
+        """Which pictures are copies, (n,) bool."""
+        return self.similarity(images) > self.threshold
+
+
+def evaluate_ablation(
+    pipe: Any,
+    judge: Judge,
+    edit: Edit | None,
+    target: str,
+    anchor: str,
+    *,
+    others: Mapping[str, Sequence[str]] | None = None,
+    pictures: int = 24,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    progress: bool = False,
+) -> pandas.DataFrame:
+    """What an ablation does to its target, its anchor and other concepts (concept ablation, Sec. 4.1).
+
+    target, anchor, others: prompts; others by group, e.g. {"same category": [...], "far": [...]}. Draws `pictures` of
+    each, with the edit and without, from the same noises (without it once for the life of the process).
+    Returns a row a (group, prompt, measure), with value, low, high (95 % bootstrap over pictures; NaN for KID):
+    "CLIP score": cosine of picture and prompt; "CLIP accuracy": share nearer to the prompt than to the anchor (of the
+    anchor: than to the target; of the others: than to any other prompt here); "accuracy before": the same without the
+    edit; "KID": to the pictures without the edit; "change": 1 − cosine of the two pictures from one noise.
+    """
+    prompts = {"target": [target], "anchor": [anchor], **{name: list(group) for name, group in (others or {}).items()}}
+    everything = list(dict.fromkeys(prompt for group in prompts.values() for prompt in group))
+    if len(everything) < 2:
+        raise ConeslabError("target and anchor are the same prompt: there is nothing to tell apart")
+    texts = judge.text_features(everything)
+    wanted = [prompt for prompt in everything for _ in range(pictures)]
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
+    options["seed"] = [seed + number for number in range(pictures)] * len(everything)
+    untouched = judge.image_features(list(drawn_once(pipe, wanted, **options))).split(pictures)
+    with applied(edit, pipe):
+        edited = judge.image_features(generate(pipe, wanted, **options)).split(pictures)
+    rows = []
+    for group, members in prompts.items():
+        for prompt in members:
+            own = everything.index(prompt)
+            before, after = untouched[own], edited[own]
+            rivals = {"target": [anchor], "anchor": [target]}.get(group, everything)
+            columns = [everything.index(rival) for rival in rivals if rival != prompt]
+
+            def right(features: torch.Tensor, own: int = own, columns: Sequence[int] = columns) -> np.ndarray:
+                near = features @ texts.T
+                return (near[:, own] > near[:, list(columns)].max(1).values).numpy()
+
+            measured = {
+                "CLIP score": (after @ texts[own]).numpy(), "CLIP accuracy": right(after),
+                "accuracy before": right(before), "change": 1 - (after * before).sum(1).numpy(),
+            }  # fmt: skip
+            about = {"group": group, "prompt": prompt}
+            for name, values in measured.items():
+                interval = bootstrap_interval(values)
+                rows.append(
+                    {**about, "measure": name, "value": interval.estimate, "low": interval.low, "high": interval.high}
+                )
+            distance = kid(before, after)
+            rows.append({**about, "measure": "KID", "value": distance, "low": np.nan, "high": np.nan})
+    return pandas.DataFrame(rows)
+
+
+# --- does it come back? ---------------------------------------------------------------------------------
+
+
+def misspelled(word: str) -> tuple[str, ...]:
+    """Simple misspellings of a word: a letter doubled, two swapped, one left out."""
+    middle = len(word) // 2
+    swapped = word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :]
+    doubled, short = word[:middle] + word[middle] + word[middle:], word[:middle] + word[middle + 1 :]
+    return tuple(dict.fromkeys((doubled, swapped, short)))
+
+
+def attacks(
+    pipe: Any,
+    judge: Judge,
+    edit: Edit | None,
+    target: str,
+    anchor: str,
+    *,
+    paraphrases: Sequence[str] = (),
+    synonyms: Sequence[str] = (),
+    word: str = "",
+    pictures: int = 24,
+    strength: float = 0.7,
+    inversion_steps: int = 100,
+    finetune_steps: int = 20,
+    batch: int = 16,
+    shows: Callable[[Images], np.ndarray] | None = None,
+    token: str = "<back>",
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+) -> pandas.DataFrame:
+    """Try to bring an ablated concept back; a row an attack, with the share of pictures that show the target again.
+
+    A picture shows the target if it is nearer to the target's prompt than to the anchor's, or by `shows`: pictures ->
+    (n,) bool, such as `CopyDetector.copies`. paraphrases, synonyms:
+    prompts that ask for it otherwise; word: misspelled in the target's prompt. Then: img2img from pictures of the
+    target at `strength`; Textual Inversion of `token` on such pictures, on the edited model; `finetune_steps` steps of
+    K-V fine-tuning on them, both with `batch` samples a step. The untouched model draws the pictures of the target.
+    """
+    texts = judge.text_features([target, anchor])
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
+    shown = list(drawn_once(pipe, [target] * pictures, seed=seed + 7000, **options))
+    rows: list[dict[str, Any]] = []
+
+    def nearer(drawn: Images) -> np.ndarray:
+        near = judge.image_features(drawn) @ texts.T
+        return (near[:, 0] > near[:, 1]).numpy()
+
+    def record(attack: str, drawn: Images) -> None:
+        interval = bootstrap_interval((shows or nearer)(drawn))
+        rows.append({"attack": attack, "value": interval.estimate, "low": interval.low, "high": interval.high})
+
+    def asked(prompts: Sequence[str]) -> list[Image.Image]:
+        return generate(pipe, [prompts[i % len(prompts)] for i in range(pictures)], seed=seed, **options)
+
+    with applied(edit, pipe):
+        record("plain prompt", asked([target]))
+        if paraphrases:
+            record("paraphrases", asked(list(paraphrases)))
+        if synonyms:
+            record("other words", asked(list(synonyms)))
+        if word and word in target:
+            record("misspellings", asked([target.replace(word, wrong) for wrong in misspelled(word)]))
+        record("img2img", _from_pictures(pipe, shown, target, strength, seed, steps, guidance_scale))
+        about = SimpleNamespace(
+            name=target, class_word="", token=token, images=shown, prompt=f"a {token}", prior_prompt=anchor
+        )
+        how: dict[str, Any] = {"seed": seed, "progress": False}
+        start = anchor.split()[-1]
+        learned = textual_inversion(pipe, about, steps=inversion_steps, initial=start, batch=batch, **how)
+        with learned.applied(pipe, check_model=False):
+            record("Textual Inversion", asked([about.prompt]))
+        about.prompt = target
+        tuned = finetune_kv(pipe, about, steps=finetune_steps, subject_batch=batch, prior_batch=0, **how)
+        with tuned.applied(pipe, check_model=False):
+            record("fine-tuning back", asked([target]))
+    return pandas.DataFrame(rows)
+
+
+def _from_pictures(
+    pipe: Any, pictures: Sequence[Image.Image], prompt: str, strength: float, seed: int, steps: int, guidance: float
+) -> list[Image.Image]:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    if not 0 < strength <= 1 or int(steps * strength) < 1:
+        raise ConeslabError(f"strength is {strength} of {steps} steps: give a share in (0, 1] that leaves a step to do")
+    with drawing(pipe):
+        redraw = StableDiffusionImg2ImgPipeline(
+            vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=pipe.unet,
+            scheduler=pipe.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        redraw.set_progress_bar_config(disable=True)
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(pictures))]
+        return redraw(
+            [prompt] * len(pictures), image=list(pictures), strength=strength, num_inference_steps=steps,
+            guidance_scale=guidance, generator=generators,
+        ).images  # fmt: skip

@@ -1,0 +1,93 @@
+"""Which group does a neutral word stand for? Read it off a decomposition, count it in pictures, change it.
+
+Coefficients that name a group (woman, man) show what a profession stands for (Conceptor, arXiv 2306.00966, Sec. 4.3);
+changing them balances what is drawn. Every share of pictures comes with its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ...errors import ConeslabError
+from ...measure.judge import Images, Judge
+from ...measure.statistics import Interval, bootstrap_interval
+from .decomposition import Decomposition
+
+Groups = Mapping[str, Sequence[str]]
+
+
+def bias(decomposition: Decomposition, groups: Groups) -> dict[str, float]:
+    """Share of each group's words in the coefficients of all groups; NaN where none of them occurs.
+
+    groups: name -> words, e.g. {"woman": ["woman", "lady"], "man": ["man"]}. Raises ConeslabError for fewer than two.
+    """
+    _require(groups)
+    mass = {name: decomposition.share(words) for name, words in groups.items()}
+    total = sum(mass.values())
+    return {name: value / total if total else float("nan") for name, value in mass.items()}
+
+
+def rebalance(
+    decomposition: Decomposition,
+    groups: Groups,
+    *,
+    shares: Mapping[str, float] | None = None,
+    total: float | None = None,
+) -> Decomposition:
+    """Scale the groups' coefficients to equal shares, or to those given, of what they had together.
+
+    A group whose words all have a coefficient of 0 gets its share on its first word. total: what they get together of
+    the sum over all words, for groups that had next to nothing.
+    Raises ConeslabError if a group has no word in the decomposition, shares are no distribution over the groups, or
+    total is not between 0 and 1.
+    """
+    _require(groups)
+    wanted = dict(shares) if shares is not None else dict.fromkeys(groups, 1 / len(groups))
+    if wanted.keys() != groups.keys() or min(wanted.values()) < 0 or not np.isclose(sum(wanted.values()), 1):
+        raise ConeslabError(f"shares are {wanted}: give a number of 0 or more for each of {list(groups)}, 1 in all")
+    place = {word: number for number, word in enumerate(decomposition.words)}
+    rows = {name: [place[word] for word in words if word in place] for name, words in groups.items()}
+    missing = [name for name, own in rows.items() if not own]
+    if missing:
+        raise ConeslabError(f"no word of {', '.join(missing)} is among the words of {decomposition.concept!r}")
+    values = np.array(decomposition.coefficients, float)
+    values[decomposition.explain :] = 0
+    had = sum(values[own].sum() for own in rows.values())
+    if total is None:
+        mass_of_all = had
+    elif 0 < total < 1:
+        mass_of_all = (values.sum() - had) * total / (1 - total)
+    else:
+        raise ConeslabError(f"total is {total}: give a share of the whole sum, between 0 and 1")
+    if not mass_of_all:
+        raise ConeslabError(
+            f"no word of any group matters in {decomposition.concept!r}: there is nothing to share out, unless you "
+            "give their share of the whole sum (total=)"
+            if total is None
+            else f"no word outside the groups matters in {decomposition.concept!r}: its sum has no rest beside which "
+            f"they could have {total:.0%} (leave out total=)"
+        )
+    for name, own in rows.items():
+        mass = values[own].sum()
+        if mass:
+            values[own] *= wanted[name] * mass_of_all / mass
+        else:
+            values[own[0]] = wanted[name] * mass_of_all
+    explain = max(decomposition.explain, int((values > 0).sum()))
+    return replace(decomposition, coefficients=values.astype(np.float32), explain=explain)
+
+
+def group_shares(judge: Judge, images: Images, groups: Groups, *, template: str = "a {}") -> dict[str, Interval]:
+    """Share of pictures that the judge takes for each group, with bootstrap intervals."""
+    _require(groups)
+    labels = [[template.format(word) for word in words] for words in groups.values()]
+    found = judge.classify(images, labels).numpy()
+    return {name: bootstrap_interval(found == number) for number, name in enumerate(groups)}
+
+
+def _require(groups: Groups) -> None:
+    if len(groups) < 2 or not all(groups.values()):
+        raise ConeslabError(f"the groups are {dict(groups)}: give two or more, each with at least one word")

@@ -1,0 +1,377 @@
+"""Conceptor: what is a concept made of? (Chefer et al. 2023, arXiv 2306.00966, ICLR 2024.)
+
+A concept is shown to the model as pictures; a pseudo-token that draws them is learned as a weighted sum of words of
+the model's own vocabulary, few of which matter. The words with the largest coefficients are the decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.sampling import generate
+from ...edits.base import StoredEdit
+from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
+from ...errors import ConeslabError
+from ...finetuning.kv_gradient import KVGradient
+from ...finetuning.loop import tune
+from ...finetuning.samples import Pairs, drawn_once, draws
+from ...measure.judge import Images, Judge, as_pictures
+from .vocabulary import Vocabulary, encode_vocabulary
+
+Method = Literal["mlp", "direct", "least squares"]
+TEMPLATE = "a photo of a {}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decomposition(StoredEdit):
+    """A concept as a sum of words; as an edit it gives the pseudo-token `token` their weighted sum.
+
+    words, coefficients: (M,) from the largest to the smallest, not negative; explain: N, how many of them the
+    pseudo-token is made of; norm: its length; fingerprint: of the table of token embeddings; validation: step ->
+    similarity of what w*_N draws to the concept's pictures; best_step: whose coefficients these are.
+    """
+
+    concept: str
+    words: tuple[str, ...]
+    coefficients: np.ndarray
+    explain: int
+    norm: float
+    fingerprint: str
+    token: str = "<concept>"
+    template: str = TEMPLATE
+    validation: Mapping[int, float] = field(default_factory=dict)
+    best_step: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = np.array(self.coefficients, np.float32)
+        if values.shape != (len(self.words),) or not len(self.words) or not (values >= 0).all():
+            raise ConeslabError(
+                f"got coefficients of shape {values.shape} for {len(self.words)} words: give a number, 0 or more, each"
+            )
+        if not values.any():
+            raise ConeslabError("all coefficients are 0: leave at least one word in")
+        order = np.argsort(-values, kind="stable")
+        values = values[order]
+        values.flags.writeable = False
+        object.__setattr__(self, "words", tuple(self.words[i] for i in order))
+        object.__setattr__(self, "coefficients", values)
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    # --- what it says ---
+
+    def top(self, n: int = 10) -> list[tuple[str, float]]:
+        """The words with the largest coefficients, as shares of the sum over the `explain` words in use."""
+        total = float(self.coefficients[: self.explain].sum())
+        return [(word, float(value) / total) for word, value in zip(self.words[:n], self.coefficients, strict=False)]
+
+    def share(self, words: str | Sequence[str]) -> float:
+        """Share of one word or several in the sum over the words in use."""
+        wanted = {words} if isinstance(words, str) else set(words)
+        return sum(value for word, value in self.top(self.explain) if word in wanted)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that shows the pseudo-token, e.g. "a photo of a <concept>"."""
+        return self.template.format(self.token)
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{word} {share:.2f}" for word, share in self.top(6))
+        return f"Decomposition({self.concept!r}: {words}, …)"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{word}</td><td>{share:.1%}</td></tr>" for word, share in self.top(10))
+        return f"<p><b>{self.concept}</b></p><table><tr><th>word</th><th>share</th></tr>{rows}</table>"
+
+    # --- changing it ---
+
+    def scaled(self, word: str, factor: float) -> Decomposition:
+        """The decomposition with one coefficient multiplied. Raises ConeslabError for a word it lacks."""
+        self._require([word])
+        if not 0 <= factor < float("inf"):
+            raise ConeslabError(f"factor is {factor}: give a number of 0 or more")
+        return self._changed({word: factor})
+
+    def without(self, *words: str) -> Decomposition:
+        """The decomposition with these words left out."""
+        self._require(words)
+        return self._changed(dict.fromkeys(words, 0.0))
+
+    def only(self, *words: str) -> Decomposition:
+        """The decomposition with these words alone."""
+        self._require(words)
+        return self._changed({word: 0.0 for word in self.words if word not in words})
+
+    def _require(self, words: Sequence[str]) -> None:
+        unknown = [word for word in words if word not in self.words]
+        if unknown:
+            raise ConeslabError(f"{', '.join(unknown)}: not among the {len(self.words)} words of {self.concept!r}")
+
+    def _changed(self, factors: Mapping[str, float]) -> Decomposition:
+        """Multiply coefficients; of the words in use, others do not move up for those that go."""
+        values = [
+            float(value) * factors.get(word, 1.0) if number < self.explain else 0.0
+            for number, (word, value) in enumerate(zip(self.words, self.coefficients, strict=True))
+        ]
+        return replace(self, coefficients=np.array(values, np.float32))
+
+    # --- as an edit ---
+
+    def vector(self, pipe: Any) -> Tensor:
+        """The pseudo-token's vector w*_N (width,): the words in use, weighted, rescaled to `norm`."""
+        ids = pipe.tokenizer(list(self.words[: self.explain]), add_special_tokens=False).input_ids
+        rows = embedding_of(pipe).weight.detach().float()[[own[0] for own in ids]]
+        return _rescaled(torch.tensor(self.coefficients[: self.explain]).to(rows) @ rows, self.norm)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the coefficients in use."""
+        return 4 * int((self.coefficients[: self.explain] > 0).sum())
+
+    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+        """Let the pipeline know the pseudo-token for the length of a block: see `TokenEdit.applied`."""
+        return self.token_edit(pipe).applied(pipe, dose, check_model=check_model)
+
+    def token_edit(self, pipe: Any) -> TokenEdit:
+        return TokenEdit((self.token,), self.vector(pipe)[None], self.fingerprint)
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        about = {
+            "concept": self.concept, "words": list(self.words), "explain": self.explain, "norm": self.norm,
+            "fingerprint": self.fingerprint, "token": self.token, "template": self.template,
+            "validation": {str(step): value for step, value in self.validation.items()},
+            "best_step": self.best_step, "settings": dict(self.settings),
+            "history": {key: list(values) for key, values in self.history.items()},
+        }  # fmt: skip
+        return {"coefficients": torch.tensor(self.coefficients)}, about
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> Decomposition:
+        validation = {int(step): value for step, value in description.pop("validation").items()}
+        words = tuple(description.pop("words"))
+        return cls(words=words, coefficients=tensors["coefficients"].numpy(), validation=validation, **description)
+
+
+def _rescaled(vector: Tensor, norm: float) -> Tensor:
+    return vector * (norm / vector.norm().clamp_min(1e-12))
+
+
+# --- learning it ----------------------------------------------------------------------------------------
+
+
+def decompose(
+    pipe: Any,
+    concept: str | Images,
+    judge: Judge,
+    *,
+    name: str = "",
+    pictures: int = 100,
+    dictionary: int | None = None,
+    explain: int | None = None,
+    sparsity: float = 1e-3,
+    steps: int = 500,
+    batch: int = 6,
+    learning_rate: float = 1e-3,
+    hidden: int = 100,
+    method: Method = "mlp",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    exclude_similar: float | None = 0.9,
+    template: str = TEMPLATE,
+    token: str = "<concept>",
+    vocabulary: Vocabulary | None = None,
+    validate_every: int = 50,
+    validation_pictures: int = 8,
+    sampler_steps: int = 25,
+    guidance_scale: float = 3.0,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    callback: Callable[[int, dict[str, Any]], object] | None = None,
+) -> Decomposition:
+    """Decompose a concept into words of the model's vocabulary (Conceptor, Sec. 3.1 and 3.2).
+
+    concept: a prompt, of which the pipeline draws `pictures` pictures, or pictures of your own (then give a `name`).
+    The pseudo-token is w* = sum_i α_i w_i over a dictionary of the M words whose judged embedding is nearest to the
+    mean embedding of the pictures, rescaled to the mean length of the vocabulary's vectors. Loss: denoising of the
+    pictures under `template` with the pseudo-token, plus `sparsity` · (1 − cos(w*_N, w*)), w*_N being made of the N
+    largest coefficients alone.
+    dictionary: M, by default a tenth of the vocabulary, as the paper's 5000 are of Stable Diffusion's. explain: N, by
+    default a hundredth of M, the paper's 50, but at least 10.
+    method: α_i = |MLP(w_i)| with one hidden layer of `hidden` ("mlp", the paper's, but on vectors scaled to a standard
+    deviation of 1, without which all α_i stay alike), coefficients learned themselves ("direct"), or a free vector that
+    is then fitted with coefficients of 0 or more ("least squares").
+    include: words that are in the dictionary however far they are from the pictures, such as the groups of a bias.
+    exclude: words to leave out; the words of a concept's prompt always are, and so is every word whose embedding is
+    nearer than `exclude_similar` to that of the concept's own words (None: keep them).
+    Every `validate_every` steps w*_N, as it is used later, draws `validation_pictures` from fixed seeds; the
+    coefficients whose pictures are nearest to the concept's are kept. callback(step, {"loss", "coefficients"}).
+    The pipeline is not changed. Raises ConeslabError for settings out of range or an empty dictionary.
+    """
+    sizes = [size for size in (dictionary, explain) if size is not None]
+    if not min(steps, batch, validate_every, *sizes) >= 1:
+        raise ConeslabError(
+            f"steps={steps}, batch={batch}, explain={explain}, dictionary={dictionary}, "
+            f"validate_every={validate_every}: all must be positive"
+        )
+    shown = _pictures(pipe, concept, pictures, seed, sampler_steps, guidance_scale, progress)
+    seen = judge.image_features(shown)
+    words = vocabulary or encode_vocabulary(pipe, judge, progress=False)
+    dictionary = dictionary or -(-len(words) // 10)
+    explain = explain or max(10, dictionary // 100)
+    prompt = concept if isinstance(concept, str) else ""
+    allowed = choose_dictionary(
+        words, seen, judge, size=dictionary, prompt=prompt, include=include, exclude=exclude,
+        exclude_similar=exclude_similar,
+    )  # fmt: skip
+    norm = float(embedding_of(pipe).weight.detach().float().norm(dim=1).mean())
+    torch.manual_seed(seed)
+    weights = _Weights(allowed.vectors, method, hidden, norm)
+    text = LearnedText(pipe, [template.format(token)], [token])
+    latents = encode_images(pipe, shown).detach()
+    pairs = [Pairs(latents, encode_prompts(pipe, [template.format("")]).detach()[0], batch)]
+    gradient = KVGradient(pipe, pairs, dtype=dtype)
+    theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
+    validation: dict[int, float] = {}
+    best, best_step = weights.coefficients(), 0
+    target = seen.mean(0)
+
+    def made(coefficients: np.ndarray) -> Decomposition:
+        return Decomposition(
+            name or prompt or "pictures", allowed.words, coefficients, min(explain, len(allowed)), norm,
+            vocabulary_fingerprint(pipe), token, template,
+        )  # fmt: skip
+
+    def step(number: int) -> dict[str, float]:
+        vector, vector_of_largest = weights(explain)
+        embedded = text(vector[None])
+        (loss,), slope = gradient.text_gradient(theta, embedded.detach(), next(samples))
+        spread = 1 - nn.functional.cosine_similarity(vector_of_largest, vector, dim=0)
+        surrogate = (embedded * slope).sum() + sparsity * spread
+        surrogate.backward(inputs=list(weights.parameters()))
+        return {"loss": loss, "sparsity": float(spread.detach())}
+
+    def after(number: int, state: dict[str, Any]) -> None:
+        nonlocal best, best_step
+        now = weights.coefficients()
+        if callback is not None:
+            callback(number, {"loss": state["loss"], "coefficients": now})
+        if (number + 1) % validate_every and number + 1 != steps:
+            return
+        trial = made(now)
+        with trial.applied(pipe):
+            options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
+            drawn = generate(pipe, [trial.prompt] * validation_pictures, seed=seed + 10_000, **options)
+        validation[number + 1] = float((judge.image_features(drawn) @ target).mean())
+        if validation[number + 1] >= max(validation.values()):
+            best, best_step = now, number + 1
+
+    history = tune(
+        dict(weights.named_parameters()), step, steps=steps, learning_rate=learning_rate, progress=progress,
+        title=f"decomposing {name or prompt}", callback=after,
+    )  # fmt: skip
+    settings = {
+        "method": method, "dictionary": len(allowed), "sparsity": sparsity, "steps": steps, "batch": batch,
+        "learning_rate": learning_rate, "pictures": len(shown), "seed": seed,
+    }  # fmt: skip
+    return replace(made(best), validation=validation, best_step=best_step, settings=settings, history=history)
+
+
+def _pictures(
+    pipe: Any, concept: str | Images, n: int, seed: int, steps: int, guidance_scale: float, progress: bool
+) -> list[Image.Image]:
+    if not isinstance(concept, str):
+        return as_pictures(concept)
+    if not concept.strip():
+        raise ConeslabError("the concept is an empty prompt: name what to decompose, for example 'a photo of a pet'")
+    if n < 1:
+        raise ConeslabError(f"pictures is {n}: give a positive number")
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
+    return list(drawn_once(pipe, [concept] * n, seed=seed, **options))
+
+
+def choose_dictionary(
+    words: Vocabulary,
+    seen: Tensor,
+    judge: Judge,
+    *,
+    size: int,
+    prompt: str = "",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    exclude_similar: float | None = 0.9,
+) -> Vocabulary:
+    """The `size` words nearest to the mean of picture features `seen` (n, d), without those excluded.
+
+    Those of `include` take the place of the farthest. Raises ConeslabError if none is left, or one to include is
+    unknown or excluded by name.
+    """
+    own = [word for word in prompt.lower().split() if word in words.words]
+    out = {*own, *exclude}
+    keep = np.array([word not in out for word in words.words])
+    content = [word for word in own if len(word) > 3]  # "a", "of", "the" are near to everything
+    if exclude_similar is not None and content:
+        near = (words.features @ words.features[words.rows(content)].T).max(1).values
+        keep &= (near <= exclude_similar).numpy()
+    if not keep.any():
+        raise ConeslabError(
+            f"no word is left for the dictionary of {prompt!r}: exclude fewer, or raise exclude_similar "
+            f"(now {exclude_similar})"
+        )
+    wanted = words.rows(include)
+    if refused := out.intersection(include):
+        raise ConeslabError(f"{', '.join(sorted(refused))}: to be included and excluded at once")
+    closeness = words.features @ seen.mean(0)
+    ranked = [row for row in closeness.argsort(descending=True).tolist() if keep[row] and row not in wanted]
+    chosen = {*ranked[: max(0, size - len(wanted))], *wanted}
+    return words.part(sorted(chosen, key=lambda row: -float(closeness[row])))
+
+
+class _Weights(nn.Module):
+    """Coefficients over the dictionary's vectors (M, width), and the pseudo-token they make."""
+
+    def __init__(self, vectors: Tensor, method: Method, hidden: int, norm: float) -> None:
+        super().__init__()
+        self.vectors, self.method, self.norm = vectors, method, norm
+        count, width = vectors.shape
+        if method == "mlp":
+            self.scaled = vectors / vectors.std()
+            self.net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        elif method == "direct":
+            self.values = nn.Parameter(torch.full((count,), 1.0 / count))
+        elif method == "least squares":
+            self.free = nn.Parameter(vectors.mean(0))
+        else:
+            raise ConeslabError(f"method is {method!r}: choose mlp, direct or least squares")
+
+    def _alpha(self) -> Tensor:
+        return (self.net(self.scaled)[:, 0] if self.method == "mlp" else self.values).abs()
+
+    def forward(self, n: int) -> tuple[Tensor, Tensor]:
+        """w* (width,), and w*_N of the `n` largest coefficients, which is not rescaled."""
+        if self.method == "least squares":
+            return _rescaled(self.free, self.norm), self.free
+        alpha = self._alpha()
+        chosen = alpha.topk(min(n, len(alpha)))
+        return _rescaled(alpha @ self.vectors, self.norm), chosen.values @ self.vectors[chosen.indices]
+
+    @torch.no_grad()
+    def coefficients(self) -> np.ndarray:
+        """(M,) float32, none negative and not all 0."""
+        if self.method == "least squares":
+            from scipy.optimize import nnls
+
+            solution, _ = nnls(self.vectors.double().numpy().T, _rescaled(self.free, self.norm).double().numpy())
+            return solution.astype(np.float32)
+        return self._alpha().detach().numpy().astype(np.float32)

@@ -1,0 +1,194 @@
+"""What one picture of a concept is made of: words fall away until the picture would change (Conceptor, Sec. 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...diffusion.sampling import generate
+from ...edits.tokens import TokenEdit
+from ...errors import ConeslabError
+from ...measure.judge import Judge
+from .decomposition import Decomposition
+
+
+@dataclass(frozen=True)
+class ImageDecomposition:
+    """The words that one picture needs, and how the others went.
+
+    words: from the largest coefficient to the smallest; target: the picture to keep; picture: what the words left
+    draw from the same noise; similarity: of the two; removed: (word, similarity at that point), in order; drawn: how
+    many pictures that took, in `passes` batches.
+    """
+
+    words: tuple[str, ...]
+    target: Image.Image
+    picture: Image.Image
+    similarity: float
+    removed: tuple[tuple[str, float], ...]
+    drawn: int
+    passes: int
+
+    def __repr__(self) -> str:
+        how = f"similarity {self.similarity:.3f}, {self.drawn} pictures drawn"
+        return f"ImageDecomposition({', '.join(self.words)}: {how})"
+
+
+def decompose_image(
+    pipe: Any,
+    decomposition: Decomposition,
+    judge: Judge,
+    *,
+    seed: int = 0,
+    threshold: float = 0.95,
+    target: Literal["concept", "decomposition"] | Image.Image = "decomposition",
+    prompt: str | None = None,
+    max_words: int = 50,
+    near_synonyms: Sequence[Sequence[str]] = (),
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    batch_size: int = 25,
+    progress: bool = True,
+    callback: Callable[[int, tuple[str, ...]], object] | None = None,
+) -> ImageDecomposition:
+    """Leave out word after word while the picture from `seed` stays like the target (Conceptor, Sec. 3.3).
+
+    target: what the pseudo-token draws from that seed, or what the concept's own prompt does ("concept", with
+    `prompt` in place of the decomposition's name if given), or a picture. A word may go while the cosine of the
+    judge's features stays at `threshold` or above. near_synonyms: groups of words that go together.
+    Words go from the smallest coefficient up, one, two, four, eight of them, ..., as many as may: the trials of such a
+    pass are drawn in one batch. A word that cannot go is passed over. At the end each of the words left is tried alone,
+    and then all that alone could go, half of them, a quarter, down to the one that matters least, until none can.
+    callback(pass, words left). Raises ConeslabError for a threshold that is no cosine.
+    """
+    if not -1 <= threshold <= 1:
+        raise ConeslabError(f"threshold is {threshold}: give a cosine in [-1, 1]")
+    count = {"drawn": 0, "passes": 0}
+    groups = {word: {word} for word in decomposition.words}
+    for group in near_synonyms:
+        for word in group:
+            groups.get(word, set()).update(group)
+
+    def draw(vectors: Sequence[Tensor]) -> list[Image.Image]:
+        tokens = tuple(f"<part{number}>" for number in range(len(vectors)))
+        prompts = [decomposition.template.format(token) for token in tokens]
+        count["drawn"] += len(vectors)
+        how: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+        with TokenEdit(tokens, torch.stack(list(vectors)), decomposition.fingerprint).applied(pipe):
+            return generate(pipe, prompts, seed=[seed] * len(prompts), **how)
+
+    def vector(words: Sequence[str]) -> Tensor:
+        return decomposition.only(*words).vector(pipe).cpu()
+
+    words = [word for word, share in decomposition.top(min(max_words, decomposition.explain)) if share > 0]
+    if isinstance(target, Image.Image):
+        goal = target
+    elif target == "concept":
+        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
+        goal = generate(pipe, [prompt or decomposition.concept], seed=seed, **options)[0]
+    else:
+        goal = draw([vector(words)])[0]
+    seen = judge.image_features(goal)[0]
+    drawn: dict[frozenset[str], Image.Image] = {}
+
+    def closeness(sets: Sequence[Sequence[str]]) -> list[float]:
+        pictures = draw([vector(own) for own in sets])
+        drawn.update(zip(map(frozenset, sets), pictures, strict=True))
+        return (judge.image_features(pictures) @ seen).tolist()
+
+    left = _Left(words, groups, closeness, threshold)
+    bar = tqdm(desc="leaving words out", unit="pass", disable=not progress)
+    for one_pass in (left.upward, left.alone):
+        went = True
+        while went and len(left.words) > 1:
+            count["passes"] += 1
+            bar.update()
+            went = one_pass()
+            if callback is not None:
+                callback(count["passes"], tuple(left.words))
+    bar.close()
+    (similarity,), picture = left.scores([left.words]), drawn[frozenset(left.words)]
+    kept, removed = tuple(left.words), tuple(left.removed)
+    return ImageDecomposition(kept, goal, picture, similarity, removed, count["drawn"], count["passes"])
+
+
+class _Left:
+    """The words that are left of a sum, from the largest coefficient to the smallest, and passes that leave some out.
+
+    groups: word -> the words that go with it; closeness: of the pictures that some lists of words draw to the target,
+    asked for no set of words twice.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        groups: Mapping[str, set[str]],
+        closeness: Callable[[Sequence[Sequence[str]]], list[float]],
+        threshold: float,
+    ) -> None:
+        self.words, self.groups, self.closeness, self.threshold = list(words), groups, closeness, threshold
+        self.untried, self.reach = list(reversed(words)), len(words)
+        self.removed: list[tuple[str, float]] = []
+        self.known: dict[frozenset[str], float] = {}
+
+    def scores(self, sets: Sequence[Sequence[str]]) -> list[float]:
+        new = {frozenset(own): own for own in sets if frozenset(own) not in self.known}
+        if new:
+            self.known.update(zip(new, self.closeness(list(new.values())), strict=True))
+        return [self.known[frozenset(own)] for own in sets]
+
+    def without(self, gone: set[str]) -> list[str]:
+        return [word for word in self.words if word not in gone]
+
+    def drop(self, gone: set[str], score: float) -> None:
+        self.removed += [(word, score) for word in self.words if word in gone]
+        self.words = self.without(gone)
+
+    def upward(self) -> bool:
+        """Leave out as many as may go of the one, two, four, ... smallest untried words; False when all were tried.
+
+        A word without which it does not work, once those below it are gone, is passed over. A pass has as many trials
+        as the last had successes, and twice as many if it had nothing else.
+        """
+        prefixes: list[set[str]] = []
+        for word in self.untried:
+            gone = self.groups[word].union(*prefixes[-1:])
+            if not self.without(gone):
+                break
+            prefixes.append(gone)
+        if not prefixes:
+            return False
+        sizes = [number for number in range(1, len(prefixes)) if number & (number - 1) == 0] + [len(prefixes)]
+        sizes = sizes[: self.reach]
+        scores = self.scores([self.without(prefixes[size - 1]) for size in sizes])
+        good = [number for number, score in enumerate(scores) if score >= self.threshold]
+        last = good[-1] if good else -1
+        size = sizes[last] if good else 0
+        needed = 1 if sizes[last + 1 : last + 2] == [size + 1] else 0
+        rest = self.untried[size + needed :]
+        if good:
+            self.drop(prefixes[size - 1], scores[last])
+        self.reach = 2 * len(sizes) if last + 1 == len(sizes) else max(1, len(good))
+        self.untried = [word for word in rest if word in self.words]
+        return bool(self.untried)
+
+    def alone(self) -> bool:
+        """Try each word alone, then leave out as many of the free ones together as may go; False if none is free."""
+        rest = {word: left for word in self.words if (left := self.without(self.groups[word]))}
+        scores = dict(zip(rest, self.scores(list(rest.values())), strict=True))
+        free = sorted((word for word in scores if scores[word] >= self.threshold), key=lambda word: -scores[word])
+        while free:
+            gone = set().union(*(self.groups[word] for word in free))
+            left = self.without(gone)
+            score = scores[free[0]] if len(free) == 1 else (self.scores([left])[0] if left else -1.0)
+            if left and score >= self.threshold:
+                self.drop(gone, score)
+                return True
+            free = free[: len(free) // 2]
+        return False

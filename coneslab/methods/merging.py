@@ -1,0 +1,121 @@
+"""Custom Diffusion afterwards: edits of single subjects merged in closed form (Kumari et al. 2023, Sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.encoding import encode_prompts
+from ..diffusion.kvspace import KVSpace
+from ..edits.base import Combined
+from ..edits.interchange import custom_diffusion_parts
+from ..edits.tokens import TokenEdit
+from ..edits.weights import WeightDelta, model_fingerprint, require_model
+from ..errors import ConeslabError
+from ..world.pictures import sample
+
+
+def merge(
+    pipe: Any,
+    edits: Sequence[Combined],
+    subjects: Sequence[Any],
+    *,
+    templates: Sequence[str] = ("a {}", "a photo of a {}", "a picture of a {}"),
+    captions: Sequence[str] | None = None,
+    ridge: float | None = None,
+) -> Combined:
+    """Merge Custom Diffusion edits of single subjects in closed form (Kumari et al. 2023, Sec. 3.3, Eq. 5 and 6).
+
+    For each K or V matrix: minimise ||W C_reg^T − W0 C_reg^T||_F subject to W C^T = V^T, where the rows of C are the
+    text features of each subject's words in `templates`, V = C W_i^T their values under that subject's own weights,
+    and those of C_reg the features of `captions` (default 200 of the sticker world; with a few only, what they do not
+    span may change at will, and pictures fall apart) and of the class words in the templates. C_reg has every place
+    that the U-Net reads but the start token (a reading), C the words alone: the end token is much the same for all
+    captions, so that it would carry each subject into every picture. Left out are doubled rows, and of C those that
+    several subjects share (the words before their tokens), which would ask for different values at once.
+    With G = C_reg^T C_reg and D = C G^-1, W = W0 + (V^T − W0 C^T)(D C^T)^-1 D.
+    ridge: added to G's diagonal, relative to its mean; by default none if G has full rank, else 1e-6, which the
+    result's settings tell. Raises ConeslabError unless there is a subject for each of two edits or more.
+    """
+    if len(edits) != len(subjects) or len(edits) < 2:
+        raise ConeslabError(f"got {len(edits)} edits and {len(subjects)} subjects: give two or more, as many of each")
+    space, model = KVSpace(pipe), model_fingerprint(pipe)
+    parts = [custom_diffusion_parts(edit) for edit in edits]
+    tokens = [token for own, _ in parts for token in own.tokens]
+    if len(set(tokens)) != len(tokens):
+        raise ConeslabError(f"the edits use the tokens {', '.join(tokens)}: train each with a token of its own")
+    vectors = torch.cat([own.vectors for own, _ in parts])
+    initial = tuple(word for own, _ in parts for word in own.initial)
+    table = TokenEdit(tuple(tokens), vectors, parts[0][0].fingerprint, initial=initial)
+    for _, delta in parts:
+        require_model(delta.fingerprint, pipe, "one of the edits")
+    with table.applied(pipe):
+        rows = [
+            _features(
+                pipe, [template.format(f"{about.token} {about.class_word}") for template in templates], words=True
+            )
+            for about in subjects
+        ]
+    rows = _own_rows(rows)
+    classes = [template.format(about.class_word) for about in subjects for template in templates]
+    captions = _ordinary_captions() if captions is None else captions
+    regularised = _features(pipe, [*captions, *classes], words=False)
+    deltas: dict[str, Tensor] = {}
+    ridges: list[float] = []
+    for layer in space.layers:
+        base = space.parameters[layer.name].detach().double().cpu()
+        values = [
+            own @ (base + delta.deltas.get(layer.name, torch.zeros_like(base)).double()).T
+            for own, (_, delta) in zip(rows, parts, strict=True)
+        ]
+        merged, used = merge_matrices(base, regularised, torch.cat(rows), torch.cat(values), ridge=ridge)
+        deltas[layer.name] = (merged - base).float()
+        ridges.append(used)
+    settings = {"method": "Custom Diffusion, merged", "templates": list(templates), "ridge": max(ridges)}
+    names = ", ".join(about.name for about in subjects)
+    return Combined((table, WeightDelta(deltas, model, subject=names, settings=settings)))
+
+
+@cache
+def _ordinary_captions() -> Sequence[str]:
+    """Captions of the sticker world; its pictures have to be drawn for them, so this is done once a process."""
+    return tuple(sample(200, seed=0).captions)
+
+
+def merge_matrices(
+    base: Tensor, regularised: Tensor, rows: Tensor, values: Tensor, *, ridge: float | None = None
+) -> tuple[Tensor, float]:
+    """The closed form of `merge` for one matrix: base W0 (out, in), regularised C_reg (m, in), rows C (k, in),
+    values V (k, out), all float64. Returns W (out, in) and the ridge that was used."""
+    gram = regularised.T @ regularised
+    if ridge is None:
+        ridge = 0.0 if torch.linalg.matrix_rank(gram, hermitian=True) == len(gram) else 1e-6
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    directions = torch.linalg.solve(gram, rows.T).T  # D = C G^-1, (k, in)
+    missing = values.T - base @ rows.T  # (out, k)
+    # rows that say the same twice make D C^T singular: the least-squares solution keeps what they agree on
+    weights = torch.linalg.lstsq(directions @ rows.T, missing.T, driver="gelsd").solution.T
+    return base + weights @ directions, ridge
+
+
+def _features(pipe: Any, captions: Sequence[str], *, words: bool) -> Tensor:
+    """Text features of captions, (rows, width) float64, without start tokens and doubles.
+
+    words: of the words alone, and not of the end token and the padding.
+    """
+    own = pipe.tokenizer(list(captions)).input_ids
+    text = encode_prompts(pipe, list(captions)).detach().double().cpu()
+    rows = torch.cat([text[number, 1 : len(ids) - 1 if words else None] for number, ids in enumerate(own)])
+    return torch.unique(rows, dim=0)
+
+
+def _own_rows(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of each (k, width) that no other has."""
+    every = torch.cat(list(rows))
+    _, where, counts = torch.unique(every, dim=0, return_inverse=True, return_counts=True)
+    alone = (counts[where] == 1).split([len(own) for own in rows])
+    return [own[keep] for own, keep in zip(rows, alone, strict=True)]

@@ -1,0 +1,254 @@
+"""Encodings of a mask: float32, float16, quaternary, binary, each with its own bytes, close to the entropy bound.
+
+A mask is a sparse set of neurons with a scale each; here it is a pair of arrays, `indices` (k,) ascending and
+`scales` (k,) in [0, 1), beside the sizes of the layers they lie in. `ConceptNeurons.to`, `.to_bytes` and
+`.from_bytes` are built on these functions.
+
+The file (little-endian): a header of 172 bytes, a stream of 32-bit words from a range coder, then, for float masks
+only, the scales as they are. The coder is that of `constriction` (Bamler 2022, arXiv 2201.01741). In every layer
+neurons count as independent with the layer's own density p, so a binary mask takes close to sum n H(p) bits. Coded
+are the runs of open neurons between shut ones, which are geometric, in steps of at most RUN: the same length as
+coding neuron by neuron, at a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import constriction
+import numpy as np
+
+from ..errors import ConeslabError, FileFormatError
+
+PRECISIONS = ("float32", "float16", "quaternary", "binary")
+LEVELS = np.array([0, 1 / 3, 2 / 3], np.float32)  # of a quaternary mask; the fourth, 1, is "not in the mask"
+RUN = 512
+_FLOATS = {"float32": "<f4", "float16": "<f2"}
+
+_MAGIC, _VERSION = b"conemask", 1
+_HEADER = struct.Struct("<8sHBBdQ8s32s64s32sII")  # ... fingerprint, subject, checksum, words, bytes of scales
+_CHECKSUM = slice(_HEADER.size - 8 - 32, _HEADER.size - 8)
+_MODEL = constriction.stream.model
+
+
+def quantised(scales: np.ndarray, precision: str, *, cut: float = 0.5) -> np.ndarray:
+    """Round scales (k,) to a precision -> (k,) float32; where 1 comes out, the neuron leaves the mask.
+
+    float16 rounds to nearest, quaternary to the nearest of 0, 1/3, 2/3, 1, binary to 0 below `cut` and 1 elsewhere
+    (Cones, arXiv 2303.05125, Sec. 3.1). Raises ConeslabError for another precision.
+    """
+    if precision == "float32":
+        return scales.astype(np.float32)
+    if precision == "float16":
+        return scales.astype(np.float16).astype(np.float32)
+    if precision == "quaternary":
+        return np.append(LEVELS, np.float32(1))[np.rint(scales * 3).astype(int)]
+    if precision == "binary":
+        return np.where(scales < cut, 0, 1).astype(np.float32)
+    raise ConeslabError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+
+
+def precision_of(scales: np.ndarray) -> str:
+    """The smallest precision that holds these scales (k,) exactly."""
+    return next(kind for kind in reversed(PRECISIONS) if (quantised(scales, kind) == scales).all())
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Bits that a sequence with these counts of its symbols takes at least, if they are independent: n H(counts/n)."""
+    counts = counts[counts > 0].astype(float)
+    return float((counts * np.log2(counts.sum() / counts)).sum())
+
+
+def entropy_bound(indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int]) -> float:
+    """Bytes that a binary or quaternary mask takes at least, given the densities of every layer.
+
+    sizes: neurons of each layer, which lie end to end. Raises ConeslabError for scales of a finer precision.
+    """
+    if precision_of(scales) not in ("binary", "quaternary"):
+        raise ConeslabError("the bound is for binary and quaternary masks: round it first, e.g. to('quaternary')")
+    bits = 0.0
+    for _, part, size in _layers(indices, sizes):
+        levels = np.array([(scales[part] == level).sum() for level in LEVELS])
+        bits += entropy(np.append(levels, size - levels.sum()))
+    return bits / 8
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """What a mask file says: see `ConceptNeurons` for the meaning of the fields."""
+
+    indices: np.ndarray
+    scales: np.ndarray
+    precision: str
+    cut: float
+    fingerprint: str
+    subject: str
+
+
+def encode(
+    indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int], *, fingerprint: str, subject: str, cut: float
+) -> bytes:
+    """Write a mask in the smallest precision that keeps it exactly.
+
+    fingerprint: 64 hexadecimal digits; subject: its first 64 bytes are kept.
+    Raises ConeslabError if the fingerprint is none.
+    """
+    try:
+        model = bytes.fromhex(fingerprint)
+    except ValueError:
+        model = b""
+    if len(model) != 32:
+        raise ConeslabError(f"fingerprint is {fingerprint!r}, expected the 64 hexadecimal digits of `KVSpace`")
+    precision, coder = precision_of(scales), constriction.stream.queue.RangeEncoder()
+    for start, part, size in _layers(indices, sizes):
+        _encode_places(coder, indices[part] - start, size)
+        if precision == "quaternary":
+            _encode_levels(coder, scales[part])
+    words = coder.get_compressed().astype("<u4").tobytes()
+    values = scales.astype(_FLOATS[precision]).tobytes() if precision in _FLOATS else b""
+    name = subject.encode()[:64].decode(errors="ignore").encode()
+    fields = (_VERSION, PRECISIONS.index(precision), len(name), cut, sum(sizes), _shape(sizes), model, name)
+    lengths = (len(words) // 4, len(values))
+    blank = _HEADER.pack(_MAGIC, *fields, bytes(32), *lengths)
+    digest = hashlib.blake2b(blank + words + values, digest_size=32).digest()
+    return _HEADER.pack(_MAGIC, *fields, digest, *lengths) + words + values
+
+
+def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
+    """Read what `encode` wrote. It never allocates more than the model it is for asks for, whatever the file says.
+
+    sizes: neurons of each layer of that model. Raises FileFormatError for a file that is truncated, changed in any
+    bit, of another make or another model's shape.
+    """
+    if len(data) < _HEADER.size or data[:8] != _MAGIC:
+        raise FileFormatError("this is no mask file of coneslab: it is too short, or starts otherwise")
+    _, version, kind, letters, cut, n, shape, model, name, digest, words, values = _HEADER.unpack_from(data)
+    if version != _VERSION:
+        raise FileFormatError(f"this mask file is of version {version}, this coneslab reads {_VERSION}: update it")
+    if len(data) != _HEADER.size + 4 * words + values:
+        raise FileFormatError(
+            f"this mask file has {len(data)} bytes, its header speaks of {_HEADER.size + 4 * words + values}: it was "
+            "truncated, or something was added; copy it again"
+        )
+    blank = data[: _CHECKSUM.start] + bytes(32) + data[_CHECKSUM.stop :]
+    if hashlib.blake2b(blank, digest_size=32).digest() != digest:
+        raise FileFormatError("this mask file is damaged (its checksum does not match): copy it again")
+    if (n, shape) != (sum(sizes), _shape(sizes)):
+        raise FileFormatError(
+            f"this mask covers {n:,} neurons, the model has {sum(sizes):,} in {len(sizes)} layers, or other layers: "
+            "load the model it was found on"
+        )
+    try:
+        precision, subject = PRECISIONS[kind], name[:letters].decode()
+        indices, scales = _decode_words(data[_HEADER.size : _HEADER.size + 4 * words], precision, sizes)
+        if precision in _FLOATS:
+            raw = np.frombuffer(data[_HEADER.size + 4 * words :], _FLOATS[precision])
+            scales = raw.astype(np.float32)
+        if len(scales) != len(indices):
+            raise ValueError(f"{len(indices)} neurons and {len(scales)} scales")
+    except (ValueError, IndexError, AssertionError) as error:  # a forged file: the checksum is right
+        raise FileFormatError(f"this mask file is not one that coneslab wrote ({error})") from error
+    return MaskFile(indices, scales, precision, cut, model.hex(), subject)
+
+
+def _shape(sizes: Sequence[int]) -> bytes:
+    """Eight bytes that say how large each layer is."""
+    return hashlib.blake2b(np.array(sizes, "<u8").tobytes(), digest_size=8).digest()
+
+
+def _layers(indices: np.ndarray, sizes: Sequence[int]) -> list[tuple[int, slice, int]]:
+    """For every layer: where it starts, which of the indices lie in it, its size."""
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    places = np.searchsorted(indices, edges)
+    return [(int(edges[i]), slice(places[i], places[i + 1]), size) for i, size in enumerate(sizes)]
+
+
+def _decode_words(data: bytes, precision: str, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+    indices, scales, start = [], [], 0
+    for size in sizes:
+        indices.append(_decode_places(decoder, size) + start)
+        count = len(indices[-1])
+        scales.append(_decode_levels(decoder, count) if precision == "quaternary" else np.zeros(count, np.float32))
+        start += size
+    if not decoder.maybe_exhausted():
+        raise ValueError("words are left over")
+    return np.concatenate(indices), np.concatenate(scales)
+
+
+# --- parts of the stream --------------------------------------------------------------------------------
+
+
+def _encode_whole(coder: Any, value: int, most: int) -> None:
+    """A whole number in [0, most], all equally likely; 16 bits at a time."""
+    if most >> 16:
+        coder.encode(value & 0xFFFF, _MODEL.Uniform(1 << 16))
+        _encode_whole(coder, value >> 16, most >> 16)
+    elif most:
+        coder.encode(value, _MODEL.Uniform(most + 1))
+
+
+def _decode_whole(coder: Any, most: int) -> int:
+    if most >> 16:
+        low = int(coder.decode(_MODEL.Uniform(1 << 16)))
+        return low + (_decode_whole(coder, most >> 16) << 16)
+    return int(coder.decode(_MODEL.Uniform(most + 1))) if most else 0
+
+
+def _runs(count: int, size: int) -> Any:
+    """How long a run of open neurons is, 0 to RUN - 1, or RUN and more (which then goes on), at density count/size.
+
+    Products only: powers may differ from one processor to the next, and a decoder must see the same numbers.
+    """
+    shut = count / size
+    reached = np.cumprod(np.append(1.0, np.full(RUN, 1.0 - shut)))
+    return _MODEL.Categorical(np.append(reached[:-1] * shut, reached[-1]), perfect=False)
+
+
+def _encode_places(coder: Any, places: np.ndarray, size: int) -> None:
+    gaps = np.diff(places, prepend=-1) - 1
+    longer = gaps // RUN
+    _encode_whole(coder, len(places), size)
+    if not len(places):
+        return
+    _encode_whole(coder, int(longer.sum()), size // RUN)
+    symbols = np.full(len(places) + int(longer.sum()), RUN, np.int32)
+    symbols[np.cumsum(longer + 1) - 1] = gaps % RUN
+    coder.encode(symbols, _runs(len(places), size))
+
+
+def _decode_places(coder: Any, size: int) -> np.ndarray:
+    count = _decode_whole(coder, size)
+    if count > size:
+        raise ValueError(f"{count} neurons in a layer of {size}")
+    if not count:
+        return np.zeros(0, np.int64)
+    longer = _decode_whole(coder, size // RUN)
+    symbols = coder.decode(_runs(count, size), count + longer).astype(np.int64)
+    ends = symbols < RUN
+    places = (np.cumsum(np.where(ends, symbols + 1, RUN)) - 1)[ends]
+    if len(places) != count or places[-1] >= size:
+        raise ValueError(f"neurons outside a layer of {size}")
+    return places
+
+
+def _encode_levels(coder: Any, scales: np.ndarray) -> None:
+    counts = [int((scales == level).sum()) for level in LEVELS]
+    _encode_whole(coder, counts[0], len(scales))
+    _encode_whole(coder, counts[1], len(scales) - counts[0])
+    if len(scales):
+        symbols = np.searchsorted(LEVELS, scales).astype(np.int32)
+        coder.encode(symbols, _MODEL.Categorical(np.array(counts) / len(scales), perfect=False))
+
+
+def _decode_levels(coder: Any, count: int) -> np.ndarray:
+    first = _decode_whole(coder, count)
+    second = _decode_whole(coder, max(0, count - first))
+    if not count:
+        return np.zeros(0, np.float32)
+    shares = np.array([first, second, count - first - second]) / count
+    return LEVELS[coder.decode(_MODEL.Categorical(shares, perfect=False), count)]

@@ -1,0 +1,90 @@
+"""How well an edit implants a concept: the loss of Cones (arXiv 2303.05125, Sec. 3.1), as a number for any edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..diffusion.encoding import encode_prompts
+from ..diffusion.loss import denoising_loss
+from ..edits.base import Edit, applied
+from ..finetuning.samples import ConceptSubject, concept_pairs, draws
+
+
+@dataclass(frozen=True, repr=False)
+class ConceptLoss:
+    """What L_con measures on held-out noise: means, and every sample's loss, in the same order for every condition.
+
+    subject, prior: (samples,) float64; prior is empty where none was asked for.
+    """
+
+    subject_values: np.ndarray
+    prior_values: np.ndarray
+
+    @property
+    def subject(self) -> float:
+        return float(self.subject_values.mean())
+
+    @property
+    def prior(self) -> float:
+        return float(self.prior_values.mean()) if len(self.prior_values) else float("nan")
+
+    def __repr__(self) -> str:
+        prior = f", prior={self.prior:.4f}" if len(self.prior_values) else ""
+        return f"ConceptLoss(subject={self.subject:.4f}{prior}, {len(self.subject_values)} samples)"
+
+
+@torch.no_grad()
+def concept_loss(
+    pipe: Any,
+    subject: ConceptSubject,
+    *,
+    edit: Edit | None = None,
+    dose: float = 1.0,
+    samples: int = 160,
+    prior: Sequence[Image.Image] | None = None,
+    prior_samples: int = 0,
+    seed: int = 1_000_000,
+    batch_size: int = 32,
+    callback: Callable[[int, int], None] | None = None,
+) -> ConceptLoss:
+    """Measure the denoising loss on a subject, and on its prior, under noises and timesteps fixed by `seed`.
+
+    Two calls with the same settings see the same samples, so that conditions are compared in pairs: the difference
+    of two edits is far less noisy than either. The default seed is far from those of searches, so the noise is held
+    out. edit: put on while measuring (an edit put on outside stays on). prior: pictures for `prior_samples`; if not
+    given the pipeline draws them before the edit is on. Raises what the edit raises.
+    """
+    pairs = concept_pairs(
+        pipe,
+        subject,
+        subject_batch=samples,
+        prior_batch=prior_samples,
+        prior=prior,
+    )
+    draw = next(draws(pipe, pairs, seed=seed))
+    values = []
+    with applied(edit, pipe, dose):
+        text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt])  # an edit may change it
+        counts = torch.tensor([pair.batch for pair in pairs])
+        each = text[torch.arange(len(pairs)).repeat_interleave(counts).to(text.device)]
+        for first in range(0, len(each), batch_size):
+            rows = slice(first, first + batch_size)
+            loss = denoising_loss(
+                pipe,
+                draw.latents[rows],
+                each[rows],
+                noise=draw.noise[rows],
+                timesteps=draw.timesteps[rows],
+                reduction="none",
+            )
+            values.append(loss.double().cpu())
+            if callback is not None:
+                callback(min(first + batch_size, len(each)), len(each))
+    flat = torch.cat(values).numpy()
+    return ConceptLoss(flat[:samples], flat[samples:])

@@ -1,0 +1,333 @@
+"""Concept neurons: a mask on the K-V weights, to keep, to shut and to join with others (Cones, arXiv 2303.05125).
+
+No code was ever published for Cones; this is an independent reimplementation. Where the paper leaves room, the
+docstring says "a reading". The search that finds them is in `search.py`, what a mask file holds in `encoding.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..diffusion.kvspace import KVLayout, KVSpace
+from ..edits.base import StoredEdit, require_dose
+from ..edits.weights import Change, require_model, swapped
+from ..errors import ConeslabError, MismatchError
+from ..files import write_whole
+from . import encoding
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far two sets of shut neurons coincide, beside what chance would give.
+
+    Chance: two random sets with the same number of neurons in every layer as these (the random control's chance).
+    """
+
+    intersection: int
+    union: int
+    expected_intersection: float
+
+    @property
+    def jaccard(self) -> float:
+        """Intersection over union, in [0, 1]; 0 for two empty sets."""
+        return self.intersection / self.union if self.union else 0.0
+
+    @property
+    def expected_jaccard(self) -> float:
+        """Jaccard index at the intersection expected by chance."""
+        union = self.union + self.intersection - self.expected_intersection
+        return self.expected_intersection / union if union else 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Overlap({self.intersection:,} of {self.union:,} neurons: Jaccard {self.jaccard:.3f}, "
+            f"{self.expected_jaccard:.3f} by chance)"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConceptNeurons(StoredEdit):
+    """The neurons of a concept: a sparse, immutable mask on the K-V weights, and an edit.
+
+    layout: the K-V space, n neurons; indices: (k,) sorted, read-only, the neurons whose scale is not 1; scales: (k,)
+    float32 in [0, 1], read-only; fingerprint: of the model's K-V weights; cut: a neuron whose scale lies below it is
+    shut in the binary mask; settings: of the search; history: name -> array with one row a round.
+    Raises ConeslabError for indices that are out of range, unsorted or repeated, and scales that are not in [0, 1].
+
+        found = find_concept_neurons(pipe, cat)
+        with found.binary().applied(pipe):
+            images = pipe(cat.prompts[0]).images
+    """
+
+    layout: KVLayout
+    indices: np.ndarray
+    scales: np.ndarray
+    fingerprint: str
+    subject: str = ""
+    cut: float = 0.5
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        indices, scales = np.array(self.indices), np.array(self.scales, dtype=np.float32)
+        if indices.ndim != 1 or scales.shape != indices.shape:
+            raise ConeslabError(
+                f"got indices {indices.shape} and scales {scales.shape}: give two vectors of one length"
+            )
+        if len(indices) and not np.issubdtype(indices.dtype, np.integer):
+            raise ConeslabError(f"indices are {indices.dtype}, expected integers")
+        if len(indices) and (indices[0] < 0 or indices[-1] >= self.n or (np.diff(indices) <= 0).any()):
+            raise ConeslabError(
+                f"indices run from {indices.min()} to {indices.max()}: expected them in [0, {self.n}), ascending, "
+                "each once"
+            )
+        if not ((scales >= 0) & (scales <= 1)).all():  # NaN fails both
+            raise ConeslabError("scales must be numbers in [0, 1]: 1 leaves a neuron as it is, 0 shuts it")
+        if not 0 < self.cut <= 1:
+            raise ConeslabError(f"cut is {self.cut}: give a scale in (0, 1], below which a neuron counts as shut")
+        history = {name: _read_only(np.array(rows)) for name, rows in self.history.items()}
+        small = np.int32 if self.n <= np.iinfo(np.int32).max else np.int64
+        for name, value in (
+            ("indices", _read_only(indices.astype(small))),
+            ("scales", _read_only(scales)),
+            ("settings", MappingProxyType(dict(self.settings))),
+            ("history", MappingProxyType(history)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_scale(cls, scale: Tensor, layout: KVLayout, fingerprint: str, **about: Any) -> ConceptNeurons:
+        """Make neurons from a scale for every neuron of the space, (n,); `about` as in the constructor."""
+        layout.require_length(scale)
+        dense = scale.detach().to("cpu", torch.float32).numpy()
+        indices = np.flatnonzero(dense != 1)
+        return cls(layout, indices, dense[indices], fingerprint, **about)
+
+    # --- what it is ---
+
+    @property
+    def n(self) -> int:
+        """Neurons in the K-V space."""
+        return self.layout.n
+
+    def scale(self) -> Tensor:
+        """The scale of every neuron, (n,) float32, a new tensor."""
+        dense = torch.ones(self.n)
+        dense[torch.tensor(self.indices, dtype=torch.long)] = torch.tensor(self.scales)
+        return dense
+
+    def shut(self, cut: float | None = None) -> np.ndarray:
+        """Indices of the shut neurons, whose scale is below `cut` (default: the mask's own), ascending."""
+        return self.indices[self.scales < (self.cut if cut is None else cut)]
+
+    def mask(self, cut: float | None = None) -> Tensor:
+        """Bool (n,): which neurons are shut."""
+        dense = torch.zeros(self.n, dtype=torch.bool)
+        dense[torch.tensor(self.shut(cut), dtype=torch.long)] = True
+        return dense
+
+    @property
+    def density(self) -> float:
+        """Share of the K-V weights that are shut."""
+        return len(self.shut()) / self.n
+
+    def counts(self, cut: float | None = None) -> np.ndarray:
+        """Number of shut neurons in every layer, (layers,), in the order of `layout`."""
+        edges = [layer.start for layer in self.layout] + [self.n]
+        return np.diff(np.searchsorted(self.shut(cut), edges))
+
+    def per_layer(self) -> list[dict[str, Any]]:
+        """A table with one row a layer: label, block, kind, resolution, neurons, shut, density."""
+        return [
+            {
+                "layer": layer.label,
+                "block": layer.block,
+                "kind": layer.kind,
+                "resolution": layer.resolution,
+                "neurons": layer.size,
+                "shut": int(count),
+                "density": count / layer.size,
+            }
+            for layer, count in zip(self.layout, self.counts(), strict=True)
+        ]
+
+    def overlap(self, other: ConceptNeurons) -> Overlap:
+        """Compare the shut neurons of two masks. Raises MismatchError if their K-V spaces differ."""
+        if self.layout != other.layout:
+            raise MismatchError(
+                f"these masks are of K-V spaces with {self.n:,} and {other.n:,} neurons: not comparable"
+            )
+        both = len(np.intersect1d(self.shut(), other.shut(), assume_unique=True))
+        sizes = np.array([layer.size for layer in self.layout])
+        chance = float((self.counts() * (other.counts() / sizes)).sum())
+        return Overlap(both, len(self.shut()) + len(other.shut()) - both, chance)
+
+    def to(self, precision: str) -> ConceptNeurons:
+        """The mask with its scales rounded to "float32", "float16", "quaternary" or "binary" (`encoding.quantised`).
+
+        Raises ConeslabError for another precision.
+        """
+        scales = encoding.quantised(self.scales, precision, cut=self.cut)
+        left = scales != 1
+        settings = dict(self.settings) | {"precision": precision}
+        return replace(self, indices=self.indices[left], scales=scales[left], settings=settings)
+
+    def binary(self, cut: float | None = None) -> ConceptNeurons:
+        """The mask with its shut neurons at 0 and all others at 1: `to("binary")`, at another cut if given."""
+        return (self if cut is None else replace(self, cut=cut)).to("binary")
+
+    def within(self, *, kind: str | None = None, level: int | None = None, block: str | None = None) -> ConceptNeurons:
+        """The neurons in the layers that match (see `KVLayout.where`); all others stay as the model has them."""
+        kept = self.layout.where(kind=kind, level=level, block=block).numpy()[self.indices]
+        return replace(self, indices=self.indices[kept], scales=self.scales[kept])
+
+    def __len__(self) -> int:
+        """Number of neurons whose scale is not 1."""
+        return len(self.indices)
+
+    def __eq__(self, other: object) -> bool:
+        """Same neurons at the same scales, found on the same model."""
+        return isinstance(other, ConceptNeurons) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> str:
+        digest = hashlib.sha256(f"{self.fingerprint} {self.layout} ".encode())
+        digest.update(self.indices.tobytes() + self.scales.tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"ConceptNeurons({self.subject!r}: {len(self.shut()):,} of {self.n:,} neurons shut ({self.density:.2%}), "
+            f"{len(self):,} scaled, model {self.fingerprint[:8]})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{row['layer']}</td><td>{row['resolution']}×{row['resolution']}</td><td>{row['neurons']:,}</td>"
+            f"<td>{row['shut']:,}</td><td>{row['density']:.2%}</td></tr>"
+            for row in self.per_layer()
+        )
+        head = "<tr><th>layer</th><th>grid</th><th>neurons</th><th>shut</th><th>density</th></tr>"
+        return (
+            f"<p>Concept neurons of <b>{self.subject}</b>: {len(self.shut()):,} of {self.n:,} shut "
+            f"({self.density:.2%})</p><details><summary>layer by layer</summary><table>{head}{rows}</table></details>"
+        )
+
+    # --- what it does ---
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of indices and scales; a binary mask stores indices alone."""
+        return self.indices.nbytes + (self.scales.nbytes if self.scales.any() else 0)
+
+    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+        """Scale the pipeline's K-V weights for the length of a block (Cones, Sec. 3.1); gives the pipeline.
+
+        dose: 0 leaves the weights as they are, 1 is the whole mask; a scale s acts as 1 − dose · (1 − s).
+        Masks nest: their scales multiply. check_model=False tries a mask on another model of the same shape.
+        Raises MismatchError, with the pipeline untouched, for a mask of another model or shape.
+        """
+        require_dose(dose)
+        scales = torch.tensor(self.scales)
+
+        def scaled(old: Tensor, part: slice) -> Tensor:
+            return old * (1 - dose * (1 - scales[part].to(old)))
+
+        return swapped(lambda: self.changes(pipe, scaled, check_model=check_model), pipe)
+
+    def changes(
+        self, pipe: Any, update: Callable[[Tensor, slice], Tensor], *, check_model: bool = True
+    ) -> Iterator[Change]:
+        """What `edits.swapped` needs to change this mask's neurons, layer by layer.
+
+        update(old, part) -> new weights, (neurons of the mask in the layer,); part: their slice of `indices`.
+        Raises MismatchError for a pipeline of another model or shape.
+        """
+        space = KVSpace(pipe)
+        if space.layout != self.layout:
+            raise MismatchError(
+                f"the mask of {self.subject!r} covers {self.n:,} neurons in {len(self.layout)} layers, this "
+                f"pipeline has {space.n:,} in {len(space.layers)}: load the model it was found on, or find "
+                "neurons again"
+            )
+        if check_model:
+            require_model(self.fingerprint, pipe, f"the mask of {self.subject!r}")
+        for layer in self.layout:
+            first, last = np.searchsorted(self.indices, [layer.start, layer.start + layer.size])
+            if first == last:
+                continue
+            weight = space.parameters[layer.name]
+            new = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten().clone()
+            where = torch.tensor(self.indices[first:last] - layer.start, dtype=torch.long, device=new.device)
+            new[where] = update(new[where], slice(first, last))
+            yield weight, new.view(layer.shape)
+
+    def to_bytes(self) -> bytes:
+        """The mask in the smallest precision that keeps it exactly, close to the entropy bound (`encoding.encode`).
+
+        It holds fingerprint, subject and cut, but neither settings nor history nor the table of layers: those of
+        the model serve to read it. `save` keeps everything.
+        """
+        sizes = [layer.size for layer in self.layout]
+        about: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
+        return encoding.encode(self.indices, self.scales, sizes, **about)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, pipe: Any) -> ConceptNeurons:
+        """Read `to_bytes` back, for the pipeline the mask was found on or another of its shape.
+
+        Raises FileFormatError if the data are damaged or for another shape of model.
+        """
+        layout = KVSpace(pipe).layout
+        found = encoding.decode(data, [layer.size for layer in layout])
+        about: dict[str, Any] = {"subject": found.subject, "cut": found.cut}
+        settings = {"precision": found.precision}
+        return cls(layout, found.indices, found.scales, found.fingerprint, settings=settings, **about)
+
+    def save_mask(self, path: str | Path) -> Path:
+        """Write `to_bytes` to a file, a small fraction of what `save` writes."""
+        return write_whole(path, self.to_bytes())
+
+    @classmethod
+    def load_mask(cls, path: str | Path, pipe: Any) -> ConceptNeurons:
+        """Read `save_mask` back: see `from_bytes`."""
+        return cls.from_bytes(Path(path).read_bytes(), pipe)
+
+    @property
+    def entropy_bound(self) -> float:
+        """Bytes a binary or quaternary mask takes at least, layer densities given (`encoding.entropy_bound`)."""
+        return encoding.entropy_bound(self.indices, self.scales, [layer.size for layer in self.layout])
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {"indices": torch.tensor(self.indices)}
+        if self.scales.any():
+            tensors["scales"] = torch.tensor(self.scales)
+        tensors |= {f"history.{name}": torch.tensor(rows) for name, rows in self.history.items()}
+        description = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
+        return tensors, {**description, "settings": dict(self.settings), "layers": self.layout.as_json()}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> ConceptNeurons:
+        layout = KVLayout.from_json(description.pop("layers"))
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        indices = arrays.pop("indices")
+        scales = arrays.pop("scales", np.zeros(len(indices), np.float32))
+        history = {name.removeprefix("history."): rows for name, rows in arrays.items()}
+        return cls(layout, indices, scales, history=history, **description)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,253 @@
+"""Several concepts at once: join their masks, see how far they overlap, tune the union (Cones, Sec. 3.2 and 3.3).
+
+`concatenate` shuts the neurons of all concepts together; nothing is trained. `finetune_together` then tunes only the
+weights inside that union for a few steps on the sum of the concepts' losses, which is what carries four subjects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..diffusion.encoding import encode_prompts
+from ..diffusion.loss import add_noise
+from ..edits.base import Edit, StoredEdit, applied, require_dose
+from ..edits.weights import require_model, swapped
+from ..errors import ConeslabError, MismatchError
+from ..finetuning.kv_gradient import KVGradient
+from ..finetuning.loop import TuningCallback, tune
+from ..finetuning.samples import ConceptSubject, concept_pairs, draws, joint_pairs, total_loss
+from ..world.pictures import listed
+from .mask import ConceptNeurons
+
+
+def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
+    """Join masks: the union of their shut neurons, for graded masks the smaller scale of each neuron (Cones, Sec. 3.2).
+
+    The order does not matter, and a mask joined with itself stays as it is.
+    Raises ConeslabError for no mask or graded masks with different cuts, MismatchError for masks of different models.
+    """
+    if not found:
+        raise ConeslabError("there is nothing to join: give at least one mask")
+    for other in found[1:]:
+        if (other.fingerprint, other.layout) != (found[0].fingerprint, found[0].layout):
+            raise MismatchError(
+                f"the mask of {other.subject!r} was found on model {other.fingerprint[:8]}…, that of "
+                f"{found[0].subject!r} on {found[0].fingerprint[:8]}…: join masks of one model"
+            )
+    cuts = {mask.cut for mask in found if mask.scales.any()}
+    if len(cuts) > 1:
+        raise ConeslabError(f"the masks are shut below {sorted(cuts)}: make them binary first, each at its own cut")
+    indices, scales = found[0].indices, found[0].scales
+    for other in found[1:]:
+        indices, scales = _minimum(indices, scales, other)
+    names = sorted({name for mask in found for name in mask.subject.split(" + ")})
+    cut = cuts.pop() if cuts else max(mask.cut for mask in found)
+    settings = {"concatenated": names}
+    return ConceptNeurons(
+        found[0].layout, indices, scales, found[0].fingerprint, subject=" + ".join(names), cut=cut, settings=settings
+    )
+
+
+def _minimum(indices: np.ndarray, scales: np.ndarray, other: ConceptNeurons) -> tuple[np.ndarray, np.ndarray]:
+    union = np.union1d(indices, other.indices)
+    low = np.ones(len(union), np.float32)
+    for own, values in ((indices, scales), (other.indices, other.scales)):
+        at = np.searchsorted(union, own)
+        low[at] = np.minimum(low[at], values)
+    return union, low
+
+
+def overlap_matrices(found: Sequence[ConceptNeurons]) -> tuple[np.ndarray, np.ndarray]:
+    """Jaccard index of every pair of masks, and what chance would give: two (masks, masks) arrays.
+
+    Chance keeps the number of shut neurons of each mask in each layer: see `Overlap`.
+    """
+    pairs = [[a.overlap(b) for b in found] for a in found]
+    jaccard = np.array([[pair.jaccard for pair in row] for row in pairs])
+    return jaccard, np.array([[pair.expected_jaccard for pair in row] for row in pairs])
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """How far the change that a union makes to the denoiser's output is the sum of its parts' changes.
+
+    cosine: of the two changes, 1 if they point the same way; ratio: size of the union's change over that of the sum;
+    error: size of their difference over that of the union's change, 0 if shutting is additive. Means over samples.
+    """
+
+    cosine: float
+    ratio: float
+    error: float
+
+
+@torch.no_grad()
+def output_changes(
+    pipe: Any, edits: Sequence[Edit], subjects: Sequence[ConceptSubject], *, samples: int = 32, seed: int = 1_000_000
+) -> list[Tensor]:
+    """What each edit changes in the denoiser's output, (samples, elements) float64 each.
+
+    On noised reference pictures of all subjects in turn, under the prompt that names them all. Noises are those of
+    `seed`, by default far from those of searches.
+    """
+    pairs = [concept_pairs(pipe, about, prior_batch=0, subject_batch=samples)[0] for about in subjects]
+    parts = next(draws(pipe, pairs, seed=seed))
+    rows = torch.arange(0, len(parts.latents), len(subjects))  # every part of the schedule of every subject
+    timesteps = parts.timesteps[rows]
+    noisy = add_noise(pipe.scheduler, parts.latents[rows], parts.noise[rows], timesteps)
+    prompt = joint_prompt(subjects)
+
+    def output(edit: Edit | None) -> Tensor:
+        with applied(edit, pipe):
+            text = encode_prompts(pipe, [prompt]).expand(len(rows), -1, -1)
+            return pipe.unet(noisy, timesteps, encoder_hidden_states=text).sample.flatten(1).double()
+
+    before = output(None)
+    return [output(edit) - before for edit in edits]
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each row of a with the same row of b: (n, elements) twice -> (n,)."""
+    return torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-12)
+
+
+def additivity(
+    pipe: Any,
+    found: Sequence[ConceptNeurons],
+    subjects: Sequence[ConceptSubject],
+    *,
+    samples: int = 32,
+    seed: int = 1_000_000,
+) -> Additivity:
+    """Compare the change of the denoiser's output under the union with the sum of the single masks' changes.
+
+    Raises ConeslabError unless there are two masks or more, and a subject for each.
+    """
+    if len(found) != len(subjects) or len(found) < 2:
+        raise ConeslabError(f"got {len(found)} masks and {len(subjects)} subjects: give two or more, as many of each")
+    whole, *parts = output_changes(pipe, [concatenate(*found), *found], subjects, samples=samples, seed=seed)
+    total = torch.stack(parts).sum(0)
+    size, sum_size = whole.norm(dim=1).clamp_min(1e-12), total.norm(dim=1).clamp_min(1e-12)
+    error = (whole - total).norm(dim=1) / size
+    return Additivity(float(cosines(whole, total).mean()), float((size / sum_size).mean()), float(error.mean()))
+
+
+def joint_prompt(subjects: Sequence[ConceptSubject]) -> str:
+    """ "a sks cat, a zwx dog and a vqz car": the prompt that names all subjects, as captions do."""
+    return listed([about.prompt for about in subjects])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TunedNeurons(StoredEdit):
+    """Neurons that were tuned instead of shut: a mask, and a value for each neuron in it; an edit.
+
+    neurons: which weights; values: (k,) float32, read-only, in the order of `neurons.indices`, stored as float16.
+    history: name -> numbers, one a step.
+    Raises ConeslabError if there is not one finite value for every neuron.
+    """
+
+    neurons: ConceptNeurons
+    values: np.ndarray
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with np.errstate(over="ignore"):  # too large a number becomes infinity, which is refused
+            values = np.array(self.values, np.float16).astype(np.float32)
+        if values.shape != self.neurons.indices.shape or not np.isfinite(values).all():
+            raise ConeslabError(
+                f"got values of shape {values.shape} for {len(self.neurons):,} neurons: give a finite number, within "
+                "the range of float16, for each of them"
+            )
+        values.flags.writeable = False
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the mask in its file and of the values in float16."""
+        return len(self.neurons.binary(cut=1.0).to_bytes()) + 2 * len(self.values)
+
+    def __repr__(self) -> str:
+        return f"TunedNeurons({self.neurons.subject!r}: {len(self.values):,} weights tuned, {self.nbytes:,} bytes)"
+
+    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+        """Give the neurons their tuned values for the length of a block; dose 0 is the model's own weight.
+
+        Raises what `ConceptNeurons.applied` raises.
+        """
+        require_dose(dose)
+        values = torch.tensor(self.values)
+
+        def tuned(old: Tensor, part: slice) -> Tensor:
+            return (1 - dose) * old + dose * values[part].to(old)
+
+        return swapped(lambda: self.neurons.changes(pipe, tuned, check_model=check_model), pipe)
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, description = self.neurons._pack()
+        tensors = {f"neurons.{name}": tensor for name, tensor in tensors.items()}
+        tensors["values"] = torch.tensor(self.values).half()
+        history = {name: list(values) for name, values in self.history.items()}
+        return tensors, {"neurons": description, "settings": dict(self.settings), "history": history}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> TunedNeurons:
+        values = tensors.pop("values").float().numpy()
+        parts = {name.removeprefix("neurons."): tensor for name, tensor in tensors.items()}
+        neurons = ConceptNeurons._unpack(parts, description.pop("neurons"))
+        return cls(neurons, values, **description)
+
+
+def finetune_together(
+    pipe: Any,
+    union: ConceptNeurons,
+    subjects: Sequence[ConceptSubject],
+    *,
+    steps: int = 40,
+    learning_rate: float = 1e-3,
+    subject_batch: int = 16,
+    prior_batch: int = 8,
+    prior_weight: float = 1.0,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    progress: bool = True,
+    callback: TuningCallback | None = None,
+) -> TunedNeurons:
+    """Collaborative fine-tuning (Cones, Sec. 3.3): tune the union's weights on the sum of the subjects' losses.
+
+    Starts at the shut (or scaled) weights; every weight outside `union` keeps its value. AdamW without decay.
+    subject_batch, prior_batch: samples a subject and step; prior_weight: λ. dtype, chunk: see `KVGradient`.
+    callback: see `finetuning.tune`. The pipeline is not changed.
+    Raises ConeslabError for no subject, no step, or a loss that diverges; MismatchError for a union of another model.
+    """
+    if not subjects:
+        raise ConeslabError("got 0 subjects: give at least one")
+    require_model(union.fingerprint, pipe, "the union")
+    pairs = joint_pairs(
+        pipe, subjects, subject_batch=subject_batch, prior_batch=prior_batch, prior_weight=prior_weight, seed=seed
+    )
+    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
+    theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
+    where = torch.tensor(union.indices, dtype=torch.long, device=theta.device)
+    values = theta[where] * torch.tensor(union.scales).to(theta)
+
+    def step(number: int) -> dict[str, float]:
+        losses, whole = gradient(theta.index_copy(0, where, values), next(samples))
+        values.grad = whole[where]
+        return {"loss": total_loss(pairs, losses)}
+
+    history = tune(
+        {"values": values}, step, steps=steps, learning_rate=learning_rate, title=f"tuning {union.subject}",
+        progress=progress, callback=callback,
+    )  # fmt: skip
+    settings = {"steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight, "seed": seed}
+    return TunedNeurons(union, values.detach().cpu().numpy(), settings=settings, history=history)

@@ -1,0 +1,370 @@
+"""The training loop behind `coneslab pretrain`: budgets, checkpoints that resume, a log, a feed of pictures.
+
+There is one loop, `fit`. What is trained (`modules`), what is minimised (`loss`) and for how long (`Recipe`) come
+from `coneslab.pretraining.run`. A step's batch is cut into parts, which run beside each other on the cores of a CPU:
+the small networks of this package use two cores much better so than by cutting each operation in two. Checkpoints are
+safetensors, so resuming never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import new_world as world
+from ..diffusion.precision import bfloat16_pays, flushing_denormals
+from ..errors import ConeslabError, FileFormatError
+from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
+from .optimizers import Average, Muon, optimizers
+from .recipe import Recipe
+
+
+@dataclass
+class Log:
+    """What a training run did: one row each time figures are written down, what was measured on held-out data
+    now and then, and the facts a model card needs."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    measures: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.rows[-1]["seconds"] if self.rows else 0.0
+
+    @property
+    def steps(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Log:
+        """Read a log back. Raises ConeslabError if there is none."""
+        if not path.is_file():
+            raise ConeslabError(f"there is no training log {path}: train that model first")
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Feed:
+    """Fresh pictures from the sticker world, drawn ahead by another process.
+
+    Chunk `i` depends on `seed` and `i` alone, so a resumed run goes on with the pictures it would have seen.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        styles: Sequence[str] = world.TRAIN_STYLES,
+        objects: Sequence[float] = tuple(world.SHARES["objects"]),
+        everything: bool = False,
+        ahead: int = 2,
+        workers: int = 1,
+    ):
+        self.size, self.seed, self.ahead = size, seed, ahead
+        self.options: dict[str, Any] = {"styles": tuple(styles), "objects": tuple(objects), "everything": everything}
+        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        self._jobs: dict[int, Future[world.Pictures]] = {}
+        self._current: tuple[int, world.Pictures] | None = None
+        self._lock = threading.Lock()  # parts of a step come from threads
+
+    def chunk(self, index: int) -> world.Pictures:
+        """The pictures of one chunk; the following ones are drawn meanwhile."""
+        if self._current is None or self._current[0] != index:
+            for i in range(index, index + self.ahead + 1):
+                if i not in self._jobs:
+                    seed = self.seed * 1_000_003 + i
+                    self._jobs[i] = self._pool.submit(world.sample, self.size, seed=seed, **self.options)
+            self._current = index, self._jobs.pop(index).result()
+        return self._current[1]
+
+    def batch(self, step: int, part: int, recipe: Recipe) -> tuple[world.Pictures, slice]:
+        """The chunk and the slice of it that belong to a part of a training step."""
+        index, place = divmod(step, self.size // recipe.batch_size)
+        start = place * recipe.batch_size + part * recipe.part_size
+        with self._lock:
+            return self.chunk(index), slice(start, start + recipe.part_size)
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _named(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Every weight that is to be trained, by module and name."""
+    return {
+        f"{prefix}.{name}": weight
+        for prefix, module in modules.items()
+        for name, weight in module.named_parameters()
+        if weight.requires_grad
+    }
+
+
+def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What a model card says of a run: recipe, machine, versions, commit, number of weights."""
+    folder = Path(__file__).resolve().parent
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    device = next(next(iter(modules.values())).parameters()).device
+    return {
+        "recipe": asdict(recipe), "commit": commit, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "precision": "bfloat16 autocast" if bfloat16_pays(device) else "float32",
+        "weights": sum(w.numel() for w in _named(modules).values()),
+    }  # fmt: skip
+
+
+Loss = Callable[[int, int, torch.Generator], dict[str, Tensor]]
+
+
+@contextmanager
+def holding_interrupts() -> Iterator[Callable[[], bool]]:
+    """Hold SIGINT and SIGTERM back for the length of a block; what it yields says whether one came.
+
+    So a step is never torn: weights, their averages and the count of steps belong together in every checkpoint. A
+    second signal is not held back. Signals reach the main thread alone; in another one nothing is held back.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def hold(number: int, _: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = {sign: signal.signal(sign, hold) for sign in _SIGNALS}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _one_thread() -> None:
+    """What a thread needs that computes a part: one core, no denormals, no casts shared with other threads."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.set_autocast_cache_enabled(False)
+
+
+class _Parts:
+    """Gradients of a step's parts, beside each other on a CPU with cores to spare, else in turn."""
+
+    def __init__(self, loss: Loss, weights: Sequence[nn.Parameter], recipe: Recipe):
+        self.loss, self.weights, self.recipe = loss, list(weights), recipe
+        self.device = self.weights[0].device
+        cores = min(recipe.parts, os.cpu_count() or 1) if self.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(cores, initializer=_one_thread) if cores > 1 else None
+
+    def _part(self, step: int, part: int) -> tuple[Sequence[Tensor | None], dict[str, Tensor]]:
+        recipe = self.recipe
+        seed = (recipe.seed * 1_000_003 + step) * recipe.parts + part
+        figures = self.loss(step, part, torch.Generator(self.device).manual_seed(seed))
+        gradients = torch.autograd.grad(figures["loss"], self.weights, allow_unused=True)
+        return gradients, {name: value.detach() for name, value in figures.items()}
+
+    def step(self, step: int) -> dict[str, float]:
+        """Put the mean gradient of all parts into the weights' `grad`; returns the means of the figures."""
+        results = self.beside([partial(self._part, step, part) for part in range(self.recipe.parts)])
+        for index, weight in enumerate(self.weights):
+            own = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
+            weight.grad = torch.stack(own).sum(0) / self.recipe.parts if own else None
+        first = results[0][1]
+        return {name: sum(float(figures[name]) for _, figures in results) / self.recipe.parts for name in first}
+
+    def beside(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run tasks beside each other, one core each, or in turn; their results in order."""
+        if self._pool is None:
+            return [task() for task in tasks]
+        return list(self._pool.map(lambda task: task(), tasks))
+
+    def __enter__(self) -> _Parts:
+        self._threads = torch.get_num_threads()
+        if self._pool is not None:  # operations cut in two would wait for cores that other parts or programs hold
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        torch.set_num_threads(self._threads)
+
+
+@flushing_denormals()
+def fit(
+    folder: Path,
+    *,
+    modules: Mapping[str, nn.Module],
+    loss: Loss,
+    recipe: Recipe,
+    facts: dict[str, Any] | None = None,
+    preview: Callable[[int], None] | None = None,
+    measure: Callable[[int], dict[str, float]] | None = None,
+    measure_every: int = 50_000,
+    checkpoint_every: float = 120.0,
+    log_every: int = 20,
+    stop_after: int | None = None,
+) -> Log:
+    """Train until the recipe's budget is spent; leaves the averaged weights in the modules.
+
+    loss(step, part, generator) -> {"loss": scalar to minimise, further scalars for the log}. The generator is seeded
+    from the recipe, the step and the part, so a resumed run sees what an uninterrupted one sees, with any number of
+    cores. Resumes from folder/checkpoint.safetensors where there is one, and writes it every `checkpoint_every`
+    seconds, at the end, and when it is interrupted (KeyboardInterrupt, at the end of the step). `preview(step)` runs at
+    every checkpoint, `measure(step)` every `measure_every` pictures and at the end, both with averaged weights in
+    place; the log's `measures` keep what the latter returns. `stop_after` ends the call (not the budget) at a step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log = folder / "checkpoint.safetensors", Log(facts=_run_facts(recipe, modules) | dict(facts or {}))
+    weights = _named(modules)
+    steppers = optimizers(weights, recipe)
+    averages = [Average(weights, decay) for decay in recipe.averages]
+    step, seconds = 0, 0.0
+    if path.is_file():
+        tensors, kept = load_checkpoint(path)
+        step, seconds, log.rows, log.measures = kept["step"], kept["seconds"], kept["rows"], kept.get("measures", [])
+        _restore(weights, steppers, averages, tensors)
+
+    def with_average(act: Callable[[int], Any]) -> Any:
+        trained = {k: w.detach().clone() for k, w in weights.items()}
+        with torch.no_grad():
+            for k, w in weights.items():
+                w.copy_(averages[0].shadow[k])
+            try:
+                return act(step)
+            finally:
+                for k, w in weights.items():
+                    w.copy_(trained[k])
+
+    def checkpoint(show: bool = True) -> None:
+        tensors: dict[str, Tensor] = {f"weight/{name}": weight for name, weight in weights.items()}
+        for average in averages:
+            tensors |= {f"average {average.decay}/{name}": weight for name, weight in average.shadow.items()}
+        for name, weight in weights.items():
+            for stepper in steppers:
+                state = stepper.state.get(weight, {})
+                tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in state.items()}
+        save_checkpoint(path, tensors, {"step": step, "seconds": seconds, "rows": log.rows, "measures": log.measures})
+        log.save(folder / "log.json")
+        if show and preview is not None:
+            with_average(preview)
+
+    shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=100.0, desc=folder.name, bar_format=shape, mininterval=5)
+    sums: dict[str, float] = {}
+    counted, last_seconds, last_save = 0, seconds, time.monotonic()
+    with holding_interrupts() as interrupted, _Parts(loss, list(weights.values()), recipe) as parts:
+        try:
+            while recipe.spent(step, seconds) < 1.0 and (stop_after is None or step < stop_after):
+                begun = time.monotonic()
+                rate = recipe.rate(step, seconds)
+                for stepper in steppers:
+                    for group in stepper.param_groups:
+                        group["lr"] = rate
+                figures = parts.step(step)
+                norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.clip)
+                if not torch.isfinite(norm):
+                    raise ConeslabError(
+                        f"the loss is no longer finite at step {step} of {folder}: lower the learning rate"
+                    )
+                parts.beside([stepper.step for stepper in steppers])
+                for stepper in steppers:
+                    stepper.zero_grad(set_to_none=True)
+                for average in averages:
+                    average.update(weights, step)
+                step += 1
+                for key, value in figures.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                counted += 1
+                seconds += time.monotonic() - begun
+                done = recipe.spent(step, seconds) >= 1.0
+                if counted == log_every or done:
+                    row = {key: total / counted for key, total in sums.items()}
+                    log.rows.append({"step": step, "seconds": round(seconds, 2), "rate": rate, **row})
+                    speed = f"{counted * recipe.batch_size / (seconds - last_seconds):.0f}/s"
+                    bar.set_postfix(step=step, speed=speed, **{k: f"{v:.4f}" for k, v in row.items()})
+                    bar.update(100 * recipe.spent(step, seconds) - bar.n)
+                    sums, counted, last_seconds = {}, 0, seconds
+                passed = step * recipe.batch_size // measure_every > (step - 1) * recipe.batch_size // measure_every
+                if measure is not None and (done or passed):
+                    log.measures.append({"step": step, "seconds": round(seconds, 2), **with_average(measure)})
+                if interrupted():
+                    checkpoint(show=False)
+                    raise KeyboardInterrupt
+                if time.monotonic() - last_save > checkpoint_every:
+                    checkpoint()
+                    last_save = time.monotonic()
+        finally:
+            bar.close()
+        checkpoint()
+        if interrupted():
+            raise KeyboardInterrupt
+    with torch.no_grad():
+        for k, w in weights.items():
+            w.copy_(averages[0].shadow[k])
+    return log
+
+
+def _restore(
+    weights: Mapping[str, nn.Parameter],
+    steppers: Sequence[torch.optim.Optimizer],
+    averages: Sequence[Average],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put a checkpoint back: weights, their averages, and what the optimisers remember of each."""
+    missing = [name for name in weights if f"weight/{name}" not in tensors]
+    if missing:
+        raise FileFormatError(
+            f"the checkpoint lacks {len(missing)} weights, {missing[0]} first: it is of another model; delete it, or "
+            "train in another folder"
+        )
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[f"weight/{name}"])
+            for average in averages:
+                average.shadow[name].copy_(tensors.get(f"average {average.decay}/{name}", tensors[f"weight/{name}"]))
+            for stepper in steppers:
+                if not any(weight is w for group in stepper.param_groups for w in group["params"]):
+                    continue
+                keys = ("momentum",) if isinstance(stepper, Muon) else ("step", "exp_avg", "exp_avg_sq")
+                if f"{keys[-1]}/{name}" in tensors:
+                    stepper.state[weight] = {key: tensors[f"{key}/{name}"].to(weight.device) for key in keys}
+
+
+def batches(n: int, size: int) -> Iterator[slice]:
+    """Slices that cut n things into parts of at most `size`."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))

@@ -1,0 +1,104 @@
+"""What updates the weights in pretraining: AdamW, Muon for inner matrices, and averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .recipe import Recipe
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for inner matrices (Jordan et al. 2024, Muon).
+
+    A convolution counts as a matrix (out, in * height * width). The update is scaled to the size that AdamW's has,
+    0.2 sqrt(max(rows, columns)) (Liu et al. 2025, Muon is Scalable for LLM Training, Eq. 4), so both share a rate.
+    """
+
+    def __init__(
+        self, weights: Sequence[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                memory = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(memory, group["momentum"]).flatten(1)  # Nesterov's look ahead
+                by_shape.setdefault((update.shape[0], update.shape[1]), []).append((weight, update))
+            for shape, pairs in by_shape.items():
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                for (weight, _), update in zip(pairs, updates, strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update.reshape(weight.shape).to(weight.dtype), alpha=-rate)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices (k, m, n) near 1 by five Newton-Schulz steps (Jordan et al. 2024)."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).float()
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+_EDGES = ("conv_in", "conv_out", "embedding", "embed", "head")  # matrices that Muon is not meant for
+
+
+def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for inner matrices and AdamW for the rest."""
+    inner = {k for k, w in weights.items() if recipe.muon and w.ndim > 1 and not any(part in k for part in _EDGES)}
+    rest = {k: w for k, w in weights.items() if k not in inner}
+    groups = [
+        {"params": [w for w in rest.values() if w.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [w for w in rest.values() if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    result: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    ]
+    for names in _shared_out(weights, inner, recipe.parts):  # one for each core: they step beside each other
+        own = [weights[k] for k in names]
+        result.append(Muon(own, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
+    return result
+
+
+def _shared_out(weights: Mapping[str, nn.Parameter], names: Iterable[str], shares: int) -> list[list[str]]:
+    """Share matrices out so that each share has about as much to orthogonalise, equal shapes together."""
+    shapes: dict[tuple[int, int], list[str]] = {}
+    for name in sorted(names):
+        rows = weights[name].shape[0]
+        shapes.setdefault((rows, weights[name].numel() // rows), []).append(name)
+    costs = {shape: min(shape) * shape[0] * shape[1] * len(own) for shape, own in shapes.items()}
+    result: list[list[str]] = [[] for _ in range(shares)]
+    totals = [0] * shares
+    for shape in sorted(costs, key=lambda shape: (-costs[shape], shape)):
+        least = totals.index(min(totals))
+        totals[least] += costs[shape]
+        result[least] += shapes[shape]
+    return [own for own in result if own]
+
+
+class Average(nn.Module):
+    """Exponential moving average of weights, faster at the start (Karras et al. 2018, Progressive GAN, Sec. 4)."""
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float):
+        super().__init__()
+        self.decay = decay
+        self.shadow = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
+        share = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), [weights[name].detach() for name in self.shadow], share)

@@ -1,0 +1,96 @@
+"""The recipe of the shipped models as data, with single values replaced on request: `data/pretraining/recipe.toml`.
+
+`Recipe` is the part of it that says how long and how fast a stage is trained.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConeslabError
+from ..files import data_folder
+
+
+def load_recipe(replaced: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe of every stage; `replaced` holds texts such as "unet.training.pictures=40000", values as in TOML.
+
+    Raises ConeslabError for a name that the recipe does not have, or a value of another type.
+
+    >>> load_recipe(["unet.loss.immiscible=false"])["unet"]["loss"]["immiscible"]
+    False
+    """
+    recipe = tomllib.loads((data_folder() / "pretraining" / "recipe.toml").read_text(encoding="utf-8"))
+    for text in replaced:
+        path, _, value = text.partition("=")
+        *parents, name = path.strip().split(".")
+        section: Any = recipe
+        for parent in parents:
+            section = section.get(parent, {}) if isinstance(section, dict) else {}
+        if not isinstance(section, dict) or name not in section or isinstance(section[name], dict):
+            raise ConeslabError(f"the recipe has no value {path!r}: see data/pretraining/recipe.toml for those it has")
+        try:
+            new = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise ConeslabError(f"{value!r} is no value for {path} ({error}): write it as in TOML") from error
+        old = section[name]
+        if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+            new = float(new)
+        if type(new) is not type(old):
+            raise ConeslabError(f"{path} is {old!r}: give a {type(old).__name__}, not {value}")
+        section[name] = new
+    return recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train.
+
+    pictures: the budget, all passes counted; minutes: another one, of training time (checkpoints and previews not
+    counted), if given; whichever is used up first counts. batch_size: pictures a step; parts: how many parts a batch is
+    cut into. The learning rate rises over `warmup` steps, stays, and falls linearly to 0 over the last `decay` part of
+    the budget, so it always arrives at 0 on time. averages: decays of the averages of weights that are kept; the first
+    is used. muon: inner matrices are updated with Muon, the rest with AdamW.
+    """
+
+    pictures: int
+    batch_size: int
+    learning_rate: float
+    minutes: float | None = None
+    parts: int = 1
+    warmup: int = 100
+    decay: float = 0.8
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    averages: tuple[float, ...] = (0.999,)
+    seed: int = 0
+    muon: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pictures < 0 or self.parts < 1 or self.batch_size < 1 or self.batch_size % self.parts:
+            raise ConeslabError(
+                f"got {self.pictures} pictures in batches of {self.batch_size} and {self.parts} parts: expected "
+                "none or more, one or more, and a batch that can be cut into equal parts"
+            )
+        if not self.averages:
+            raise ConeslabError("got no average of weights, expected at least one decay: averages=(0.999,)")
+
+    @property
+    def part_size(self) -> int:
+        """Pictures a part."""
+        return self.batch_size // self.parts
+
+    def spent(self, step: int, seconds: float) -> float:
+        """The part of the budget, in [0, 1], that is used up."""
+        share = step * self.batch_size / self.pictures if self.pictures else 1.0
+        if self.minutes is not None:
+            share = max(share, seconds / (60 * self.minutes) if self.minutes > 0 else 1.0)
+        return min(share, 1.0)
+
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of a step, from the budget spent."""
+        left = (1.0 - self.spent(step, seconds)) / self.decay
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)

@@ -1,0 +1,140 @@
+"""Train the shipped models from nothing on the sticker world: autoencoder, U-Net with its text encoder, judge.
+
+    coneslab pretrain all --runs runs        # then `coneslab pretrain export --runs runs`
+
+Everything is kept under one `runs` folder and resumes where it was interrupted. Settings are data
+(`coneslab.pretraining.recipe`). The pieces are the stock ones of diffusers and transformers, so the exported folder is
+a plain `StableDiffusionPipeline`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+
+from .. import new_world as world
+from ..diffusion.pipelines import load, write_sums
+from ..diffusion.sampling import generate
+from ..errors import ConeslabError
+from ..files import data_folder
+from ..measure.evaluation import evaluate_model
+from ..measure.judge import load_judge
+from .autoencoder import train_vae
+from .judge import train_judge
+from .loop import Log
+from .model_cards import caption_sheet, write_model_card
+from .recipe import Recipe, load_recipe
+from .unet import build_tokenizer, train_unet
+
+SHEET_SEED = 2026  # of the sixteen captions in the model card
+
+
+def train(
+    runs: Path, stages: Sequence[str], *, recipe: dict[str, Any] | None = None, minutes: float | None = None
+) -> None:
+    """Train stages ("vae", "unet", "judge", "decoder") in turn; a finished one is only saved again.
+
+    U-Net and decoder stand on runs/vae. recipe: as from `load_recipe`. minutes: a further budget of each stage.
+    """
+    recipe = recipe or load_recipe()
+    for stage in stages:
+        settings = recipe[stage]
+        how = settings["training"] | ({} if minutes is None else {"minutes": minutes})
+        own = Recipe(**how | {"averages": tuple(how["averages"])})
+        if stage in ("unet", "decoder") and not (runs / "vae" / "model").is_dir():
+            raise ConeslabError(f"there is no autoencoder in {runs / 'vae'}: train it first (coneslab pretrain vae)")
+        if stage == "unet":
+            train_unet(runs, settings, own)
+        elif stage == "judge":
+            train_judge(runs, build_tokenizer(), settings, own)
+        else:
+            train_vae(runs, recipe["vae"], own, decoder=settings if stage == "decoder" else None)
+
+
+TRIALS = data_folder() / "pretraining" / "trials.csv"
+
+
+def note_trial(
+    name: str, runs: Path, stage: str, changed: Sequence[str], *, judge: str | None = None
+) -> dict[str, Any]:
+    """Add what a short run came to as a row of `data/pretraining/trials.csv`; a row of that name is replaced.
+
+    changed: what differed from the recipe. judge: of the new world, asked about few pictures of a U-Net, if given.
+    """
+    log = Log.load(runs / stage / "log.json")
+    row: dict[str, Any] = {
+        "trial": name, "stage": stage, "changed": " ".join(changed),
+        "pictures": log.steps * log.facts["recipe"]["batch_size"], "minutes": round(log.seconds / 60, 1),
+        "machine": f"{log.facts['device']}, {log.facts['precision']}", "weights": log.facts["weights"],
+        **{key: round(value, 5) for key, value in log.measures[-1].items() if key not in ("step", "seconds")},
+    }  # fmt: skip
+    if judge and stage == "unet":
+        pipe = load(runs / "unet" / "model", device="cpu")
+        report = evaluate_model(
+            pipe, load_judge(judge), seeds=1, steps=12, kid_pictures=256, progress=False, world=world
+        )  # fmt: skip
+        row |= {share.name: round(share.interval.estimate, 3) for share in report.shares}
+        row["KID"] = round(report.settings["KID"], 4)
+    table = pandas.read_csv(TRIALS, dtype={"trial": str}) if TRIALS.is_file() else pandas.DataFrame({"trial": []})
+    table = pandas.concat([table[table.trial != name], pandas.DataFrame([row])], ignore_index=True)
+    TRIALS.write_text(table.to_csv(index=False), encoding="utf-8")
+    return row
+
+
+def export(runs: Path, models: Path | None = None) -> Path:
+    """Put what is trained under `runs` into the folder of shipped models, with model cards and sums.
+
+    The cards' figures are those in `results/evaluation_tiny.json` and `evaluation_judge.json` beside that folder, which
+    `coneslab evaluate-model --json` writes.
+
+    The U-Net's weights are stored in float16, everything else in float32. The autoencoder is runs/decoder's where
+    there is one, else runs/vae's. Raises ConeslabError if the U-Net or the judge is missing.
+    """
+    models = models or data_folder() / "models"
+    for stage in ("unet", "judge"):
+        if not (runs / stage / "model").is_dir():
+            raise ConeslabError(f"there is no trained model in {runs / stage}: run coneslab pretrain {stage} first")
+    pipe = StableDiffusionPipeline.from_pretrained(
+        runs / "unet" / "model", use_safetensors=True, safety_checker=None, requires_safety_checker=False
+    )
+    decoder = runs / "decoder" / "model"
+    pipe.vae = AutoencoderKL.from_pretrained(decoder if decoder.is_dir() else runs / "vae" / "model")
+    pipe.unet.half()
+    pipe.save_pretrained(models / "tiny", safe_serialization=True)
+    for config in (models / "tiny").rglob("*.json"):
+        text = config.read_text(encoding="utf-8")  # the folder it was trained in is of no use elsewhere
+        config.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", text), encoding="utf-8")
+    shutil.copytree(runs / "judge" / "model", models / "judge", dirs_exist_ok=True)
+    logs = {stage: Log.load(runs / stage / "log.json") for stage in ("vae", "decoder", "unet", "judge")
+            if (runs / stage / "log.json").is_file()}  # fmt: skip
+    by_model = {"judge": {"judge": logs.pop("judge")}, "tiny": logs}
+    pictures = world.sample(16, seed=SHEET_SEED)
+    real = [Image.fromarray(image) for image in pictures.images]
+    pipe.unet.float()
+    sheet = caption_sheet(generate(pipe, pictures.captions, seed=SHEET_SEED), real, pictures.captions)
+    for name, own in by_model.items():
+        figures = _evaluated(models.parent / "results" / f"evaluation_{name}.json")
+        write_model_card(models / name, own, figures, sheet=sheet if name == "tiny" else None)
+    write_sums(models)
+    return models
+
+
+def _evaluated(file: Path) -> dict[str, str] | None:
+    """What `coneslab evaluate-model --json FILE` found, a line of text a share; None if it was not run yet."""
+    if not file.is_file():
+        return None
+    rows = {}
+    for row in json.loads(file.read_text(encoding="utf-8"))["shares"]:
+        bar = "" if row["bar"] is None else f"; bar {row['bar']:.2f}: {'met' if row['met'] else 'missed'}"
+        real = "" if row["real"] is None else f"; on real pictures {row['real']['estimate']:.3f}"
+        interval = f"{row['estimate']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['values']}"
+        rows[row["name"]] = interval + bar + real
+    return rows

@@ -1,0 +1,347 @@
+"""The U-Net with its text encoder: the tokenizer, latents with what is known of them, and the training."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .. import new_world as world
+from ..diffusion.encoding import tokenize
+from ..diffusion.loss import add_noise, snr, stratified_timesteps, target
+from ..diffusion.precision import flushing_denormals, mixed_precision
+from ..diffusion.sampling import generate
+from ..errors import ConeslabError
+from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
+from .autoencoder import HELD_OUT_PICTURES, save_grid, to_tensor
+from .loop import Log, batches, best_device, fit
+from .recipe import Recipe
+
+CHUNK = 4096  # pictures in one file of latents
+
+
+PLACES = 16  # latents, and what is known of each place, are 16x16
+
+
+NOTHING = len(world.DRAWINGS)  # the label of scenery
+
+
+LEVELS = (20, 120, 280, 440, 600, 760, 900, 999)  # timesteps at which the held-out loss is measured
+
+
+def build_tokenizer(words: Sequence[str] = world.WORDS, *, length: int = 32) -> CLIPTokenizer:
+    """A stock CLIPTokenizer whose byte-pair merges make every one of `words` a single token.
+
+    Trained to convergence (Sennrich et al. 2016, Algorithm 1): the commonest pair of neighbouring symbols is merged
+    until every word is whole. All bytes are in the vocabulary, so any other text encodes too, in more tokens.
+    CLIP cuts a text between letters and digits before it merges; words such as "3d" are added tokens instead.
+    Raises ConeslabError if a word is not one token afterwards.
+    """
+    alphabet = list(bytes_to_unicode().values())
+    vocabulary = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]
+    merges: list[tuple[str, str]] = []
+    splits = [[*word[:-1], word[-1] + "</w>"] for word in words if word.isalpha()]
+    while pairs := Counter(pair for split in splits for pair in pairwise(split)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        vocabulary.append("".join(best))
+        for split in splits:
+            i = 0
+            while i < len(split) - 1:
+                if (split[i], split[i + 1]) == best:
+                    split[i : i + 2] = ["".join(best)]
+                i += 1
+    vocabulary = list(dict.fromkeys(vocabulary)) + ["<|startoftext|>", "<|endoftext|>"]
+    table = {symbol: index for index, symbol in enumerate(vocabulary)}
+    tokenizer = CLIPTokenizer(vocab=table, merges=merges, model_max_length=length)
+    mixed = [word for word in words if not word.isalpha()]
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in mixed])
+    parts = tokenizer(list(words), add_special_tokens=False).input_ids
+    broken = [word for word, ids in zip(words, parts, strict=True) if len(ids) != 1]
+    if broken:
+        raise ConeslabError(f"these words are more than one token: {', '.join(broken)}; use plain lower-case words")
+    return tokenizer
+
+
+def text_config(tokenizer: CLIPTokenizer, **settings: Any) -> CLIPTextConfig:
+    """A CLIPTextConfig that fits a tokenizer: vocabulary, length and the ids of its special tokens."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        hidden_act="quick_gelu", **settings,
+    )  # fmt: skip
+
+
+def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 0) -> StableDiffusionPipeline:
+    """The untrained pipeline around an autoencoder: tokenizer, text encoder, U-Net and scheduler.
+
+    settings: the recipe's `unet`.
+    """
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    text_encoder = CLIPTextModel(text_config(tokenizer, **settings["text"]))
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=UNet2DConditionModel(**settings["config"]),
+        scheduler=DDIMScheduler(**settings["scheduler"]), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def place_labels(records: Sequence[world.Record]) -> tuple[Tensor, Tensor]:
+    """The drawing and the style at each of 16x16 places, both uint8 (n, 16, 16), by largest share.
+
+    Indices into `world.DRAWINGS` and `world.STYLES`; NOTHING and the number of styles where no object covers a quarter.
+    """
+    cell = world.RESOLUTION // PLACES
+    drawings = np.full((len(records), PLACES, PLACES), NOTHING, np.uint8)
+    styles = np.full_like(drawings, len(world.STYLES))
+    for row, record in enumerate(records):
+        best = np.full((PLACES, PLACES), 0.25)
+        for thing in record.objects:
+            share = thing.mask.reshape(PLACES, cell, PLACES, cell).mean((1, 3))
+            drawings[row][share > best] = world.DRAWINGS.index(thing.drawing)
+            styles[row][share > best] = world.STYLES.index(thing.style)
+            best = np.maximum(best, share)
+    return torch.from_numpy(drawings), torch.from_numpy(styles)
+
+
+@cache
+def _encoder(folder: Path) -> AutoencoderKL:
+    torch.set_num_threads(1)
+    return AutoencoderKL.from_pretrained(folder).requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_pictures(
+    folder: Path, n: int, *, seed: int, objects: Sequence[float]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Latents (n, 4, 16, 16) float16 of fresh pictures with their labels ("drawings", "styles"), and captions.
+
+    folder: of the autoencoder.
+    """
+    pictures, vae = world.sample(n, seed=seed, objects=objects), _encoder(folder)
+    with mixed_precision(vae.device):
+        parts = [
+            vae.encode(to_tensor(pictures.images[part], vae.device)).latent_dist.mode().float()
+            for part in batches(n, 64)
+        ]
+    drawings, styles = place_labels(pictures.records)
+    latents = (torch.cat(parts) * vae.config.scaling_factor).half()
+    return {"latents": latents, "drawings": drawings, "styles": styles}, pictures.captions
+
+
+def _keep_chunk(path: Path, folder: Path, n: int, seed: int, objects: Sequence[float]) -> None:
+    """Encode one chunk and keep it as a file (in another process, beside the training)."""
+    if not path.is_file():
+        tensors, captions = encode_pictures(folder, n, seed=seed, objects=objects)
+        save_checkpoint(path, tensors, {"captions": captions})
+
+
+class Latents:
+    """The pictures that the U-Net learns from: encoded once, ahead of the training, kept in runs/latents.
+
+    Every pass goes through all chunks in another order. What a step sees depends on its number and the seed alone.
+    """
+
+    def __init__(
+        self, runs: Path, recipe: Recipe, encode: Callable[[list[str]], Tensor], *, distinct: int,
+        objects: Sequence[float], ahead: int = 2,
+    ):  # fmt: skip
+        self.folder, self.model, self.recipe, self.encode = runs / "latents", runs / "vae" / "model", recipe, encode
+        self.objects, self.ahead, self.chunks = tuple(objects), ahead, max(1, distinct // CHUNK)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._jobs: dict[int, Future[None]] = {}
+        self._current: tuple[int, dict[str, Tensor]] | None = None
+        self._lock = threading.Lock()
+
+    def _chunk_number(self, turn: int) -> int:
+        """Which chunk comes in a turn: in order at first, shuffled in each later pass."""
+        again, place = divmod(turn, self.chunks)
+        if not again:
+            return place
+        order = torch.randperm(self.chunks, generator=torch.Generator().manual_seed(self.recipe.seed + again))
+        return int(order[place])
+
+    def _ask(self, number: int) -> None:
+        if number not in self._jobs:
+            path, seed = self.folder / f"{number:05d}.safetensors", 1_000_003 * (self.recipe.seed + 501) + number
+            self._jobs[number] = self._pool.submit(_keep_chunk, path, self.model, CHUNK, seed, self.objects)
+
+    def _turn(self, turn: int) -> dict[str, Tensor]:
+        if self._current is None or self._current[0] != turn:
+            for later in range(turn, turn + self.ahead + 1):
+                self._ask(self._chunk_number(later))
+            number = self._chunk_number(turn)
+            self._jobs[number].result()
+            tensors, facts = load_checkpoint(self.folder / f"{number:05d}.safetensors")
+            generator = torch.Generator().manual_seed(self.recipe.seed * 7919 + turn)
+            order = torch.randperm(CHUNK, generator=generator)
+            tensors["ids"] = self.encode(facts["captions"])
+            self._current = turn, {name: tensor[order] for name, tensor in tensors.items()}
+        return self._current[1]
+
+    def batch(self, step: int, part: int) -> dict[str, Tensor]:
+        """What a part of a step learns from: "latents", "ids" (token ids of captions), "drawings", "styles"."""
+        recipe = self.recipe
+        turn, place = divmod(step, CHUNK // recipe.batch_size)
+        start = place * recipe.batch_size + part * recipe.part_size
+        with self._lock:
+            return {name: tensor[start : start + recipe.part_size] for name, tensor in self._turn(turn).items()}
+
+    def __enter__(self) -> Latents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def level_weights(ratio: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weights of v-prediction losses by signal-to-noise ratio: min(1, (gamma + 1) / (ratio + 1)).
+
+    Min-SNR (Hang et al. 2023, Sec. 3.4) for v is min(ratio, gamma) / (ratio + 1). It agrees at ratio >= gamma, but
+    vanishes at the last timestep, where a zero-terminal-SNR schedule learns all that the caption alone decides.
+    """
+    return ((gamma + 1.0) / (ratio + 1.0)).clamp(max=1.0)
+
+
+PREVIEW_PROMPTS = (
+    "a cat on the grass", "a car in the city", "a red rocket in space", "a penguin in the snow", "a fish under the sea",
+    "a pizza on the beach", "a flat dog in the forest", "a doctor in a room", "a dog and a ball on the grass",
+    "a lion and a crown at night", "a blue guitar and a red car in a room", "a robot and an apple in the forest",
+    "a rose, a whale and a drum in space", "a bold tree, a bold house and a bold bus on the beach",
+    "a cat, a dog, a car and a pizza on a white background", "a clock, a fox, a book and a cake in the desert",
+)  # fmt: skip
+
+
+def nearest_noise(latents: Tensor, noise: Tensor) -> Tensor:
+    """Give each latent the noise that is nearest to it, so that all distances together are smallest; both (n, ...).
+
+    Immiscible diffusion (Li et al. 2024, Alg. 1): every noise is still used once, but paths cross less.
+    """
+    distance = torch.cdist(latents.flatten(1).float(), noise.flatten(1).float())
+    _, order = linear_sum_assignment(distance.cpu().numpy())
+    return noise[torch.from_numpy(order).to(noise.device)]
+
+
+class PlaceHead(nn.Module):
+    """Tells from the U-Net's middle features what is drawn at each place, while it is trained.
+
+    Representation alignment (Yu et al. 2024, REPA) pulls a denoiser's features towards those of another encoder; here
+    the truth of every place is known, so they are asked for it directly. Thrown away at export.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        channels = unet.config.block_out_channels[1]
+        self.head = nn.Conv2d(channels, NOTHING + 1 + len(world.STYLES) + 1, 1)
+        self._seen = threading.local()  # parts of a step run beside each other
+        unet.up_blocks[-2].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._seen.features = output
+
+    def loss(self, drawings: Tensor, styles: Tensor) -> Tensor:
+        """Cross-entropy of drawing and style at each place, (n,), for the U-Net's latest pass in this thread."""
+        answers = self.head(self._seen.features).float()
+        by_drawing, by_style = answers.split([NOTHING + 1, len(world.STYLES) + 1], dim=1)
+        total = F.cross_entropy(by_drawing, drawings.long(), reduction="none")
+        return (total + F.cross_entropy(by_style, styles.long(), reduction="none")).mean((1, 2))
+
+
+@torch.no_grad()
+def held_out_losses(pipe: Any, latents: Tensor, ids: Tensor) -> dict[str, float]:
+    """Mean squared error of the prediction on latents that were not learned, by noise level, on the same noises.
+
+    "loss_280" is that at timestep 280; "loss" their mean.
+    """
+    device = pipe.unet.device
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    found = {}
+    for level in LEVELS:
+        errors = []
+        for part in batches(len(latents), 64):
+            x, e = latents[part].to(device).float(), noise[part]
+            times = torch.full((len(x),), level, device=device)
+            with mixed_precision(device):
+                text = pipe.text_encoder(ids[part].to(device))[0]
+                guess = pipe.unet(add_noise(pipe.scheduler, x, e, times), times, encoder_hidden_states=text).sample
+            errors.append((guess.float() - target(pipe.scheduler, x, e, times)).square().flatten(1).mean(1))
+        found[f"loss_{level}"] = float(torch.cat(errors).mean())
+    return {"loss": sum(found.values()) / len(found), **found}
+
+
+@flushing_denormals()
+def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: torch.device | None = None) -> Log:
+    """Train U-Net and text encoder together on latents of runs/vae; the pipeline is saved as runs/unet/model.
+
+    settings: the recipe's `unet`.
+    """
+    device = device or best_device()
+    folder, options = runs / "unet", settings["loss"]
+    vae = AutoencoderKL.from_pretrained(runs / "vae" / "model").to(device).requires_grad_(False)
+    pipe = build_pipeline(vae, settings, seed=recipe.seed)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    pipe.unet.set_attn_processor(AttnProcessor())  # the CPU kernel behind the default one is slow backwards
+    pipe.text_encoder.set_attn_implementation("eager")
+    head = PlaceHead(pipe.unet).to(device)
+    empty, total = tokenize(pipe, "").cpu(), pipe.scheduler.config.num_train_timesteps
+    kept, captions = encode_pictures(runs / "vae" / "model", HELD_OUT_PICTURES, seed=7, objects=options["crowded"])
+    held_out = kept["latents"], tokenize(pipe, captions).cpu()
+
+    def encode(captions: list[str]) -> Tensor:
+        return torch.cat([tokenize(pipe, captions[part]).cpu() for part in batches(len(captions), 1024)])
+
+    with Latents(runs, recipe, encode, distinct=options["distinct"], objects=options["crowded"]) as latents:
+
+        def loss(step: int, part: int, generator: torch.Generator) -> dict[str, Tensor]:
+            own = latents.batch(step, part)
+            x, n = own["latents"].to(device).float(), recipe.part_size
+            dropped = torch.rand(n, 1, generator=generator, device=device) < options["caption_dropout"]
+            tokens = torch.where(dropped, empty.to(device), own["ids"].to(device))
+            noise = torch.randn(x.shape, generator=generator, device=device)
+            if options["immiscible"]:
+                noise = nearest_noise(x, noise)
+            times = stratified_timesteps(n, total, generator)
+            drawings, styles = own["drawings"].to(device), own["styles"].to(device)
+            places = 1 + (options["object_weight"] - 1) * (drawings != NOTHING).float()[:, None]
+            with mixed_precision(device):
+                text = pipe.text_encoder(tokens)[0]
+                noisy = add_noise(pipe.scheduler, x, noise, times)
+                guess = pipe.unet(noisy, times, encoder_hidden_states=text).sample
+                truth = head.loss(drawings, styles)
+            error = (guess.float() - target(pipe.scheduler, x, noise, times)).square()
+            plain = error.flatten(1).mean(1)
+            weighted = (error * (places / places.mean())).flatten(1).mean(1)
+            main = (weighted * level_weights(snr(pipe, times), options["gamma"])).mean()
+            return {"loss": main + options["truth_weight"] * truth.mean(), "plain": plain.mean(), "truth": truth.mean()}
+
+        def preview(step: int) -> None:
+            with mixed_precision(device):
+                made = [np.asarray(image) for image in generate(pipe, PREVIEW_PROMPTS, seed=3, steps=12)]
+            save_grid(folder / f"{step:06d}.png", [np.stack(made[:8]), np.stack(made[8:])])
+
+        log = fit(
+            folder, modules={"unet": pipe.unet, "text_encoder": pipe.text_encoder, "head": head}, loss=loss,
+            recipe=recipe, preview=preview, measure=lambda step: held_out_losses(pipe, *held_out),
+            facts={"settings": settings}, checkpoint_every=600,
+        )  # fmt: skip
+    pipe.save_pretrained(folder / "model", safe_serialization=True)
+    return log

@@ -1,0 +1,64 @@
+"""Figures, controls in notebooks, and the page to play with.
+
+`plots` draws, `explorers` and `widgets` answer to sliders, `app` is the page. Builds on what it shows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .app import Page as Page
+    from .app import page as page
+    from .explorers import Explorer as Explorer
+    from .explorers import control as control
+    from .explorers import explorer as explorer
+    from .explorers import slider as slider
+    from .plots import attention_overlay as attention_overlay
+    from .plots import curves as curves
+    from .plots import heatmap as heatmap
+    from .plots import intervals as intervals
+    from .plots import picture_grid as picture_grid
+    from .plots import pictures_and_map as pictures_and_map
+    from .plots import show as show
+    from .widgets import Limits as Limits
+    from .widgets import Playground as Playground
+    from .widgets import attention_browser as attention_browser
+    from .widgets import neuron_explorer as neuron_explorer
+    from .widgets import playground as playground
+    from .widgets import sketched as sketched
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "app": (
+            "Page",
+            "page",
+        ),
+        "explorers": (
+            "Explorer",
+            "control",
+            "explorer",
+            "slider",
+        ),
+        "plots": (
+            "attention_overlay",
+            "curves",
+            "heatmap",
+            "intervals",
+            "picture_grid",
+            "pictures_and_map",
+            "show",
+        ),
+        "widgets": (
+            "Limits",
+            "Playground",
+            "attention_browser",
+            "neuron_explorer",
+            "playground",
+            "sketched",
+        ),
+    },
+)

@@ -1,0 +1,324 @@
+"""Every figure: each function takes results and returns a matplotlib Figure that carries an alt text.
+
+Colours are seaborn's colour-blind palette and cividis. `show(figure)` displays a figure in a notebook as a picture
+with its alt text, which plain inline display would drop.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import seaborn
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+
+from ..errors import ConeslabError
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axis import Axis
+
+PALETTE = seaborn.color_palette("colorblind").as_hex()
+MAP = "cividis"
+
+
+def _finish(figure: Figure, alt: str) -> Figure:
+    figure.set_label(alt)
+    return figure
+
+
+def _grey_frame(axes: Any) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def to_png(figure: Figure, dpi: int = 110, *, full_colour: int = 60_000) -> bytes:
+    """Return the figure as the bytes of a PNG file.
+
+    Above `full_colour` bytes it gets 256 colours of its own: a third of the size, which notebooks need.
+    """
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    if len(buffer.getvalue()) <= full_colour:
+        return buffer.getvalue()
+    picture = Image.open(buffer).convert("RGB")
+    ninth = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
+    colours = ninth.quantize(255, kmeans=1)  # without k-means a yellow sun turns grey; of all pixels it takes 0.5 s
+    palette, white = colours.getpalette() or [], Image.fromarray((np.asarray(picture) == 255).all(axis=2))
+    painted = picture.quantize(palette=colours, dither=Image.Dither.NONE)
+    painted.putpalette([*palette, 255, 255, 255])
+    painted.paste(len(palette) // 3, mask=white)  # the page, which mapping only comes close to
+    painted.save(small, "PNG")
+    return small.getvalue()
+
+
+def show(figure: Figure, dpi: int = 110) -> None:
+    """Display a figure in a notebook as a PNG with its alt text."""
+    from IPython.display import HTML, display
+
+    data = base64.b64encode(to_png(figure, dpi)).decode()
+    alt = str(figure.get_label()).replace('"', "&quot;")
+    display(HTML(f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{data}">'))
+
+
+def _folded(texts: Sequence[str], inches: float, points: float) -> list[str]:
+    """Break texts into lines that fit a width at a size of type."""
+    return [textwrap.fill(text, max(8, int(inches * 72 / (0.64 * points)))) for text in texts]
+
+
+def picture_grid(
+    pictures: Sequence[Image.Image | np.ndarray] | Sequence[Sequence[Image.Image | np.ndarray]],
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    title: str = "",
+    size: float = 1.1,
+) -> Figure:
+    """Show pictures in a grid; small ones are enlarged without smoothing.
+
+    pictures: a flat sequence with `columns`, or one sequence a row. captions: one a picture, below it; row_labels and
+    column_labels: left of the rows and above the columns. size: inches a picture. Raises ConeslabError if empty.
+    """
+    if len(pictures) == 0:
+        raise ConeslabError("there are no pictures to show: give at least one")
+    first = pictures[0]
+    nested = isinstance(first, (list, tuple)) or (isinstance(first, np.ndarray) and first.ndim == 4)
+    if nested:
+        rows: list[list[Any]] = [list(row) for row in pictures]  # type: ignore[arg-type]
+    else:
+        columns = columns or min(len(pictures), 8)
+        rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+    width = max(len(row) for row in rows)
+    captions, column_labels = _folded(captions, size, 6.5), _folded(column_labels, size, 8)
+    extra = 0.04 + 0.12 * max((text.count("\n") + 1 for text in captions), default=0) if captions else 0.0
+    figure = Figure(figsize=(width * size, len(rows) * (size + extra) + (0.3 if title or column_labels else 0)))
+    grid = figure.subplots(len(rows), width, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06 + extra})
+    number = 0
+    for r, row in enumerate(rows):
+        for c in range(width):
+            axes = grid[r][c]
+            _grey_frame(axes)
+            if c >= len(row):
+                continue
+            axes.imshow(np.asarray(row[c]), interpolation="nearest" if np.asarray(row[c]).shape[0] <= 128 else None)
+            if r == 0 and c < len(column_labels):
+                axes.set_title(column_labels[c], fontsize=8)
+            if number < len(captions):
+                axes.set_xlabel(captions[number], fontsize=6.5, labelpad=2)
+            if c == 0 and r < len(row_labels):
+                axes.set_ylabel(row_labels[r], rotation=0, ha="right", va="center", fontsize=8)
+            number += 1
+    if title:
+        lines = max((text.count("\n") + 1 for text in column_labels), default=0)
+        figure.suptitle(title, fontsize=10, y=0.9 + 0.16 * lines / figure.get_figheight(), va="bottom")
+    labels = ", ".join([*row_labels, *column_labels]) or title
+    return _finish(figure, f"A grid of {number} pictures{': ' + labels if labels else ''}")
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Any, Any]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    baseline: Mapping[str, float] | None = None,
+    band_means: str = "95 % bootstrap interval",
+) -> Figure:
+    """Draw one line a name; a line is (x, y) or (x, y, low, high), drawn with a band.
+
+    baseline: name -> height of a dashed horizontal line. `band_means` says in the legend what the bands are.
+    """
+    figure = Figure(figsize=(5.2, 3.2))
+    axes = figure.subplots()
+    banded = False
+    for (name, line), colour in zip(lines.items(), PALETTE * 4, strict=False):
+        axes.plot(line[0], line[1], label=name, color=colour, linewidth=1.8)
+        if len(line) == 4:
+            axes.fill_between(line[0], line[2], line[3], color=colour, alpha=0.2, linewidth=0)
+            banded = True
+    for (name, height), style in zip((baseline or {}).items(), ("--", ":", "-.") * 4, strict=False):
+        axes.axhline(height, color="0.4", linestyle=style, linewidth=1.2, label=name)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=10)
+    if log_x:
+        axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
+    if log_y:
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+    if len(lines) + len(baseline or {}) > 1 or banded:
+        axes.legend(fontsize=7.5, frameon=False, title=f"band: {band_means}" if banded else None, title_fontsize=7)
+    seaborn.despine(figure)
+    return _finish(figure, f"Line plot of {y_label} against {x_label}: {', '.join(lines)}")
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, … as plain numbers, where it has no more than three decades."""
+    low, high = axis.get_view_interval()
+    if high <= 1000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+
+
+def intervals(
+    table: pandas.DataFrame,
+    *,
+    value: str = "value",
+    by: str = "condition",
+    panels: str | None = "measure",
+    columns: int | None = None,
+    title: str = "",
+    note: str = "",
+    highlight: Sequence[str] = (),
+    zero: bool = False,
+    log: Sequence[str] = (),
+) -> Figure:
+    """Draw estimates with their intervals: one row a condition, one panel a measure.
+
+    table: a row a (condition, measure) with the columns `value`, `low`, `high`. columns: panels side by side, default
+    all. note: what the interval is and over how many subjects and seeds, shown below. highlight: the conditions the
+    claim is about, drawn in colour. zero: draw a line at 0, for differences. log: panels with a logarithmic axis, on
+    which what is not above 0 is left out.
+    """
+    names = list(dict.fromkeys(table[by]))
+    groups = list(dict.fromkeys(table[panels])) if panels else [""]
+    columns = min(columns or len(groups), len(groups))
+    lines = -(-len(groups) // columns)
+    height = 0.3 * len(names) + 0.9
+    figure = Figure(figsize=(3.1 * columns + 1.8, height * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes, group in zip(grid.flat, groups, strict=False):
+        part = table[table[panels] == group] if panels else table
+        for _, row in part.iterrows():
+            place = len(names) - 1 - names.index(row[by])
+            colour = PALETTE[0] if row[by] in highlight else "0.45"
+            if group in log and row["low"] <= 0:
+                continue
+            axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4, solid_capstyle="round")
+            axes.plot(row[value], place, "o", color=colour, markersize=5.5)
+        if zero:
+            axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
+        axes.set_xlabel(group or value, fontsize=9)
+        axes.tick_params(labelsize=8)
+        if group in log:
+            axes.set_xscale("log")
+        else:
+            axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+    for axes in grid.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(len(names)), names[::-1])
+        axes.set_ylim(-0.6, len(names) - 0.4)
+    seaborn.despine(figure, left=True)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    if note:
+        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left")
+    return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
+
+
+def heatmap(
+    values: np.ndarray,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    title: str = "",
+    x_label: str = "",
+    annotate: bool = True,
+    form: str = ".2g",
+) -> Figure:
+    """Draw a table of numbers as a heat map; values (rows, columns), NaN left blank; `label` names the unit."""
+    figure = Figure(figsize=(0.75 * len(columns) + 2.2, 0.34 * len(rows) + 1.2))
+    axes = figure.subplots()
+    seaborn.heatmap(
+        np.asarray(values, float),
+        ax=axes,
+        cmap=MAP,
+        annot=annotate,
+        fmt=form,
+        xticklabels=list(columns),
+        yticklabels=list(rows),
+        cbar_kws={"label": label},
+        annot_kws={"fontsize": 7},
+        mask=np.isnan(np.asarray(values, float)),
+    )
+    axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+    axes.set_xlabel(x_label)
+    axes.set_title(title, fontsize=10)
+    return _finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
+
+
+def pictures_and_map(
+    pictures: Sequence[Image.Image | np.ndarray],
+    values: np.ndarray,
+    *,
+    rows: Sequence[str],
+    label: str,
+    x_label: str = "",
+    title: str = "",
+    size: float = 1.5,
+) -> Figure:
+    """Pictures in a row, and below them a heat map of values (rows, columns) with a name for every row."""
+    figure = Figure(figsize=(size * len(pictures), size + 0.19 * len(rows) + 0.8), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=[size, 0.19 * len(rows) + 0.5])
+    above, below = halves
+    for axes, picture in zip(above.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+        _grey_frame(axes)
+        axes.imshow(np.asarray(picture), interpolation="nearest")
+    axes = below.subplots()
+    seaborn.heatmap(
+        np.asarray(values, float), ax=axes, cmap=MAP, vmin=0, xticklabels=False, yticklabels=list(rows),
+        cbar_kws={"label": label},
+    )  # fmt: skip
+    axes.collections[0].colorbar.ax.tick_params(labelsize=7)
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel(x_label, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return _finish(figure, f"{title}: {len(pictures)} pictures, and a heat map of {label} in {len(rows)} rows")
+
+
+def attention_overlay(
+    pictures: Sequence[Image.Image | np.ndarray],
+    maps: Sequence[np.ndarray],
+    *,
+    labels: Sequence[str] = (),
+    title: str = "",
+    size: float = 1.3,
+) -> Figure:
+    """Lay attention maps over pictures: one column each, the picture above, the map over it below.
+
+    pictures: (height, width, 3) each; maps: (h, w) each, any size, stretched over the picture and scaled to its own
+    minimum and maximum.
+    """
+    figure = Figure(figsize=(size * len(pictures), 2 * size + 0.3))
+    grid = figure.subplots(2, len(pictures), squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    for i, (picture, weights) in enumerate(zip(pictures, maps, strict=True)):
+        pixels = np.asarray(picture)
+        height, width = pixels.shape[:2]
+        for axes in grid[:, i]:
+            _grey_frame(axes)
+            axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
+        grid[1][i].imshow(
+            np.asarray(weights, float), extent=(0, width, height, 0), cmap=MAP, alpha=0.75, interpolation="bilinear"
+        )
+        if i < len(labels):
+            grid[0][i].set_title(labels[i], fontsize=8)
+    figure.suptitle(title, fontsize=10, y=1.0, va="bottom")
+    return _finish(figure, f"Pictures with attention maps over them: {', '.join(labels) or title}")

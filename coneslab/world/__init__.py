@@ -1,0 +1,83 @@
+"""The sticker world: what can be in a picture, pictures with the whole truth about them, and subjects in a style of
+their own.
+
+It needs neither torch nor diffusers. Builds on errors and files.
+"""
+
+from __future__ import annotations
+
+from .pictures import (
+    CLASSES,
+    COLOURS,
+    DATA,
+    FACTS,
+    RARE_TOKENS,
+    RESOLUTION,
+    SCENES,
+    SHARES,
+    STYLE_WORDS,
+    STYLES,
+    TRAIN_STYLES,
+    WORDS,
+    ClassInfo,
+    Pictures,
+    Record,
+    Thing,
+    article,
+    classes_of,
+    compose,
+    listed,
+    memorised,
+    rearranged,
+    sample,
+    sprite,
+    with_article,
+)
+from .subjects import (
+    COMBINATIONS,
+    SUBJECTS,
+    Subject,
+    evaluation_prompts,
+    subject,
+    subject_from_folder,
+    subjects_of,
+    title_of,
+    wanted_pictures,
+)
+
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "COMBINATIONS",
+    "ClassInfo",
+    "DATA",
+    "FACTS",
+    "Pictures",
+    "RARE_TOKENS",
+    "RESOLUTION",
+    "Record",
+    "SCENES",
+    "SHARES",
+    "STYLES",
+    "STYLE_WORDS",
+    "SUBJECTS",
+    "Subject",
+    "TRAIN_STYLES",
+    "Thing",
+    "WORDS",
+    "article",
+    "classes_of",
+    "compose",
+    "evaluation_prompts",
+    "listed",
+    "memorised",
+    "rearranged",
+    "sample",
+    "sprite",
+    "subject",
+    "subject_from_folder",
+    "subjects_of",
+    "title_of",
+    "wanted_pictures",
+    "with_article",
+]

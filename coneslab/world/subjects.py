@@ -1,0 +1,193 @@
+"""Personal subjects: things in an art style that the diffusion model has never seen, with pictures and prompts.
+
+A subject is what personalisation methods learn: a handful of reference pictures, the word of its class and a rare
+token that stands for it (V* in the papers). `subject` gives the ones that ship with the sticker world,
+`subject_from_folder` makes one from your own pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ..errors import ConeslabError, WorldError
+from .pictures import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, Record, article, compose, with_article
+
+SUBJECTS: tuple[str, ...] = tuple(DATA["subjects"])
+COMBINATIONS: dict[int, tuple[tuple[str, ...], ...]] = {
+    int(size): tuple(tuple(names) for names in combinations) for size, combinations in DATA["combinations"].items()
+}
+_REFERENCE_SCENES = ("grass", "room", "white", "snow", "sunset")
+_PROMPT_SCENES = ("beach", "city", "desert", "sea", "night", "forest", "space")
+_COMPANIONS = {  # scene -> another object that shares the picture
+    "grass": ("tree", "mushroom"),
+    "room": ("book", "balloon"),
+    "beach": ("crab", "umbrella"),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A personal subject: what a personalisation method is given, and what it is measured on.
+
+    name: how to ask for it; class_word: the word the model knows ("cat"); token: the rare token V* ("sks");
+    images: reference pictures; prompts: evaluation prompts that hold the token; records: the truth of the
+    reference pictures where they come from the sticker world, else empty.
+    """
+
+    name: str
+    class_word: str
+    token: str
+    images: tuple[Image.Image, ...]
+    prompts: tuple[str, ...]
+    records: tuple[Record, ...] = ()
+
+    @property
+    def phrase(self) -> str:
+        """ "sks cat": the subject's name in a prompt."""
+        return f"{self.token} {self.class_word}"
+
+    @property
+    def prompt(self) -> str:
+        """ "a sks cat": the caption of every reference picture (Cones, Sec. 3.1; DreamBooth, Sec. 3.1)."""
+        return with_article(self.phrase)
+
+    @property
+    def prior_prompt(self) -> str:
+        """ "a cat": the caption of the prior pictures."""
+        return with_article(self.class_word)
+
+    def plain(self, prompt: str) -> str:
+        """Return `prompt` without the rare token, with its article mended: what text alignment compares with."""
+        words = prompt.split()
+        while self.token in words:
+            at = words.index(self.token)
+            del words[at]
+            if at and words[at - 1] in ("a", "an") and at < len(words):
+                words[at - 1] = article(words[at])
+        return " ".join(words)
+
+    @cached_property
+    def _strip(self) -> Image.Image:
+        height = 128
+        sizes = [(max(1, round(image.width * height / image.height)), height) for image in self.images]
+        strip = Image.new("RGB", (sum(w + 4 for w, _ in sizes) - 4, height), "white")
+        left = 0
+        for image, size in zip(self.images, sizes, strict=True):
+            enlarge = Image.Resampling.NEAREST if image.height < height else Image.Resampling.LANCZOS
+            strip.paste(image.resize(size, enlarge), (left, 0))
+            left += size[0] + 4
+        return strip
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name!r}: {len(self.images)} pictures of {self.prompt!r}, {len(self.prompts)} prompts)"
+
+    def _repr_html_(self) -> str:
+        buffer = io.BytesIO()
+        self._strip.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        alt = f"{len(self.images)} reference pictures of the subject {self.name}"
+        return f'<p><b>{self.name}</b>: “{self.prompt}”</p><img alt="{alt}" src="data:image/png;base64,{data}">'
+
+
+def evaluation_prompts(class_word: str, token: str) -> tuple[str, ...]:
+    """Return the ten prompts a subject is measured on: seven new scenes, and three with another object."""
+    phrase = with_article(f"{token} {class_word}")
+    prompts = [f"{phrase} {SCENES[scene][0]}" for scene in _PROMPT_SCENES]
+    for scene in _COMPANIONS:
+        other = with_article(_companion(class_word, scene))
+        prompts.append(f"{phrase} and {other} {SCENES[scene][0]}")
+    return tuple(prompts)
+
+
+def _companion(class_word: str, scene: str) -> str:
+    return next(name for name in _COMPANIONS[scene] if name != class_word)
+
+
+def wanted_pictures(about: Subject, *, n: int = 1, seed: int = 0) -> list[Image.Image]:
+    """What a subject's evaluation prompts ask for, put together from its own art: `n` pictures a prompt, in order.
+
+    The alignments of these real pictures are what a method can hope for. Raises ConeslabError for a subject that is
+    not of the sticker world.
+    """
+    if not about.records or about.prompts != evaluation_prompts(about.class_word, about.token):
+        raise ConeslabError(f"{about.name!r} is not of the sticker world: only its subjects can be put into new scenes")
+    own = (about.class_word, about.records[0].objects[0].style, None)
+    asked = [([own], scene) for scene in _PROMPT_SCENES]
+    asked += [([own, (_companion(about.class_word, scene), TRAIN_STYLES[0], None)], scene) for scene in _COMPANIONS]
+    asked = [one for one in asked for _ in range(n)]
+    return [Image.fromarray(compose(*one, seed=seed + i)[0]) for i, one in enumerate(asked)]
+
+
+def subject(name: str) -> Subject:
+    """Return one of the personal subjects that ship with the sticker world, e.g. `subject("cat")`.
+
+    Its five reference pictures show it in the held-out art style in five scenes; its prompts ask for seven other
+    scenes and for company. Raises WorldError for an unknown name.
+    """
+    if name not in SUBJECTS:
+        raise WorldError(f"{name!r} is not a subject of the sticker world: choose one of {', '.join(SUBJECTS)}")
+    class_word, token = DATA["subjects"][name]
+    seed = zlib.crc32(name.encode())
+    pairs = [
+        compose([(class_word, "twemoji", None)], scene, seed=seed + i) for i, scene in enumerate(_REFERENCE_SCENES)
+    ]
+    images = tuple(Image.fromarray(image) for image, _ in pairs)
+    prompts = evaluation_prompts(class_word, token)
+    return Subject(name, class_word, token, images, prompts, tuple(record for _, record in pairs))
+
+
+def title_of(names: Sequence[str]) -> str:
+    """ "cat+car": how tables name several subjects."""
+    return "+".join(names)
+
+
+def subjects_of(title: str) -> list[Subject]:
+    """The subjects that a title such as "cat" or "cat+car" names. Raises WorldError for an unknown name."""
+    return [subject(name) for name in title.split("+")]
+
+
+def subject_from_folder(
+    path: str | Path,
+    class_word: str,
+    *,
+    token: str = RARE_TOKENS[0],
+    name: str | None = None,
+    prompts: Sequence[str] | None = None,
+    resolution: int = RESOLUTION,
+) -> Subject:
+    """Make a subject from your own pictures: every picture file in a folder, in the order of the names.
+
+    Pictures are turned upright, cropped to a centred square and scaled to `resolution` pixels (64 for the tiny
+    model, 512 for Stable Diffusion 1.x). `class_word` is a word the model knows; `prompts` default to ten that fit
+    the tiny model. Raises ConeslabError if the folder is missing or holds no picture, a file cannot be read, or the
+    class word is empty.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConeslabError(f"{folder} is not a folder: give the folder that holds 3 to 10 pictures of the subject")
+    if not class_word.strip():
+        raise ConeslabError("class_word is empty: name the kind of thing the pictures show, for example 'cat'")
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in known)
+    if not files:
+        raise ConeslabError(f"{folder} holds no picture that can be read: put PNG or JPEG files there")
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                upright = ImageOps.exif_transpose(picture).convert("RGBA")
+        except OSError as error:
+            raise ConeslabError(f"{file} cannot be read as a picture ({error}): remove or replace it") from error
+        flat = Image.new("RGBA", upright.size, "white")  # transparent pixels become white, not black
+        flat.alpha_composite(upright)
+        images.append(ImageOps.fit(flat.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS))
+    chosen = tuple(prompts) if prompts else evaluation_prompts(class_word, token)
+    return Subject(name or folder.name, class_word, token, tuple(images), chosen)
