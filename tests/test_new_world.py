@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import combinations
@@ -925,3 +926,17 @@ def test_a_drawing_that_no_package_has_is_told_and_nothing_is_written(tmp_path, 
     with pytest.raises(ConeslabError, match="no package has art for dog/face: choose other code points"):
         atlas.build_atlas(source, SMALL, tmp_path / "built")
     assert not list((tmp_path / "built").iterdir())
+
+
+def test_no_style_and_unknown_memorised_pictures_are_refused():
+    with pytest.raises(WorldError, match="no style was given: name one or more of 3d"):
+        world.sample(1, seed=0, styles=())
+    for act in (lambda: world.memorised("x"), lambda: world.rearranged("x", 0)):
+        with pytest.raises(WorldError, match="'x' is not a memorised picture.*lighthouse"):
+            act()
+
+
+def test_drawing_svg_art_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ConeslabError, match=r"pip install 'coneslab\[stickers\]'"):
+        atlas._drawn(tmp_path, "cat")

@@ -54,8 +54,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _drawn(package: Path, name: str) -> Image.Image:
     """Draw an Iconify icon 256 pixels wide. Raises KeyError if the set lacks it."""
-    import resvg_py
-
+    try:
+        import resvg_py
+    except ModuleNotFoundError as error:
+        raise ConeslabError(
+            "resvg-py, which draws SVG art, is not installed: pip install 'coneslab[stickers]'"
+        ) from error
     icons = _json(package / "icons.json")
     alias: dict[str, Any] = {"parent": name}
     while "parent" in alias:

@@ -319,7 +319,7 @@ def memorised(name: str) -> tuple[np.ndarray, Record]:
 
 def rearranged(name: str, seed: int) -> tuple[np.ndarray, Record]:
     """The objects and the scene of a memorised picture, which every seed places otherwise: real non-copies of it."""
-    entry = FACTS["memorised"][name]
+    entry = FACTS["memorised"][known(name, FACTS["memorised"], "memorised picture")]
     return compose([(one, style, colour or None) for one, style, colour in entry["objects"]], entry["scene"], seed=seed)
 
 
@@ -393,12 +393,14 @@ def sample(
 
     objects: shares of pictures with one, two, three and four objects. everything: with the drawings that are held out
     for near subjects, and three objects in ten turned by any hue: what a judge must know and the model must not.
-    Raises WorldError for an unknown style.
+    Raises WorldError for an unknown style, or for none.
 
     >>> pictures = sample(2, seed=0)
     >>> pictures.images.shape, len(pictures.captions)
     ((2, 64, 64, 3), 2)
     """
+    if not styles:
+        raise WorldError(f"no style was given: name one or more of {', '.join(STYLES)}")
     for style in styles:
         known(style, STYLES, "style")
     random = Random(seed)
