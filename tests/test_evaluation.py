@@ -1,7 +1,7 @@
 """The evaluation table, with a judge that knows the truth and pipelines that fail in known ways."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,9 +12,11 @@ from small_judge import save_small_judge
 from coneslab import cli, new_world
 from coneslab import world as shipped_world
 from coneslab.errors import ConeslabError
-from coneslab.measure import evaluation
-from coneslab.measure.evaluation import came_through, evaluate_model, finds_objects, judge_accuracy, nearest, questions
+from coneslab.measure import asking, evaluation, subject_truth
+from coneslab.measure.asking import finds_objects, nearest, questions
+from coneslab.measure.evaluation import evaluate_model, judge_accuracy
 from coneslab.measure.judge import Judge, as_pictures
+from coneslab.measure.subject_truth import came_through
 from coneslab.new_world import WORDS
 from coneslab.new_world.subjects import truth, wanted
 from coneslab.world.pictures import CLASSES, COLOURS, SCENES, STYLES, TRAIN_STYLES
@@ -91,6 +93,15 @@ def test_a_perfect_pipeline_scores_one_everywhere(drawing):
     assert len(seen["prompts"]) == SEEDS * groups + 2 * len(CLASSES)
     assert report.settings["calls"] == 2 and seen["options"]["steps"] == 7 and seen["options"]["guidance_scale"] == 2.0
     assert set(report.classes) == set(CLASSES) and not report.mistaken
+
+
+def test_without_real_pictures_the_shares_are_the_same_and_none_is_composed(drawing, monkeypatch):
+    drawing()
+    few = {"seeds": 1, "limit": 2}
+    beside = evaluate_model(Pipe(), ORACLE, **few)
+    monkeypatch.setattr(evaluation, "_real", None)
+    alone = evaluate_model(Pipe(), ORACLE, beside_real=False, **few)
+    assert estimates(alone) == estimates(beside) and all(row.real is None for row in alone.shares)
 
 
 def test_wrong_class_and_scene_are_counted(drawing):
@@ -190,10 +201,10 @@ def test_questions_cover_every_class_in_different_scenes_in_the_worlds_words():
     every = alone + pairs + fours + questions(1, style=True, colour=True)
     assert {word for q in every for word in q.prompt.replace(",", "").split()} <= set(WORDS)
     assert questions(2, limit=3) == questions(2)[:24] != questions(2, seed=1)[:24]
-    one = evaluation.Question(("apple",), "beach")
+    one = asking.Question(("apple",), "beach")
     assert one.prompt == "an apple on the beach"
-    assert evaluation.Question(("apple",), "beach", "flat", "orange").prompt == "a flat orange apple on the beach"
-    four = evaluation.Question(("cat", "apple", "car", "dog"), "night")
+    assert asking.Question(("apple",), "beach", "flat", "orange").prompt == "a flat orange apple on the beach"
+    four = asking.Question(("cat", "apple", "car", "dog"), "night")
     assert four.prompt == "a cat, an apple, a car and a dog at night"
 
 
@@ -218,17 +229,14 @@ class Colours(Oracle):
 
 def test_hues_are_told_by_the_nearest_real_pictures(monkeypatch):
     monkeypatch.setattr(
-        evaluation, "right_class", lambda judge, images, names: (np.ones(len(names), bool), list(names))
+        subject_truth, "right_class", lambda judge, images, names: (np.ones(len(names), bool), list(names))
     )
-    monkeypatch.setattr(evaluation, "SCENES", {"white": new_world.SCENES["white"]})
+    monkeypatch.setattr(subject_truth, "SCENES", {"white": new_world.SCENES["white"]})
     judge = Colours(None, None)
     own = [wanted(("bramley",), "white", seed=seed)[0] for seed in range(4)]
     assert came_through(judge, own, "bramley").hue_error.max() <= 15
     sticker = truth("bramley").sticker
-    turned = [
-        new_world.compose([evaluation.replace(sticker, hue=sticker.hue + 120)], "white", seed=seed)[0]
-        for seed in range(4)
-    ]
+    turned = [new_world.compose([replace(sticker, hue=sticker.hue + 120)], "white", seed=seed)[0] for seed in range(4)]
     found = came_through(judge, np.stack(turned), "bramley")
     assert not found.kept_hue.any() and abs(found.hue_error - 120).max() <= 30
 

@@ -24,7 +24,8 @@ from scipy import stats
 from coneslab import new_world as world
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.new_world import atlas, captions, subjects
-from coneslab.new_world.pictures import LARGEST, _colour_matrix
+from coneslab.new_world.pictures import LARGEST
+from coneslab.new_world.sprites import colour_matrix
 from coneslab.world.scenes import backgrounds
 
 PAINT = {name: np.array(rgb) for name, rgb in world.DATA["colours"].items()}
@@ -383,24 +384,22 @@ def test_wide_hues_only_with_everything(everything):
 def test_turning_hues_keeps_grey_and_brightness():
     """Numbers of CSS: `hue-rotate(90deg)` makes pure red rgb(0, 91, 0), `hue-rotate(180deg)` rgb(0, 109, 109)."""
     red = np.array([255.0, 0, 0])
-    assert np.allclose(np.clip(red @ _colour_matrix(90, 1, 1), 0, 255), (0, 91, 0), atol=0.6)
-    assert np.allclose(np.clip(red @ _colour_matrix(180, 1, 1), 0, 255), (0, 109, 109), atol=0.6)
+    assert np.allclose(np.clip(red @ colour_matrix(90, 1, 1), 0, 255), (0, 91, 0), atol=0.6)
+    assert np.allclose(np.clip(red @ colour_matrix(180, 1, 1), 0, 255), (0, 109, 109), atol=0.6)
     grey, brightness = np.full(3, 90.0), np.array([0.213, 0.715, 0.072])
     for hue in (-170, -14, 6, 77, 180):
-        assert np.allclose(grey @ _colour_matrix(hue, 1.1, 1), grey, atol=1e-3)
-        assert np.allclose(grey @ _colour_matrix(hue, 0.8, 0.9), 0.9 * grey, atol=1e-3)
+        assert np.allclose(grey @ colour_matrix(hue, 1.1, 1), grey, atol=1e-3)
+        assert np.allclose(grey @ colour_matrix(hue, 0.8, 0.9), 0.9 * grey, atol=1e-3)
         for colour in PAINT.values():
-            assert colour @ _colour_matrix(hue, 1.18, 1) @ brightness == pytest.approx(colour @ brightness, abs=0.3)
-        assert np.allclose(
-            _colour_matrix(hue, 1, 1) @ _colour_matrix(33, 1, 1), _colour_matrix(hue + 33, 1, 1), atol=1e-3
-        )
-    assert np.allclose(_colour_matrix(0, 1, 1), np.eye(3), atol=1e-3)
+            assert colour @ colour_matrix(hue, 1.18, 1) @ brightness == pytest.approx(colour @ brightness, abs=0.3)
+        assert np.allclose(colour_matrix(hue, 1, 1) @ colour_matrix(33, 1, 1), colour_matrix(hue + 33, 1, 1), atol=1e-3)
+    assert np.allclose(colour_matrix(0, 1, 1), np.eye(3), atol=1e-3)
 
 
 @pytest.mark.parametrize("colour", sorted(set(PAINT) - {"gray"}))
 def test_turning_hues_turns_them_by_about_the_angle(colour):
     def hue_after(angle: float, saturation: float = 1.0) -> tuple[float, float]:
-        return hue_and_saturation(np.clip(PAINT[colour] @ _colour_matrix(angle, saturation, 1), 0, 255)[None])
+        return hue_and_saturation(np.clip(PAINT[colour] @ colour_matrix(angle, saturation, 1), 0, 255)[None])
 
     start, plain = hue_after(0)
     for angle in (-6, -3, 3, 6):
@@ -440,7 +439,7 @@ def alone(thing, **other) -> np.ndarray:
         planes.append(np.asarray(canvas).reshape(64, 4, 64, 4).mean((1, 3)))
     drawn = np.stack(planes, -1)
     drawn[..., :3] = np.clip(
-        drawn[..., :3] @ _colour_matrix(thing.hue, thing.saturation, thing.lightness), 0, drawn[..., 3:]
+        drawn[..., :3] @ colour_matrix(thing.hue, thing.saturation, thing.lightness), 0, drawn[..., 3:]
     )
     return drawn
 

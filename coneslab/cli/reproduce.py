@@ -54,10 +54,28 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     pretrain.set_defaults(run=_pretrain, resumes=True)
 
 
-def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .. import diffusion, measure, new_world, world
+def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int) -> None:
+    """What the commands have in common that ask a judge about the pictures of a pipeline; defaults are given."""
+    parser.add_argument("--seeds", type=int, default=seeds, help="pictures a prompt, each in another scene")
+    parser.add_argument("--limit", type=int, help="only that many classes, pairs, threes and fours: a quick look")
+    parser.add_argument("--kid", type=int, default=kid, metavar="N", help="also the KID of N pictures to real ones")
+    parser.add_argument(
+        "--world", choices=("shipped", "new"), default="shipped",
+        help="new: the world with variety, which the next model is trained on",
+    )  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
-    place: Any = new_world if arguments.world == "new" else world
+
+def _world(arguments: argparse.Namespace) -> Any:
+    from .. import new_world, world
+
+    return new_world if arguments.world == "new" else world
+
+
+def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .. import diffusion, measure
+
+    place = _world(arguments)
     judge = measure.load_judge(arguments.judge)
     report = (
         measure.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed, world=place)
@@ -84,24 +102,17 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
     """`coneslab evaluate-model FOLDER`: the table of what a pipeline draws right."""
     evaluate = commands.add_parser(
         "evaluate-model",
-        help="draw every class, pairs and fours with a pipeline and print what the judge finds",
+        help="draw every class, pairs, threes and fours with a pipeline and print what the judge finds",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
     add_judge(evaluate)
-    evaluate.add_argument("--seeds", type=int, default=8, help="pictures a prompt, each in another scene")
+    _add_asking(evaluate, seeds=8, kid=0)
     evaluate.add_argument("--steps", type=int, default=25, help="sampler steps")
     evaluate.add_argument("--guidance-scale", type=float, default=3.0)
-    evaluate.add_argument("--limit", type=int, help="only that many classes, pairs and fours: a quick look")
     evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
-    evaluate.add_argument("--kid", type=int, default=0, metavar="N", help="also the KID of N pictures to real ones")
-    evaluate.add_argument(
-        "--world", choices=("shipped", "new"), default="shipped",
-        help="new: the world with variety, which the next model is trained on",
-    )  # fmt: skip
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
     add_json(evaluate)
     evaluate.set_defaults(run=_evaluate_model)
 
@@ -206,7 +217,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _compare_samplers(arguments: argparse.Namespace) -> None:
-    from .. import diffusion, measure, new_world, world
+    from .. import diffusion, measure
 
     choices = []
     for text in arguments.sampler:
@@ -225,7 +236,7 @@ def _compare_samplers(arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         limit=arguments.limit,
         kid_pictures=arguments.kid,
-        world=new_world if arguments.world == "new" else world,
+        world=_world(arguments),
         out=arguments.out,
     )
     print(table.to_string(index=False))
@@ -244,11 +255,7 @@ def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
         "--sampler", action="append", required=True, metavar="NAME,STEPS[,GUIDANCE[,FROM,TO]]",
         help='repeatable; names: "DDIM", "DPM-Solver++ 2M", "UniPC"; FROM, TO: shares of the schedule with guidance',
     )  # fmt: skip
-    compare.add_argument("--seeds", type=int, default=2, help="pictures a prompt, each in another scene")
-    compare.add_argument("--limit", type=int, help="only that many classes, pairs, threes and fours")
-    compare.add_argument("--kid", type=int, default=512, metavar="N", help="pictures for the KID to real ones")
-    compare.add_argument("--world", choices=("shipped", "new"), default="shipped")
-    compare.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    _add_asking(compare, seeds=2, kid=512)
     compare.add_argument("--out", type=Path, help="the table, written after each sampler")
     compare.set_defaults(run=_compare_samplers, resumes=False)
 

@@ -141,6 +141,13 @@ def start_noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
     return torch.stack(draws).to(pipe.unet.device, pipe.unet.dtype)
 
 
+def require_interval(interval: tuple[float, float]) -> None:
+    """Raise ConeslabError unless an interval of guidance is two shares of the schedule in order."""
+    first, last = interval
+    if not 0 <= first < last <= 1:
+        raise ConeslabError(f"the interval of guidance is {interval}: give two shares in order, such as (0.0, 0.8)")
+
+
 @contextmanager
 def guided_between(pipe: Pipe, first: float, last: float) -> Iterator[Callable[[], int]]:
     """Guide only between two shares of the schedule for the length of a block; yields a counter of network passes.
@@ -206,9 +213,7 @@ def generate(
         raise ConeslabError("no prompts were given, expected at least one")
     if steps < 1 or batch_size < 1:
         raise ConeslabError(f"steps={steps}, batch_size={batch_size}: both must be positive")
-    first, last = guidance_interval
-    if not 0 <= first < last <= 1:
-        raise ConeslabError(f"guidance_interval is {guidance_interval}: give two shares in order, such as (0.0, 0.8)")
+    require_interval(guidance_interval)
     pictures: list[Image.Image] = []
 
     def step_end(_: Pipe, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,7 +227,7 @@ def generate(
         raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
     noises = start_noise(pipe, seeds)
     untouched = guidance_interval == (0.0, 1.0) and on_calls is None
-    with drawing(pipe, dtype), nullcontext() if untouched else guided_between(pipe, first, last) as passes:
+    with drawing(pipe, dtype), nullcontext() if untouched else guided_between(pipe, *guidance_interval) as passes:
         for start in starts:
             part = slice(start, start + batch_size)
             made = pipe(

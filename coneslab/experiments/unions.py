@@ -12,7 +12,7 @@ import numpy as np
 
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied
-from ..measure.evaluation import finds_objects
+from ..measure.asking import finds_objects
 from ..neurons.controls import random_neurons
 from ..neurons.loss import concept_loss
 from ..neurons.union import (

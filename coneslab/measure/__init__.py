@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
+    from .asking import finds_objects as finds_objects
+    from .asking import questions as questions
     from .attention import AttentionMaps as AttentionMaps
     from .attention import attention_probabilities as attention_probabilities
     from .attention import record_attention as record_attention
-    from .evaluation import CameThrough as CameThrough
     from .evaluation import Report as Report
     from .evaluation import Share as Share
-    from .evaluation import came_through as came_through
     from .evaluation import evaluate_model as evaluate_model
-    from .evaluation import finds_objects as finds_objects
     from .evaluation import judge_accuracy as judge_accuracy
-    from .evaluation import questions as questions
     from .judge import Judge as Judge
     from .judge import as_pictures as as_pictures
     from .judge import load_judge as load_judge
@@ -31,24 +29,26 @@ if TYPE_CHECKING:
     from .statistics import Interval as Interval
     from .statistics import bootstrap_interval as bootstrap_interval
     from .statistics import kid as kid
+    from .subject_truth import CameThrough as CameThrough
+    from .subject_truth import came_through as came_through
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "asking": (
+            "finds_objects",
+            "questions",
+        ),
         "attention": (
             "AttentionMaps",
             "attention_probabilities",
             "record_attention",
         ),
         "evaluation": (
-            "CameThrough",
             "Report",
             "Share",
-            "came_through",
             "evaluate_model",
-            "finds_objects",
             "judge_accuracy",
-            "questions",
         ),
         "judge": (
             "Judge",
@@ -65,6 +65,10 @@ __getattr__, __dir__, __all__ = attach(
             "Interval",
             "bootstrap_interval",
             "kid",
+        ),
+        "subject_truth": (
+            "CameThrough",
+            "came_through",
         ),
     },
 )

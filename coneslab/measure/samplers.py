@@ -17,7 +17,9 @@ import diffusers
 import pandas
 
 from .. import world as shipped_world
+from ..diffusion.sampling import require_interval
 from ..errors import ConeslabError
+from ..files import write_whole
 from .evaluation import evaluate_model
 from .judge import Judge
 
@@ -45,10 +47,9 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
             raise ConeslabError(f"{self.scheduler!r} is not a known scheduler: choose one of {', '.join(SCHEDULERS)}")
-        if self.steps < 1 or not 0 <= self.guided[0] < self.guided[1] <= 1:
-            raise ConeslabError(
-                f"got {self.steps} steps, guided between {self.guided}: expected one or more, and two shares in order"
-            )
+        if self.steps < 1:
+            raise ConeslabError(f"got {self.steps} steps, expected one or more")
+        require_interval(self.guided)
 
 
 def use_scheduler(pipe: Any, name: str) -> None:
@@ -86,7 +87,7 @@ def compare_samplers(
             report = evaluate_model(
                 pipe, judge, seeds=seeds, steps=sampler.steps, guidance_scale=sampler.guidance_scale,
                 guidance_interval=sampler.guided, limit=limit, kid_pictures=kid_pictures, seed=seed,
-                progress=progress, world=world,
+                progress=progress, beside_real=False, world=world,
             )  # fmt: skip
             pictures = report.settings["pictures"]
             row = {
@@ -100,7 +101,7 @@ def compare_samplers(
             row |= {"KID": report.settings.get("KID"), "seconds": (time.perf_counter() - start) / pictures}
             rows.append(row)
             if out is not None:
-                pandas.DataFrame(rows).to_csv(out, index=False)
+                write_whole(out, pandas.DataFrame(rows).to_csv(index=False).encode())
     finally:
         pipe.scheduler = own
     return pandas.DataFrame(rows)

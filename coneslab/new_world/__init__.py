@@ -3,7 +3,7 @@
 It replaces `coneslab.world` when the model that is trained on it ships. Builds on nothing but errors, paths and scenes.
 """
 
-from .captions import LONGEST, WORDS, article, listed, with_article
+from .captions import LONGEST, WORDS, Described, article, listed, plain_caption, with_article
 from .catalogue import (
     CLASSES,
     COLOURS,
@@ -36,12 +36,13 @@ from .pictures import (
     named_plan,
     rearranged,
     sample,
-    sprite,
 )
+from .sprites import sprite
 
 __all__ = [
     "CLASSES", "COLOURS", "DATA", "DRAWINGS", "FACTS", "HATS", "HELD_OUT", "LONGEST", "MARKINGS", "RANGES",
     "RARE_TOKENS", "RESOLUTION", "SCENES", "SHARES", "STYLES", "STYLE_WORDS", "TRAIN_STYLES", "WORDS", "ClassInfo",
-    "Pictures", "Record", "Sticker", "Thing", "article", "classes_of", "compose", "drawings_of", "full_drawing",
-    "listed", "memorised", "named_plan", "rearranged", "sample", "sprite", "with_article",
+    "Described", "Pictures", "Record", "Sticker", "Thing", "article", "classes_of", "compose", "drawings_of",
+    "full_drawing", "listed", "memorised", "named_plan", "plain_caption", "rearranged", "sample", "sprite",
+    "with_article",
 ]  # fmt: skip

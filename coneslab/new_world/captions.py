@@ -65,6 +65,31 @@ def listed(phrases: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a plain caption says of one object: its class, and what else it tells."""
+
+    name: str
+    style: str | None = None
+    marking: str | None = None
+    colour: str | None = None
+    hat: str | None = None
+
+    @property
+    def phrase(self) -> str:
+        """ "a flat striped red cat", "a doctor in a blue hat"."""
+        style = self.style and STYLE_WORDS[self.style][0]
+        words = " ".join(filter(None, (style, self.marking, self.colour, self.name)))
+        hat = f" in {with_article(self.hat)} hat" if self.hat else ""
+        return with_article(words) + hat
+
+
+def plain_caption(objects: Sequence[Described], scene: str | None = None) -> str:
+    """A caption without chance: "a flat cat, a flat dog and a flat car on the beach"; without a scene if it is None."""
+    text = listed([one.phrase for one in objects])
+    return f"{text} {SCENES[scene][0]}" if scene else text
+
+
 def _noun_phrase(plan: Plan, named_style: bool, count: int, random: Random) -> str:
     if plan.bare:
         return str(plan.word)

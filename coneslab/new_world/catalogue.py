@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -76,22 +77,24 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
 )
 
 
-def drawings_of(name: str, style: str, *, held_out: bool = False) -> list[str]:
+@cache
+def drawings_of(name: str, style: str, *, held_out: bool = False) -> tuple[str, ...]:
     """The drawings ("cat/face", ...) that a style has of a class, without those held out for near subjects.
 
     held_out: with them.
     """
     own = ATLAS["sprites"][style]
     full = (f"{name}/{drawing}" for drawing in CLASSES[name].drawings)
-    return [one for one in full if one in own and (held_out or (one, style) not in HELD_OUT)]
+    return tuple(one for one in full if one in own and (held_out or (one, style) not in HELD_OUT))
 
 
-def classes_of(style: str, *, held_out: bool = False) -> list[str]:
+@cache
+def classes_of(style: str, *, held_out: bool = False) -> tuple[str, ...]:
     """The classes that a style has a drawing of: some sets lack a few."""
-    return [name for name in CLASSES if drawings_of(name, style, held_out=held_out)]
+    return tuple(name for name in CLASSES if drawings_of(name, style, held_out=held_out))
 
 
-def known(value: str, among: Collection[str] | Sequence[str], what: str) -> str:
+def known(value: str, among: Collection[str], what: str) -> str:
     """Return `value`. Raises WorldError, naming the choices, if it is none of them."""
     if value not in among:
         raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ..errors import WorldError
 from ..world.subjects import Subject, evaluation_prompts
-from .captions import with_article
-from .catalogue import DATA, SCENES
+from .captions import Described, plain_caption
+from .catalogue import DATA
 from .pictures import Record, Sticker, compose
 
 KINDS = ("near", "far")
@@ -79,7 +79,7 @@ def subject(name: str) -> Subject:
 
 def wanted(names: tuple[str, ...], scene: str, *, seed: int) -> tuple[Image.Image, Record]:
     """A real picture of one to four subjects in a scene, captioned with their class words."""
-    stickers = [truth(name).sticker for name in names]
-    caption = " and ".join(with_article(truth(name).class_word) for name in names) + f" {SCENES[scene][0]}"
-    image, record = compose(stickers, scene, seed=seed, caption=caption)
+    known = [truth(name) for name in names]
+    caption = plain_caption([Described(one.class_word) for one in known], scene)
+    image, record = compose([one.sticker for one in known], scene, seed=seed, caption=caption)
     return Image.fromarray(image), record

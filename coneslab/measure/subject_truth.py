@@ -1,0 +1,104 @@
+"""What of a subject came through: class, drawing, hue; and hats. Only the world with variety can be asked for these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from torch import Tensor
+
+from .. import new_world
+from ..new_world import SCENES, Described
+from ..new_world.subjects import KINDS, SUBJECTS, truth, wanted
+from .asking import nearest, right_class
+from .judge import Images, Judge
+
+HUE_ERRORS = tuple(range(-165, 181, 15))  # degrees from a subject's own hue, at which it is compared
+PROTOTYPES = 6  # real pictures whose mean embedding stands for a drawing or a hue
+
+
+def right_hat(judge: Judge, images: Images, names: Sequence[str], hats: Sequence[str]) -> np.ndarray:
+    """Whether the judge sees the hat of that colour on a profession, among all colours of hats, (n,) bool."""
+    options = [[Described(name, hat=hat).phrase for hat in new_world.HATS] for name in names]
+    return nearest(judge, images, options) == [new_world.HATS.index(hat) for hat in hats]
+
+
+@cache
+def _prototypes(judge: Judge, stickers: tuple[new_world.Sticker, ...]) -> Tensor:
+    """One embedding a sticker, (k, d): the mean of real pictures of it alone, in several scenes."""
+    scenes = list(SCENES)[:: max(1, len(SCENES) // PROTOTYPES)][:PROTOTYPES]
+    pictures = [
+        new_world.compose([sticker], scene, seed=1_000_003 * at + i)[0]
+        for i, sticker in enumerate(stickers)
+        for at, scene in enumerate(scenes)
+    ]
+    means = judge.image_features(np.stack(pictures)).view(len(stickers), len(scenes), -1).mean(1)
+    return means / means.norm(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class CameThrough:
+    """Which parts of a subject's truth a judge finds in pictures: (n,) bool each, and the hue's error in degrees."""
+
+    kept_class: np.ndarray
+    kept_drawing: np.ndarray
+    kept_hue: np.ndarray
+    hue_error: np.ndarray
+
+
+def came_through(judge: Judge, images: Images, name: str, *, degrees: float = 30.0) -> CameThrough:
+    """Ask which parts of a subject of the world with variety came through in pictures that should show it.
+
+    Its class is told among all classes; its drawing among those of its class in its style, in its hue and marking, by
+    the nearest mean embedding of real pictures; its hue likewise among steps of 15 degrees, kept if within `degrees`.
+    """
+    known = truth(name)
+    sticker = known.sticker
+    features = judge.image_features(images)
+    kept_class, _ = right_class(judge, images, [known.class_word] * len(features))
+    names = new_world.drawings_of(known.class_word, sticker.style, held_out=True)
+    drawings = _prototypes(judge, tuple(replace(sticker, name=one) for one in names))
+    kept_drawing = (features @ drawings.T).argmax(1).numpy() == names.index(sticker.name)
+    hues = _prototypes(judge, tuple(replace(sticker, hue=float(sticker.hue or 0.0) + turn) for turn in HUE_ERRORS))
+    error = np.abs(HUE_ERRORS)[(features @ hues.T).argmax(1).numpy()]
+    return CameThrough(kept_class, kept_drawing, error <= degrees, error)
+
+
+def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """Hats, drawings and subjects on real pictures, each with its clusters."""
+    scenes, hits = list(SCENES), {}
+    wearing = [
+        (name, hat, style)
+        for name, info in new_world.CLASSES.items()
+        if info.share_blue is not None
+        for style in new_world.STYLES
+        if name in new_world.classes_of(style)
+        for hat in new_world.HATS
+    ][:limit]
+    asked = [one for one in wearing for _ in range(seeds)]
+    pictures = np.stack([
+        new_world.compose(
+            [new_world.Sticker(name, style, hat=hat)], scenes[i % len(scenes)], seed=1_000_003 * (seed + 2) + i
+        )[0]
+        for i, (name, hat, style) in enumerate(asked)
+    ])  # fmt: skip
+    right = right_hat(judge, pictures, [one[0] for one in asked], [one[1] for one in asked])
+    hits["right hat"] = (right, [f"{name} {style}" for name, _, style in asked])
+    rows: dict[str, list[tuple[np.ndarray, str]]] = {}
+    for kind in KINDS:
+        for name in SUBJECTS[kind][:limit]:
+            images = [
+                wanted((name,), scenes[i % len(scenes)], seed=1_000_003 * (seed + 3) + i)[0] for i in range(seeds)
+            ]
+            found = came_through(judge, images, name)
+            for what, values in (
+                ("class", found.kept_class), ("drawing", found.kept_drawing), ("hue within 30 degrees", found.kept_hue),
+            ):  # fmt: skip
+                rows.setdefault(f"{kind} subject's {what}", []).append((values, name))
+    for what, parts in rows.items():
+        hits[what] = (
+            np.concatenate([values for values, _ in parts]), [name for values, name in parts for _ in values]
+        )  # fmt: skip
+    return hits
