@@ -230,6 +230,14 @@ def test_muon_is_shared_out_evenly():
     assert optimizers._shared_out({}, [], 2) == []
 
 
+def test_the_parts_of_all_steps_take_every_picture_of_a_chunk_once():
+    recipe = replace(QUICK, batch_size=4, parts=2)
+    taken = [recipe.place(step, part, 10) for step in range(4) for part in range(2)]
+    assert [index for index, _ in taken] == [0, 0, 0, 0, 1, 1, 1, 1]  # a chunk of ten holds two batches of four
+    assert [(own.start, own.stop) for _, own in taken[:4]] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert [own for _, own in taken[4:]] == [own for _, own in taken[:4]]
+
+
 def test_a_feed_gives_the_same_pictures_again():
     with loop.Feed(8, seed=3) as feed:
         pictures, part = feed.batch(5, 1, QUICK)  # the second half of the second batch of chunk 2
@@ -353,12 +361,12 @@ def test_latents_are_scaled_turned_and_mirrored_like_pictures():
 
 def test_places_say_what_lies_there():
     _, record = world.compose([world.Sticker("cat", "flat", size=40.0)], "white", seed=0)
-    drawings, styles = unet.place_labels([record])
+    drawings, styles = autoencoder.place_labels([record])
     thing = record.objects[0]
     share = thing.mask.reshape(16, 4, 16, 4).mean((1, 3))
     assert torch.equal(drawings[0] == world.DRAWINGS.index("cat/face"), torch.from_numpy(share > 0.25))
     assert torch.equal(styles[0] == world.STYLES.index("flat"), torch.from_numpy(share > 0.25))
-    assert set(drawings[0].unique().tolist()) == {world.DRAWINGS.index("cat/face"), unet.NOTHING}
+    assert set(drawings[0].unique().tolist()) == {world.DRAWINGS.index("cat/face"), autoencoder.NOTHING}
 
 
 def test_noises_go_to_the_nearest_pictures():
@@ -444,7 +452,7 @@ def test_wrong_captions_are_wrong_in_one_thing():
 
 def test_patches_say_what_they_show():
     image, record = world.compose(["cat"], "white", seed=0)
-    labels = judging.patch_labels([record], 8).view(8, 8)
+    labels = autoencoder.place_labels([record], 8)[0][0]
     left, top, right, bottom = record.objects[0].box
     assert labels[(top + bottom) // 16, (left + right) // 16] == world.DRAWINGS.index("cat/face")
     assert labels[0, 0] == len(world.DRAWINGS)

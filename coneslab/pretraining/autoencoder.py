@@ -19,9 +19,9 @@ from .loop import Feed, Log, batches, best_device, fit
 from .recipe import Recipe
 
 LATENT_SAMPLES = 4096
-
-
 HELD_OUT_PICTURES = 256
+PLACES = 16  # latents, and what is known of each place, are 16x16
+NOTHING = len(world.DRAWINGS)  # the label of scenery
 
 
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -48,6 +48,24 @@ def object_weights(records: Sequence[world.Record], weight: float, device: torch
     inside = F.max_pool2d(torch.from_numpy(masks).to(device).float()[:, None], 3, stride=1, padding=1)
     weights = 1 + (weight - 1) * inside
     return weights / weights.mean()
+
+
+def place_labels(records: Sequence[world.Record], places: int = PLACES) -> tuple[Tensor, Tensor]:
+    """The drawing and the style at each of places x places places, both uint8 (n, places, places), by largest share.
+
+    Indices into `world.DRAWINGS` and `world.STYLES`; NOTHING and the number of styles where no object covers a quarter.
+    """
+    cell = world.RESOLUTION // places
+    drawings = np.full((len(records), places, places), NOTHING, np.uint8)
+    styles = np.full_like(drawings, len(world.STYLES))
+    for row, record in enumerate(records):
+        best = np.full((places, places), 0.25)
+        for thing in record.objects:
+            share = thing.mask.reshape(places, cell, places, cell).mean((1, 3))
+            drawings[row][share > best] = world.DRAWINGS.index(thing.drawing)
+            styles[row][share > best] = world.STYLES.index(thing.style)
+            best = np.maximum(best, share)
+    return torch.from_numpy(drawings), torch.from_numpy(styles)
 
 
 def picture_loss(made: Tensor, real: Tensor, weights: Tensor, *, softness: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -151,18 +169,22 @@ def train_vae(
 
 
 @torch.no_grad()
+def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tensor:
+    """The modes of pictures' latents, float32 (n, 4, 16, 16), not scaled; images: uint8 (n, h, w, 3)."""
+    with mixed_precision(device):
+        return torch.cat([
+            vae.encode(to_tensor(images[part], device)).latent_dist.mode().float() for part in batches(len(images), 64)
+        ])  # fmt: skip
+
+
+@torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, device: torch.device, *, n: int | None = None) -> None:
     """Fold the latents' mean and deviation into the 1x1 convolutions around them, channel by channel.
 
     Afterwards latents have mean 0 and deviation 1 in each channel, `scaling_factor` is 1, and encoding followed by
     decoding gives exactly the pictures it gave before. A pipeline has room for one factor only, and no shift.
     """
-    images = world.sample(n or LATENT_SAMPLES, seed=77).images
-    with mixed_precision(device):
-        means = [
-            vae.encode(to_tensor(images[part], device)).latent_dist.mode().float() for part in batches(len(images), 64)
-        ]
-    latents = torch.cat(means)
+    latents = encode(vae, world.sample(n or LATENT_SAMPLES, seed=77).images, device)
     shift, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = vae.config.latent_channels
     after, before = vae.quant_conv, vae.post_quant_conv  # (mean, log variance) -> latent -> decoder

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +30,8 @@ from transformers import (
 
 from .. import new_world as world
 from ..diffusion.precision import flushing_denormals, mixed_precision
+from ..new_world import Described, plain_caption
+from .autoencoder import place_labels, to_tensor
 from .loop import Feed, Log, best_device, fit
 from .recipe import Recipe
 
@@ -63,31 +64,6 @@ def build_judge(
     return CLIPModel(config), CLIPProcessor(pictures, tokenizer)
 
 
-@dataclass(frozen=True)
-class Described:
-    """What a caption says of one object: its class, and what else it tells."""
-
-    name: str
-    style: str | None = None
-    marking: str | None = None
-    colour: str | None = None
-    hat: str | None = None
-
-    @property
-    def phrase(self) -> str:
-        """ "a flat striped red cat", "a doctor in a blue hat"."""
-        style = self.style and world.STYLE_WORDS[self.style][0]
-        words = " ".join(filter(None, (style, self.marking, self.colour, self.name)))
-        hat = f" in {world.with_article(self.hat)} hat" if self.hat else ""
-        return world.with_article(words) + hat
-
-
-def caption(objects: Sequence[Described], scene: str | None) -> str:
-    """A plain caption: "a flat cat, a flat dog and a flat car on the beach"; without a scene if it is None."""
-    text = world.listed([one.phrase for one in objects])
-    return f"{text} {world.SCENES[scene][0]}" if scene else text
-
-
 _CHOICES: dict[str, Sequence[str]] = {
     "style": world.STYLES, "marking": world.MARKINGS, "colour": world.COLOURS, "hat": world.HATS,
 }  # fmt: skip
@@ -104,11 +80,11 @@ def contrast(record: world.Record, random: Random, n: int) -> list[str]:
     ]
     scene = record.scene if random.random() < 0.5 else None
     kinds = [(name, at) for name in told for at, one in enumerate(objects) if getattr(one, name)]
-    captions = [caption(objects, scene)]
+    captions = [plain_caption(objects, scene)]
     for _ in range(n):
         kind = random.random()
         if scene and kind < 1 / 6:
-            captions.append(caption(objects, random.choice([other for other in SCENES if other != scene])))
+            captions.append(plain_caption(objects, random.choice([other for other in SCENES if other != scene])))
             continue
         if kinds and kind > 1 / 2:
             name, at = random.choice(kinds)
@@ -116,21 +92,10 @@ def contrast(record: world.Record, random: Random, n: int) -> list[str]:
         else:
             name, at = "name", random.randrange(len(objects))
             other = random.choice([value for value in NAMES if value not in {one.name for one in objects}])
-        captions.append(caption([*objects[:at], replace(objects[at], **{name: other}), *objects[at + 1 :]], scene))
+        captions.append(
+            plain_caption([*objects[:at], replace(objects[at], **{name: other}), *objects[at + 1 :]], scene)
+        )
     return captions
-
-
-def patch_labels(records: Sequence[world.Record], patch: int) -> Tensor:
-    """What each patch shows, (n, patches): a drawing's index, or the number of drawings for scenery."""
-    side = world.RESOLUTION // patch
-    labels = np.full((len(records), side, side), len(world.DRAWINGS))
-    for row, record in enumerate(records):
-        best = np.full((side, side), 0.25)  # an object must cover a quarter of a patch
-        for thing in record.objects:
-            share = thing.mask.reshape(side, patch, side, patch).mean((1, 3))
-            labels[row][share > best] = world.DRAWINGS.index(thing.drawing)
-            best = np.maximum(best, share)
-    return torch.from_numpy(labels.reshape(len(records), -1))
 
 
 class SingleHead(nn.Module):
@@ -192,10 +157,10 @@ def train_judge(
     single_head = SingleHead(settings["loss"]["projection"])
     for module in (model, patch_head, single_head):
         module.to(device)
-    size, patch = recipe.part_size, vision["patch_size"]
+    size, places = recipe.part_size, world.RESOLUTION // vision["patch_size"]
     prompts = {
         scene: tokenizer(
-            [caption([Described(name)], scene) for name in NAMES], padding=True, return_tensors="pt"
+            [plain_caption([Described(name)], scene) for name in NAMES], padding=True, return_tensors="pt"
         ).input_ids.to(device)
         for scene in (*SCENES, None)
     }  # fmt: skip
@@ -211,8 +176,7 @@ def train_judge(
     def loss(step: int, part: int, generator: torch.Generator) -> dict[str, Tensor]:
         pictures, own = feed.batch(step, part, recipe)
         records, random = pictures.records[own], Random(f"{recipe.seed} {step} {part}")
-        x = torch.from_numpy(pictures.images[own]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        x = roughen(x, generator)
+        x = roughen(to_tensor(pictures.images[own], device), generator)
         sets = [contrast(record, random, wrong) for record in records]
         captions = [record.caption for record in records]
         shown = torch.zeros(size, len(NAMES), device=device)
@@ -226,7 +190,7 @@ def train_judge(
             patches = patch_head(seen.last_hidden_state[:, 1:])
             texts = told([*captions, *(text for one in sets for text in one)])
             classes = text_features(prompts[scene])
-            scenes = told([caption([Described(name)], other) for other in SCENES])
+            scenes = told([plain_caption([Described(name)], other) for other in SCENES])
             single = single_head.loss(images, records)
         natural, plain = texts[:size], texts[size:]
         scale = model.logit_scale.clamp(max=4.6052).exp()
@@ -238,7 +202,8 @@ def train_judge(
         hard = F.cross_entropy(scale * cosines[..., 0], torch.zeros(size, dtype=torch.long, device=device))
         by_class = soft_entropy(scores(images, classes, scale), shown)
         by_scene = F.cross_entropy(scores(images, scenes, scale), place)
-        by_patch = F.cross_entropy(patches.float().flatten(0, 1), patch_labels(records, patch).flatten().to(device))
+        shown_at, _ = place_labels(records, places)
+        by_patch = F.cross_entropy(patches.float().flatten(0, 1), shown_at.flatten().long().to(device))
         alone = shown.sum(1) == 1
         right = (scores(images, classes, scale).argmax(1) == shown.argmax(1))[alone].float().mean()
         total = clip + 2 * hard + by_class + 0.5 * by_scene + by_patch + 0.5 * single
@@ -256,7 +221,7 @@ def train_judge(
     def measure(step: int) -> dict[str, float]:
         """The share of single objects, not roughened, whose nearest class is right."""
         with mixed_precision(device):
-            pixels = torch.from_numpy(kept.images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            pixels = to_tensor(kept.images, device)
             pooled = torch.cat([model.vision_model(pixel_values=part).pooler_output for part in pixels.split(64)])
             images = model.visual_projection(pooled)
             found = scores(images, text_features(prompts[None]), model.logit_scale.exp()).argmax(1).cpu()

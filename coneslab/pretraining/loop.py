@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from .. import new_world as world
 from ..diffusion.precision import bfloat16_pays, flushing_denormals
 from ..errors import ConeslabError, FileFormatError
+from ..files import write_whole
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
 from .optimizers import Average, Muon, optimizers
 from .recipe import Recipe
@@ -53,7 +54,7 @@ class Log:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_whole(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Log:
@@ -104,10 +105,9 @@ class Feed:
 
     def batch(self, step: int, part: int, recipe: Recipe) -> tuple[world.Pictures, slice]:
         """The chunk and the slice of it that belong to a part of a training step."""
-        index, place = divmod(step, self.size // recipe.batch_size)
-        start = place * recipe.batch_size + part * recipe.part_size
+        index, own = recipe.place(step, part, self.size)
         with self._lock:
-            return self.chunk(index), slice(start, start + recipe.part_size)
+            return self.chunk(index), own
 
     def __enter__(self) -> Feed:
         return self

@@ -83,6 +83,12 @@ class Recipe:
         """Pictures a part."""
         return self.batch_size // self.parts
 
+    def place(self, step: int, part: int, chunk: int) -> tuple[int, slice]:
+        """Which chunk of `chunk` pictures a part of a step takes, and which of its pictures."""
+        index, within = divmod(step, chunk // self.batch_size)
+        start = within * self.batch_size + part * self.part_size
+        return index, slice(start, start + self.part_size)
+
     def spent(self, step: int, seconds: float) -> float:
         """The part of the budget, in [0, 1], that is used up."""
         share = step * self.batch_size / self.pictures if self.pictures else 1.0

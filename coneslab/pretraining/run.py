@@ -24,7 +24,7 @@ from .. import new_world as world
 from ..diffusion.pipelines import load, write_sums
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
-from ..files import data_folder
+from ..files import data_folder, write_whole
 from ..measure.evaluation import evaluate_model
 from ..measure.judge import load_judge
 from .autoencoder import train_vae
@@ -79,13 +79,14 @@ def note_trial(
     if judge and stage == "unet":
         pipe = load(runs / "unet" / "model", device="cpu")
         report = evaluate_model(
-            pipe, load_judge(judge), seeds=1, steps=12, kid_pictures=256, progress=False, world=world
+            pipe, load_judge(judge), seeds=1, steps=12, kid_pictures=256, progress=False, beside_real=False,
+            world=world,
         )  # fmt: skip
         row |= {share.name: round(share.interval.estimate, 3) for share in report.shares}
         row["KID"] = round(report.settings["KID"], 4)
     table = pandas.read_csv(TRIALS, dtype={"trial": str}) if TRIALS.is_file() else pandas.DataFrame({"trial": []})
     table = pandas.concat([table[table.trial != name], pandas.DataFrame([row])], ignore_index=True)
-    TRIALS.write_text(table.to_csv(index=False), encoding="utf-8")
+    write_whole(TRIALS, table.to_csv(index=False).encode())
     return row
 
 

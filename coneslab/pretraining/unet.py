@@ -29,19 +29,11 @@ from ..diffusion.precision import flushing_denormals, mixed_precision
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
-from .autoencoder import HELD_OUT_PICTURES, save_grid, to_tensor
+from .autoencoder import HELD_OUT_PICTURES, NOTHING, encode, place_labels, save_grid
 from .loop import Log, batches, best_device, fit
 from .recipe import Recipe
 
 CHUNK = 4096  # pictures in one file of latents
-
-
-PLACES = 16  # latents, and what is known of each place, are 16x16
-
-
-NOTHING = len(world.DRAWINGS)  # the label of scenery
-
-
 LEVELS = (20, 120, 280, 440, 600, 760, 900, 999)  # timesteps at which the held-out loss is measured
 
 
@@ -103,53 +95,25 @@ def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 
     )  # fmt: skip
 
 
-def place_labels(records: Sequence[world.Record]) -> tuple[Tensor, Tensor]:
-    """The drawing and the style at each of 16x16 places, both uint8 (n, 16, 16), by largest share.
-
-    Indices into `world.DRAWINGS` and `world.STYLES`; NOTHING and the number of styles where no object covers a quarter.
-    """
-    cell = world.RESOLUTION // PLACES
-    drawings = np.full((len(records), PLACES, PLACES), NOTHING, np.uint8)
-    styles = np.full_like(drawings, len(world.STYLES))
-    for row, record in enumerate(records):
-        best = np.full((PLACES, PLACES), 0.25)
-        for thing in record.objects:
-            share = thing.mask.reshape(PLACES, cell, PLACES, cell).mean((1, 3))
-            drawings[row][share > best] = world.DRAWINGS.index(thing.drawing)
-            styles[row][share > best] = world.STYLES.index(thing.style)
-            best = np.maximum(best, share)
-    return torch.from_numpy(drawings), torch.from_numpy(styles)
+def encode_pictures(
+    vae: AutoencoderKL, n: int, *, seed: int, objects: Sequence[float]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Latents (n, 4, 16, 16) float16 of fresh pictures with their labels ("drawings", "styles"), and captions."""
+    pictures = world.sample(n, seed=seed, objects=objects)
+    drawings, styles = place_labels(pictures.records)
+    latents = (encode(vae, pictures.images, vae.device) * vae.config.scaling_factor).cpu().half()
+    return {"latents": latents, "drawings": drawings, "styles": styles}, pictures.captions
 
 
 @cache
-def _encoder(folder: Path) -> AutoencoderKL:
-    torch.set_num_threads(1)
+def _autoencoder(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder).requires_grad_(False)
-
-
-@torch.no_grad()
-def encode_pictures(
-    folder: Path, n: int, *, seed: int, objects: Sequence[float]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Latents (n, 4, 16, 16) float16 of fresh pictures with their labels ("drawings", "styles"), and captions.
-
-    folder: of the autoencoder.
-    """
-    pictures, vae = world.sample(n, seed=seed, objects=objects), _encoder(folder)
-    with mixed_precision(vae.device):
-        parts = [
-            vae.encode(to_tensor(pictures.images[part], vae.device)).latent_dist.mode().float()
-            for part in batches(n, 64)
-        ]
-    drawings, styles = place_labels(pictures.records)
-    latents = (torch.cat(parts) * vae.config.scaling_factor).half()
-    return {"latents": latents, "drawings": drawings, "styles": styles}, pictures.captions
 
 
 def _keep_chunk(path: Path, folder: Path, n: int, seed: int, objects: Sequence[float]) -> None:
     """Encode one chunk and keep it as a file (in another process, beside the training)."""
     if not path.is_file():
-        tensors, captions = encode_pictures(folder, n, seed=seed, objects=objects)
+        tensors, captions = encode_pictures(_autoencoder(folder), n, seed=seed, objects=objects)
         save_checkpoint(path, tensors, {"captions": captions})
 
 
@@ -160,13 +124,20 @@ class Latents:
     """
 
     def __init__(
-        self, runs: Path, recipe: Recipe, encode: Callable[[list[str]], Tensor], *, distinct: int,
+        self, runs: Path, recipe: Recipe, tokens_of: Callable[[list[str]], Tensor], *, distinct: int,
         objects: Sequence[float], ahead: int = 2,
     ):  # fmt: skip
-        self.folder, self.model, self.recipe, self.encode = runs / "latents", runs / "vae" / "model", recipe, encode
-        self.objects, self.ahead, self.chunks = tuple(objects), ahead, max(1, distinct // CHUNK)
+        self.folder, self.model, self.recipe = runs / "latents", runs / "vae" / "model", recipe
+        self.tokens_of, self.objects, self.ahead, self.chunks = (
+            tokens_of,
+            tuple(objects),
+            ahead,
+            max(1, distinct // CHUNK),
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        )  # fmt: skip
         self._jobs: dict[int, Future[None]] = {}
         self._current: tuple[int, dict[str, Tensor]] | None = None
         self._lock = threading.Lock()
@@ -193,17 +164,15 @@ class Latents:
             tensors, facts = load_checkpoint(self.folder / f"{number:05d}.safetensors")
             generator = torch.Generator().manual_seed(self.recipe.seed * 7919 + turn)
             order = torch.randperm(CHUNK, generator=generator)
-            tensors["ids"] = self.encode(facts["captions"])
+            tensors["ids"] = self.tokens_of(facts["captions"])
             self._current = turn, {name: tensor[order] for name, tensor in tensors.items()}
         return self._current[1]
 
     def batch(self, step: int, part: int) -> dict[str, Tensor]:
         """What a part of a step learns from: "latents", "ids" (token ids of captions), "drawings", "styles"."""
-        recipe = self.recipe
-        turn, place = divmod(step, CHUNK // recipe.batch_size)
-        start = place * recipe.batch_size + part * recipe.part_size
+        turn, own = self.recipe.place(step, part, CHUNK)
         with self._lock:
-            return {name: tensor[start : start + recipe.part_size] for name, tensor in self._turn(turn).items()}
+            return {name: tensor[own] for name, tensor in self._turn(turn).items()}
 
     def __enter__(self) -> Latents:
         return self
@@ -273,17 +242,17 @@ def held_out_losses(pipe: Any, latents: Tensor, ids: Tensor) -> dict[str, float]
     """
     device = pipe.unet.device
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    found = {}
-    for level in LEVELS:
-        errors = []
-        for part in batches(len(latents), 64):
-            x, e = latents[part].to(device).float(), noise[part]
+    errors: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
+    for part in batches(len(latents), 64):
+        x, e = latents[part].to(device).float(), noise[part]
+        with mixed_precision(device):
+            text = pipe.text_encoder(ids[part].to(device))[0]
+        for level in LEVELS:
             times = torch.full((len(x),), level, device=device)
             with mixed_precision(device):
-                text = pipe.text_encoder(ids[part].to(device))[0]
                 guess = pipe.unet(add_noise(pipe.scheduler, x, e, times), times, encoder_hidden_states=text).sample
-            errors.append((guess.float() - target(pipe.scheduler, x, e, times)).square().flatten(1).mean(1))
-        found[f"loss_{level}"] = float(torch.cat(errors).mean())
+            errors[level].append((guess.float() - target(pipe.scheduler, x, e, times)).square().flatten(1).mean(1))
+    found = {f"loss_{level}": float(torch.cat(own).mean()) for level, own in errors.items()}
     return {"loss": sum(found.values()) / len(found), **found}
 
 
@@ -303,13 +272,13 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
     pipe.text_encoder.set_attn_implementation("eager")
     head = PlaceHead(pipe.unet).to(device)
     empty, total = tokenize(pipe, "").cpu(), pipe.scheduler.config.num_train_timesteps
-    kept, captions = encode_pictures(runs / "vae" / "model", HELD_OUT_PICTURES, seed=7, objects=options["crowded"])
+    kept, captions = encode_pictures(vae, HELD_OUT_PICTURES, seed=7, objects=options["crowded"])
     held_out = kept["latents"], tokenize(pipe, captions).cpu()
 
-    def encode(captions: list[str]) -> Tensor:
+    def tokens_of(captions: list[str]) -> Tensor:
         return torch.cat([tokenize(pipe, captions[part]).cpu() for part in batches(len(captions), 1024)])
 
-    with Latents(runs, recipe, encode, distinct=options["distinct"], objects=options["crowded"]) as latents:
+    with Latents(runs, recipe, tokens_of, distinct=options["distinct"], objects=options["crowded"]) as latents:
 
         def loss(step: int, part: int, generator: torch.Generator) -> dict[str, Tensor]:
             own = latents.batch(step, part)
