@@ -67,7 +67,6 @@ __getattr__, __dir__, __all__ = attach(
         "edits": (
             "compress",
             "load_edit",
-            "merge",
         ),
         "errors": ("ConeslabError",),
         "measure": (

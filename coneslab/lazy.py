@@ -14,9 +14,11 @@ def attach(
     """The `__getattr__`, `__dir__` and `__all__` of a package that offers names of its modules.
 
     homes: module, relative to the package -> the names it has. Type checkers see none of this: give them the imports
-    under `if TYPE_CHECKING`.
+    under `if TYPE_CHECKING`. Raises ValueError for a name with two homes.
     """
     module_of = {name: module for module, names in homes.items() for name in names}
+    if len(module_of) < sum(map(len, homes.values())):
+        raise ValueError(f"{package} has a name from two of its modules: leave one out")
 
     def get(name: str) -> Any:
         if name not in module_of:

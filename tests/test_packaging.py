@@ -16,6 +16,7 @@ import yaml
 
 import coneslab
 from coneslab.files import data_folder
+from coneslab.lazy import attach
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -161,6 +162,11 @@ def test_installed_wheel_runs_the_tour_offline(installed, tmp_path):
     lines = run_away(installed, tmp_path, TOUR).splitlines()[-3:]
     assert str(installed) in lines[0] and "(64, 64), (64, 64)" in lines[0]
     assert all(-1 <= float(line) <= 1 for line in lines[1:])
+
+
+def test_a_name_with_two_homes_is_refused():
+    with pytest.raises(ValueError, match="here has a name from two of its modules"):
+        attach("here", {"one": ("a", "b"), "other": ("b",)})
 
 
 LAZY = [
