@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError
 from .options import (
     Arguments,
@@ -34,7 +35,7 @@ ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune")
 # --- what commands share --------------------------------------------------------------------------------
 
 
-def _subject(arguments: Arguments, pipe: Any) -> Any:
+def _subject(arguments: Arguments, pipe: Pipeline) -> Any:
     """A subject of the sticker world by its name, or one's own from a folder of pictures."""
     from ..world.subjects import subject
 
@@ -46,7 +47,7 @@ def _subject(arguments: Arguments, pipe: Any) -> Any:
     return _from_folder(arguments.subject, arguments.class_word, pipe, **token)
 
 
-def _from_folder(folder: str, class_word: str, pipe: Any, **about: Any) -> Any:
+def _from_folder(folder: str, class_word: str, pipe: Pipeline, **about: Any) -> Any:
     """A subject with the folder's pictures in the pipeline's size."""
     from ..diffusion.encoding import latent_shape
     from ..world.subjects import subject_from_folder
@@ -270,7 +271,7 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
     return {**facts, "report": text.to_dict("records"), "attacks": back.to_dict("records")}
 
 
-def _ablated(arguments: Arguments, pipe: Any) -> Any:
+def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     from .. import methods
     from ..methods.ablation.concept_ablation import ablate
 

@@ -6,7 +6,6 @@ Latents are always scaled by the autoencoder's `scaling_factor`, so they are wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -14,22 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ConeslabError
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from .pipelines import Pipeline
 
 
-Pipe: TypeAlias = "StableDiffusionPipeline"
-
-
-def latent_shape(pipe: Pipe) -> tuple[int, int, int]:
+def latent_shape(pipe: Pipeline) -> tuple[int, int, int]:
     """(channels, height, width) of one latent at the pipeline's own resolution."""
     size = pipe.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return pipe.unet.config.in_channels, height, width
 
 
-def _pixels(pipe: Pipe, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+def _pixels(pipe: Pipeline, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
     """Pictures as float (n, 3, h, w) in [-1, 1], PIL pictures resized to the pipeline's resolution."""
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -50,7 +44,7 @@ def _pixels(pipe: Pipe, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def encode_images(
-    pipe: Pipe,
+    pipe: Pipeline,
     images: Sequence[Image.Image] | np.ndarray,
     *,
     batch_size: int = 64,
@@ -69,7 +63,7 @@ def encode_images(
 
 
 @torch.no_grad()
-def decode_latents(pipe: Pipe, latents: Tensor, *, batch_size: int = 64) -> list[Image.Image]:
+def decode_latents(pipe: Pipeline, latents: Tensor, *, batch_size: int = 64) -> list[Image.Image]:
     """Pictures of scaled latents (n, channels, h, w)."""
     vae, pictures = pipe.vae, []
     for part in latents.split(batch_size):
@@ -79,7 +73,7 @@ def decode_latents(pipe: Pipe, latents: Tensor, *, batch_size: int = 64) -> list
     return pictures
 
 
-def tokenize(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
+def tokenize(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
     """Token ids (n, tokens), padded and cut to the tokenizer's length, on the text encoder's device.
 
     A token of several vectors (Textual Inversion) is written out as diffusers does it.
@@ -97,7 +91,7 @@ def tokenize(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
     return encoded.input_ids.to(pipe.text_encoder.device)
 
 
-def encode_prompts(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
+def encode_prompts(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
     """Text embeddings (n, tokens, width) as the pipeline itself computes them.
 
     Carries gradients exactly if a weight of the text encoder asks for them.
@@ -107,7 +101,7 @@ def encode_prompts(pipe: Pipe, prompts: str | Sequence[str]) -> Tensor:
         return encode_ids(pipe, tokenize(pipe, prompts))
 
 
-def encode_ids(pipe: Pipe, ids: Tensor) -> Tensor:
+def encode_ids(pipe: Pipeline, ids: Tensor) -> Tensor:
     """Text embeddings (n, tokens, width) of token ids (n, tokens)."""
     mask = None
     if getattr(pipe.text_encoder.config, "use_attention_mask", False):  # as StableDiffusionPipeline.encode_prompt does

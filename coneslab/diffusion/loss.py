@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ConeslabError
-from .encoding import Pipe
+from .encoding import Pipeline
 
 
-def alphas_cumprod(pipe: Pipe) -> Tensor:
+def alphas_cumprod(pipe: Pipeline) -> Tensor:
     """abar_t for every training timestep, (T,) float32 on the U-Net's device; abar falls from near 1 towards 0."""
     return pipe.scheduler.alphas_cumprod.to(pipe.unet.device, torch.float32)
 
 
-def snr(pipe: Pipe, timesteps: Tensor) -> Tensor:
+def snr(pipe: Pipeline, timesteps: Tensor) -> Tensor:
     """Signal-to-noise ratio abar_t / (1 - abar_t) at integer timesteps (Kingma et al. 2021, Eq. 2)."""
     abar = alphas_cumprod(pipe)[timesteps.to(pipe.unet.device)]
     return abar / (1.0 - abar)
@@ -72,7 +72,7 @@ def stratified_timesteps(n: int, total: int, generator: torch.Generator) -> Tens
 
 
 def denoising_loss(
-    pipe: Pipe,
+    pipe: Pipeline,
     latents: Tensor,
     text_embeddings: Tensor,
     *,

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from ..files import data_folder
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: only where a model is loaded
     from diffusers import StableDiffusionPipeline
+
+Pipeline: TypeAlias = "StableDiffusionPipeline"
 
 SHIPPED = ("tiny", "judge")
 SUMS = "SHA256SUMS.json"
@@ -126,7 +128,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     """Load a pipeline, without safety checker and with its progress bar off.
 
     name_or_path: "tiny" (shipped, checked against its sums), a folder, or the id of a model on the Hugging Face hub

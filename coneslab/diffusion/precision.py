@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConeslabError
 from .kvspace import unet_of
+from .pipelines import Pipeline
 
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -87,7 +88,7 @@ def is_plain(unet: Any) -> bool:
 
 
 @contextmanager
-def drawing(pipe: Any, dtype: torch.dtype | None = None) -> Iterator[Any]:
+def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Iterator[Any]:
     """Let a pipeline draw with a twin of its U-Net for the length of a block; latents keep their own precision.
 
     dtype: default `fast_dtype`. Nothing happens where that is the pipeline's own, or its U-Net is not plain.

@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ConeslabError
-from .encoding import Pipe, latent_shape
+from .encoding import latent_shape
 from .loss import _alpha_sigma, alphas_cumprod
+from .pipelines import Pipeline
 from .precision import drawing
 
 Callback = Callable[[int, int, Tensor], None]
@@ -39,7 +40,7 @@ def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: 
 
 
 def guided(
-    pipe: Pipe, noisy: Tensor, timestep: int, text: Tensor, empty: Tensor | None, guidance_scale: float
+    pipe: Pipeline, noisy: Tensor, timestep: int, text: Tensor, empty: Tensor | None, guidance_scale: float
 ) -> Tensor:
     """The network's output, pushed away from the empty prompt: e_0 + s (e_c - e_0)  (Ho & Salimans 2022, Eq. 6).
 
@@ -53,14 +54,14 @@ def guided(
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _schedule(pipe: Pipe, steps: int) -> list[tuple[int, int]]:
+def _schedule(pipe: Pipeline, steps: int) -> list[tuple[int, int]]:
     """(timestep, the one after it) from most to least noise, spaced as the scheduler is configured; -1 is clean."""
     pipe.scheduler.set_timesteps(steps)
     times = [int(t) for t in pipe.scheduler.timesteps]
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def _abar(pipe: Pipe, timestep: int) -> Tensor:
+def _abar(pipe: Pipeline, timestep: int) -> Tensor:
     """abar at a timestep, and behind the last one what the scheduler says the clean end is."""
     if timestep >= 0:
         return alphas_cumprod(pipe)[timestep]
@@ -70,7 +71,7 @@ def _abar(pipe: Pipe, timestep: int) -> Tensor:
 
 @torch.no_grad()
 def ddim_sample(
-    pipe: Pipe,
+    pipe: Pipeline,
     text_embeddings: Tensor,
     noise: Tensor,
     *,
@@ -97,7 +98,7 @@ def ddim_sample(
 
 @torch.no_grad()
 def ddpm_sample(
-    pipe: Pipe,
+    pipe: Pipeline,
     text_embeddings: Tensor,
     noise: Tensor,
     *,
@@ -134,7 +135,7 @@ def ddpm_sample(
 # --- pictures -------------------------------------------------------------------------------------------
 
 
-def start_noise(pipe: Pipe, seeds: Sequence[int]) -> Tensor:
+def start_noise(pipe: Pipeline, seeds: Sequence[int]) -> Tensor:
     """Start noise (n, channels, h, w), each picture's from its own seed; the same on every device."""
     shape = latent_shape(pipe)
     draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(int(seed))) for seed in seeds]
@@ -149,7 +150,7 @@ def require_interval(interval: tuple[float, float]) -> None:
 
 
 @contextmanager
-def guided_between(pipe: Pipe, first: float, last: float) -> Iterator[Callable[[], int]]:
+def guided_between(pipe: Pipeline, first: float, last: float) -> Iterator[Callable[[], int]]:
     """Guide only between two shares of the schedule for the length of a block; yields a counter of network passes.
 
     0 is all noise, 1 is clean, measured by the timestep (Kynkäänniemi et al. 2024, Applying Guidance in a Limited
@@ -184,7 +185,7 @@ def guided_between(pipe: Pipe, first: float, last: float) -> Iterator[Callable[[
 
 
 def generate(
-    pipe: Pipe,
+    pipe: Pipeline,
     prompts: str | Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
@@ -216,7 +217,7 @@ def generate(
     require_interval(guidance_interval)
     pictures: list[Image.Image] = []
 
-    def step_end(_: Pipe, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def step_end(_: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if callback is not None:
             callback(step, int(timestep), tensors["latents"])
         return tensors

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError
 from ..files import write_whole
 
@@ -45,14 +46,14 @@ class Edit(Protocol):
     def nbytes(self) -> int:
         """Bytes of what the edit stores, without settings and history."""
 
-    def applied(self, pipe: Any, dose: float = 1.0) -> AbstractContextManager[Any]:
+    def applied(self, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
         """Put the edit on for the length of a `with` block; dose 0 changes nothing, 1 is the whole edit."""
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to a safetensors file."""
 
 
-def applied(edit: Edit | None, pipe: Any, dose: float = 1.0) -> AbstractContextManager[Any]:
+def applied(edit: Edit | None, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
     """The edit put on for the length of a block, or for None the pipeline as it is."""
     return nullcontext(pipe) if edit is None else edit.applied(pipe, dose)
 
@@ -74,7 +75,7 @@ class StoredEdit:
     def nbytes(self) -> int:
         raise NotImplementedError
 
-    def applied(self, pipe: Any, dose: float = 1.0) -> AbstractContextManager[Any]:
+    def applied(self, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
         raise NotImplementedError
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,7 +166,7 @@ class Combined(StoredEdit):
         return sum(edit.nbytes for edit in self.edits)
 
     @contextmanager
-    def applied(self, pipe: Any, dose: float = 1.0) -> Iterator[Any]:
+    def applied(self, pipe: Pipeline, dose: float = 1.0) -> Iterator[Any]:
         """Put all edits on for the length of a block, each at this dose. Raises what any of them raises."""
         with ExitStack() as stack:
             for edit in self.edits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -12,21 +11,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..diffusion.kvspace import KVSpace, unet_of
+from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import write_whole
 from .base import Combined
 from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from .weights import WeightDelta, model_fingerprint
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
-
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # the name that diffusers' own training script gives
 
 
 def export_tokens(
-    edit: TokenEdit, pipe: StableDiffusionPipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
+    edit: TokenEdit, pipe: Pipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
 ) -> list[Path]:
     """Write a file for every token, for `pipe.load_textual_inversion(file)`; returns the files.
 
@@ -49,7 +45,7 @@ def export_tokens(
     return written
 
 
-def import_tokens(pipe: StableDiffusionPipeline, file: str | Path, *, token: str | None = None) -> TokenEdit:
+def import_tokens(pipe: Pipeline, file: str | Path, *, token: str | None = None) -> TokenEdit:
     """Read a Textual Inversion file as diffusers or AUTOMATIC1111 write it; an embedding of several vectors too.
 
     token: its name in prompts, default the one in the file. Several vectors become the tokens "name", "name_1", …,
@@ -75,7 +71,7 @@ def import_tokens(pipe: StableDiffusionPipeline, file: str | Path, *, token: str
 
 
 def export_custom_diffusion(
-    edit: Combined, pipe: StableDiffusionPipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
+    edit: Combined, pipe: Pipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
 ) -> list[Path]:
     """Write what `custom_diffusion` or `merge` made, for `unet.load_attn_procs` and `load_textual_inversion`.
 
@@ -95,7 +91,7 @@ def export_custom_diffusion(
     return [write_whole(Path(folder) / WEIGHTS, save(tensors, {"format": "pt"})), *written]
 
 
-def import_custom_diffusion(pipe: StableDiffusionPipeline, folder: str | Path, *, weights: str = WEIGHTS) -> Combined:
+def import_custom_diffusion(pipe: Pipeline, folder: str | Path, *, weights: str = WEIGHTS) -> Combined:
     """Read Custom Diffusion weights, and every token file beside them, as one edit.
 
     Raises FileFormatError if they are missing or of another kind, MismatchError if they are of another model's shape.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError
 from .base import StoredEdit
 from .weights import WeightDelta
@@ -41,7 +42,9 @@ class LowRankDelta(StoredEdit):
         deltas = {name: left.float() @ right.float() for name, (left, right) in self.factors.items()}
         return WeightDelta(deltas, self.fingerprint, subject=self.subject, settings=self.settings)
 
-    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
         """As `WeightDelta.applied`."""
         return self.dense().applied(pipe, dose, check_model=check_model)
 

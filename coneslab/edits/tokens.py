@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.encoding import encode_ids
-from ..diffusion.pipelines import fingerprint
+from ..diffusion.pipelines import Pipeline, fingerprint
 from ..errors import ConeslabError, MismatchError
 from .base import StoredEdit, require_dose
 from .undo import Undo
 
 
-def embedding_of(pipe: Any) -> nn.Embedding:
+def embedding_of(pipe: Pipeline) -> nn.Embedding:
     """The text encoder's table of token embeddings, (vocabulary, width)."""
     return pipe.text_encoder.get_input_embeddings()
 
 
-def vocabulary_fingerprint(pipe: Any) -> str:
+def vocabulary_fingerprint(pipe: Pipeline) -> str:
     """Hex SHA-256 of the table of token embeddings: says which text encoder a token was learned for."""
     return fingerprint({"token_embedding": embedding_of(pipe).weight})
 
@@ -55,7 +55,7 @@ def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[Any, list[int]]:
     return tokenizer, [own[0] for own in ids]
 
 
-def start_vector(pipe: Any, word: str) -> Tensor:
+def start_vector(pipe: Pipeline, word: str) -> Tensor:
     """The embedding (width,) of a word, in the mean over its tokens; of all tokens for an empty word."""
     table = embedding_of(pipe).weight.detach().float()
     ids = pipe.tokenizer(word, add_special_tokens=False).input_ids if word else []
@@ -96,7 +96,9 @@ class TokenEdit(StoredEdit):
     def __repr__(self) -> str:
         return f"TokenEdit({', '.join(self.tokens)}: {self.vectors.shape[1]} numbers each)"
 
-    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
         """Give the tokens their learned vectors for the length of a block; tokenizer and table come back as they were.
 
         dose: between where the token started (0) and where it arrived (1).
@@ -106,7 +108,7 @@ class TokenEdit(StoredEdit):
         return self._applied(pipe, dose, check_model)
 
     @contextmanager
-    def _applied(self, pipe: Any, dose: float, check_model: bool) -> Iterator[Any]:
+    def _applied(self, pipe: Pipeline, dose: float, check_model: bool) -> Iterator[Any]:
         table = embedding_of(pipe)
         if table.weight.shape[1] != self.vectors.shape[1]:
             raise MismatchError(
@@ -154,7 +156,7 @@ class LearnedText:
     Raises ConeslabError if a token occurs in none of the captions: it would never be learned.
     """
 
-    def __init__(self, pipe: Any, captions: Sequence[str], tokens: Sequence[str]) -> None:
+    def __init__(self, pipe: Pipeline, captions: Sequence[str], tokens: Sequence[str]) -> None:
         tokenizer, self.ids = with_tokens(pipe.tokenizer, tokens)
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = tokenizer(list(captions), max_length=tokenizer.model_max_length, **options).input_ids

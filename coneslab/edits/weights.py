@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.kvspace import KVSpace, unet_of
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.pipelines import fingerprint as fingerprint_of
 from ..errors import ConeslabError, MismatchError
 from .base import StoredEdit, require_dose
@@ -89,12 +90,12 @@ def untouched(parameter: Tensor) -> Tensor:
     return parameter
 
 
-def model_fingerprint(pipe: Any) -> str:
+def model_fingerprint(pipe: Pipeline) -> str:
     """Fingerprint of a pipeline's K-V weights without the edits now on it: says which model an edit belongs to."""
     return fingerprint_of({name: untouched(weight) for name, weight in KVSpace(pipe).parameters.items()})
 
 
-def require_model(expected: str, pipe: Any, what: str) -> None:
+def require_model(expected: str, pipe: Pipeline, what: str) -> None:
     """Raise MismatchError unless `expected` is the fingerprint of the pipeline's model, edits left aside."""
     given = model_fingerprint(pipe)
     if given != expected:
@@ -135,7 +136,9 @@ class WeightDelta(StoredEdit):
         where = f"{count:,} weights in {len(self.deltas)} layers, model {self.fingerprint[:8]}"
         return f"WeightDelta({self.subject!r}: {where})"
 
-    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
         """Add dose · ΔW to the weights for the length of a block (`with delta.applied(pipe): ...`).
 
         check_model=False tries the delta on another model of the same shapes.

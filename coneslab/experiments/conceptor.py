@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
 
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied
 from ..errors import ConeslabError
@@ -107,7 +108,7 @@ def faithfulness(found: Decomposition, fact: Planted) -> dict[str, float]:
 
 
 @lru_cache(maxsize=2)
-def _words(pipe: Any, judge: Any) -> Vocabulary:
+def _words(pipe: Pipeline, judge: Any) -> Vocabulary:
     return encode_vocabulary(pipe, judge, progress=False)
 
 

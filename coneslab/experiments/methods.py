@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined, Edit
 from ..errors import ConeslabError
 from ..files import data_folder
@@ -42,20 +43,20 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _customised(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> Edit:
+def _customised(pipe: Pipeline, about: Subject, *, seed: int, **settings: Any) -> Edit:
     return custom_diffusion(pipe, about, seed=seed, progress=False, **settings)
 
 
-def _join_graded(pipe: Any, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
+def _join_graded(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
     return concatenate(*found)
 
 
-def _join_binary(pipe: Any, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
+def _join_binary(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
     return concatenate(*[mask.binary() for mask in found])
 
 
 def _join_and_tune(
-    pipe: Any,
+    pipe: Pipeline,
     subjects: Sequence[Subject],
     found: Sequence[ConceptNeurons],
     *,
@@ -68,17 +69,17 @@ def _join_and_tune(
     return finetune_together(pipe, union, subjects, **how)
 
 
-def _merge(pipe: Any, subjects: Sequence[Subject], edits: Sequence[Any], *, seed: int) -> Edit:
+def _merge(pipe: Pipeline, subjects: Sequence[Subject], edits: Sequence[Any], *, seed: int) -> Edit:
     return merge(pipe, edits, subjects) if len(edits) > 1 else edits[0]
 
 
-def _nothing(pipe: Any, subjects: Sequence[Subject], *, seed: int) -> Edit:
+def _nothing(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int) -> Edit:
     """The control: no edit at all."""
     return Combined(())
 
 
 def _at_once(train: Callable[..., Edit]) -> Callable[..., Edit]:
-    def make(pipe: Any, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
+    def make(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
         return train(pipe, subjects, seed=seed, progress=False, **settings)
 
     return make
@@ -114,7 +115,7 @@ def chosen_settings(name: str) -> dict[str, Any]:
 
 def make_edit(
     method: str | Method,
-    pipe: Any,
+    pipe: Pipeline,
     subjects: Sequence[Subject],
     *,
     seed: int = 0,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied, load_edit
 from ..edits.weights import model_fingerprint
@@ -47,7 +48,7 @@ def subject_share(judge: Judge, images: Sequence[Any], about: Subject) -> np.nda
 
 
 def measure(
-    pipe: Any,
+    pipe: Pipeline,
     judge: Judge,
     about: Subject,
     edit: Edit | None,
@@ -96,14 +97,14 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
     return made, time.perf_counter() - begun
 
 
-def neurons(pipe: Any, about: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
+def neurons(pipe: Pipeline, about: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
     """A search without a progress bar; its prior pictures are drawn before, once for all searches from one seed."""
     prior = prior_pictures(pipe, about, seed=seed)
     return find_concept_neurons(pipe, about, prior=prior, seed=seed, progress=False, **settings)
 
 
 def kept(
-    make: Callable[..., Any], pipe: Any, about: Subject, *, seed: int, folder: str | Path | None, **settings: Any
+    make: Callable[..., Any], pipe: Pipeline, about: Subject, *, seed: int, folder: str | Path | None, **settings: Any
 ) -> tuple[Any, float]:
     """The edit make(pipe, about, seed=..., **settings) and the seconds it takes to make, read from `folder` if there.
 
@@ -134,7 +135,7 @@ class Setting:
     folder in which found neurons are kept between experiments.
     """
 
-    pipe: Any
+    pipe: Pipeline
     judge: Judge
     rounds: int = 60
     finetune_steps: int = 100

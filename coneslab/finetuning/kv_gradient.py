@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..diffusion.kvspace import KVSpace, cross_attentions, unet_of
 from ..diffusion.loss import add_noise, denoising_loss
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import fast_dtype, frozen_twin
 from ..errors import ConeslabError
 from .samples import Draw, Pairs
@@ -35,7 +36,7 @@ class KVGradient:
     """
 
     def __init__(
-        self, pipe: Any, pairs: Sequence[Pairs], *, dtype: torch.dtype | None = None, chunk: int | None = None
+        self, pipe: Pipeline, pairs: Sequence[Pairs], *, dtype: torch.dtype | None = None, chunk: int | None = None
     ) -> None:
         unet = unet_of(pipe)
         dtype = dtype or fast_dtype(unet)
@@ -164,7 +165,7 @@ def _like(bias: Tensor | None, theta: Tensor) -> Tensor | None:
 class _Twin:
     """The pipeline as the loss sees it: everything its own, but for the U-Net."""
 
-    def __init__(self, pipe: Any, unet: nn.Module) -> None:
+    def __init__(self, pipe: Pipeline, unet: nn.Module) -> None:
         self._pipe, self.unet = pipe, unet
 
     def __getattr__(self, name: str) -> Any:

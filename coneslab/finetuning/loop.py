@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..diffusion.kvspace import unet_of
 from ..diffusion.loss import denoising_loss
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import fast_dtype, is_plain, mixed_precision, speed_up_backward
 from ..errors import ConeslabError
 from .checkpoints import _Checkpoint
@@ -88,7 +89,7 @@ def figures(pairs: Sequence[Pairs], losses: Sequence[float]) -> dict[str, float]
 
 
 def tune_unet(
-    pipe: Any,
+    pipe: Pipeline,
     pairs: Sequence[Pairs],
     draw_at: Callable[[int, Any], Draw],
     *,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..diffusion.encoding import encode_images, encode_prompts
 from ..diffusion.loss import stratified_timesteps
-from ..diffusion.pipelines import fingerprint
+from ..diffusion.pipelines import Pipeline, fingerprint
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 
@@ -70,7 +70,7 @@ class Draw:
 
 
 def prior_pictures(
-    pipe: Any,
+    pipe: Pipeline,
     subject: ConceptSubject,
     *,
     n: int = 16,
@@ -89,7 +89,7 @@ def prior_pictures(
 
 
 def drawn_once(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
@@ -110,13 +110,13 @@ def drawn_once(
     return _DRAWN[key]
 
 
-def drawn_latents(pipe: Any, prompts: Sequence[str], **options: Any) -> Tensor:
+def drawn_latents(pipe: Pipeline, prompts: Sequence[str], **options: Any) -> Tensor:
     """Latents of pictures drawn for prompts, (pictures, channels, height, width). options: of `drawn_once`."""
     return encode_images(pipe, list(drawn_once(pipe, prompts, **options))).detach()
 
 
 def concept_pairs(
-    pipe: Any,
+    pipe: Pipeline,
     subject: ConceptSubject,
     *,
     subject_batch: int = 32,
@@ -157,7 +157,7 @@ def concept_pairs(
     return pairs
 
 
-def joint_pairs(pipe: Any, subjects: Sequence[ConceptSubject], **options: Any) -> list[Pairs]:
+def joint_pairs(pipe: Pipeline, subjects: Sequence[ConceptSubject], **options: Any) -> list[Pairs]:
     """The pairs of several subjects' losses, to be minimised together. options: of `concept_pairs`."""
     return [pair for about in subjects for pair in concept_pairs(pipe, about, **options)]
 
@@ -167,7 +167,7 @@ def total_loss(pairs: Sequence[Pairs], losses: Sequence[float]) -> float:
     return sum(pair.weight * loss for pair, loss in zip(pairs, losses, strict=True))
 
 
-def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> Iterator[Draw]:
+def draws(pipe: Pipeline, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> Iterator[Draw]:
     """Endless rounds of pictures, noises and timesteps, all from one generator.
 
     Every picture of a pair occurs equally often, up to one. Timesteps are stratified: one in each of `batch` equal
@@ -192,7 +192,7 @@ def draws(pipe: Any, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> It
         yield Draw(clean, noise, torch.cat(timesteps).to(clean.device), mask)
 
 
-def rounds(pipe: Any, pairs: Sequence[Pairs], seed: int) -> Callable[[int], Draw]:
+def rounds(pipe: Pipeline, pairs: Sequence[Pairs], seed: int) -> Callable[[int], Draw]:
     """The draw of a step by its number, so that a resumed run sees what it would have seen; steps must not go back."""
     source, state = draws(pipe, pairs, seed=seed), {"next": 0}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
+from ..diffusion.pipelines import Pipeline
 from ..edits.undo import Undo
 from ..errors import ConeslabError
 
@@ -231,7 +232,7 @@ class record_attention:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         *,
         keep_heads: bool = False,
         dtype: torch.dtype = torch.float16,

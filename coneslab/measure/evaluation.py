@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
 
 from .. import world as shipped_world
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 from ..new_world import CLASSES
@@ -169,7 +169,7 @@ def kid_to_real(judge: Judge, images: Images, world: Any, *, seed: int) -> float
 
 
 def evaluate_model(
-    pipe: StableDiffusionPipeline,
+    pipe: Pipeline,
     judge: Judge,
     *,
     seeds: int = 8,
@@ -284,5 +284,5 @@ def _interval(right: np.ndarray, prompts: Sequence[str]) -> Interval:
     return bootstrap_interval(np.asarray(right, dtype=np.float64), clusters=[prompts], resamples=2000)
 
 
-def _name(pipe: StableDiffusionPipeline) -> str:
+def _name(pipe: Pipeline) -> str:
     return str(pipe.config.get("_name_or_path") or type(pipe).__name__)

@@ -17,6 +17,7 @@ import diffusers
 import pandas
 
 from .. import world as shipped_world
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import require_interval
 from ..errors import ConeslabError
 from ..files import write_whole
@@ -52,7 +53,7 @@ class Sampler:
         require_interval(self.guided)
 
 
-def use_scheduler(pipe: Any, name: str) -> None:
+def use_scheduler(pipe: Pipeline, name: str) -> None:
     """Give a pipeline that scheduler, in the pipeline's own noise schedule and prediction type."""
     kind, changed = SCHEDULERS[name]  # without the private entries, or defaults of one class become those of another
     kept = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
@@ -60,7 +61,7 @@ def use_scheduler(pipe: Any, name: str) -> None:
 
 
 def compare_samplers(
-    pipe: Any,
+    pipe: Pipeline,
     judge: Judge,
     samplers: Sequence[Sampler],
     *,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.kvspace import KVSpace
+from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined
 from ..edits.interchange import custom_diffusion_parts
 from ..edits.tokens import TokenEdit
@@ -20,7 +21,7 @@ from ..world.pictures import sample
 
 
 def merge(
-    pipe: Any,
+    pipe: Pipeline,
     edits: Sequence[Combined],
     subjects: Sequence[Any],
     *,
@@ -102,7 +103,7 @@ def merge_matrices(
     return base + weights @ directions, ridge
 
 
-def _features(pipe: Any, captions: Sequence[str], *, words: bool) -> Tensor:
+def _features(pipe: Pipeline, captions: Sequence[str], *, words: bool) -> Tensor:
     """Text features of captions, (rows, width) float64, without start tokens and doubles.
 
     words: of the words alone, and not of the end token and the padding.

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..diffusion.encoding import encode_images, encode_prompts
+from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined
 from ..edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ..edits.weights import WeightDelta, model_fingerprint
@@ -38,7 +39,7 @@ def _all(subjects: ConceptSubject | Sequence[ConceptSubject]) -> list[Any]:
 
 
 def textual_inversion(
-    pipe: Any,
+    pipe: Pipeline,
     subjects: ConceptSubject | Sequence[ConceptSubject],
     *,
     steps: int = 300,
@@ -92,7 +93,7 @@ def textual_inversion(
 
 
 def dreambooth(
-    pipe: Any,
+    pipe: Pipeline,
     subjects: ConceptSubject | Sequence[ConceptSubject],
     *,
     steps: int = 200,
@@ -133,7 +134,7 @@ def dreambooth(
 
 
 def custom_diffusion(
-    pipe: Any,
+    pipe: Pipeline,
     subjects: ConceptSubject | Sequence[ConceptSubject],
     *,
     steps: int = 200,
@@ -208,7 +209,7 @@ def custom_diffusion(
 
 
 def scaled_pairs(
-    pipe: Any,
+    pipe: Pipeline,
     subject: Any,
     *,
     batch: int,

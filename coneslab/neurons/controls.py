@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion.kvspace import KVSpace
+from ..diffusion.pipelines import Pipeline
 from ..edits.weights import WeightDelta, model_fingerprint
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
@@ -50,7 +51,7 @@ def random_neurons(found: ConceptNeurons, *, seed: int = 0) -> ConceptNeurons:
     )
 
 
-def reversed_neurons(pipe: Any, subject: ConceptSubject, **options: Any) -> ConceptNeurons:
+def reversed_neurons(pipe: Pipeline, subject: ConceptSubject, **options: Any) -> ConceptNeurons:
     """The search with the criterion's sign reversed: −θ_j ∂L_con/∂θ_j > τ. Options as in `find_concept_neurons`.
 
     When to use it: shutting these should raise the concept's loss, if the criterion says what it claims to.
@@ -59,7 +60,7 @@ def reversed_neurons(pipe: Any, subject: ConceptSubject, **options: Any) -> Conc
 
 
 def top_k_neurons(
-    pipe: Any,
+    pipe: Pipeline,
     subject: ConceptSubject,
     *,
     criterion: Criterion = "gradient_times_weight",
@@ -112,7 +113,7 @@ def top_k_neurons(
 
 
 def mean_gradient(
-    pipe: Any,
+    pipe: Pipeline,
     subject: ConceptSubject,
     *,
     rounds: int = 60,
@@ -135,7 +136,7 @@ def mean_gradient(
 
 
 def finetune_kv(
-    pipe: Any,
+    pipe: Pipeline,
     subject: ConceptSubject,
     *,
     steps: int = 200,

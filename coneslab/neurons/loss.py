@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from PIL import Image
 
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import denoising_loss
+from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, applied
 from ..finetuning.samples import ConceptSubject, concept_pairs, draws
 
@@ -41,7 +41,7 @@ class ConceptLoss:
 
 @torch.no_grad()
 def concept_loss(
-    pipe: Any,
+    pipe: Pipeline,
     subject: ConceptSubject,
     *,
     edit: Edit | None = None,

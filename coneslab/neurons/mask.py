@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.kvspace import KVLayout, KVSpace
+from ..diffusion.pipelines import Pipeline
 from ..edits.base import StoredEdit, require_dose
 from ..edits.weights import Change, require_model, swapped
 from ..errors import ConeslabError, MismatchError
@@ -232,7 +233,9 @@ class ConceptNeurons(StoredEdit):
         """Bytes of indices and scales; a binary mask stores indices alone."""
         return self.indices.nbytes + (self.scales.nbytes if self.scales.any() else 0)
 
-    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
         """Scale the pipeline's K-V weights for the length of a block (Cones, Sec. 3.1); gives the pipeline.
 
         dose: 0 leaves the weights as they are, 1 is the whole mask; a scale s acts as 1 − dose · (1 − s).
@@ -248,7 +251,7 @@ class ConceptNeurons(StoredEdit):
         return swapped(lambda: self.changes(pipe, scaled, check_model=check_model), pipe)
 
     def changes(
-        self, pipe: Any, update: Callable[[Tensor, slice], Tensor], *, check_model: bool = True
+        self, pipe: Pipeline, update: Callable[[Tensor, slice], Tensor], *, check_model: bool = True
     ) -> Iterator[Change]:
         """What `edits.swapped` needs to change this mask's neurons, layer by layer.
 
@@ -285,7 +288,7 @@ class ConceptNeurons(StoredEdit):
         return encoding.encode(self.indices, self.scales, sizes, **about)
 
     @classmethod
-    def from_bytes(cls, data: bytes, pipe: Any) -> ConceptNeurons:
+    def from_bytes(cls, data: bytes, pipe: Pipeline) -> ConceptNeurons:
         """Read `to_bytes` back, for the pipeline the mask was found on or another of its shape.
 
         Raises FileFormatError if the data are damaged or for another shape of model.
@@ -301,7 +304,7 @@ class ConceptNeurons(StoredEdit):
         return write_whole(path, self.to_bytes())
 
     @classmethod
-    def load_mask(cls, path: str | Path, pipe: Any) -> ConceptNeurons:
+    def load_mask(cls, path: str | Path, pipe: Pipeline) -> ConceptNeurons:
         """Read `save_mask` back: see `from_bytes`."""
         return cls.from_bytes(Path(path).read_bytes(), pipe)
 

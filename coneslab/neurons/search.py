@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diffusion.kvspace import KVLayout, KVSpace
+from ..diffusion.pipelines import Pipeline
 from ..edits.weights import model_fingerprint
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
@@ -42,7 +43,7 @@ class SearchState:
 
 
 def find_concept_neurons(
-    pipe: Any,
+    pipe: Pipeline,
     subject: ConceptSubject,
     *,
     method: Method = "adaptive",

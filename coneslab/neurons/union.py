@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import add_noise
+from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, StoredEdit, applied, require_dose
 from ..edits.weights import require_model, swapped
 from ..errors import ConeslabError, MismatchError
@@ -90,7 +91,12 @@ class Additivity:
 
 @torch.no_grad()
 def output_changes(
-    pipe: Any, edits: Sequence[Edit], subjects: Sequence[ConceptSubject], *, samples: int = 32, seed: int = 1_000_000
+    pipe: Pipeline,
+    edits: Sequence[Edit],
+    subjects: Sequence[ConceptSubject],
+    *,
+    samples: int = 32,
+    seed: int = 1_000_000,
 ) -> list[Tensor]:
     """What each edit changes in the denoiser's output, (samples, elements) float64 each.
 
@@ -119,7 +125,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def additivity(
-    pipe: Any,
+    pipe: Pipeline,
     found: Sequence[ConceptNeurons],
     subjects: Sequence[ConceptSubject],
     *,
@@ -178,7 +184,9 @@ class TunedNeurons(StoredEdit):
     def __repr__(self) -> str:
         return f"TunedNeurons({self.neurons.subject!r}: {len(self.values):,} weights tuned, {self.nbytes:,} bytes)"
 
-    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
         """Give the neurons their tuned values for the length of a block; dose 0 is the model's own weight.
 
         Raises what `ConceptNeurons.applied` raises.
@@ -207,7 +215,7 @@ class TunedNeurons(StoredEdit):
 
 
 def finetune_together(
-    pipe: Any,
+    pipe: Pipeline,
     union: ConceptNeurons,
     subjects: Sequence[ConceptSubject],
     *,

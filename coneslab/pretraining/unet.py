@@ -25,6 +25,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .. import new_world as world
 from ..diffusion.encoding import tokenize
 from ..diffusion.loss import add_noise, snr, stratified_timesteps, target
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import flushing_denormals, mixed_precision
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
@@ -80,7 +81,7 @@ def text_config(tokenizer: CLIPTokenizer, **settings: Any) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 0) -> StableDiffusionPipeline:
+def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 0) -> Pipeline:
     """The untrained pipeline around an autoencoder: tokenizer, text encoder, U-Net and scheduler.
 
     settings: the recipe's `unet`.
@@ -235,7 +236,7 @@ class PlaceHead(nn.Module):
 
 
 @torch.no_grad()
-def held_out_losses(pipe: Any, latents: Tensor, ids: Tensor) -> dict[str, float]:
+def held_out_losses(pipe: Pipeline, latents: Tensor, ids: Tensor) -> dict[str, float]:
     """Mean squared error of the prediction on latents that were not learned, by noise level, on the same noises.
 
     "loss_280" is that at timestep 280; "loss" their mean.

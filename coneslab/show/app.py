@@ -14,6 +14,7 @@ from typing import Any
 
 import ipywidgets
 
+from ..diffusion.pipelines import Pipeline
 from ..edits.base import load_edit
 from ..errors import ConeslabError
 from ..neurons.search import find_concept_neurons
@@ -34,7 +35,7 @@ class Page:
     box: everything, to be displayed; playground, choice, button, progress: its parts.
     """
 
-    def __init__(self, pipe: Any, folder: Path | None, names: Sequence[str], limits: Limits, rounds: int) -> None:
+    def __init__(self, pipe: Pipeline, folder: Path | None, names: Sequence[str], limits: Limits, rounds: int) -> None:
         self.pipe, self.folder, self.rounds = pipe, folder, rounds
         self.playground = playground(pipe, folder, limits=limits)
         self.choice = control(list(names), "subject")
@@ -94,7 +95,7 @@ class Page:
 
 
 def page(
-    pipe: Any,
+    pipe: Pipeline,
     folder: str | Path | None = None,
     *,
     subjects: Sequence[str] = SUBJECTS,

@@ -17,6 +17,7 @@ import ipywidgets
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied, load_edit
 from ..errors import ConeslabError
@@ -38,7 +39,7 @@ _PROMPT = "a cat on the beach"
 
 
 def sketched(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: str | Sequence[str],
     *,
     edit: Edit | None = None,
@@ -65,7 +66,7 @@ def sketched(
 
 
 def neuron_explorer(
-    pipe: Any,
+    pipe: Pipeline,
     masks: Mapping[str, ConceptNeurons],
     prompts: Sequence[str],
     *,
@@ -104,7 +105,13 @@ def neuron_explorer(
 
 
 def attention_browser(
-    pipe: Any, prompt: str, *, seed: int = 0, steps: int = 25, guidance_scale: float = 3.0, edit: Edit | None = None
+    pipe: Pipeline,
+    prompt: str,
+    *,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    edit: Edit | None = None,
 ) -> Explorer:
     """Where does each word look? The cross-attention map of every word of a prompt, by layer and stage of drawing.
 
@@ -175,7 +182,7 @@ class Limits:
 class Playground(Explorer):
     """Any pipeline with any edits on it, beside the untouched model; made by `playground`."""
 
-    def __init__(self, pipe: Any, edits: Mapping[str, Edit | str], limits: Limits, start: dict[str, Any]) -> None:
+    def __init__(self, pipe: Pipeline, edits: Mapping[str, Edit | str], limits: Limits, start: dict[str, Any]) -> None:
         self.pipe, self.limits = pipe, limits
         self.edits: dict[str, Edit | str] = dict(edits)
         self.preview_steps = start.pop("preview_steps")
@@ -300,7 +307,7 @@ def _edits_in(folder: Path) -> dict[str, Edit | str]:
 
 
 def playground(
-    pipe: Any,
+    pipe: Pipeline,
     edits: Mapping[str, Edit] | str | Path | None = None,
     *,
     prompt: str | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...diffusion.encoding import encode_images, encode_prompts
 from ...diffusion.loss import add_noise
 from ...diffusion.loss import target as regression_target
+from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import mixed_precision
 from ...edits.base import StoredEdit
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
@@ -51,7 +52,7 @@ class AblationPairs:
 
 
 def ablation_pairs(
-    pipe: Any,
+    pipe: Pipeline,
     target: Prompts,
     anchor: Prompts,
     *,
@@ -89,7 +90,7 @@ def ablation_pairs(
 
 
 def ablate(
-    pipe: Any,
+    pipe: Pipeline,
     target: Prompts,
     anchor: Prompts,
     *,
@@ -156,7 +157,9 @@ def ablate(
     ))  # fmt: skip
 
 
-def _pairs(pipe: Any, shown: AblationPairs, batch: int, preserve_batch: int, preserve_weight: float) -> list[Pairs]:
+def _pairs(
+    pipe: Pipeline, shown: AblationPairs, batch: int, preserve_batch: int, preserve_weight: float
+) -> list[Pairs]:
     """The target's pairs, then the anchor's; each group's weights sum to 1 and to `preserve_weight`."""
     pairs = []
     for captions, total, weight in ((shown.captions, batch, 1.0), (shown.anchors, preserve_batch, preserve_weight)):
@@ -174,7 +177,7 @@ class _Aim:
     """What the network is to predict for a draw: the anchor's prediction on target pairs, y on the others."""
 
     def __init__(
-        self, pipe: Any, pairs: Sequence[Pairs], anchors: Sequence[str], method: Objective,
+        self, pipe: Pipeline, pairs: Sequence[Pairs], anchors: Sequence[str], method: Objective,
         dtype: torch.dtype | None, chunk: int | None,
     ) -> None:  # fmt: skip
         self.scheduler, self.samples = pipe.scheduler, sum(pair.batch for pair in pairs)
@@ -203,7 +206,7 @@ class _Aim:
 class _Plan:
     """All that training needs. current: the teacher is the network in training; run: options of `tune`."""
 
-    pipe: Any
+    pipe: Pipeline
     shown: AblationPairs
     pairs: list[Pairs]
     aim: _Aim

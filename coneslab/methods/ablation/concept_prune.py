@@ -10,6 +10,7 @@ from torch import Tensor
 from ...diffusion.encoding import encode_prompts
 from ...diffusion.kvspace import unet_of
 from ...diffusion.loss import add_noise
+from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.samples import Draw, Pairs, drawn_latents, draws
@@ -17,7 +18,7 @@ from .prompts import paired
 
 
 def prune_feed_forward(
-    pipe: Any,
+    pipe: Pipeline,
     target: str,
     anchor: str,
     *,
@@ -59,7 +60,7 @@ def prune_feed_forward(
 
 
 @torch.no_grad()
-def _activation_norms(pipe: Any, layers: dict[str, Any], pair: Pairs, seed: int) -> dict[str, Tensor]:
+def _activation_norms(pipe: Pipeline, layers: dict[str, Any], pair: Pairs, seed: int) -> dict[str, Tensor]:
     """Euclidean norm of every input of the layers over a draw: name -> (inputs,)."""
     draw: Draw = next(draws(pipe, [pair], seed=seed))
     sums: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...diffusion.encoding import encode_prompts
+from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.kv_gradient import KVGradient
@@ -16,7 +17,7 @@ from ...finetuning.samples import Pairs, drawn_latents, rounds
 
 
 def erase(
-    pipe: Any,
+    pipe: Pipeline,
     target: str,
     *,
     eta: float = 1.0,

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...diffusion.pipelines import Pipeline
 from ...finetuning.samples import drawn_once
 from ...neurons.mask import ConceptNeurons
 from ...neurons.search import find_concept_neurons
@@ -24,7 +25,7 @@ class AblationSubject:
 
 
 def ablating_neurons(
-    pipe: Any,
+    pipe: Pipeline,
     target: str,
     anchor: str,
     *,

@@ -16,6 +16,7 @@ import pandas
 import torch
 from PIL import Image
 
+from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import drawing
 from ...diffusion.sampling import generate
 from ...edits.base import Edit, applied
@@ -83,7 +84,7 @@ class CopyDetector:
 
 
 def evaluate_ablation(
-    pipe: Any,
+    pipe: Pipeline,
     judge: Judge,
     edit: Edit | None,
     target: str,
@@ -155,7 +156,7 @@ def misspelled(word: str) -> tuple[str, ...]:
 
 
 def attacks(
-    pipe: Any,
+    pipe: Pipeline,
     judge: Judge,
     edit: Edit | None,
     target: str,
@@ -224,7 +225,13 @@ def attacks(
 
 
 def _from_pictures(
-    pipe: Any, pictures: Sequence[Image.Image], prompt: str, strength: float, seed: int, steps: int, guidance: float
+    pipe: Pipeline,
+    pictures: Sequence[Image.Image],
+    prompt: str,
+    strength: float,
+    seed: int,
+    steps: int,
+    guidance: float,
 ) -> list[Image.Image]:
     from diffusers import StableDiffusionImg2ImgPipeline
 

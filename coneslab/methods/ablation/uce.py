@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...diffusion.encoding import encode_prompts
 from ...diffusion.kvspace import KVSpace
+from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
 from .prompts import Prompts, paired
 
 
 def closed_form_edit(
-    pipe: Any,
+    pipe: Pipeline,
     target: Prompts,
     anchor: Prompts,
     *,
@@ -60,7 +60,7 @@ def closed_form_edit(
     return WeightDelta(deltas, model_fingerprint(pipe), subject=", ".join(targets), settings=settings)
 
 
-def _last_words(pipe: Any, caption: str) -> Tensor:
+def _last_words(pipe: Pipeline, caption: str) -> Tensor:
     """Text embeddings from the last word of a caption on, (rows, width), on the CPU."""
     ids = pipe.tokenizer(caption).input_ids
     return encode_prompts(pipe, [caption]).detach().float().cpu()[0, len(ids) - 2 :]

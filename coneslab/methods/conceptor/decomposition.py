@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate
 from ...edits.base import StoredEdit
 from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
@@ -128,7 +129,7 @@ class Decomposition(StoredEdit):
 
     # --- as an edit ---
 
-    def vector(self, pipe: Any) -> Tensor:
+    def vector(self, pipe: Pipeline) -> Tensor:
         """The pseudo-token's vector w*_N (width,): the words in use, weighted, rescaled to `norm`."""
         ids = pipe.tokenizer(list(self.words[: self.explain]), add_special_tokens=False).input_ids
         rows = embedding_of(pipe).weight.detach().float()[[own[0] for own in ids]]
@@ -139,11 +140,13 @@ class Decomposition(StoredEdit):
         """Bytes of the coefficients in use."""
         return 4 * int((self.coefficients[: self.explain] > 0).sum())
 
-    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> AbstractContextManager[Any]:
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
         """Let the pipeline know the pseudo-token for the length of a block: see `TokenEdit.applied`."""
         return self.token_edit(pipe).applied(pipe, dose, check_model=check_model)
 
-    def token_edit(self, pipe: Any) -> TokenEdit:
+    def token_edit(self, pipe: Pipeline) -> TokenEdit:
         return TokenEdit((self.token,), self.vector(pipe)[None], self.fingerprint)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -171,7 +174,7 @@ def _rescaled(vector: Tensor, norm: float) -> Tensor:
 
 
 def decompose(
-    pipe: Any,
+    pipe: Pipeline,
     concept: str | Images,
     judge: Judge,
     *,
@@ -289,7 +292,7 @@ def decompose(
 
 
 def _pictures(
-    pipe: Any, concept: str | Images, n: int, seed: int, steps: int, guidance_scale: float, progress: bool
+    pipe: Pipeline, concept: str | Images, n: int, seed: int, steps: int, guidance_scale: float, progress: bool
 ) -> list[Image.Image]:
     if not isinstance(concept, str):
         return as_pictures(concept)

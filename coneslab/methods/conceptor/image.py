@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate
 from ...edits.tokens import TokenEdit
 from ...errors import ConeslabError
@@ -41,7 +42,7 @@ class ImageDecomposition:
 
 
 def decompose_image(
-    pipe: Any,
+    pipe: Pipeline,
     decomposition: Decomposition,
     judge: Judge,
     *,

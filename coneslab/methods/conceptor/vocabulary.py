@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...diffusion.pipelines import fingerprint
+from ...diffusion.pipelines import Pipeline, fingerprint
 from ...edits.tokens import embedding_of
 from ...errors import ConeslabError
 from ...files import write_whole
@@ -72,7 +72,7 @@ def whole_words(tokenizer: Any) -> dict[str, int]:
 
 
 def encode_vocabulary(
-    pipe: Any,
+    pipe: Pipeline,
     judge: Judge,
     *,
     words: Sequence[str] | None = None,
