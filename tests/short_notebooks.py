@@ -6,10 +6,10 @@
 A notebook says itself how it is shortened, in its metadata (JupyterLab: Property Inspector, Advanced Tools):
 
     "short": {"text": {"ROUNDS = 60": "ROUNDS = 2"},
-              "defaults": {"coneslab.generate": {"steps": 2}}}
+              "defaults": {"coneslab.generate": {"sampler_steps": 2}}}
 
-`text` is replaced wherever it stands in the code; `defaults` are what functions take that are called without these
-options. Whatever is named must be there: a notebook that changes cannot grow long again unseen.
+`text` is replaced wherever it stands in the code; `defaults` are what functions, and settings, take that are called
+without these options. Whatever is named must be there: a notebook that changes cannot grow long again unseen.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ SET_DEFAULTS = """\
 import importlib
 
 for name, options in {defaults!r}.items():
-    module, _, function = name.rpartition(".")
-    known = getattr(importlib.import_module(module), function).__kwdefaults__
+    module, _, called = name.rpartition(".")
+    function = getattr(importlib.import_module(module), called)
+    known = (function.__init__ if isinstance(function, type) else function).__kwdefaults__
     if not options.keys() <= known.keys():
         raise KeyError(f"{{name}} does not take all of {{sorted(options)}}: see the metadata, short")
     known.update(options)"""

@@ -13,15 +13,15 @@ from coneslab.edits.base import Combined, Edit, load_edit
 from coneslab.edits.tokens import TokenEdit
 from coneslab.edits.weights import WeightDelta
 from coneslab.errors import ConeslabError
-from coneslab.finetuning.samples import Pairs, rounds
-from coneslab.methods.ablation.concept_ablation import ablate, ablation_pairs
+from coneslab.finetuning.samples import CaptionedLatents, numbered_batches
+from coneslab.methods.ablation.concept_ablation import ablate, ablation_data
 from coneslab.methods.ablation.concept_prune import prune_feed_forward
 from coneslab.methods.ablation.esd import erase
 from coneslab.methods.ablation.neurons import ablating_neurons
 from coneslab.methods.ablation.uce import closed_form_edit
 
 DRAW = {"pictures": 4, "sampler_steps": 2}
-FAST = DRAW | {"steps": 3, "batch": 4, "preserve_batch": 2, "progress": False}
+FAST = DRAW | {"steps": 3, "batch_size": 4, "preserve_batch_size": 2, "progress": False}
 
 
 @pytest.fixture(params=["v_pipe", "epsilon_pipe"])
@@ -38,15 +38,16 @@ def predictions(pipe, draw, captions, counts):
 @pytest.mark.parametrize("method", ["model", "noise"])
 def test_the_loss_is_what_the_paper_writes(pipe, method):
     """First step of each method, with preservation, recomputed with the plain U-Net."""
-    templates, options = ("a {}", "the {} in the city"), FAST | {"steps": 1, "batch": 5, "preserve_weight": 0.5}
-    edit = ablate(pipe, "cat", "dog", method=method, templates=templates, dtype=torch.float32, **options)
-    shown = ablation_pairs(pipe, "cat", "dog", templates=templates, **DRAW)
+    templates, options = ("a {}", "the {} in the city"), FAST | {"steps": 1, "batch_size": 5, "preserve_weight": 0.5}
+    edit = ablate(pipe, "cat", "dog", objective=method, templates=templates, dtype=torch.float32, **options)
+    shown = ablation_data(pipe, "cat", "dog", templates=templates, **DRAW)
     assert shown.captions == ("a cat", "the cat in the city") and shown.anchors == ("a dog", "the dog in the city")
-    from coneslab.methods.ablation.concept_ablation import _pairs
+    from coneslab.methods.ablation.concept_ablation import AblationSettings, _captioned
 
-    pairs = _pairs(pipe, shown, 5, 2, 0.5)
-    assert [pair.batch for pair in pairs] == [3, 2, 1, 1]
-    draw = rounds(pipe, pairs, 0)(0)
+    settings = AblationSettings(batch_size=5, preserve_batch_size=2, preserve_weight=0.5)
+    pairs = _captioned(pipe, shown, settings)
+    assert [pair.batch_size for pair in pairs] == [3, 2, 1, 1]
+    draw = numbered_batches(pipe, pairs, 0)(0)
     with torch.no_grad():
         own = predictions(pipe, draw, (*shown.captions, *shown.anchors), (3, 2, 1, 1))
         anchor = predictions(pipe, draw, (*shown.anchors, *shown.anchors), (3, 2, 1, 1))
@@ -60,8 +61,8 @@ def test_the_loss_is_what_the_paper_writes(pipe, method):
 @torch.no_grad()
 def parted(pipe, edit, teacher):
     """Squared distance of what the edited model says about a cat from what the teacher says about a dog."""
-    shown = ablation_pairs(pipe, "a cat", "a dog", **DRAW)
-    draw = rounds(pipe, [Pairs(shown.latents[0], torch.zeros(12, 24), 32)], seed=99)(0)
+    shown = ablation_data(pipe, "a cat", "a dog", **DRAW)
+    draw = numbered_batches(pipe, [CaptionedLatents(shown.latents[0], torch.zeros(12, 24), 32)], seed=99)(0)
     anchor = predictions(pipe, draw, ["a dog"], [32])
     with edit.applied(pipe):
         own = predictions(pipe, draw, ["a cat"], [32])
@@ -72,7 +73,7 @@ def parted(pipe, edit, teacher):
 @pytest.mark.parametrize("teacher", ["frozen", "current"])
 @pytest.mark.parametrize("parameters", ["cross_attention_kv", "attention", "all"])
 def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_pipe, parameters, teacher):
-    options = FAST | {"steps": 12, "preserve_batch": 0}
+    options = FAST | {"steps": 12, "preserve_batch_size": 0}
     edit = ablate(v_pipe, "a cat", "a dog", parameters=parameters, teacher=teacher, **options)
     assert isinstance(edit, WeightDelta) and isinstance(edit, Edit)
     names = {name for name, delta in edit.deltas.items() if delta.any()}
@@ -87,7 +88,7 @@ def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_
 
 
 def test_the_embedding_group_changes_the_targets_own_words(v_pipe):
-    options = FAST | {"steps": 12, "preserve_batch": 0}
+    options = FAST | {"steps": 12, "preserve_batch_size": 0}
     edit = ablate(v_pipe, "a cat", "a dog", parameters="embedding", learning_rate=0.05, **options)
     assert isinstance(edit, TokenEdit) and edit.tokens == ("cat",)
     assert np.mean(edit.history["loss"][-3:]) < np.mean(edit.history["loss"][:3])
@@ -115,12 +116,12 @@ def test_the_current_teacher_is_the_model_in_training(v_pipe):
 
 
 def test_several_targets_share_an_anchor_or_have_their_own(v_pipe):
-    shown = ablation_pairs(v_pipe, ["cat", "car"], "dog", templates=("a {}",), **DRAW)
+    shown = ablation_data(v_pipe, ["cat", "car"], "dog", templates=("a {}",), **DRAW)
     assert shown.anchors == ("a dog", "a dog") and [len(part) for part in shown.latents] == [2, 2]
-    own = ablation_pairs(v_pipe, ["cat", "car"], ["dog", "house"], templates=("a {}",), **DRAW)
+    own = ablation_data(v_pipe, ["cat", "car"], ["dog", "house"], templates=("a {}",), **DRAW)
     assert own.anchors == ("a dog", "a house")
     images = v_pipe(["a dog"] * 3, num_inference_steps=1).images
-    given = ablation_pairs(v_pipe, "cat", "dog", images=images)
+    given = ablation_data(v_pipe, "cat", "dog", images=images)
     assert len(given.latents[0]) == 3
 
 
@@ -139,12 +140,13 @@ def test_ablations_come_back_from_files(v_pipe, tmp_path):
         ({"target": ["a cat", "a car"], "anchor": ["a dog"] * 3}, "2 targets and 3 anchors"),
         ({"target": []}, "0 targets"),
         ({"templates": ("on the grass",)}, "with {}"),
-        ({"images": []}, "at least one is needed"),
-        ({"pictures": 0}, "at least one is needed"),
-        ({"method": "magic"}, "choose one of model, noise"),
-        ({"parameters": "some"}, "choose one of cross_attention_kv"),
+        ({"images": []}, "give at least one"),
+        ({"pictures": 0}, "pictures is 0: give a positive"),
+        ({"objective": "magic"}, "give one of model, noise"),
+        ({"parameters": "some"}, "give one of cross_attention_kv"),
         ({"teacher": "none"}, "frozen, current"),
         ({"steps": 0}, "positive"),
+        ({"method": "model"}, "not a setting of concept ablation; these are: .*objective"),
     ],
 )
 def test_bad_settings_are_refused(v_pipe, options, reason):
@@ -184,23 +186,23 @@ def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe):
 
 
 def test_erasure_aims_away_from_the_target(v_pipe):
-    edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch=4, progress=False)
+    edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch_size=4, progress=False)
     from coneslab.diffusion.encoding import encode_images
-    from coneslab.finetuning.samples import drawn_once
+    from coneslab.finetuning.samples import generate_once
 
-    latents = encode_images(v_pipe, list(drawn_once(v_pipe, ["a cat"] * 4, steps=2)))
-    pair = Pairs(latents, encode_prompts(v_pipe, ["a cat"]).detach()[0], 4)
-    draw = rounds(v_pipe, [pair], 0)(0)
+    latents = encode_images(v_pipe, list(generate_once(v_pipe, ["a cat"] * 4, sampler_steps=2)))
+    pair = CaptionedLatents(latents, encode_prompts(v_pipe, ["a cat"]).detach()[0], 4)
+    draw = numbered_batches(v_pipe, [pair], 0)(0)
     with torch.no_grad():
         own, none = predictions(v_pipe, draw, ["a cat"], [4]), predictions(v_pipe, draw, [""], [4])
     expected = (own - (none - 2.0 * (own - none))).square().mean()
     assert edit.history["loss"][0] == pytest.approx(float(expected), rel=1e-4)
-    longer = erase(v_pipe, "a cat", **DRAW, steps=12, batch=4, progress=False)
+    longer = erase(v_pipe, "a cat", **DRAW, steps=12, batch_size=4, progress=False)
     assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
 
 
 def test_ablating_neurons_lower_the_targets_loss_on_the_anchor(v_pipe):
-    options = {"rounds": 8, "subject_batch": 8, "prior_batch": 4, "threshold_quantile": 0.95, "progress": False}
+    options = {"rounds": 8, "batch_size": 8, "prior_batch_size": 4, "threshold_quantile": 0.95, "progress": False}
     found = ablating_neurons(v_pipe, "a cat", "a dog", **DRAW, **options)
     assert found.subject == "a cat → a dog" and len(found.shut())
     assert np.mean(found.history["subject_loss"][-3:]) < np.mean(found.history["subject_loss"][:3])
@@ -217,13 +219,15 @@ def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe):
             assert (weights[name][gone] == 0).all() and gone.sum(1).max() <= round(0.1 * delta.shape[1])
     # the scores by hand, for one layer
     from coneslab.diffusion.encoding import encode_images
-    from coneslab.finetuning.samples import drawn_once
+    from coneslab.finetuning.samples import generate_once
 
     layer, scores = "mid_block.attentions.0.transformer_blocks.0.ff.net.2", []
     module = v_pipe.unet.get_submodule(layer)
     for caption in ("a cat", "a dog"):
-        latents, seen = encode_images(v_pipe, list(drawn_once(v_pipe, [caption] * 2, steps=2))), []
-        draw = rounds(v_pipe, [Pairs(latents, encode_prompts(v_pipe, [caption]).detach()[0], 8)], 0)(0)
+        latents, seen = encode_images(v_pipe, list(generate_once(v_pipe, [caption] * 2, sampler_steps=2))), []
+        draw = numbered_batches(
+            v_pipe, [CaptionedLatents(latents, encode_prompts(v_pipe, [caption]).detach()[0], 8)], 0
+        )(0)
         handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             predictions(v_pipe, draw, [caption], [8])
@@ -239,7 +243,7 @@ def test_neighbours_refuse_bad_settings(v_pipe):
     for call, reason in (
         (lambda: closed_form_edit(v_pipe, "a cat", "a dog", ridge=0), "positive"),
         (lambda: closed_form_edit(v_pipe, ["a", "b"], ["c"] * 3), "2 targets and 3 anchors"),
-        (lambda: erase(v_pipe, " "), "name a concept"),
+        (lambda: erase(v_pipe, " "), "name the concept"),
         (lambda: prune_feed_forward(v_pipe, "a cat", "a dog", share=1.0), "share in"),
     ):
         with pytest.raises(ConeslabError, match=reason):

@@ -13,7 +13,7 @@ from coneslab.methods.ablation.concept_ablation import ablate
 from coneslab.methods.ablation.report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
 from coneslab.world.pictures import CLASSES, memorised, sample
 
-FAST = {"pictures": 3, "steps": 2}
+FAST = {"pictures": 3, "sampler_steps": 2}
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def test_the_report_is_what_one_would_count_by_hand(v_pipe, judge, edit):
     texts = judge.text_features(["a cat", "a dog", "a car", "a house"])
     for prompt, rivals in (("a cat", [1]), ("a dog", [0]), ("a car", [0, 1, 3])):
         own = ["a cat", "a dog", "a car", "a house"].index(prompt)
-        before = judge.image_features(generate(v_pipe, [prompt] * 3, steps=2))
+        before = judge.image_features(generate(v_pipe, [prompt] * 3, sampler_steps=2))
         with edit.applied(v_pipe):
-            after = judge.image_features(generate(v_pipe, [prompt] * 3, steps=2))
+            after = judge.image_features(generate(v_pipe, [prompt] * 3, sampler_steps=2))
         near = after @ texts.T
         assert table[prompt, "CLIP score"] == pytest.approx(float(near[:, own].mean()), abs=1e-4)
         share = (near[:, own] > near[:, rivals].max(1).values).float().mean()
@@ -86,13 +86,13 @@ def test_attacks_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit)
     ]  # fmt: skip
     assert report.value.between(0, 1).all() and (report.low <= report.value).all()
     with edit.applied(v_pipe):
-        drawn = generate(v_pipe, ["a cat"] * 3, steps=2)
+        drawn = generate(v_pipe, ["a cat"] * 3, sampler_steps=2)
     near = judge.image_features(drawn) @ judge.text_features(["a cat", "a dog"]).T
     assert report.value[0] == pytest.approx(float((near[:, 0] > near[:, 1]).float().mean()))
     assert v_pipe.tokenizer is tokenizer and v_pipe.unet is unet
     assert all(torch.equal(before[name], tensor) for name, tensor in v_pipe.unet.state_dict().items())
     other = attacks(
-        v_pipe, judge, edit, "a cat", "a dog", inversion_steps=1, finetune_steps=1, batch=2,
+        v_pipe, judge, edit, "a cat", "a dog", inversion_steps=1, finetune_steps=1, batch_size=2,
         shows=lambda pictures: np.arange(len(pictures)) == 1, **FAST,
     )  # fmt: skip
     assert other.value.tolist() == pytest.approx([1 / 3] * len(other))

@@ -21,7 +21,7 @@ def searches(monkeypatch: pytest.MonkeyPatch, pictured: Any) -> list[str]:
 
     def search(pipe: Any, about: Any, **settings: Any) -> Any:
         names.append(about.name)
-        return real(pipe, pictured, **settings, prior_images=2, prior_steps=1)
+        return real(pipe, pictured, **settings, prior_images=2, sampler_steps=1)
 
     monkeypatch.setattr(app, "find_concept_neurons", search)
     return names

@@ -222,11 +222,11 @@ def test_averages_choose_layers_resolutions_and_steps(v_pipe):
 def test_pictures_are_numbered_over_batches_and_guidance_keeps_the_conditional_half(v_pipe):
     prompts = [PROMPT, "a dog in the city", "a car"]
     with record_attention(v_pipe) as together:
-        generate(v_pipe, prompts, steps=2, batch_size=2)
+        generate(v_pipe, prompts, sampler_steps=2, batch_size=2)
     assert together.pictures == 3
     assert [together.tokens(i)[2] for i in range(3)] == ["sks", "dog", "car"]
     with record_attention(v_pipe) as alone:
-        generate(v_pipe, prompts[1], seed=1, steps=2)
+        generate(v_pipe, prompts[1], seed=1, sampler_steps=2)
     assert torch.allclose(together.token("dog", picture=1), alone.token("dog"), atol=1e-3)
     with pytest.raises(ConeslabError, match="no picture 3"):
         together.tokens(3)
@@ -245,7 +245,7 @@ def test_without_guidance_all_rows_are_kept(v_pipe):
 def test_the_small_sampler_is_recorded_with_guidance_too(v_pipe):
     with record_attention(v_pipe) as maps:
         text, empty = encode_prompts(v_pipe, [PROMPT]), encode_prompts(v_pipe, [""])
-        ddim_sample(v_pipe, text, start_noise(v_pipe, [0]), empty_embeddings=empty, steps=3)
+        ddim_sample(v_pipe, text, start_noise(v_pipe, [0]), empty_embeddings=empty, sampler_steps=3)
     assert maps.pictures == 1 and len(maps.timesteps()) == 3
     assert maps.indices("cat") == [3]
 
@@ -253,7 +253,7 @@ def test_the_small_sampler_is_recorded_with_guidance_too(v_pipe):
 def test_text_encoded_outside_is_recorded_by_position(v_pipe):
     text = encode_prompts(v_pipe, [PROMPT])
     with record_attention(v_pipe) as maps:
-        ddim_sample(v_pipe, text, start_noise(v_pipe, [0]), guidance_scale=1.0, steps=2)
+        ddim_sample(v_pipe, text, start_noise(v_pipe, [0]), guidance_scale=1.0, sampler_steps=2)
     assert maps.token(3).shape == (8, 8)
     with pytest.raises(ConeslabError, match="encode it inside"):
         maps.token("cat")

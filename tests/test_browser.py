@@ -78,13 +78,13 @@ pipe = coneslab.load("tiny")
 layout = KVSpace(pipe).layout
 scale = (torch.rand(layout.n, generator=torch.Generator().manual_seed(0)) > 0.3).float()
 some = ConceptNeurons.from_scale(scale, layout, model_fingerprint(pipe), subject="some")
-widgets.playground(pipe, {"some neurons": some}, pictures=2, steps=6, preview_steps=2)
+widgets.playground(pipe, {"some neurons": some}, pictures=2, sampler_steps=6, preview_steps=2)
 """,
     """
-widgets.neuron_explorer(pipe, {"some neurons": some}, ["a cat"], pictures=2, steps=4, preview_steps=2)
+widgets.neuron_explorer(pipe, {"some neurons": some}, ["a cat"], pictures=2, sampler_steps=4, preview_steps=2)
 """,
     """
-widgets.attention_browser(pipe, "a cat and a car", steps=4)
+widgets.attention_browser(pipe, "a cat and a car", sampler_steps=4)
 """,
 ]
 

@@ -51,8 +51,8 @@ def test_settings_that_are_no_json_are_told(capsys):
 @pytest.mark.parametrize("number", ["0", "-1", "2.5", "many"])
 def test_numbers_that_count_things_must_be_positive(number, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["generate", "a cat", "--draw-steps", number])
-    assert stop.value.code == 2 and "--draw-steps" in capsys.readouterr().err
+        cli.main(["generate", "a cat", "--sampler-steps", number])
+    assert stop.value.code == 2 and "--sampler-steps" in capsys.readouterr().err
 
 
 # --- with a small model ---------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def coneslab(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
 
     def run(command: str, *arguments: str) -> Any:
-        common = ["--model", str(model), "--device", "cpu", "--quiet", "--draw-steps", "2", "--json"]
+        common = ["--model", str(model), "--device", "cpu", "--quiet", "--sampler-steps", "2", "--json"]
         code = cli.main([command, *arguments, *common])
         told = capsys.readouterr()
         return json.loads(told.out, parse_constant=pytest.fail) if code == 0 else told.err
@@ -121,7 +121,7 @@ def test_generate_says_in_each_picture_how_it_was_made(coneslab, tmp_path, model
     assert [row["seed"] for row in plain] == [5, 6, 5, 6] and len({row["file"] for row in plain}) == 4
     written = Image.open(plain[3]["file"])
     assert json.loads(written.text["coneslab"]) == {name: plain[3][name] for name in plain[3] if name != "file"}
-    expected = generate(load(model, device="cpu"), "a dog!", seed=6, steps=2)[0]
+    expected = generate(load(model, device="cpu"), "a dog!", seed=6, sampler_steps=2)[0]
     assert np.abs(picture(plain[3]["file"]) - np.asarray(expected, float)).max() <= 1
     edited = coneslab("generate", "a cat", "--seed", "5", "--edit", "cat.safetensors", "--out", "edited")["pictures"]
     assert edited[0]["edits"] == ["cat.safetensors"]
@@ -142,8 +142,8 @@ def test_apply_draws_both_and_writes_a_pipeline_with_the_edit(coneslab, tmp_path
     pipe, edited = load(model, device="cpu"), load(tmp_path / "edited", device="cpu")
     first, second = map(load_edit, edits)
     with first.applied(pipe, dose=0.5), second.applied(pipe, dose=0.5):
-        expected = generate(pipe, "a dog", steps=2)[0]
-    assert np.array_equal(np.asarray(generate(edited, "a dog", steps=2)[0]), np.asarray(expected))
+        expected = generate(pipe, "a dog", sampler_steps=2)[0]
+    assert np.array_equal(np.asarray(generate(edited, "a dog", sampler_steps=2)[0]), np.asarray(expected))
     assert "--prompt" in coneslab("apply", "dog.safetensors", "--out", "other.png")
     assert "there already" in coneslab("apply", "dog.safetensors", "--prompt", "a dog", "--save-model", "edited")
     assert "tiny" not in found["figure"]

@@ -87,7 +87,7 @@ def both(pictured):
     return [pictured, SimpleNamespace(**vars(pictured) | dog)]
 
 
-OPTIONS = {"subject_batch": 4, "prior_batch": 0, "progress": False}
+OPTIONS = {"batch_size": 4, "prior_batch_size": 0, "progress": False}
 
 
 def test_tuning_stays_inside_the_union_and_lowers_the_loss(v_pipe, found, both):
@@ -109,14 +109,14 @@ def test_tuning_stays_inside_the_union_and_lowers_the_loss(v_pipe, found, both):
 def test_one_step_is_adamw_on_the_sum_of_the_losses(v_pipe, found, both):
     """The first step of AdamW moves every weight by the learning rate against the sign of its gradient."""
     from coneslab.finetuning.kv_gradient import KVGradient
-    from coneslab.finetuning.samples import concept_pairs, draws
+    from coneslab.finetuning.samples import concept_latents, sample_batches
 
     union = concatenate(*found)
     tuned = finetune_together(v_pipe, union, both, steps=1, learning_rate=1e-2, dtype=torch.float32, **OPTIONS)
-    pairs = [concept_pairs(v_pipe, about, subject_batch=4, prior_batch=0)[0] for about in both]
+    pairs = [concept_latents(v_pipe, about, batch_size=4, prior_batch_size=0)[0] for about in both]
     gradient = KVGradient(v_pipe, pairs, dtype=torch.float32)
     start = gradient.theta() * union.scale()
-    losses, g = gradient(start, next(draws(v_pipe, pairs, seed=0)))
+    losses, g = gradient(start, next(sample_batches(v_pipe, pairs, seed=0)))
     assert tuned.history["loss"][0] == pytest.approx(sum(losses), rel=1e-5)
     where = torch.tensor(union.indices, dtype=torch.long)
     clear = g[where].abs() > 1e-6

@@ -10,12 +10,18 @@ from coneslab.edits.base import Edit, load_edit
 from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.methods.conceptor.biases import bias, group_shares, rebalance
-from coneslab.methods.conceptor.decomposition import Decomposition, _Weights, choose_dictionary, decompose
+from coneslab.methods.conceptor.decomposition import (
+    Decomposition,
+    DecompositionSettings,
+    _Weights,
+    choose_dictionary,
+    decompose,
+)
 from coneslab.methods.conceptor.image import _Left, decompose_image
 from coneslab.methods.conceptor.vocabulary import encode_vocabulary, whole_words
 
 FAST = {
-    "pictures": 4, "steps": 4, "batch": 4, "explain": 3, "validate_every": 2, "validation_pictures": 2,
+    "pictures": 4, "steps": 4, "batch_size": 4, "explain": 3, "validate_every": 2, "validation_pictures": 2,
     "sampler_steps": 2, "progress": False,
 }  # fmt: skip
 
@@ -58,7 +64,7 @@ def test_features_are_kept_and_damaged_ones_made_again(v_pipe, judge, tmp_path, 
 
 @pytest.mark.parametrize("method", ["mlp", "direct", "least squares"])
 def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge, tmp_path, method):
-    made = decompose(v_pipe, "a cat on the grass", judge, method=method, **FAST)
+    made = decompose(v_pipe, "a cat on the grass", judge, coefficients=method, **FAST)
     assert isinstance(made, Edit) and len(made.history["loss"]) == 4
     assert not {"cat", "on", "the", "grass"} & set(made.words)
     assert (np.diff(made.coefficients) <= 0).all() and made.coefficients[0] > 0
@@ -81,29 +87,29 @@ def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge
     from coneslab.diffusion.encoding import encode_images
     from coneslab.diffusion.loss import denoising_loss
     from coneslab.edits.tokens import LearnedText
-    from coneslab.finetuning.samples import Pairs, draws
+    from coneslab.finetuning.samples import CaptionedLatents, sample_batches
 
     words = encode_vocabulary(v_pipe, judge, progress=False)
     pictures = v_pipe(["a cat"] * 3, num_inference_steps=2).images
     seen = {}
-    options = FAST | {"steps": 1, "method": "direct", "sparsity": 0.5, "learning_rate": 1e-3}
+    options = FAST | {"steps": 1, "coefficients": "direct", "sparsity": 0.5, "learning_rate": 1e-3}
     options |= {"exclude_similar": None, "dictionary": 5000}
     made = decompose(
         v_pipe, pictures, judge, name="cat", vocabulary=words, dtype=torch.float32,
-        callback=lambda number, state: seen.update(state), **options,
+        callback=seen.update, **options,
     )  # fmt: skip
     allowed = choose_dictionary(words, judge.image_features(pictures), judge, size=5000)
     norm = float(embedding_of(v_pipe).weight.norm(dim=1).mean().detach())
-    weights = _Weights(allowed.vectors, "direct", 100, norm)
+    weights = _Weights(allowed.vectors, DecompositionSettings(coefficients="direct"), norm)
     latents = encode_images(v_pipe, pictures)
-    draw = next(draws(v_pipe, [Pairs(latents, torch.zeros(12, 24), 4)], seed=0))
+    draw = next(sample_batches(v_pipe, [CaptionedLatents(latents, torch.zeros(12, 24), 4)], seed=0))
     text = LearnedText(v_pipe, ["a photo of a <concept>"], ["<concept>"])(weights(3)[0][None])
     loss = denoising_loss(v_pipe, draw.latents, text, noise=draw.noise, timesteps=draw.timesteps)
     assert made.history["loss"][0] == pytest.approx(float(loss.detach()), rel=1e-4)
     alpha = weights.values.abs()
     top = alpha.topk(3)
     spread = 1 - torch.cosine_similarity(top.values @ allowed.vectors[top.indices], alpha @ allowed.vectors, dim=0)
-    assert made.history["sparsity"][0] == pytest.approx(float(spread.detach()), rel=1e-3)
+    assert made.history["penalty"][0] == pytest.approx(0.5 * float(spread.detach()), rel=1e-3)
     (slope,) = torch.autograd.grad(loss + 0.5 * spread, weights.values)
     moved = torch.tensor(seen["coefficients"]) - 1 / len(allowed)
     clear = slope.abs() > slope.abs().max() / 100
@@ -130,13 +136,13 @@ def test_coefficients_do_not_hang_on_the_length_of_the_vectors(v_pipe, judge):
     made = []
     for scale in (1.0, 0.01):
         torch.manual_seed(0)
-        made.append(_Weights(scale * vectors, "mlp", 100, 1.0).coefficients())
+        made.append(_Weights(scale * vectors, DecompositionSettings(), 1.0).coefficients())
     assert np.allclose(*made, atol=1e-5) and made[0].std() > 0.3 * made[0].mean()
 
 
 def test_least_squares_finds_a_planted_sum_of_two_words(v_pipe, judge):
     words = encode_vocabulary(v_pipe, judge, progress=False)
-    weights = _Weights(words.vectors, "least squares", 100, 1.0)
+    weights = _Weights(words.vectors, DecompositionSettings(coefficients="least squares"), 1.0)
     mixture = 0.7 * words.vectors[words.rows(["cat"])[0]] + 0.3 * words.vectors[words.rows(["car"])[0]]
     weights.free.data = mixture
     found = weights.coefficients()
@@ -148,9 +154,9 @@ def test_least_squares_finds_a_planted_sum_of_two_words(v_pipe, judge):
 
 def test_errors_are_clear_and_leave_no_trace(v_pipe, judge):
     for options, reason in (
-        ({"steps": 0}, "steps=0"),
-        ({"explain": 0}, "explain=0"),
-        ({"method": "magic"}, "choose mlp, direct or least squares"),
+        ({"steps": 0}, "steps is 0"),
+        ({"explain": 0}, "explain is 0"),
+        ({"coefficients": "magic"}, "give one of mlp, direct, least squares"),
         ({"exclude_similar": -1.0}, "no word is left"),
         ({"exclude": tuple(whole_words(v_pipe.tokenizer))}, "no word is left"),
     ):
@@ -237,7 +243,7 @@ def test_shares_of_pictures_come_with_intervals(judge):
 
 def test_words_fall_away_until_the_picture_would_change(v_pipe, judge):
     made = example(v_pipe)
-    options = {"steps": 2, "progress": False}
+    options = {"sampler_steps": 2, "progress": False}
     kept = decompose_image(v_pipe, made, judge, threshold=1.0, **options)
     assert set(kept.words) == {"cat", "dog", "car"} and not kept.removed and kept.similarity > 0.999
     alone = decompose_image(v_pipe, made, judge, threshold=-1.0, **options)
@@ -273,12 +279,12 @@ def test_no_word_left_could_go_and_few_pictures_tell(needed):
 def _drawn(pipe, prompt):
     from coneslab.diffusion.sampling import generate
 
-    return generate(pipe, prompt, steps=2)[0]
+    return generate(pipe, prompt, sampler_steps=2)[0]
 
 
 def test_what_was_tested_is_what_is_shown(v_pipe, judge):
     """The last picture is drawn with exactly the words that are left, and its similarity is its own."""
-    found = decompose_image(v_pipe, example(v_pipe), judge, threshold=0.97, steps=2, progress=False)
+    found = decompose_image(v_pipe, example(v_pipe), judge, threshold=0.97, sampler_steps=2, progress=False)
     vector = example(v_pipe).only(*found.words).vector(v_pipe)
     with TokenEdit(("<x>",), vector[None], vocabulary_fingerprint(v_pipe)).applied(v_pipe):
         again = _drawn(v_pipe, "a photo of a <x>")

@@ -151,8 +151,8 @@ def test_ddim_gives_what_the_pipeline_gives(request, name, guidance_scale):
     text, empty = (diffusion.encode_prompts(pipe, p) for p in (["a cat", "a dog"], ""))
     seen: list[tuple[int, int]] = []
     ours = diffusion.ddim_sample(
-        pipe, text, noise, empty_embeddings=empty, steps=10, guidance_scale=guidance_scale,
-        callback=lambda i, t, clean: seen.append((i, t)),
+        pipe, text, noise, empty_embeddings=empty, sampler_steps=10, guidance_scale=guidance_scale,
+        callback=lambda state: seen.append((state["step"], state["timestep"])),
     )  # fmt: skip
     theirs = pipe(
         ["a cat", "a dog"],
@@ -175,7 +175,7 @@ def test_ddim_from_pure_noise_with_zero_terminal_snr(v_pipe):
     try:
         noise = diffusion.start_noise(v_pipe, [5])
         ours = diffusion.ddim_sample(
-            v_pipe, diffusion.encode_prompts(v_pipe, "a cat"), noise, steps=5, guidance_scale=1.0
+            v_pipe, diffusion.encode_prompts(v_pipe, "a cat"), noise, sampler_steps=5, guidance_scale=1.0
         )
         theirs = v_pipe("a cat", num_inference_steps=5, guidance_scale=1.0, latents=noise, output_type="latent").images
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -190,7 +190,7 @@ def test_ddpm_gives_what_the_ddpm_scheduler_gives(request, name):
     try:
         noise, text = diffusion.start_noise(pipe, [2]), diffusion.encode_prompts(pipe, "a car")
         ours = diffusion.ddpm_sample(
-            pipe, text, noise, steps=8, guidance_scale=1.0, generator=torch.Generator().manual_seed(3)
+            pipe, text, noise, sampler_steps=8, guidance_scale=1.0, generator=torch.Generator().manual_seed(3)
         )
         pipe.scheduler.set_timesteps(8)
         x, generator = noise, torch.Generator().manual_seed(3)
@@ -205,22 +205,22 @@ def test_ddpm_gives_what_the_ddpm_scheduler_gives(request, name):
 
 def test_a_picture_depends_on_its_own_seed_only(v_pipe):
     prompts = ["a cat", "a dog", "a car"]
-    together = diffusion.generate(v_pipe, prompts, seed=5, steps=4)
-    apart = diffusion.generate(v_pipe, prompts, seed=5, steps=4, batch_size=2)
-    third = diffusion.generate(v_pipe, "a car", seed=7, steps=4)[0]
+    together = diffusion.generate(v_pipe, prompts, seed=5, sampler_steps=4)
+    apart = diffusion.generate(v_pipe, prompts, seed=5, sampler_steps=4, batch_size=2)
+    third = diffusion.generate(v_pipe, "a car", seed=7, sampler_steps=4)[0]
     for a, b in [*zip(together, apart, strict=True), (together[2], third)]:
         assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
     assert np.asarray(together[0]).shape == (16, 16, 3)
 
 
 def test_generate_calls_back_and_refuses_nothing(v_pipe):
-    seen: list[int] = []
-    diffusion.generate(v_pipe, "a cat", steps=3, callback=lambda step, t, latents: seen.append(step))
-    assert seen == [0, 1, 2]
+    seen: list[dict] = []
+    diffusion.generate(v_pipe, "a cat", sampler_steps=3, callback=seen.append)
+    assert [(state["step"], state["steps"]) for state in seen] == [(0, 3), (1, 3), (2, 3)]
     with pytest.raises(ConeslabError, match="no prompts"):
         diffusion.generate(v_pipe, [])
     with pytest.raises(ConeslabError, match="steps=0"):
-        diffusion.generate(v_pipe, "a cat", steps=0)
+        diffusion.generate(v_pipe, "a cat", sampler_steps=0)
 
 
 def test_decoding_inverts_scaling(v_pipe):

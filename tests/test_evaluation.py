@@ -85,13 +85,17 @@ def estimates(report) -> dict[str, float]:
 
 def test_a_perfect_pipeline_scores_one_everywhere(drawing):
     seen = drawing()
-    report = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, steps=7, guidance_scale=2.0)
+    report = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, sampler_steps=7, guidance_scale=2.0)
     assert set(estimates(report).values()) == {1.0}
     assert all(row.met in (True, None) and row.real.estimate == 1 for row in report.shares)
     assert report.settings["pictures"] == len(seen["prompts"])
     groups = sum(len(CLASSES) // count for count in (1, 2, 3, 4))
     assert len(seen["prompts"]) == SEEDS * groups + 2 * len(CLASSES)
-    assert report.settings["calls"] == 2 and seen["options"]["steps"] == 7 and seen["options"]["guidance_scale"] == 2.0
+    assert (
+        report.settings["calls"] == 2
+        and seen["options"]["sampler_steps"] == 7
+        and seen["options"]["guidance_scale"] == 2.0
+    )
     assert set(report.classes) == set(CLASSES) and not report.mistaken
 
 
@@ -281,10 +285,10 @@ def test_command_line_prints_the_table_for_a_saved_pipeline(v_pipe, tmp_path, ca
     save_small_judge(judge)
     v_pipe.save_pretrained(model)
     few = ["--judge", str(judge), "--seeds", "1", "--limit", "2", "--json", str(table)]
-    assert cli.main(["evaluate-model", str(model), "--steps", "2", "--bars-only", "--device", "cpu", *few]) == 0
+    assert cli.main(["evaluate-model", str(model), "--sampler-steps", "2", "--bars-only", "--device", "cpu", *few]) == 0
     assert "all four of four" in capsys.readouterr().out
     saved = json.loads(table.read_text())
-    assert saved["settings"]["steps"] == 2 and saved["settings"]["pictures"] == 2 + 2 + 2 + 2
+    assert saved["settings"]["sampler_steps"] == 2 and saved["settings"]["pictures"] == 2 + 2 + 2 + 2
     assert cli.main(["evaluate-model", "judge", *few]) == 0
     assert "right class, twemoji" in capsys.readouterr().out
     assert cli.main(["evaluate-model", str(tmp_path / "nothing"), *few]) == 1

@@ -45,13 +45,21 @@ EXPECTED = {
 def setting(world_pipe, tmp_path_factory, judge):
     masks = tmp_path_factory.mktemp("masks")
     return Setting(
-        world_pipe, judge, rounds=2, finetune_steps=1, pictures=1, steps=1, guidance_scale=1.0, samples=8, masks=masks
+        world_pipe,
+        judge,
+        rounds=2,
+        finetune_steps=1,
+        pictures=1,
+        sampler_steps=1,
+        guidance_scale=1.0,
+        samples=8,
+        masks=masks,
     )
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(conceptor, "TRAINING", {"batch": 2, "pictures": 4, "steps": 2})
+    monkeypatch.setattr(conceptor, "TRAINING", {"batch_size": 2, "pictures": 4, "steps": 2})
     monkeypatch.setattr(conceptor, "PICTURES", 6)
     for name, value in {"STEPS": 1, "ESD_STEPS": 1, "ROUNDS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
         monkeypatch.setattr(ablation, name, value)
@@ -105,7 +113,7 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
 )
 def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     before = weights_of(setting.pipe)
-    setting = replace(setting, steps=2)
+    setting = replace(setting, sampler_steps=2)
     one_copy = SimpleNamespace(copies=lambda pictures: np.arange(len(pictures)) == 0)
     monkeypatch.setattr(ablation, "copy_detector", lambda judge, name: one_copy)
     table = run_experiment("ablation", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
@@ -165,7 +173,7 @@ def test_collateral_damage_is_measured_for_every_class(setting, tmp_path):
     wide = table.pivot(index="condition", columns="measure", values="value")
     assert set(wide.index) == set(CLASSES) and wide.notna().all().all()
     prompts = [with_article(name) for name in CLASSES]
-    drawn = generate(setting.pipe, prompts, seed=0, steps=1, guidance_scale=1.0)
+    drawn = generate(setting.pipe, prompts, seed=0, sampler_steps=1, guidance_scale=1.0)
     taken = setting.judge.classify(drawn, prompts).numpy()
     expected = dict(zip(CLASSES, (taken == np.arange(len(taken))).astype(float), strict=True))
     assert wide["right class before"].to_dict() == expected

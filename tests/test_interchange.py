@@ -21,7 +21,7 @@ from coneslab.edits.interchange import (
 )
 from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
-from coneslab.methods.personalization import custom_diffusion
+from coneslab.methods import custom_diffusion
 
 
 def draw(pipe, prompt):
@@ -69,7 +69,7 @@ def test_an_embedding_of_several_vectors_is_written_out_as_diffusers_does(v_pipe
 def test_custom_diffusion_weights_work_in_diffusers_and_come_back(v_pipe, pictured, tmp_path):
     vars(pictured).update(token="<cat*>", prompt="a <cat*> cat")
     edit = custom_diffusion(
-        v_pipe, pictured, steps=3, batch=4, prior_batch=0, learning_rate=1e-2, initial="cat", progress=False
+        v_pipe, pictured, steps=3, batch_size=4, prior_batch_size=0, learning_rate=1e-2, initial="cat", progress=False
     )
     files = export_custom_diffusion(edit, v_pipe, tmp_path)
     assert [file.name for file in files] == [WEIGHTS, "_cat__.safetensors"]

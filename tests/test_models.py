@@ -39,7 +39,7 @@ def test_a_folder_loads_as_it_was_saved(saved: Path, v_pipe: StableDiffusionPipe
     pipe = pipelines.load(saved)
     assert pipelines.fingerprint(pipe.unet) == pipelines.fingerprint(v_pipe.unet)
     assert pipe.safety_checker is None and pipe._progress_bar_config == {"disable": True}
-    ours, theirs = (np.asarray(generate(p, "a cat", steps=2)[0]) for p in (pipe, v_pipe))
+    ours, theirs = (np.asarray(generate(p, "a cat", sampler_steps=2)[0]) for p in (pipe, v_pipe))
     np.testing.assert_array_equal(ours, theirs)
 
 

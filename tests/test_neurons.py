@@ -18,13 +18,13 @@ from coneslab.edits.weights import model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.finetuning import samples as pairs_module
 from coneslab.finetuning.kv_gradient import KVGradient
-from coneslab.finetuning.samples import concept_pairs, draws, prior_pictures
+from coneslab.finetuning.samples import concept_latents, prior_pictures, sample_batches
 from coneslab.neurons.controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
 from coneslab.neurons.loss import concept_loss
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.neurons.search import find_concept_neurons, quantiles
 
-BATCHES = {"subject_batch": 6, "prior_batch": 3, "prior_images": 4, "prior_steps": 2}
+BATCHES = {"batch_size": 6, "prior_batch_size": 3, "prior_images": 4, "sampler_steps": 2}
 SEARCH = {**BATCHES, "rounds": 4, "progress": False, "threshold_quantile": 0.9}
 
 
@@ -52,9 +52,9 @@ def plain_loss(pipe, pairs, draw):
         wanted = pipe.scheduler.get_velocity(draw.latents.double(), draw.noise.double(), t)
     else:
         wanted = draw.noise.double()
-    text = torch.cat([pair.text[None].expand(pair.batch, -1, -1) for pair in pairs]).double()
+    text = torch.cat([pair.text[None].expand(pair.batch_size, -1, -1) for pair in pairs]).double()
     each = (pipe.unet(noisy, t, encoder_hidden_states=text).sample - wanted).square().mean((1, 2, 3))
-    parts = each.split([pair.batch for pair in pairs])
+    parts = each.split([pair.batch_size for pair in pairs])
     return sum(pair.weight * part.mean() for pair, part in zip(pairs, parts, strict=True))
 
 
@@ -74,8 +74,8 @@ def found(v_pipe):
 
 
 def test_the_gradient_is_that_of_finite_differences(pipe, pictured):
-    pairs = concept_pairs(pipe, pictured, prior_weight=0.7, **BATCHES)
-    exact, draw = double(pipe), next(draws(pipe, pairs, seed=1))
+    pairs = concept_latents(pipe, pictured, prior_weight=0.7, **BATCHES)
+    exact, draw = double(pipe), next(sample_batches(pipe, pairs, seed=1))
     gradient = KVGradient(exact, pairs)
     assert gradient.dtype == torch.float64
     losses, g = gradient(gradient.theta(), draw)
@@ -100,8 +100,8 @@ def test_the_gradient_is_that_of_finite_differences(pipe, pictured):
 
 def test_the_criterion_is_what_scaling_a_neuron_down_does_to_the_loss(pipe, pictured):
     """L((1−δ)θ_j) ≈ L − δ θ_j g_j  (Cones, Sec. 3.1), for the neurons with the largest criterion."""
-    pairs = concept_pairs(pipe, pictured, **BATCHES)
-    exact, draw = double(pipe), next(draws(pipe, pairs, seed=2))
+    pairs = concept_latents(pipe, pictured, **BATCHES)
+    exact, draw = double(pipe), next(sample_batches(pipe, pairs, seed=2))
     gradient = KVGradient(exact, pairs)
     space, theta = KVSpace(exact), KVSpace(exact).gather()
     criterion = theta * gradient(theta, draw)[1]
@@ -119,8 +119,8 @@ def test_the_criterion_is_what_scaling_a_neuron_down_does_to_the_loss(pipe, pict
 
 
 def test_chunks_and_precision_do_not_change_the_gradient(v_pipe, pictured):
-    pairs = concept_pairs(v_pipe, pictured, **BATCHES)
-    draw = next(draws(v_pipe, pairs, seed=0))
+    pairs = concept_latents(v_pipe, pictured, **BATCHES)
+    draw = next(sample_batches(v_pipe, pairs, seed=0))
     whole = KVGradient(v_pipe, pairs, dtype=torch.float32)
     losses, g = whole(whole.theta(), draw)
     for chunk in (1, 4, 6, 100):
@@ -151,10 +151,10 @@ def test_the_twin_computes_what_the_unet_does_and_shares_its_memory(sd_pipe):
 
 
 def test_draws_use_every_picture_alike_and_every_part_of_the_schedule(v_pipe, pictured):
-    pairs = concept_pairs(v_pipe, pictured, subject_batch=9, prior_batch=4, prior_images=4, prior_steps=2)
-    samples = draws(v_pipe, pairs, seed=3)
+    pairs = concept_latents(v_pipe, pictured, batch_size=9, prior_batch_size=4, prior_images=4, sampler_steps=2)
+    samples = sample_batches(v_pipe, pairs, seed=3)
     first, second = next(samples), next(samples)
-    again = next(draws(v_pipe, pairs, seed=3))
+    again = next(sample_batches(v_pipe, pairs, seed=3))
     assert torch.equal(first.noise, again.noise) and torch.equal(first.timesteps, again.timesteps)
     assert not torch.equal(first.noise, second.noise)
     for picture in pairs[0].latents:
@@ -170,13 +170,13 @@ def test_draws_use_every_picture_alike_and_every_part_of_the_schedule(v_pipe, pi
 def test_the_search_is_the_algorithm_written_out(pipe, pictured, options):
     """Against a loop with the weights set in the U-Net, autograd of `plain_loss`, and sorted thresholds."""
     exact = double(pipe)
-    prior = prior_pictures(pipe, pictured, n=4, steps=2)
-    settings = {"subject_batch": 6, "prior_batch": 3, "prior": prior, "seed": 5}
+    prior = prior_pictures(pipe, pictured, n=4, sampler_steps=2)
+    settings = {"batch_size": 6, "prior_batch_size": 3, "prior": prior, "seed": 5}
     arguments = {"rounds": 4, "threshold_quantile": 0.9, "rate": 0.3, "cut": 0.5, "progress": False, **options}
     found = find_concept_neurons(exact, pictured, **settings, **arguments)
 
-    pairs = concept_pairs(exact, pictured, **settings)
-    space, samples = KVSpace(exact), draws(exact, pairs, seed=5)
+    pairs = concept_latents(exact, pictured, **settings)
+    space, samples = KVSpace(exact), sample_batches(exact, pairs, seed=5)
     theta, names = space.gather(), [layer.name for layer in space.layers]
     s, average, weight = torch.ones_like(theta), torch.zeros_like(theta), 0.0
     momentum, sign = options.get("momentum", 0.8), options.get("sign", 1)
@@ -212,12 +212,12 @@ def test_the_pipeline_is_never_touched(v_pipe, pictured):
     before, processors = state(v_pipe), dict(v_pipe.unet.attn_processors)
     seen = []
 
-    def look(number, search):
+    def look(search):
         assert_untouched(v_pipe, before)
         assert dict(v_pipe.unet.attn_processors) == processors
-        assert search.round == number and search.rounds == 4
-        assert search.scale.shape == search.gradient.shape == search.hits.shape == (KVSpace(v_pipe).n,)
-        seen.append(search.density)
+        assert search["step"] == len(seen) and search["steps"] == 4
+        assert all(search[name].shape == (KVSpace(v_pipe).n,) for name in ("scale", "gradient", "hits"))
+        seen.append(search["density"])
         if len(seen) == 3:
             raise KeyboardInterrupt
 
@@ -270,7 +270,7 @@ def test_the_history_tells_what_happened(found):
         {"rate": 0.0},
         {"cut": 0.0},
         {"sign": 0},
-        {"subject_batch": 0},
+        {"batch_size": 0},
         {"chunk": 0},
         {"prior_weight": -1.0},
     ],
@@ -291,15 +291,15 @@ def test_prior_pictures_are_drawn_once(v_pipe, pictured, monkeypatch):
     calls = []
     original = pairs_module.generate
     monkeypatch.setattr(pairs_module, "generate", lambda *a, **k: calls.append(k) or original(*a, **k))
-    first = prior_pictures(v_pipe, pictured, n=2, steps=1, seed=9)
-    assert prior_pictures(v_pipe, pictured, n=2, steps=1, seed=9) is first and len(calls) == 1
-    prior_pictures(v_pipe, pictured, n=2, steps=1, seed=10)
+    first = prior_pictures(v_pipe, pictured, n=2, sampler_steps=1, seed=9)
+    assert prior_pictures(v_pipe, pictured, n=2, sampler_steps=1, seed=9) is first and len(calls) == 1
+    prior_pictures(v_pipe, pictured, n=2, sampler_steps=1, seed=10)
     assert len(calls) == 2
     weight = KVSpace(v_pipe).parameters[KVSpace(v_pipe).names[0]]
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.add_(1.0)
-        assert prior_pictures(v_pipe, pictured, n=2, steps=1, seed=9) is not first
+        assert prior_pictures(v_pipe, pictured, n=2, sampler_steps=1, seed=9) is not first
         weight.copy_(kept)
 
 
@@ -562,11 +562,11 @@ def test_shutting_lowers_the_loss_and_the_reversed_sign_raises_it(v_pipe, pictur
 def test_fine_tuning_is_adamw_on_the_keys_and_values(v_pipe, pictured):
     """Against torch's AdamW on the U-Net's own parameters, in float64, with `plain_loss`."""
     exact = double(v_pipe)
-    prior = prior_pictures(v_pipe, pictured, n=4, steps=2)
-    batches = {"subject_batch": 6, "prior_batch": 3, "prior": prior}
+    prior = prior_pictures(v_pipe, pictured, n=4, sampler_steps=2)
+    batches = {"batch_size": 6, "prior_batch_size": 3, "prior": prior}
     delta = finetune_kv(exact, pictured, steps=4, learning_rate=1e-3, weight_decay=0.1, progress=False, **batches)
-    pairs = concept_pairs(exact, pictured, **batches)
-    space, samples = KVSpace(exact), draws(exact, pairs, seed=0)
+    pairs = concept_latents(exact, pictured, **batches)
+    space, samples = KVSpace(exact), sample_batches(exact, pairs, seed=0)
     theta = space.gather()
     optimiser = torch.optim.AdamW(list(space.parameters.values()), lr=1e-3, weight_decay=0.1)
     for step in range(4):
@@ -584,7 +584,13 @@ def test_fine_tuning_is_adamw_on_the_keys_and_values(v_pipe, pictured):
 def test_fine_tuning_lowers_the_loss_and_leaves_the_pipeline_alone(v_pipe, pictured, tmp_path):
     before, seen = state(v_pipe), []
     delta = finetune_kv(
-        v_pipe, pictured, steps=15, learning_rate=5e-3, progress=False, callback=lambda i, x: seen.append(i), **BATCHES
+        v_pipe,
+        pictured,
+        steps=15,
+        learning_rate=5e-3,
+        progress=False,
+        callback=lambda state: seen.append(state["step"]),
+        **BATCHES,
     )
     assert_untouched(v_pipe, before)
     assert seen == list(range(15)) and len(delta.history["prior_loss"]) == 15
@@ -605,9 +611,9 @@ def test_the_measured_loss_is_paired_and_is_the_plain_one(v_pipe, pictured, foun
     first = concept_loss(v_pipe, pictured, samples=12, batch_size=5)
     assert np.array_equal(first.subject_values, concept_loss(v_pipe, pictured, samples=12, batch_size=5).subject_values)
     exact = double(v_pipe)
-    pairs = concept_pairs(v_pipe, pictured, subject_batch=12, prior_batch=0)
+    pairs = concept_latents(v_pipe, pictured, batch_size=12, prior_batch_size=0)
     with torch.no_grad():
-        expected = plain_loss(exact, pairs, next(draws(v_pipe, pairs, seed=1_000_000)))
+        expected = plain_loss(exact, pairs, next(sample_batches(v_pipe, pairs, seed=1_000_000)))
     assert first.subject == pytest.approx(float(expected), rel=1e-5)
     both = concept_loss(v_pipe, pictured, samples=12, prior_samples=8, batch_size=5)
     assert len(both.prior_values) == 8 and np.isfinite(both.prior) and np.isnan(first.prior)

@@ -24,12 +24,21 @@ from coneslab.edits.tokens import (
 from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.finetuning.kv_gradient import KVGradient
-from coneslab.finetuning.samples import concept_pairs, draws
-from coneslab.methods.merging import merge, merge_matrices
-from coneslab.methods.personalization import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
+from coneslab.finetuning.samples import concept_latents, sample_batches
+from coneslab.methods import (
+    ablate,
+    custom_diffusion,
+    dreambooth,
+    erase,
+    merge,
+    merge_matrices,
+    scaled_latents,
+    textual_inversion,
+)
+from coneslab.neurons import ConceptNeurons, finetune_kv, finetune_together
 
-FAST = {"steps": 3, "batch": 4, "progress": False}
-PRIOR = {"prior_batch": 0}
+FAST = {"steps": 3, "batch_size": 4, "progress": False}
+PRIOR = {"prior_batch_size": 0}
 
 
 @pytest.fixture
@@ -101,10 +110,10 @@ def test_learned_text_is_what_the_pipeline_would_encode(v_pipe):
 
 
 def test_the_gradient_in_the_text_is_that_of_the_whole_unet(v_pipe, both):
-    pairs = [concept_pairs(v_pipe, about, subject_batch=3, prior_batch=0)[0] for about in both]
-    gradient, draw = KVGradient(v_pipe, pairs, dtype=torch.float32), next(draws(v_pipe, pairs, seed=1))
+    pairs = [concept_latents(v_pipe, about, batch_size=3, prior_batch_size=0)[0] for about in both]
+    gradient, draw = KVGradient(v_pipe, pairs, dtype=torch.float32), next(sample_batches(v_pipe, pairs, seed=1))
     text = torch.stack([pair.text for pair in pairs]).requires_grad_()
-    losses, g_theta, g_text = gradient.with_text(gradient.theta(), text, draw)
+    losses, g_theta, g_text = gradient.gradients(gradient.theta(), text, draw)
     each = denoising_loss(
         v_pipe, draw.latents, text.repeat_interleave(3, 0), noise=draw.noise, timesteps=draw.timesteps, reduction="none"
     )
@@ -113,8 +122,8 @@ def test_the_gradient_in_the_text_is_that_of_the_whole_unet(v_pipe, both):
     assert sum(losses) == pytest.approx(float(total.detach()), rel=1e-5)
     assert torch.allclose(g_text, expected, atol=1e-6)
     assert torch.allclose(g_theta, torch.cat([weight.flatten() for weight in weights]), atol=1e-6)
-    assert torch.equal(gradient.text_gradient(gradient.theta(), text, draw)[1], g_text)
-    parts = KVGradient(v_pipe, pairs, dtype=torch.float32, chunk=2).with_text(gradient.theta(), text, draw)
+    assert torch.equal(gradient.gradients(gradient.theta(), text, draw, of_theta=False)[2], g_text)
+    parts = KVGradient(v_pipe, pairs, dtype=torch.float32, chunk=2).gradients(gradient.theta(), text, draw)
     assert torch.allclose(parts[2], expected, atol=1e-6)
 
 
@@ -153,11 +162,11 @@ def test_textual_inversion_trains_every_token_and_nothing_else(v_pipe, both):
 
 @pytest.mark.parametrize("dtype, close", [(None, 2e-2), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, dtype, close):
-    options = {"batch": 4, "prior_batch": 0, "learning_rate": 1e-3, "progress": False, "dtype": dtype}
+    options = {"batch_size": 4, "prior_batch_size": 0, "learning_rate": 1e-3, "progress": False, "dtype": dtype}
     edit = dreambooth(v_pipe, pictured, steps=1, **options)
     assert edit.deltas.keys() == dict(v_pipe.unet.named_parameters()).keys()
-    pairs = concept_pairs(v_pipe, pictured, subject_batch=4, prior_batch=0)
-    draw = next(draws(v_pipe, pairs, seed=0))
+    pairs = concept_latents(v_pipe, pictured, batch_size=4, prior_batch_size=0)
+    draw = next(sample_batches(v_pipe, pairs, seed=0))
     loss = denoising_loss(v_pipe, draw.latents, pairs[0].text[None], noise=draw.noise, timesteps=draw.timesteps)
     assert edit.history["loss"][0] == pytest.approx(float(loss), rel=close)  # by default passes may be in bfloat16
     weights = dict(v_pipe.unet.named_parameters())
@@ -184,15 +193,15 @@ def test_custom_diffusion_trains_keys_values_and_every_token(v_pipe, both):
     with edit.applied(v_pipe):
         moved = KVSpace(v_pipe).gather() - theta
         assert (moved != 0).float().mean() > 0.9
-    longer = custom_diffusion(v_pipe, both, batch=4, steps=15, progress=False, **PRIOR, learning_rate=3e-3)
+    longer = custom_diffusion(v_pipe, both, batch_size=4, steps=15, progress=False, **PRIOR, learning_rate=3e-3)
     losses = longer.edits[1].history["loss"]
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
 
 
 def test_augmentation_says_the_size_in_the_caption_and_masks_the_ground(v_pipe, pictured):
-    pairs = scaled_pairs(v_pipe, pictured, batch=16, small=("small",), large=("huge",), versions=9)
+    pairs = scaled_latents(v_pipe, pictured, batch_size=16, small=("small",), large=("huge",), versions=9)
     assert set(pairs) == {"a sks cat", "a small sks cat", "a huge sks cat"}
-    assert sum(pair.batch for pair in pairs.values()) == 16
+    assert sum(pair.batch_size for pair in pairs.values()) == 16
     assert sum(pair.weight for pair in pairs.values()) == pytest.approx(1)
     shares = {caption: pair.mask.mean() for caption, pair in pairs.items()}
     assert shares["a huge sks cat"] == 1 and shares["a small sks cat"] < shares["a sks cat"] < 1
@@ -216,22 +225,39 @@ def test_bad_settings_are_refused(v_pipe, pictured):
         dreambooth(v_pipe, pictured, **FAST, **PRIOR, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("method", [textual_inversion, dreambooth, custom_diffusion])
+def tune_union(pipe, subject, **options):
+    space = KVSpace(pipe)
+    mask = ConceptNeurons.from_scale((space.gather() < 0).float(), space.layout, model_fingerprint(pipe))
+    return finetune_together(pipe, mask, [subject], **options)
+
+
+def erase_class(pipe, subject, **options):
+    return erase(pipe, "a cat", pictures=2, sampler_steps=1, **options)
+
+
+def ablate_class(pipe, subject, **options):
+    return ablate(pipe, "a cat", "a dog", pictures=2, sampler_steps=1, **options)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [textual_inversion, dreambooth, custom_diffusion, finetune_kv, tune_union, erase_class, ablate_class],
+)
 def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, method, monkeypatch):
     from coneslab.finetuning import loop
 
-    def stop(number, state):
-        if number == 2:
+    def stop(state):
+        if state["step"] == 2:
             raise KeyboardInterrupt
 
-    options = FAST | {"steps": 4} | ({} if method is textual_inversion else PRIOR)
+    options = FAST | {"steps": 4} | (PRIOR if method in (dreambooth, custom_diffusion, finetune_kv, tune_union) else {})
     whole = method(v_pipe, pictured, **options)
     monkeypatch.setattr(loop.tune, "__kwdefaults__", {**loop.tune.__kwdefaults__, "checkpoint_every": 0.0})
     file = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         method(v_pipe, pictured, resume=file, callback=stop, **options)
     seen = []
-    again = method(v_pipe, pictured, resume=file, callback=lambda number, state: seen.append(number), **options)
+    again = method(v_pipe, pictured, resume=file, callback=lambda state: seen.append(state["step"]), **options)
     assert seen == [2, 3]
     first, second = ([part._pack()[0] for part in getattr(edit, "edits", [edit])] for edit in (whole, again))
     for a, b in zip(first, second, strict=True):

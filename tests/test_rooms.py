@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "coneslab"
 # Ground floor first; rooms of one floor do not import each other.
 FLOORS = (
-    ("errors",),
-    ("files", "lazy", "coursework"),
+    ("errors", "callback"),
+    ("files", "lazy", "coursework", "settings"),
     ("world", "diffusion"),
     ("new_world", "edits"),
     ("measure", "finetuning"),

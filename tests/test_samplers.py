@@ -14,7 +14,7 @@ from coneslab.measure.samplers import Sampler, compare_samplers, use_scheduler
 def pictures(pipe, scale: float, steps: int = 4, interval=(0.0, 1.0)) -> tuple[np.ndarray, int]:
     calls: list[int] = []
     made = generate(
-        pipe, ["a cat", "a dog"], seed=1, steps=steps, guidance_scale=scale, guidance_interval=interval,
+        pipe, ["a cat", "a dog"], seed=1, sampler_steps=steps, guidance_scale=scale, guidance_interval=interval,
         on_calls=calls.append,
     )  # fmt: skip
     return np.stack([np.asarray(picture, np.int16) for picture in made]), calls[0]
@@ -27,7 +27,7 @@ def test_guidance_everywhere_is_the_pipelines_own_and_nowhere_is_none(v_pipe):
     own = v_pipe(
         ["a cat", "a dog"], num_inference_steps=4, guidance_scale=7.0, latents=start_noise(v_pipe, [1, 2])
     ).images
-    exact = generate(v_pipe, ["a cat", "a dog"], seed=1, steps=4, guidance_scale=7.0, dtype=v_pipe.unet.dtype)
+    exact = generate(v_pipe, ["a cat", "a dog"], seed=1, sampler_steps=4, guidance_scale=7.0, dtype=v_pipe.unet.dtype)
     assert all(np.array_equal(a, b) for a, b in zip(own, exact, strict=True))
     never, calls = pictures(v_pipe, 7.0, interval=(0.9999, 1.0))
     assert np.abs(never - plain).max() <= 2 and calls == 2 * 4  # u + 7 (c - u) with u = c, rounded

@@ -17,16 +17,16 @@ def pixels(pictures):
 
 
 def test_a_rough_twin_draws_nearly_the_same(v_pipe):
-    own = generate(v_pipe, ["a cat", "a car"], steps=3, dtype=torch.float32)
-    rough = generate(v_pipe, ["a cat", "a car"], steps=3, dtype=torch.bfloat16)
-    other = generate(v_pipe, ["a cat", "a car"], steps=3, seed=9, dtype=torch.float32)
+    own = generate(v_pipe, ["a cat", "a car"], sampler_steps=3, dtype=torch.float32)
+    rough = generate(v_pipe, ["a cat", "a car"], sampler_steps=3, dtype=torch.bfloat16)
+    other = generate(v_pipe, ["a cat", "a car"], sampler_steps=3, seed=9, dtype=torch.float32)
     assert 0 < np.abs(pixels(rough) - pixels(own)).mean() < 0.1 * np.abs(pixels(other) - pixels(own)).mean()
 
 
 def test_in_its_own_precision_a_pipeline_draws_as_it_always_does(v_pipe):
     from coneslab.diffusion.sampling import start_noise
 
-    own = generate(v_pipe, "a cat", steps=3, dtype=torch.float32)[0]
+    own = generate(v_pipe, "a cat", sampler_steps=3, dtype=torch.float32)[0]
     plain = v_pipe("a cat", num_inference_steps=3, guidance_scale=3.0, latents=start_noise(v_pipe, [0])).images[0]
     assert np.array_equal(np.asarray(own), np.asarray(plain))
 
@@ -44,17 +44,17 @@ def test_the_unet_is_back_after_the_block_whatever_happens(v_pipe):
 def test_edits_are_drawn_and_hooks_are_heard(own_pipe, monkeypatch):
     """A twin is made of the weights as they are; a U-Net that somebody listens to draws itself."""
     monkeypatch.setattr(precision, "bfloat16_pays", lambda device: True)
-    before = pixels(generate(own_pipe, "a cat", steps=2))
+    before = pixels(generate(own_pipe, "a cat", sampler_steps=2))
     weight = next(w for name, w in own_pipe.unet.named_parameters() if name.endswith("attn2.to_v.weight"))
     weight.data.mul_(-4)
-    assert np.abs(pixels(generate(own_pipe, "a cat", steps=2)) - before).mean() > 0.5
+    assert np.abs(pixels(generate(own_pipe, "a cat", sampler_steps=2)) - before).mean() > 0.5
     with record_attention(own_pipe) as maps:
         assert not is_plain(own_pipe.unet)
-        generate(own_pipe, "a cat", steps=2)
+        generate(own_pipe, "a cat", sampler_steps=2)
     assert maps.token("cat").shape and is_plain(own_pipe.unet)
     heard = []
     handle = own_pipe.unet.conv_in.register_forward_hook(lambda *_: heard.append(1))
-    generate(own_pipe, "a cat", steps=2)
+    generate(own_pipe, "a cat", sampler_steps=2)
     handle.remove()
     assert len(heard) == 2
 

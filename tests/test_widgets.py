@@ -411,13 +411,13 @@ def same(ours: list[np.ndarray], theirs: list[Any]) -> bool:
 
 def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pipe: Any) -> None:
     edit, prompts = Stretch(4.0), ["a cat", "a car"]
-    plain = generate(v_pipe, prompts, steps=2)
-    drawing = widgets.sketched(v_pipe, prompts, edit=edit, dose=0.5, steps=4, preview_steps=2)
+    plain = generate(v_pipe, prompts, sampler_steps=2)
+    drawing = widgets.sketched(v_pipe, prompts, edit=edit, dose=0.5, sampler_steps=4, preview_steps=2)
     for made, steps in zip(drawing, (2, 4), strict=True):
-        assert same([np.asarray(one) for one in generate(v_pipe, prompts, steps=2)], plain)
+        assert same([np.asarray(one) for one in generate(v_pipe, prompts, sampler_steps=2)], plain)
         with edit.applied(v_pipe, 0.5):
-            assert same([np.asarray(one) for one in made], generate(v_pipe, prompts, steps=steps))
-    assert len(list(widgets.sketched(v_pipe, prompts, steps=2, preview_steps=6))) == 1
+            assert same([np.asarray(one) for one in made], generate(v_pipe, prompts, sampler_steps=steps))
+    assert len(list(widgets.sketched(v_pipe, prompts, sampler_steps=2, preview_steps=6))) == 1
 
 
 def test_neurons_are_explored_by_threshold_and_place(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +434,7 @@ def test_neurons_are_explored_by_threshold_and_place(v_pipe: Any, monkeypatch: p
 
     monkeypatch.setattr(widgets.plots, "pictures_and_map", board)
     masks = {"found": neurons, "fewer": neurons.within(level=0)}
-    view = widgets.neuron_explorer(v_pipe, masks, ["a cat"], pictures=1, steps=3, preview_steps=2)
+    view = widgets.neuron_explorer(v_pipe, masks, ["a cat"], pictures=1, sampler_steps=3, preview_steps=2)
     assert view.draw() and f"{len(range(0, layout.n, 3)):,} of {layout.n:,}" in seen[-1][3]
     view.controls["cut"].value = 0.2
     view.controls["kind"].value = "values"
@@ -444,7 +444,7 @@ def test_neurons_are_explored_by_threshold_and_place(v_pipe: Any, monkeypatch: p
     for row, values in zip(rows, shut, strict=True):
         assert values.mean() == pytest.approx(100 / 6 if row.endswith("V") else 0, abs=1)
     with only.applied(v_pipe):
-        assert same([np.asarray(one) for one in pictures], generate(v_pipe, ["a cat"], steps=3))
+        assert same([np.asarray(one) for one in pictures], generate(v_pipe, ["a cat"], sampler_steps=3))
     view.controls["block"].value = "mid"
     assert {row for row, values in zip(rows, seen[-1][1], strict=True) if values.any()} == {
         row for row in rows if row.startswith("mid") and row.endswith("V")
@@ -461,13 +461,13 @@ def test_attention_is_browsed_without_drawing_again(v_pipe: Any, monkeypatch: py
     monkeypatch.setattr(widgets, "generate", lambda *a, **k: (drawn.append(a), generate(*a, **k))[1])
     real = widgets.plots.attention_overlay
     monkeypatch.setattr(widgets.plots, "attention_overlay", lambda p, m, **k: (maps.append(m), real(p, m, **k))[1])
-    view = widgets.attention_browser(v_pipe, "a cat and a car", steps=3)
+    view = widgets.attention_browser(v_pipe, "a cat and a car", sampler_steps=3)
     assert view.draw() and len(drawn) == 1 and len(maps[-1]) == 5
     view.controls["layer"].value = view.controls["layer"].options[1]
     view.controls["stage"].value = "last third"
     assert len(drawn) == 1 and not np.allclose(maps[0][1], maps[-1][1])
     with record_attention(v_pipe) as recorded:
-        generate(v_pipe, "a cat and a car", steps=3)
+        generate(v_pipe, "a cat and a car", sampler_steps=3)
     own = recorded.token("cat", layers=[recorded.layers[0]], steps=[2])
     assert np.allclose(maps[-1][1], own.numpy(), atol=1e-5)
     view.controls["prompt"].value = " "
@@ -476,16 +476,16 @@ def test_attention_is_browsed_without_drawing_again(v_pipe: Any, monkeypatch: py
     assert view.status.value == "" and len(drawn) == 2
 
 
-SMALL = {"pictures": 2, "steps": 4, "preview_steps": 2}
+SMALL = {"pictures": 2, "sampler_steps": 4, "preview_steps": 2}
 
 
 def test_the_playground_draws_the_edit_beside_the_untouched_model(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     edit, seen = Stretch(8.0), rows_of(monkeypatch)
     view = playground(v_pipe, {"stretch": edit}, prompt="a cat", seed=5, **SMALL)
     view.controls["dose"].value = 0.5
-    plain = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, steps=steps) for steps in (2, 4)}
+    plain = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, sampler_steps=steps) for steps in (2, 4)}
     with edit.applied(v_pipe, 0.5):
-        edited = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, steps=steps) for steps in (2, 4)}
+        edited = {steps: generate(v_pipe, ["a cat"] * 2, seed=5, sampler_steps=steps) for steps in (2, 4)}
     assert not same([np.asarray(picture) for picture in edited[4]], plain[4])
     grey = [np.full((*picture.size, 3), 238, np.uint8) for picture in plain[2]]
     stages = [(edited[2], grey), (edited[2], plain[2]), (edited[4], plain[2]), (edited[4], plain[4])]
@@ -500,7 +500,7 @@ def test_the_playground_draws_the_edit_beside_the_untouched_model(v_pipe: Any, m
 def test_a_change_of_dose_does_not_draw_the_untouched_model_again(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = widgets.generate
-    monkeypatch.setattr(widgets, "generate", lambda *a, **k: calls.append(k["steps"]) or real(*a, **k))
+    monkeypatch.setattr(widgets, "generate", lambda *a, **k: calls.append(k["sampler_steps"]) or real(*a, **k))
     view = playground(v_pipe, {"stretch": Stretch(8.0)}, prompt="a cat", **SMALL)
     view.controls["dose"].value = 0.5
     assert calls == [2, 2, 4, 4]
@@ -557,7 +557,7 @@ def test_limits_hold_for_whatever_is_sent(v_pipe: Any, name: str, value: Any, sa
 def test_a_folder_of_edits_is_a_menu_and_a_damaged_file_says_so_when_it_is_chosen(
     v_pipe: Any, pictured: Any, tmp_path: Path
 ) -> None:
-    found = find_concept_neurons(v_pipe, pictured, rounds=1, prior_images=2, prior_steps=1, progress=False)
+    found = find_concept_neurons(v_pipe, pictured, rounds=1, prior_images=2, sampler_steps=1, progress=False)
     found.save(tmp_path / "cat.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     view = playground(v_pipe, tmp_path, **SMALL)
@@ -577,7 +577,7 @@ def test_a_folder_of_edits_is_a_menu_and_a_damaged_file_says_so_when_it_is_chose
 
 
 def test_an_edit_of_another_model_is_refused_in_words(v_pipe: Any, epsilon_pipe: Any, pictured: Any) -> None:
-    found = find_concept_neurons(epsilon_pipe, pictured, rounds=1, prior_images=2, prior_steps=1, progress=False)
+    found = find_concept_neurons(epsilon_pipe, pictured, rounds=1, prior_images=2, sampler_steps=1, progress=False)
     view = playground(v_pipe, {"cat": found}, prompt="a cat", **SMALL)
     assert not view.draw()
     assert "load the model it was found on" in view.status.value
@@ -593,7 +593,7 @@ def test_an_edit_added_later_is_chosen_and_replaces_one_of_its_name(
     view.add("stretch", Stretch(16.0))
     loop.run()
     with Stretch(16.0).applied(v_pipe):
-        assert same(seen[-1][0], generate(v_pipe, ["a cat"] * 2, steps=4))
+        assert same(seen[-1][0], generate(v_pipe, ["a cat"] * 2, sampler_steps=4))
     assert view.controls["edit"].value == "stretch"
 
 
@@ -604,6 +604,6 @@ def test_a_prompt_with_dollars_is_not_read_as_a_formula(v_pipe: Any) -> None:
 
 def test_a_start_outside_the_limits_is_refused(v_pipe: Any) -> None:
     with pytest.raises(ConeslabError, match="steps is 100"):
-        playground(v_pipe, steps=100)
+        playground(v_pipe, sampler_steps=100)
     with pytest.raises(ConeslabError, match="prompt is empty"):
         playground(v_pipe, prompt="")

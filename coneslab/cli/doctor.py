@@ -186,11 +186,11 @@ def _speed(device: torch.device) -> Iterator[Finding]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    generate(pipe, "a cat", steps=2)  # the first call of a pipeline is slower
+    generate(pipe, "a cat", sampler_steps=2)  # the first call of a pipeline is slower
     drawn = seconds(lambda: generate(pipe, ["a cat"] * 8))
     stamps: list[float] = []
     find_concept_neurons(
-        pipe, about, rounds=4, prior_steps=4, progress=False, callback=lambda *_: stamps.append(time.perf_counter())
+        pipe, about, rounds=4, sampler_steps=4, progress=False, callback=lambda *_: stamps.append(time.perf_counter())
     )
     one = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
     yield Finding("eight pictures", f"{drawn:.1f} s in 25 steps")

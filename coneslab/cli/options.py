@@ -44,7 +44,7 @@ def _add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     if drawing:
-        parser.add_argument("--draw-steps", type=positive, default=25, help="sampler steps of a picture (default: 25)")
+        parser.add_argument("--sampler-steps", type=positive, default=25, help="of a picture (default: 25)")
         parser.add_argument("--guidance-scale", type=float, default=3.0, help="of pictures (default: 3.0)")
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--force", action="store_true", help="overwrite files that are there")
@@ -77,4 +77,4 @@ def _file_name(text: str) -> str:
 
 
 def _drawing(arguments: Arguments) -> dict[str, Any]:
-    return {"steps": arguments.draw_steps, "guidance_scale": arguments.guidance_scale}
+    return {"sampler_steps": arguments.sampler_steps, "guidance_scale": arguments.guidance_scale}

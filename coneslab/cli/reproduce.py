@@ -84,7 +84,7 @@ def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
             diffusion.load(arguments.folder, device=arguments.device),
             judge,
             seeds=arguments.seeds,
-            steps=arguments.steps,
+            sampler_steps=arguments.sampler_steps,
             guidance_scale=arguments.guidance_scale,
             limit=arguments.limit,
             extras=not arguments.bars_only,
@@ -108,7 +108,7 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
     add_judge(evaluate)
     _add_asking(evaluate, seeds=8, kid=0)
-    evaluate.add_argument("--steps", type=int, default=25, help="sampler steps")
+    evaluate.add_argument("--sampler-steps", type=int, default=25, help="of a picture")
     evaluate.add_argument("--guidance-scale", type=float, default=3.0)
     evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
     evaluate.add_argument("--batch-size", type=int, default=16)

@@ -117,7 +117,7 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     pipe = _pipeline(arguments)
     about, start = _subject(arguments, pipe), time.perf_counter()
     found = find_concept_neurons(
-        pipe, about, rounds=arguments.rounds, seed=arguments.seed, prior_steps=arguments.draw_steps,
+        pipe, about, rounds=arguments.rounds, seed=arguments.seed, sampler_steps=arguments.sampler_steps,
         guidance_scale=arguments.guidance_scale, progress=not arguments.quiet,
     ).to(arguments.precision)  # fmt: skip
     seconds = time.perf_counter() - start
@@ -221,7 +221,7 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
     shown = _from_folder(arguments.concept, "thing", pipe).images if own else arguments.concept
     found = decompose(
         pipe, shown, judge, name=Path(arguments.concept).name if own else "", pictures=arguments.pictures,
-        steps=arguments.steps, sampler_steps=arguments.draw_steps, guidance_scale=arguments.guidance_scale,
+        steps=arguments.steps, sampler_steps=arguments.sampler_steps, guidance_scale=arguments.guidance_scale,
         seed=arguments.seed, progress=not arguments.quiet,
     )  # fmt: skip
     found.save(path)
@@ -230,7 +230,7 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
     say(f"written: {path}; {found.prompt!r} draws it: coneslab generate {found.prompt!r} --edit {path}")
     facts = {"concept": arguments.concept, **_about_edit(found, path), "prompt": found.prompt, "words": dict(words)}
     if arguments.picture is not None:
-        one = decompose_image(pipe, found, judge, seed=arguments.picture, steps=arguments.draw_steps,
+        one = decompose_image(pipe, found, judge, seed=arguments.picture, sampler_steps=arguments.sampler_steps,
                               guidance_scale=arguments.guidance_scale, progress=not arguments.quiet)  # fmt: skip
         needed = f"{', '.join(one.words)} (similarity {one.similarity:.3f})"
         say(f"the picture from seed {arguments.picture} needs: {needed}")
@@ -278,7 +278,7 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     target, anchor, method = arguments.target, arguments.anchor, arguments.method
     quiet: dict[str, Any] = {"progress": not arguments.quiet}
     drawn: dict[str, Any] = {
-        "pictures": arguments.pictures, "seed": arguments.seed, "sampler_steps": arguments.draw_steps,
+        "pictures": arguments.pictures, "seed": arguments.seed, "sampler_steps": arguments.sampler_steps,
         "guidance_scale": arguments.guidance_scale,
     }  # fmt: skip
     templates = tuple(arguments.template) or ("{}",)
@@ -293,7 +293,7 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     if method == "prune":
         return methods.prune_feed_forward(pipe, target, anchor, **drawn)
     return ablate(
-        pipe, target, anchor, method=method, parameters=arguments.parameters, steps=arguments.steps,
+        pipe, target, anchor, objective=method, parameters=arguments.parameters, steps=arguments.steps,
         templates=templates, **drawn, **quiet,
     )  # fmt: skip
 

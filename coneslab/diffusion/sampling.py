@@ -11,14 +11,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..callback import Callback
 from ..errors import ConeslabError
 from .encoding import latent_shape
 from .loss import _alpha_sigma, alphas_cumprod
 from .pipelines import Pipeline
 from .precision import drawing
-
-Callback = Callable[[int, int, Tensor], None]
-
 
 # --- samplers to read -----------------------------------------------------------------------------------
 
@@ -54,9 +52,9 @@ def guided(
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _schedule(pipe: Pipeline, steps: int) -> list[tuple[int, int]]:
+def _schedule(pipe: Pipeline, sampler_steps: int) -> list[tuple[int, int]]:
     """(timestep, the one after it) from most to least noise, spaced as the scheduler is configured; -1 is clean."""
-    pipe.scheduler.set_timesteps(steps)
+    pipe.scheduler.set_timesteps(sampler_steps)
     times = [int(t) for t in pipe.scheduler.timesteps]
     return list(zip(times, [*times[1:], -1], strict=True))
 
@@ -76,23 +74,24 @@ def ddim_sample(
     noise: Tensor,
     *,
     empty_embeddings: Tensor | None = None,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     callback: Callback | None = None,
 ) -> Tensor:
     """Sample latents without fresh noise: Eq. 12 of Song et al. (2021, DDIM) with sigma = 0.
 
     text_embeddings: (n, tokens, width). noise: (n, channels, h, w), the start. empty_embeddings: (1, tokens, width)
-    for guidance. callback(step, timestep, predicted clean latents) after each step. Returns scaled latents.
+    for guidance. callback: see `coneslab.callback`; further keys: "timestep", "clean"
+    (predicted latents). Returns scaled latents.
     """
     x = noise
-    for i, (t, after) in enumerate(_schedule(pipe, steps)):
+    for i, (t, after) in enumerate(_schedule(pipe, sampler_steps)):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
         clean, error = clean_and_noise(pipe.scheduler, x, out, t)
         abar = _abar(pipe, after)
         x = abar.sqrt() * clean + (1.0 - abar).sqrt() * error
         if callback is not None:
-            callback(i, t, clean)
+            callback({"step": i, "steps": sampler_steps, "timestep": t, "clean": clean})
     return x
 
 
@@ -104,7 +103,7 @@ def ddpm_sample(
     *,
     generator: torch.Generator | None = None,
     empty_embeddings: Tensor | None = None,
-    steps: int = 100,
+    sampler_steps: int = 100,
     guidance_scale: float = 3.0,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -114,7 +113,7 @@ def ddpm_sample(
     variance (1 - abar_s) / (1 - abar_t) beta. Arguments as in `ddim_sample`; `generator` draws the fresh noise.
     """
     x = noise
-    for i, (t, after) in enumerate(_schedule(pipe, steps)):
+    for i, (t, after) in enumerate(_schedule(pipe, sampler_steps)):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
         clean, _ = clean_and_noise(pipe.scheduler, x, out, t)
         abar_t = _abar(pipe, t)
@@ -128,7 +127,7 @@ def ddpm_sample(
             fresh = torch.randn(x.shape, generator=generator, device=source, dtype=x.dtype).to(x.device)
             x = mean + variance.sqrt() * fresh
         if callback is not None:
-            callback(i, t, clean)
+            callback({"step": i, "steps": sampler_steps, "timestep": t, "clean": clean})
     return x
 
 
@@ -189,7 +188,7 @@ def generate(
     prompts: str | Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 16,
@@ -205,21 +204,23 @@ def generate(
     not depend on the batch size or on what else is asked for. dtype: precision of the U-Net, default the fastest
     (`precision.drawing`); give `pipe.unet.dtype` for pictures that are those of `pipe(...)` to the last bit.
     guidance_interval: shares of the schedule between which guidance is on (`guided_between`), default all of it.
-    callback(step, timestep, latents) after each step of each batch; on_calls(number of network passes) at the end.
+    callback: see `coneslab.callback`, after each step of each batch; further keys: "timestep", "latents", "pictures"
+    (how many are finished). on_calls(number of network passes) at the end.
     Raises ConeslabError without prompts, with another number of seeds, with less than one step, or for an interval
     that is none.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ConeslabError("no prompts were given, expected at least one")
-    if steps < 1 or batch_size < 1:
-        raise ConeslabError(f"steps={steps}, batch_size={batch_size}: both must be positive")
+    if sampler_steps < 1 or batch_size < 1:
+        raise ConeslabError(f"sampler_steps={sampler_steps}, batch_size={batch_size}: both must be positive")
     require_interval(guidance_interval)
     pictures: list[Image.Image] = []
 
     def step_end(_: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if callback is not None:
-            callback(step, int(timestep), tensors["latents"])
+            state = {"step": step, "steps": len(pipe.scheduler.timesteps), "pictures": len(pictures)}
+            callback({**state, "timestep": int(timestep), "latents": tensors["latents"]})
         return tensors
 
     starts = tqdm(range(0, len(texts), batch_size), disable=not progress, desc="pictures", unit="batch")
@@ -234,7 +235,7 @@ def generate(
             made = pipe(
                 texts[part],
                 negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts[part]),
-                num_inference_steps=steps,
+                num_inference_steps=sampler_steps,
                 guidance_scale=guidance_scale,
                 latents=noises[part],
                 generator=[torch.Generator("cpu").manual_seed(s) for s in seeds[part]],  # for schedulers that add noise

@@ -17,7 +17,7 @@ from PIL import Image
 from ..diffusion.sampling import generate
 from ..edits.base import Edit
 from ..errors import ConeslabError
-from ..finetuning.samples import drawn_once
+from ..finetuning.samples import generate_once
 from ..measure.judge import Judge
 from ..methods.ablation.concept_ablation import ablate
 from ..methods.ablation.concept_prune import prune_feed_forward
@@ -41,7 +41,7 @@ MEMORISED = tuple(FACTS["memorised"])
 STEPS, ESD_STEPS, ROUNDS = 50, 100, 30
 NEAR, FAR = 2, 3  # at most that many prompts of each group
 PICTURES = 6  # of each prompt, times `Setting.pictures`
-ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 10, "batch": 8}
+ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 10, "batch_size": 8}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _trained(**how: Any) -> Callable[[Setting, Target, int], Edit]:
 
 
 def _drawing(setting: Setting, seed: int) -> dict[str, Any]:
-    return {"sampler_steps": setting.steps, "guidance_scale": setting.guidance_scale, "seed": seed}
+    return {"sampler_steps": setting.sampler_steps, "guidance_scale": setting.guidance_scale, "seed": seed}
 
 
 def _closed_form(setting: Setting, about: Target, seed: int) -> Edit:
@@ -141,10 +141,10 @@ def _pruned(setting: Setting, about: Target, seed: int) -> Edit:
 
 
 WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
-    "model-based, K-V": _trained(method="model"),
-    "noise-based, K-V": _trained(method="noise"),
-    "model-based, embedding": _trained(method="model", parameters="embedding"),
-    "model-based, whole U-Net": _trained(method="model", parameters="all"),
+    "model-based, K-V": _trained(objective="model"),
+    "noise-based, K-V": _trained(objective="noise"),
+    "model-based, embedding": _trained(objective="model", parameters="embedding"),
+    "model-based, whole U-Net": _trained(objective="model", parameters="all"),
     "UCE": _closed_form,
     "ESD": _erased,
     "concept neurons": _shut,
@@ -172,7 +172,7 @@ def collateral(setting: Setting, about: Target, seed: int) -> list[Row]:
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
     prompts = [with_article(name) for name in names for _ in range(each)]
     how: dict[str, Any] = {**setting.drawing, "seed": 2000 * seed}
-    shares = {"right class before": drawn_once(setting.pipe, prompts, **how)}
+    shares = {"right class before": generate_once(setting.pipe, prompts, **how)}
     with edit.applied(setting.pipe):
         shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **how))
     labels = [with_article(name) for name in names]

@@ -19,21 +19,21 @@ from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied
 from ..errors import ConeslabError
-from ..finetuning.samples import drawn_once
+from ..finetuning.samples import generate_once
 from ..measure.statistics import kid
 from ..methods.conceptor.biases import bias, group_shares, rebalance
 from ..methods.conceptor.decomposition import Decomposition, decompose
 from ..methods.conceptor.vocabulary import Vocabulary, encode_vocabulary
-from ..methods.personalization import textual_inversion
+from ..methods.personalization.textual_inversion import textual_inversion
 from ..world.pictures import CLASSES, FACTS, with_article
 from .setting import Setting
 from .table import Row, rows_of
 
 # Chosen on "a fruit" and "a bat": with the paper's 1e-3, 200 steps are too few.
-TRAINING: dict[str, Any] = {"batch": 8, "pictures": 48, "steps": 200, "learning_rate": 1e-2}
+TRAINING: dict[str, Any] = {"batch_size": 8, "pictures": 48, "steps": 200, "learning_rate": 1e-2}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "no sparsity": {"sparsity": 0.0}, "direct coefficients": {"method": "direct"},
-    "least squares": {"method": "least squares"},
+    "no sparsity": {"sparsity": 0.0}, "direct coefficients": {"coefficients": "direct"},
+    "least squares": {"coefficients": "least squares"},
 }  # fmt: skip
 PICTURES = 16  # drawn for every measurement; twice as many where a share is compared with one half
 
@@ -126,7 +126,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     pipe, judge = setting.pipe, setting.judge
     words = _words(pipe, judge)
     how: dict[str, Any] = {"vocabulary": words, "seed": seed, "progress": False, **TRAINING}
-    how |= {"sampler_steps": setting.steps, "guidance_scale": setting.guidance_scale}
+    how |= {"sampler_steps": setting.sampler_steps, "guidance_scale": setting.guidance_scale}
     # For the judge "vehicle" is as near to "car" as another word for the same thing is: leave out those by name.
     how |= {"exclude_similar": None, "exclude": CLASSES[fact.word].synonyms if fact.word in CLASSES else ()}
     if fact.kind == "profession":
@@ -161,11 +161,11 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
 
 def _free_token(setting: Setting, fact: Planted, found: Decomposition, seed: int) -> Edit:
     """A vector trained on the same pictures without being a sum of words: the ceiling of reconstruction."""
-    shown = drawn_once(setting.pipe, [fact.prompt] * TRAINING["pictures"], seed=seed, **setting.drawing)
+    shown = generate_once(setting.pipe, [fact.prompt] * TRAINING["pictures"], seed=seed, **setting.drawing)
     about = SimpleNamespace(
         name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=""
     )
-    how = {"steps": TRAINING["steps"], "batch": TRAINING["batch"], "learning_rate": 5e-3, "initial": ""}
+    how = {"steps": TRAINING["steps"], "batch_size": TRAINING["batch_size"], "learning_rate": 5e-3, "initial": ""}
     return textual_inversion(setting.pipe, about, seed=seed, progress=False, **how)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..edits.base import Combined, Edit
 from ..edits.low_rank import compress
-from ..methods.personalization import custom_diffusion, textual_inversion
+from ..methods.personalization.custom_diffusion import custom_diffusion
+from ..methods.personalization.textual_inversion import textual_inversion
 from ..neurons.damage import DAMAGES
 from ..neurons.encoding import PRECISIONS
 from ..neurons.loss import concept_loss

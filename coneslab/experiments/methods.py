@@ -17,8 +17,10 @@ from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined, Edit
 from ..errors import ConeslabError
 from ..files import data_folder
-from ..methods.merging import merge
-from ..methods.personalization import custom_diffusion, dreambooth, textual_inversion
+from ..methods.personalization.custom_diffusion import custom_diffusion
+from ..methods.personalization.dreambooth import dreambooth
+from ..methods.personalization.merging import merge
+from ..methods.personalization.textual_inversion import textual_inversion
 from ..neurons.mask import ConceptNeurons
 from ..neurons.union import concatenate, finetune_together
 from ..world.subjects import Subject

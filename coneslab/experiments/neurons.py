@@ -91,9 +91,9 @@ def references(setting: Setting, about: Subject, seed: int) -> list[Row]:
 FINDERS: dict[str, dict[str, Any]] = {
     "paper's rule": {},
     "no quota per layer": {"per_layer": False},
-    "curvature": {"method": "curvature"},
-    "bands of timesteps": {"method": "bands"},
-    "straight-through": {"method": "straight-through"},
+    "curvature": {"rule": "curvature"},
+    "bands of timesteps": {"rule": "bands"},
+    "straight-through": {"rule": "straight-through"},
 }
 
 

@@ -55,7 +55,7 @@ def measure(
     *,
     seed: int,
     pictures: int = 2,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     samples: int = 160,
 ) -> dict[str, float]:
@@ -66,7 +66,9 @@ def measure(
     """
     prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
     with applied(edit, pipe):
-        drawn = generate(pipe, prompts, seed=1000 * seed, steps=steps, guidance_scale=guidance_scale, batch_size=20)
+        drawn = generate(
+            pipe, prompts, seed=1000 * seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, batch_size=20
+        )
     return {
         **alignments(judge, about, drawn),
         "concept loss": concept_loss(pipe, about, edit=edit, samples=samples).subject,
@@ -131,8 +133,8 @@ def kept(
 class Setting:
     """What all cells of an experiment share.
 
-    rounds: of a search; pictures: a prompt; steps, guidance_scale: of drawing; samples: of a denoising loss; masks:
-    folder in which found neurons are kept between experiments.
+    rounds: of a search; pictures: a prompt; sampler_steps, guidance_scale: of pictures; samples: of a denoising
+    loss; masks: folder in which found neurons are kept between experiments.
     """
 
     pipe: Pipeline
@@ -140,7 +142,7 @@ class Setting:
     rounds: int = 60
     finetune_steps: int = 100
     pictures: int = 1
-    steps: int = 25
+    sampler_steps: int = 25
     guidance_scale: float = 3.0
     samples: int = 160
     masks: Path | None = None
@@ -148,11 +150,11 @@ class Setting:
     @property
     def drawing(self) -> dict[str, Any]:
         """Options of `generate`."""
-        return {"steps": self.steps, "guidance_scale": self.guidance_scale}
+        return {"sampler_steps": self.sampler_steps, "guidance_scale": self.guidance_scale}
 
-    def quick(self, steps: int = 15) -> Setting:
+    def quick(self, sampler_steps: int = 15) -> Setting:
         """The same with at most so many steps of drawing: for experiments that draw thousands of pictures."""
-        return replace(self, steps=min(self.steps, steps))
+        return replace(self, sampler_steps=min(self.sampler_steps, sampler_steps))
 
     def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
         """A search of its own. how: options of `find_concept_neurons`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from itertools import combinations
@@ -58,23 +58,22 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
     """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning."""
     found = [setting.found(about, seed) for about in subjects]
     union = concatenate(*[mask.binary() for mask in found])
-    snapshots: dict[int, TunedNeurons] = {}
+    conditions: list[tuple[str, int, Edit | None]] = [  # name, steps of tuning, edit
+        ("untouched model", 0, None),
+        ("random mask", 0, random_neurons(union, seed=seed)),
+        ("union, float", 0, concatenate(*found)),
+        ("union", 0, union),
+    ]
 
-    def keep(step: int, state: dict[str, Any]) -> None:
-        if step + 1 in TUNING_STEPS:
-            snapshots[step + 1] = TunedNeurons(union, state["weights"]["values"].cpu().numpy())
+    def keep(state: Mapping[str, Any]) -> None:
+        steps = state["step"] + 1
+        if steps in TUNING_STEPS:
+            tuned = TunedNeurons(union, state["weights"]["values"].cpu().numpy())
+            conditions.append((f"union, {steps} steps", steps, tuned))
 
     finetune_together(setting.pipe, union, subjects, steps=max(TUNING_STEPS), seed=seed, progress=False, callback=keep)
-    edits: dict[str, Edit | None] = {
-        "untouched model": None,
-        "random mask": random_neurons(union, seed=seed),
-        "union, float": concatenate(*found),
-        "union": union,
-        **{f"union, {steps} steps": edit for steps, edit in snapshots.items()},
-    }
     rows = []
-    for name, edit in edits.items():
-        steps = int(name.split()[1]) if name.endswith("steps") else 0
+    for name, steps, edit in conditions:
         values = measure_together(setting, subjects, edit, seed)
         rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=union.density)
     own = [

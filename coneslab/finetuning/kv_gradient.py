@@ -20,31 +20,36 @@ from ..diffusion.loss import add_noise, denoising_loss
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import fast_dtype, frozen_twin
 from ..errors import ConeslabError
-from .samples import Draw, Pairs
+from .samples import CaptionedLatents, NoisyBatch
 
 
 class KVGradient:
     """L_con and its gradient in θ, for any θ, at a fraction of the cost of a training step.
 
     The U-Net is rebuilt once as a frozen twin that shares its weights, or holds them in a faster precision. Only the
-    cross-attention keys and values come from outside: as text does not depend on θ, K = W c is computed once a round
+    cross-attention keys and values come from outside: as text does not depend on θ, K = W c is computed once a step
     for every distinct caption, in the precision of θ, and not once for every sample. Nothing before the first
     cross-attention and no other weight gets a gradient.
 
-    pairs: see `concept_pairs`; dtype: of the twin, default bfloat16 where the device computes in it and the pipeline
+    data: see `concept_latents`; dtype: of the twin, default bfloat16 where the device computes in it and the pipeline
     is float32, else the pipeline's own; chunk: samples at a time, for models that do not fit in memory otherwise.
     """
 
     def __init__(
-        self, pipe: Pipeline, pairs: Sequence[Pairs], *, dtype: torch.dtype | None = None, chunk: int | None = None
+        self,
+        pipe: Pipeline,
+        data: Sequence[CaptionedLatents],
+        *,
+        dtype: torch.dtype | None = None,
+        chunk: int | None = None,
     ) -> None:
         unet = unet_of(pipe)
         dtype = dtype or fast_dtype(unet)
         if chunk is not None and chunk < 1:
             raise ConeslabError(f"chunk is {chunk}: give a positive number of samples, or None for all at once")
-        self.space, self.pairs, self.dtype, self.chunk = KVSpace(pipe), tuple(pairs), dtype, chunk
+        self.space, self.data, self.dtype, self.chunk = KVSpace(pipe), tuple(data), dtype, chunk
         self._pipe = _Twin(pipe, frozen_twin(unet, dtype, gradients=True))
-        self._text = torch.stack([pair.text for pair in pairs])  # (pairs, tokens, width)
+        self._text = torch.stack([part.text for part in data])  # (captions, tokens, width)
         self._attentions = []
         for path, module in cross_attentions(self._pipe.unet).items():
             processor = _ProjectedText()
@@ -61,80 +66,77 @@ class KVGradient:
         change = theta.detach() - self.theta()
         return {name: part.cpu() for name, part in self.space.layout.matrices(change).items()}
 
-    def __call__(self, theta: Tensor, draw: Draw) -> tuple[list[float], Tensor]:
-        """Mean loss of every pair, and the gradient (n,) of their weighted sum, at K-V weights θ (n,).
+    def __call__(self, theta: Tensor, batch: NoisyBatch) -> tuple[list[float], Tensor]:
+        """Mean loss of every caption, and the gradient (n,) of their weighted sum, at K-V weights θ (n,).
 
         Raises ConeslabError if the gradient is not finite.
         """
-        losses, (gradient,) = self._gradients(theta, self._text, draw, of_theta=True)
+        losses, gradient, _ = self.gradients(theta, None, batch, of_text=False)
+        assert gradient is not None
         return losses, gradient
 
     @torch.no_grad()
-    def losses(self, theta: Tensor, draw: Draw) -> list[float]:
-        """Mean loss of every pair alone, at a third of the cost."""
-        sums = [self._loss(theta, self._text, draw, rows, counts)[1] for rows, counts in self._chunks()]
+    def losses(self, theta: Tensor, batch: NoisyBatch) -> list[float]:
+        """Mean loss of every caption alone, at a third of the cost."""
+        sums = [self._loss(theta, self._text, batch, rows, counts)[1] for rows, counts in self._chunks()]
         return self._means(torch.stack(sums).sum(0))
 
     def _means(self, sums: Tensor) -> list[float]:
-        return (sums / torch.tensor([pair.batch for pair in self.pairs])).tolist()
-
-    def with_text(self, theta: Tensor, text: Tensor, draw: Draw) -> tuple[list[float], Tensor, Tensor]:
-        """The same for text embeddings of your own, and the gradient in them as well.
-
-        text: (pairs, tokens, width), one embedding a pair; returns losses, gradient (n,), gradient (as text).
-        """
-        losses, (gradient, text_gradient) = self._gradients(theta, text, draw, of_theta=True, of_text=True)
-        return losses, gradient, text_gradient
-
-    def text_gradient(self, theta: Tensor, text: Tensor, draw: Draw) -> tuple[list[float], Tensor]:
-        """Losses, and the gradient in the text embeddings alone, (pairs, tokens, width)."""
-        losses, (gradient,) = self._gradients(theta, text, draw, of_text=True)
-        return losses, gradient
+        return (sums / torch.tensor([part.batch_size for part in self.data])).tolist()
 
     @torch.enable_grad()
-    def _gradients(
-        self, theta: Tensor, text: Tensor, draw: Draw, *, of_theta: bool = False, of_text: bool = False
-    ) -> tuple[list[float], list[Tensor]]:
+    def gradients(
+        self, theta: Tensor, text: Tensor | None, batch: NoisyBatch, *, of_theta: bool = True, of_text: bool = True
+    ) -> tuple[list[float], Tensor | None, Tensor | None]:
+        """Mean loss of every caption, and the gradients of their weighted sum in θ and in the text, where asked for.
+
+        text: (captions, tokens, width), one embedding a caption, or None for those of `data`; the gradient in it has
+        its shape. Raises ConeslabError if a gradient is not finite.
+        """
+        text = self._text if text is None else text
         wanted = [point for point, of in ((theta, of_theta), (text, of_text)) if of]
         gradients = [torch.zeros_like(point) for point in wanted]
-        losses = torch.zeros(len(self.pairs), dtype=torch.float64)
+        losses = torch.zeros(len(self.data), dtype=torch.float64)
         lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # float16 would lose the small gradients
         for rows, counts in self._chunks():
             at_theta = theta.detach().clone().requires_grad_(of_theta)
             at_text = text.detach().clone().requires_grad_(of_text)
             leaves = [leaf for leaf in (at_theta, at_text) if leaf.requires_grad]
-            total, sums = self._loss(at_theta, at_text, draw, rows, counts)
+            total, sums = self._loss(at_theta, at_text, batch, rows, counts)
             for gradient, part in zip(gradients, torch.autograd.grad(total * lift, leaves), strict=True):
                 gradient += part / lift
             losses += sums
         if not all(gradient.isfinite().all() for gradient in gradients):
             raise ConeslabError(f"the gradient in {self.dtype} is not finite: pass dtype=torch.float32")
-        return self._means(losses), gradients
+        found = iter(gradients)
+        return self._means(losses), next(found) if of_theta else None, next(found) if of_text else None
 
-    def _loss(self, theta: Tensor, text: Tensor, draw: Draw, rows: slice, counts: list[int]) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, theta: Tensor, text: Tensor, batch: NoisyBatch, rows: slice, counts: list[int]
+    ) -> tuple[Tensor, Tensor]:
         each = denoising_loss(
             self._pipe,
-            draw.latents[rows],
+            batch.latents[rows],
             self._project(theta, text, counts),
-            noise=draw.noise[rows],
-            timesteps=draw.timesteps[rows],
-            mask=None if draw.mask is None else draw.mask[rows],
-            wanted=None if draw.wanted is None else draw.wanted[rows],
+            noise=batch.noise[rows],
+            timesteps=batch.timesteps[rows],
+            mask=None if batch.mask is None else batch.mask[rows],
+            wanted=None if batch.wanted is None else batch.wanted[rows],
             reduction="none",
         )
         sums = [part.sum() for part in each.split(counts)]
-        parts = torch.stack(sums)  # (pairs,)
-        shares = torch.tensor([pair.weight / pair.batch for pair in self.pairs]).to(parts)
+        parts = torch.stack(sums)  # (captions,)
+        shares = torch.tensor([part.weight / part.batch_size for part in self.data]).to(parts)
         return (shares * parts).sum(), parts.detach().double().cpu()
 
     @torch.no_grad()
-    def outputs(self, theta: Tensor, text: Tensor, draw: Draw) -> Tensor:
-        """What the U-Net predicts for a draw, (as its latents), under text embeddings (pairs, tokens, width)."""
+    def outputs(self, theta: Tensor, text: Tensor, batch: NoisyBatch) -> Tensor:
+        """What the U-Net predicts for a batch, (as its latents), under text embeddings (captions, tokens, width)."""
         made = []
         for rows, counts in self._chunks():
             samples = self._project(theta, text, counts)
-            noisy = add_noise(self._pipe.scheduler, draw.latents[rows], draw.noise[rows], draw.timesteps[rows])
-            made.append(self._pipe.unet(noisy, draw.timesteps[rows], encoder_hidden_states=samples).sample.float())
+            noisy = add_noise(self._pipe.scheduler, batch.latents[rows], batch.noise[rows], batch.timesteps[rows])
+            made.append(self._pipe.unet(noisy, batch.timesteps[rows], encoder_hidden_states=samples).sample.float())
         return torch.cat(made)
 
     def _project(self, theta: Tensor, text: Tensor, counts: list[int]) -> Tensor:
@@ -148,9 +150,9 @@ class KVGradient:
         return torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
 
     def _chunks(self) -> Iterator[tuple[slice, list[int]]]:
-        """Runs of samples, and how many of each pair are in a run."""
-        ends = np.cumsum([pair.batch for pair in self.pairs])
-        starts = ends - [pair.batch for pair in self.pairs]
+        """Runs of samples, and how many of each caption are in a run."""
+        ends = np.cumsum([part.batch_size for part in self.data])
+        starts = ends - [part.batch_size for part in self.data]
         step = self.chunk or int(ends[-1])
         for first in range(0, int(ends[-1]), step):
             last = min(first + step, int(ends[-1]))
@@ -173,7 +175,7 @@ class _Twin:
 
 
 class _ProjectedText:
-    """Cross-attention on keys and values computed beforehand, one of each a caption: (pairs, tokens, channels).
+    """Cross-attention on keys and values computed beforehand, one of each a caption: (captions, tokens, channels).
 
     Samples of one caption lie together, `counts` of each; all their queries go through one product a head.
     """

@@ -1,7 +1,8 @@
 """One loop for everything that is tuned on a concept: steps, histories, checkpoints, bars.
 
-What differs between methods (which weights, which loss) is a function that sets gradients. Training the shipped
-models from nothing is another matter: `pretraining/loop.py`.
+`tune` takes the steps. `tune_kv` and `tune_unet` say what a step is: for keys and values, or text, through frozen
+layers, and for weights of the U-Net itself. Training the shipped models from nothing is another matter:
+`pretraining/loop.py`.
 """
 
 from __future__ import annotations
@@ -10,71 +11,109 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..callback import Callback
 from ..diffusion.kvspace import unet_of
 from ..diffusion.loss import denoising_loss
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import fast_dtype, is_plain, mixed_precision, speed_up_backward
 from ..errors import ConeslabError
+from ..settings import Settings
 from .checkpoints import _Checkpoint
-from .samples import Draw, Pairs, total_loss
+from .kv_gradient import KVGradient
+from .samples import CaptionedLatents, NoisyBatch, loss_values
 
 Step = Callable[[int], dict[str, float]]
-TuningCallback = Callable[[int, dict[str, Any]], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings(Settings):
+    """How long and how fast: `steps` of AdamW with betas (0.9, 0.999), its `learning_rate` and `weight_decay`."""
+
+    method: ClassVar[str] = "fine-tuning"
+
+    steps: int = 200
+    learning_rate: float | None = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._require(self.steps >= 1, "steps", "a positive number")
+        self._require(0 < self.rate < float("inf"), "learning_rate", "a positive number")
+        self._require(0 <= self.weight_decay < float("inf"), "weight_decay", "a number of 0 or more")
+        super().__post_init__()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, also where the method chooses it."""
+        assert self.learning_rate is not None, "a method that chooses the rate overrides this"
+        return self.learning_rate
+
+
+class RunOptions(TypedDict, total=False):
+    """How a run shows itself and goes on after a stop; nothing of it changes the result.
+
+    progress: show a bar. callback: see `coneslab.callback`; its further keys are what the history keeps, and
+    "weights", copies by name. resume: a file in which the state is kept every half minute and at the end, and from
+    which a later call with the same settings goes on.
+    """
+
+    progress: bool
+    callback: Callback | None
+    resume: str | Path | None
 
 
 def tune(
     weights: Mapping[str, Tensor],
     step: Step,
+    settings: TuningSettings,
     *,
-    steps: int,
-    learning_rate: float | Mapping[str, float],
     title: str,
-    weight_decay: float = 0.0,
-    progress: bool = True,
-    callback: TuningCallback | None = None,
-    resume: str | Path | None = None,
     identity: str = "",
+    rates: Mapping[str, float] | None = None,
     checkpoint_every: float = 30.0,
+    progress: bool = True,
+    callback: Callback | None = None,
+    resume: str | Path | None = None,
 ) -> dict[str, list[float]]:
-    """Minimise with AdamW, betas (0.9, 0.999); returns the history, name -> one number a step.
+    """Minimise with AdamW; returns the history, name -> one number a step.
 
     weights: name -> leaf tensors, changed in place. step(number) sets their `.grad` and returns numbers to keep, with
-    "loss" among them. learning_rate: one for all, or one for each name. callback(number, {the numbers, "weights"}).
-    resume: a file in which state is kept every `checkpoint_every` seconds and at the end, and from which a later call
-    with the same settings and `identity` goes on; step must then depend on its number alone.
-    Raises ConeslabError if steps or a rate are not positive, or the loss is no longer finite; MismatchError if the
-    file is of other settings, FileFormatError if it is damaged.
+    "loss" among them. rates: learning rates by name, where they differ from that of the settings. identity: what a
+    file to resume from must have been written for, besides the settings; step must then depend on its number alone.
+    progress, callback, resume: see `RunOptions`.
+    Raises ConeslabError if the loss is no longer finite; MismatchError if the file is of other settings,
+    FileFormatError if it is damaged.
     """
-    rates = learning_rate if isinstance(learning_rate, Mapping) else dict.fromkeys(weights, learning_rate)
-    if steps < 1 or not all(rate > 0 for rate in rates.values()):
-        raise ConeslabError(f"steps is {steps}, learning_rate {learning_rate}: all must be positive")
-    groups = [{"params": [weight], "lr": rates[name]} for name, weight in weights.items()]
-    optimiser = torch.optim.AdamW(groups, weight_decay=weight_decay)
-    state = _Checkpoint(resume, weights, optimiser, f"{identity} {dict(rates)} {weight_decay}")
+    learning_rates = dict.fromkeys(weights, settings.rate) | dict(rates or {})
+    groups = [{"params": [weight], "lr": learning_rates[name]} for name, weight in weights.items()]
+    optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    state = _Checkpoint(resume, weights, optimiser, f"{identity} {learning_rates} {settings.weight_decay}")
     first, history = state.load()
+    steps = settings.steps
     bar = tqdm(range(first, steps), desc=title, initial=first, total=steps, disable=not progress)
     saved = time.monotonic()
     for number in bar:
-        figures = step(number)
-        if not math.isfinite(figures["loss"]):
+        values = step(number)
+        if not math.isfinite(values["loss"]):
             raise ConeslabError(
-                f"the loss became {figures['loss']} at step {number}: choose a learning rate below {learning_rate}"
+                f"the loss became {values['loss']} at step {number}: choose a learning rate below {settings.rate}"
             )
         optimiser.step()
         optimiser.zero_grad()
-        for name, value in figures.items():
+        for name, value in values.items():
             history.setdefault(name, []).append(value)
-        bar.set_postfix(loss=f"{figures['loss']:.4f}")
+        bar.set_postfix(loss=f"{values['loss']:.4f}")
         if callback is not None:
-            callback(number, {**figures, "weights": {k: w.detach().clone() for k, w in weights.items()}})
+            copies = {name: weight.detach().clone() for name, weight in weights.items()}
+            callback({"step": number, "steps": steps, **values, "weights": copies})
         if time.monotonic() - saved > checkpoint_every:
             state.save(number + 1, history)
             saved = time.monotonic()
@@ -83,25 +122,77 @@ def tune(
     return history
 
 
-def figures(pairs: Sequence[Pairs], losses: Sequence[float]) -> dict[str, float]:
-    """The weighted sum that is minimised, and the plain mean of every pair."""
-    return {"loss": total_loss(pairs, losses)} | {f"loss {number}": float(loss) for number, loss in enumerate(losses)}
+@dataclass(frozen=True)
+class Point:
+    """Where a step takes the loss; each tensor is computed from the weights that are tuned, or left as it is.
+
+    theta: keys and values, (n,); text: embeddings of the captions, (captions, tokens, width); penalty: a scalar that
+    is added to the loss, kept in the history under "penalty".
+    """
+
+    batch: NoisyBatch
+    theta: Tensor | None = None
+    text: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+def tune_kv(
+    gradient: KVGradient,
+    weights: Mapping[str, Tensor],
+    point: Callable[[int], Point],
+    settings: TuningSettings,
+    *,
+    title: str,
+    identity: str = "",
+    rates: Mapping[str, float] | None = None,
+    **run: Unpack[RunOptions],
+) -> dict[str, list[float]]:
+    """Minimise the weighted losses of `gradient.data` in whatever the keys and values, or the text, come from.
+
+    weights: name -> leaf tensors that require a gradient, changed in place; point(number) computes θ or the text
+    from them. Only what it computes gets a gradient. title, identity, rates and run: see `tune`.
+    """
+    untouched = gradient.theta()
+
+    def step(number: int) -> dict[str, float]:
+        at = point(number)
+        theta = untouched if at.theta is None else at.theta
+        losses, *slopes = gradient.gradients(
+            theta.detach(),
+            None if at.text is None else at.text.detach(),
+            at.batch,
+            of_theta=at.theta is not None,
+            of_text=at.text is not None,
+        )
+        values = loss_values(gradient.data, losses)
+        ends = [(end, slope) for end, slope in zip((at.theta, at.text), slopes, strict=True) if end is not None]
+        outputs, aims = [end for end, _ in ends], [slope.to(end) for end, slope in ends if slope is not None]
+        if at.penalty is not None:
+            outputs, aims = [*outputs, at.penalty], [*aims, torch.ones_like(at.penalty)]
+            values["penalty"] = float(at.penalty.detach())
+        torch.autograd.backward(outputs, aims, inputs=list(weights.values()))
+        return values
+
+    return tune(weights, step, settings, title=title, identity=identity, rates=rates, **run)
 
 
 def tune_unet(
     pipe: Pipeline,
-    pairs: Sequence[Pairs],
-    draw_at: Callable[[int, Any], Draw],
+    data: Sequence[CaptionedLatents],
+    batch_at: Callable[[int, Any], NoisyBatch],
+    settings: TuningSettings,
     *,
+    title: str,
+    identity: str = "",
     only: Callable[[str], bool] = lambda name: True,
     dtype: torch.dtype | None = None,
-    **options: Any,
+    **run: Unpack[RunOptions],
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Minimise the pairs' weighted losses in weights of the U-Net itself; returns their change, and the history.
+    """Minimise the captions' weighted losses in weights of the U-Net itself; returns their change, and the history.
 
-    Trains a copy in float32, its passes in bfloat16 where that is faster. draw_at(step, the copy) -> the samples;
-    only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16; options: of `tune`.
-    Raises ConeslabError for another dtype.
+    Trains a copy in float32, its passes in bfloat16 where that is faster. batch_at(step, the copy) -> the samples;
+    only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16. title, identity and run: see
+    `tune`. Raises ConeslabError for another dtype.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ConeslabError(f"dtype is {dtype}: passes run in torch.float32 or torch.bfloat16")
@@ -112,18 +203,25 @@ def tune_unet(
     weights = {name: weight.requires_grad_(True) for name, weight in unet.named_parameters() if only(name)}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     stand_in: Any = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
-    text = torch.cat([pair.text.expand(pair.batch, -1, -1) for pair in pairs]).float()
-    shares = torch.cat([text.new_full((pair.batch,), pair.weight / pair.batch) for pair in pairs])
+    text = torch.cat([part.text.expand(part.batch_size, -1, -1) for part in data]).float()
+    counts = [part.batch_size for part in data]
+    shares = torch.cat([text.new_full((part.batch_size,), part.weight / part.batch_size) for part in data])
 
     def step(number: int) -> dict[str, float]:
-        draw = draw_at(number, unet)
+        batch = batch_at(number, unet)
         with mixed_precision(unet.device, dtype):
             each = denoising_loss(
-                stand_in, draw.latents.float(), text, noise=draw.noise.float(), timesteps=draw.timesteps,
-                mask=draw.mask, wanted=draw.wanted, reduction="none",
-            )  # fmt: skip
+                stand_in,
+                batch.latents.float(),
+                text,
+                noise=batch.noise.float(),
+                timesteps=batch.timesteps,
+                mask=batch.mask,
+                wanted=batch.wanted,
+                reduction="none",
+            )
         (each * shares).sum().backward()
-        return figures(pairs, [float(part.mean()) for part in each.detach().split([pair.batch for pair in pairs])])
+        return loss_values(data, [float(own.mean()) for own in each.detach().split(counts)])
 
-    history = tune(weights, step, **options)
+    history = tune(weights, step, settings, title=title, identity=identity, **run)
     return {name: weight.detach() - before[name] for name, weight in weights.items()}, history

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
-from typing import Any, Protocol
+from itertools import count, cycle, pairwise
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -21,8 +21,9 @@ from ..diffusion.loss import stratified_timesteps
 from ..diffusion.pipelines import Pipeline, fingerprint
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
+from ..settings import Settings
 
-_DRAWN: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `drawn_once`
+_DRAWN: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `generate_once`
 _DRAWN_SETS = 64
 
 
@@ -39,24 +40,97 @@ class ConceptSubject(Protocol):
     def prior_prompt(self) -> str: ...
 
 
+class TokenSubject(ConceptSubject, Protocol):
+    """A concept that has a word of its own: `token` stands in its prompt, before `class_word`."""
+
+    @property
+    def token(self) -> str: ...
+    @property
+    def class_word(self) -> str: ...
+
+
+Subject = TypeVar("Subject", bound=ConceptSubject)
+
+
+def several(subjects: Subject | Sequence[Subject]) -> list[Subject]:
+    """One subject or several, as a list. Raises ConeslabError if there is none."""
+    found = list(subjects) if isinstance(subjects, Sequence) else [subjects]
+    if not found:
+        raise ConeslabError("there is no subject: give one, or a list of them")
+    return found
+
+
+def names_of(subjects: Sequence[ConceptSubject]) -> str:
+    return ", ".join(subject.name for subject in subjects)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings(Settings):
+    """How the pipeline draws the pictures that a method learns from: in `sampler_steps` steps at `guidance_scale`.
+
+    seed: of those pictures, and of everything else that is random in the method.
+    """
+
+    sampler_steps: int = 25
+    guidance_scale: float = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.sampler_steps >= 1, "sampler_steps", "a positive number of steps")
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """What `generate_once` needs to know of them."""
+        return {"seed": self.seed, "sampler_steps": self.sampler_steps, "guidance_scale": self.guidance_scale}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptSettings(SamplerSettings):
+    """What the loss of a concept is taken on: `SamplerSettings`, and
+
+    batch_size, prior_batch_size: samples a step of each subject, and of its class; prior_weight: λ of the prior's
+    loss, 0 for none; prior_images: how many pictures of the class the pipeline draws, unless they are given.
+    """
+
+    method: ClassVar[str] = "concept loss"
+
+    batch_size: int = 32
+    prior_batch_size: int = 16
+    prior_weight: float = 1.0
+    prior_images: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.batch_size >= 1, "batch_size", "a positive number of samples")
+        self._require(self.prior_batch_size >= 0, "prior_batch_size", "a number of samples, 0 for no prior")
+        self._require(0 <= self.prior_weight < float("inf"), "prior_weight", "a number of 0 or more")
+        self._require(self.prior_images >= 1, "prior_images", "a positive number of pictures")
+
+    @property
+    def has_prior(self) -> bool:
+        return self.prior_batch_size > 0 and self.prior_weight > 0
+
+
 @dataclass(frozen=True)
-class Pairs:
-    """Latents that share one caption, and their part in a loss: weight · mean loss over `batch` of them a round.
+class CaptionedLatents:
+    """Latents that share one caption, and their part in a loss: weight · mean loss over `batch_size` of them a step.
 
     latents: (pictures, channels, height, width); text: (tokens, width); mask: (pictures, 1, height, width), where a
-    picture counts, or None for everywhere.
+    picture counts, or None for everywhere. name: of its loss in a history, such as "subject_loss".
     """
 
     latents: Tensor
     text: Tensor
-    batch: int
+    batch_size: int
     weight: float = 1.0
     mask: Tensor | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One round's samples, the pairs' batches end to end: latents, noise (samples, c, h, w); timesteps (samples,).
+class NoisyBatch:
+    """One step's samples, those of all captions end to end: latents, noise (samples, c, h, w); timesteps (samples,).
 
     mask: (samples, 1, h, w), or None if everything counts everywhere. wanted: what to predict (as latents), or None
     for what the scheduler's prediction type says.
@@ -68,6 +142,11 @@ class Draw:
     mask: Tensor | None = None
     wanted: Tensor | None = None
 
+    def part(self, rows: slice) -> NoisyBatch:
+        """Some of the samples."""
+        mask, wanted = (None if whole is None else whole[rows] for whole in (self.mask, self.wanted))
+        return NoisyBatch(self.latents[rows], self.noise[rows], self.timesteps[rows], mask, wanted)
+
 
 def prior_pictures(
     pipe: Pipeline,
@@ -75,7 +154,7 @@ def prior_pictures(
     *,
     n: int = 16,
     seed: int = 0,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
@@ -85,24 +164,30 @@ def prior_pictures(
     of one class, or several searches, share them. Call it on the untouched model, outside any `applied` block.
     """
     prompts = [subject.prior_prompt] * n
-    return drawn_once(pipe, prompts, seed=seed, steps=steps, guidance_scale=guidance_scale, progress=progress)
+    return generate_once(
+        pipe, prompts, seed=seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, progress=progress
+    )
 
 
-def drawn_once(
+def generate_once(
     pipe: Pipeline,
     prompts: Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
     """Pictures for prompts as the pipeline draws them; the sets drawn last are kept for the life of the process."""
     model = (fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae))
     seeds = seed if isinstance(seed, int) else tuple(seed)
-    key = (*model, str(pipe.scheduler.config), tuple(prompts), seeds, steps, guidance_scale)
+    key = (*model, str(pipe.scheduler.config), tuple(prompts), seeds, sampler_steps, guidance_scale)
     if key not in _DRAWN:
-        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
+        options: dict[str, Any] = {
+            "sampler_steps": sampler_steps,
+            "guidance_scale": guidance_scale,
+            "progress": progress,
+        }
         _DRAWN[key] = tuple(generate(pipe, prompts, seed=seed, **options))
         while len(_DRAWN) > _DRAWN_SETS:
             _DRAWN.popitem(last=False)
@@ -110,97 +195,101 @@ def drawn_once(
     return _DRAWN[key]
 
 
-def drawn_latents(pipe: Pipeline, prompts: Sequence[str], **options: Any) -> Tensor:
-    """Latents of pictures drawn for prompts, (pictures, channels, height, width). options: of `drawn_once`."""
-    return encode_images(pipe, list(drawn_once(pipe, prompts, **options))).detach()
+def generated_latents(pipe: Pipeline, prompts: Sequence[str], **options: Any) -> Tensor:
+    """Latents of pictures drawn for prompts, (pictures, channels, height, width). options: of `generate_once`."""
+    return encode_images(pipe, list(generate_once(pipe, prompts, **options))).detach()
 
 
-def concept_pairs(
+def concept_latents(
     pipe: Pipeline,
     subject: ConceptSubject,
+    settings: ConceptSettings | None = None,
     *,
-    subject_batch: int = 32,
-    prior_batch: int = 16,
-    prior_weight: float = 1.0,
     prior: Sequence[Image.Image] | None = None,
-    prior_images: int = 16,
-    seed: int = 0,
-    prior_steps: int = 25,
-    guidance_scale: float = 3.0,
     progress: bool = False,
-) -> list[Pairs]:
-    """Everything of L_con that does not depend on θ: the subject's pairs, then the prior's (unless its weight is 0).
+    **changes: Any,
+) -> list[CaptionedLatents]:
+    """Everything of L_con that does not depend on θ: the subject's latents, then the prior's (unless it has no part).
 
-    prior: pictures of the class; if not given the pipeline draws `prior_images` of them in `prior_steps` steps
-    (`prior_pictures`).
-    Raises ConeslabError if the subject has no pictures or a batch is not positive.
+    prior: pictures of the class, otherwise drawn by the pipeline (`prior_pictures`). changes: of `ConceptSettings`.
+    Raises ConeslabError if the subject has no pictures or a setting is out of range.
     """
-    if not subject.images or subject_batch < 1 or prior_batch < 0 or prior_weight < 0:
-        raise ConeslabError(
-            f"got {len(subject.images)} pictures, subject_batch={subject_batch}, prior_batch={prior_batch}, "
-            f"prior_weight={prior_weight}: a subject needs pictures, and batches and weights must not be negative"
-        )
+    settings = ConceptSettings.chosen(settings, changes)
+    if not subject.images:
+        raise ConeslabError(f"the subject {subject.name!r} has no pictures: give at least one")
     text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt]).detach()
-    pairs = [Pairs(encode_images(pipe, list(subject.images)).detach(), text[0], subject_batch)]
-    if prior_weight and prior_batch:
+    latents = encode_images(pipe, list(subject.images)).detach()
+    data = [CaptionedLatents(latents, text[0], settings.batch_size, name="subject_loss")]
+    if settings.has_prior:
         if prior is None:
-            prior = prior_pictures(
-                pipe,
-                subject,
-                n=prior_images,
-                seed=seed,
-                steps=prior_steps,
-                guidance_scale=guidance_scale,
-                progress=progress,
-            )
-        pairs.append(Pairs(encode_images(pipe, list(prior)).detach(), text[1], prior_batch, prior_weight))
-    return pairs
+            prior = prior_pictures(pipe, subject, n=settings.prior_images, **settings.sampler, progress=progress)
+        latents = encode_images(pipe, list(prior)).detach()
+        data.append(
+            CaptionedLatents(latents, text[1], settings.prior_batch_size, settings.prior_weight, name="prior_loss")
+        )
+    return data
 
 
-def joint_pairs(pipe: Pipeline, subjects: Sequence[ConceptSubject], **options: Any) -> list[Pairs]:
-    """The pairs of several subjects' losses, to be minimised together. options: of `concept_pairs`."""
-    return [pair for about in subjects for pair in concept_pairs(pipe, about, **options)]
+def joint_latents(
+    pipe: Pipeline, subjects: Sequence[ConceptSubject], settings: ConceptSettings | None = None, **changes: Any
+) -> list[CaptionedLatents]:
+    """The latents of several subjects, whose losses are minimised together: `concept_latents` of each in turn."""
+    return [data for subject in subjects for data in concept_latents(pipe, subject, settings, **changes)]
 
 
-def total_loss(pairs: Sequence[Pairs], losses: Sequence[float]) -> float:
-    """The weighted sum of the pairs' mean losses."""
-    return sum(pair.weight * loss for pair, loss in zip(pairs, losses, strict=True))
+def total_loss(data: Sequence[CaptionedLatents], losses: Sequence[float]) -> float:
+    """The weighted sum of the captions' mean losses."""
+    return sum(part.weight * loss for part, loss in zip(data, losses, strict=True))
 
 
-def draws(pipe: Pipeline, pairs: Sequence[Pairs], *, seed: int, bands: int = 1) -> Iterator[Draw]:
-    """Endless rounds of pictures, noises and timesteps, all from one generator.
+def loss_values(data: Sequence[CaptionedLatents], losses: Sequence[float]) -> dict[str, float]:
+    """What a history keeps of a step: the weighted sum under "loss", and each caption's mean loss.
 
-    Every picture of a pair occurs equally often, up to one. Timesteps are stratified: one in each of `batch` equal
-    runs of the schedule (a reading; unbiased, and less noisy than independent ones). bands: rounds take turns in
-    that many equal parts of the schedule, from little noise to much.
+    Those are named as the data are, with a number behind it ("subject_loss 1") where several share a name.
+    """
+    names = [part.name or "loss" for part in data]
+    values = {"loss": total_loss(data, losses)}
+    for number, (name, loss) in enumerate(zip(names, losses, strict=True)):
+        alone = names.count(name) == 1 and name != "loss"
+        values[name if alone else f"{name} {names[:number].count(name)}"] = float(loss)
+    return values
+
+
+def sample_batches(
+    pipe: Pipeline, data: Sequence[CaptionedLatents], *, seed: int, bands: int = 1
+) -> Iterator[NoisyBatch]:
+    """Endless batches of pictures, noises and timesteps, all from one generator.
+
+    Every picture of a caption occurs equally often, up to one. Timesteps are stratified: one in each of `batch_size`
+    equal runs of the schedule (a reading; unbiased, and less noisy than independent ones). bands: batches take turns
+    in that many equal parts of the schedule, from little noise to much.
     """
     generator = torch.Generator().manual_seed(seed)
     last = pipe.scheduler.config.num_train_timesteps
     edges = [last * band // bands for band in range(bands + 1)]
     for low, high in cycle(pairwise(edges)):
         latents, timesteps, masks = [], [], []
-        for pair in pairs:
-            count = len(pair.latents)
-            turns = [torch.randperm(count, generator=generator) for _ in range(-(-pair.batch // count))]
-            chosen = torch.cat(turns)[: pair.batch].to(pair.latents.device)
-            latents.append(pair.latents[chosen])
-            timesteps.append(low + stratified_timesteps(pair.batch, high - low, generator))
-            masks.append(torch.ones_like(latents[-1][:, :1]) if pair.mask is None else pair.mask[chosen])
+        for part in data:
+            own = len(part.latents)
+            turns = [torch.randperm(own, generator=generator) for _ in range(-(-part.batch_size // own))]
+            chosen = torch.cat(turns)[: part.batch_size].to(part.latents.device)
+            latents.append(part.latents[chosen])
+            timesteps.append(low + stratified_timesteps(part.batch_size, high - low, generator))
+            masks.append(torch.ones_like(latents[-1][:, :1]) if part.mask is None else part.mask[chosen])
         clean = torch.cat(latents)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        mask = None if all(pair.mask is None for pair in pairs) else torch.cat(masks)
-        yield Draw(clean, noise, torch.cat(timesteps).to(clean.device), mask)
+        mask = None if all(part.mask is None for part in data) else torch.cat(masks)
+        yield NoisyBatch(clean, noise, torch.cat(timesteps).to(clean.device), mask)
 
 
-def rounds(pipe: Pipeline, pairs: Sequence[Pairs], seed: int) -> Callable[[int], Draw]:
-    """The draw of a step by its number, so that a resumed run sees what it would have seen; steps must not go back."""
-    source, state = draws(pipe, pairs, seed=seed), {"next": 0}
+def numbered_batches(pipe: Pipeline, data: Sequence[CaptionedLatents], seed: int) -> Callable[[int], NoisyBatch]:
+    """`sample_batches` by number, so that a resumed run sees what it would have seen; numbers must not go back."""
+    source, coming = sample_batches(pipe, data, seed=seed), count()
 
-    def at(number: int) -> Draw:
+    def batch_at(number: int) -> NoisyBatch:
         while True:
-            draw = next(source)
-            state["next"] += 1
-            if state["next"] > number:
-                return draw
+            batch = next(source)
+            if next(coming) >= number:
+                return batch
 
-    return at
+    return batch_at

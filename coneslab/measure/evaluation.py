@@ -105,11 +105,11 @@ class Report:
                 "settings": self.settings}  # fmt: skip
 
 
-Draw = Callable[[Sequence[Question]], Images]
+NoisyBatch = Callable[[Sequence[Question]], Images]
 
 
 def _ask_all(
-    judge: Judge, draw: Draw, seeds: int, limit: int | None, extras: bool, seed: int, world: Any
+    judge: Judge, draw: NoisyBatch, seeds: int, limit: int | None, extras: bool, seed: int, world: Any
 ) -> dict[str, Any]:
     """Draw and judge everything: hits by row name, each with its prompts, and the classes taken for others."""
     hits: dict[str, tuple[np.ndarray, list[str]]] = {}
@@ -173,7 +173,7 @@ def evaluate_model(
     judge: Judge,
     *,
     seeds: int = 8,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     limit: int | None = None,
@@ -199,7 +199,7 @@ def evaluate_model(
     def make(prompts: Sequence[str]) -> Images:
         nonlocal drawn
         images = generate(
-            pipe, prompts, seed=seed + drawn, steps=steps, guidance_scale=guidance_scale,
+            pipe, prompts, seed=seed + drawn, sampler_steps=sampler_steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, batch_size=batch_size, progress=progress, on_calls=calls.append,
         )  # fmt: skip
         drawn += len(prompts)
@@ -230,7 +230,7 @@ def evaluate_model(
     )  # fmt: skip
     classes, mistaken = _by_class(result["pairs"])
     settings = {
-        "steps": steps, "guidance_scale": guidance_scale, "guidance_interval": list(guidance_interval),
+        "sampler_steps": sampler_steps, "guidance_scale": guidance_scale, "guidance_interval": list(guidance_interval),
         "seeds": seeds, "limit": limit, "seed": seed, "pictures": drawn, "calls": round(sum(calls) / drawn, 2),
         "seconds": round(seconds), **distances,
     }  # fmt: skip

@@ -41,15 +41,15 @@ class Sampler:
     """
 
     scheduler: str
-    steps: int
+    sampler_steps: int
     guidance_scale: float = 3.0
     guided: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
             raise ConeslabError(f"{self.scheduler!r} is not a known scheduler: choose one of {', '.join(SCHEDULERS)}")
-        if self.steps < 1:
-            raise ConeslabError(f"got {self.steps} steps, expected one or more")
+        if self.sampler_steps < 1:
+            raise ConeslabError(f"got {self.sampler_steps} steps, expected one or more")
         require_interval(self.guided)
 
 
@@ -75,7 +75,7 @@ def compare_samplers(
 ) -> pandas.DataFrame:
     """Draw the same questions with each sampler and ask the judge; one row a sampler, and `out` after each.
 
-    Columns: scheduler, steps, guidance_scale, guided_from, guided_to, calls (network passes a picture),
+    Columns: scheduler, sampler_steps, guidance_scale, guided_from, guided_to, calls (network passes a picture),
     the shares of `evaluate_model` with their intervals' ends, KID, seconds a picture. The pipeline's scheduler is put
     back.
     """
@@ -86,13 +86,14 @@ def compare_samplers(
             use_scheduler(pipe, sampler.scheduler)
             start = time.perf_counter()
             report = evaluate_model(
-                pipe, judge, seeds=seeds, steps=sampler.steps, guidance_scale=sampler.guidance_scale,
+                pipe, judge, seeds=seeds, sampler_steps=sampler.sampler_steps, guidance_scale=sampler.guidance_scale,
                 guidance_interval=sampler.guided, limit=limit, kid_pictures=kid_pictures, seed=seed,
                 progress=progress, beside_real=False, world=world,
             )  # fmt: skip
             pictures = report.settings["pictures"]
             row = {
-                "scheduler": sampler.scheduler, "steps": sampler.steps, "guidance_scale": sampler.guidance_scale,
+                "scheduler": sampler.scheduler, "sampler_steps": sampler.sampler_steps,
+                "guidance_scale": sampler.guidance_scale,
                 "guided_from": sampler.guided[0], "guided_to": sampler.guided[1], "calls": report.settings["calls"],
                 "pictures": pictures,
             }  # fmt: skip

@@ -1,17 +1,21 @@
 """The methods that concept neurons are compared with, and those for other ends, each under its paper's name.
 
-Personalisation here; `ablation` makes a model forget, `conceptor` says what a concept is made of. Builds on `neurons`,
-`finetuning`, `edits` and `measure`.
+`personalization` teaches a model subjects, `ablation` makes it forget, `conceptor` says what a concept is made of.
+Builds on `neurons`, `finetuning`, `edits` and `measure`.
 """
 
 from __future__ import annotations
 
 from .ablation import (
-    AblationPairs,
+    AblationData,
+    AblationSettings,
+    ConceptPruneSettings,
     CopyDetector,
+    ESDSettings,
+    UCESettings,
     ablate,
     ablating_neurons,
-    ablation_pairs,
+    ablation_data,
     attacks,
     closed_form_edit,
     erase,
@@ -21,6 +25,7 @@ from .ablation import (
 )
 from .conceptor import (
     Decomposition,
+    DecompositionSettings,
     ImageDecomposition,
     Vocabulary,
     bias,
@@ -31,18 +36,28 @@ from .conceptor import (
     group_shares,
     rebalance,
 )
-from .merging import merge, merge_matrices
-from .personalization import custom_diffusion, dreambooth, scaled_pairs, textual_inversion
+from .personalization.custom_diffusion import CustomDiffusionSettings, custom_diffusion, scaled_latents
+from .personalization.dreambooth import DreamBoothSettings, dreambooth
+from .personalization.merging import merge, merge_matrices
+from .personalization.textual_inversion import TextualInversionSettings, textual_inversion
 
 __all__ = [
-    "AblationPairs",
+    "AblationData",
+    "AblationSettings",
+    "ConceptPruneSettings",
     "CopyDetector",
+    "CustomDiffusionSettings",
     "Decomposition",
+    "DecompositionSettings",
+    "DreamBoothSettings",
+    "ESDSettings",
     "ImageDecomposition",
+    "TextualInversionSettings",
+    "UCESettings",
     "Vocabulary",
     "ablate",
     "ablating_neurons",
-    "ablation_pairs",
+    "ablation_data",
     "attacks",
     "bias",
     "choose_dictionary",
@@ -60,6 +75,6 @@ __all__ = [
     "near_and_far",
     "prune_feed_forward",
     "rebalance",
-    "scaled_pairs",
+    "scaled_latents",
     "textual_inversion",
 ]

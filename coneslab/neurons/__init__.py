@@ -5,14 +5,23 @@ Everything of that paper but the training loop, which other methods share. Build
 
 from __future__ import annotations
 
-from .controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
+from .controls import (
+    FinetuneSettings,
+    TopKSettings,
+    finetune_kv,
+    mean_gradient,
+    random_neurons,
+    reversed_neurons,
+    top_k_neurons,
+)
 from .damage import DAMAGES, dropped, flipped, moved
 from .encoding import LEVELS, PRECISIONS, MaskFile, decode, encode, entropy, entropy_bound, precision_of, quantised
 from .loss import ConceptLoss, concept_loss
 from .mask import ConceptNeurons, Overlap
-from .search import SearchState, find_concept_neurons, quantiles
+from .search import RULES, SearchSettings, find_concept_neurons, quantiles
 from .union import (
     Additivity,
+    TogetherSettings,
     TunedNeurons,
     additivity,
     concatenate,
@@ -28,11 +37,15 @@ __all__ = [
     "ConceptLoss",
     "ConceptNeurons",
     "DAMAGES",
+    "FinetuneSettings",
     "LEVELS",
     "MaskFile",
     "Overlap",
     "PRECISIONS",
-    "SearchState",
+    "RULES",
+    "SearchSettings",
+    "TogetherSettings",
+    "TopKSettings",
     "TunedNeurons",
     "additivity",
     "concatenate",

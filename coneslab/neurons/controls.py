@@ -6,20 +6,26 @@ Apart from `search.py` so that the method and what it is compared with are each 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..callback import Callback
 from ..diffusion.kvspace import KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.weights import WeightDelta, model_fingerprint
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
-from ..finetuning.loop import TuningCallback, tune
-from ..finetuning.samples import ConceptSubject, concept_pairs, draws, total_loss
+from ..finetuning.loop import Point, TuningSettings, tune_kv
+from ..finetuning.samples import ConceptSettings, ConceptSubject, concept_latents, numbered_batches, sample_batches
+from ..settings import takes
 from .mask import ConceptNeurons
 from .search import find_concept_neurons
 
@@ -59,122 +65,153 @@ def reversed_neurons(pipe: Pipeline, subject: ConceptSubject, **options: Any) ->
     return find_concept_neurons(pipe, subject, sign=-1, **options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopKSettings(ConceptSettings):
+    """Settings of `top_k_neurons`: those of `ConceptSettings`, and
+
+    criterion: what ranks a neuron, |∂L_con/∂θ|, |θ · ∂L_con/∂θ| or |θ|. density: share of neurons to shut, in every
+    layer, or over all if not `per_layer`; None if another mask's density is copied. rounds: batches over which the
+    gradient is averaged.
+    """
+
+    method: ClassVar[str] = "top-k neurons"
+
+    criterion: Criterion = "gradient_times_weight"
+    density: float | None = None
+    per_layer: bool = True
+    rounds: int = 60
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.criterion in get_args(Criterion), "criterion", f"one of {', '.join(get_args(Criterion))}")
+        self._require(self.density is None or 0 <= self.density <= 1, "density", "a share in [0, 1]")
+        self._require(self.rounds >= 1, "rounds", "a positive number of batches")
+
+
+@takes(TopKSettings)
 def top_k_neurons(
     pipe: Pipeline,
     subject: ConceptSubject,
+    settings: TopKSettings | None = None,
     *,
-    criterion: Criterion = "gradient_times_weight",
-    density: float | None = None,
     like: ConceptNeurons | None = None,
-    per_layer: bool = True,
-    rounds: int = 60,
-    seed: int = 0,
-    progress: bool = True,
+    prior: Sequence[Image.Image] | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
-    **pairs_options: Any,
+    progress: bool = True,
+    **changes: Any,
 ) -> ConceptNeurons:
     """Shut the k neurons with the largest |∂L_con/∂θ|, |θ · ∂L_con/∂θ| or |θ| of the untouched model: binary.
 
     The first two are readings of Cones that summaries give, without the sign and without the adaptive scale; the
-    third is magnitude alone. density: share of neurons to shut, in every layer, or over all if not `per_layer`;
-    like: take the density, layer by layer or overall, from this mask instead. rounds: over how many rounds of samples
-    the gradient is averaged. pairs_options: of `concept_pairs` (batches, prior).
+    third is magnitude alone. like: take the density, layer by layer or overall, from this mask instead of from the
+    settings. settings, changes: see `TopKSettings`; prior: see `concept_latents`; dtype, chunk: see `KVGradient`.
     Raises ConeslabError unless exactly one of density and like is given, or for an unknown criterion.
     """
-    if (density is None) == (like is None):
+    settings = TopKSettings.chosen(settings, changes)
+    if (settings.density is None) == (like is None):
         raise ConeslabError("give either density, a share of the neurons, or like, a mask whose density to copy")
-    if criterion not in ("gradient", "gradient_times_weight", "weight"):
-        raise ConeslabError(f"criterion is {criterion!r}: choose gradient, gradient_times_weight or weight")
-    if density is not None and not 0 <= density <= 1:
-        raise ConeslabError(f"density is {density}: give a share in [0, 1]")
     space = KVSpace(pipe)
     if like is not None and like.layout != space.layout:
         raise MismatchError(f"like covers {like.n:,} neurons, this pipeline has {space.n:,}: give a mask of its own")
     theta = space.gather().float()
     score = theta.abs()
-    if criterion != "weight":
+    if settings.criterion != "weight":
         mean = mean_gradient(
-            pipe, subject, rounds=rounds, seed=seed, progress=progress, dtype=dtype, chunk=chunk, **pairs_options
+            pipe,
+            subject,
+            settings,
+            rounds=settings.rounds,
+            prior=prior,
+            dtype=dtype,
+            chunk=chunk,
+            progress=progress,
         ).to(score)
-        score = mean.abs() if criterion == "gradient" else (theta * mean).abs()
+        score = mean.abs() if settings.criterion == "gradient" else (theta * mean).abs()
+    per_layer = settings.per_layer
     parts = [layer.slice for layer in space.layers] if per_layer else [slice(0, space.n)]
-    if like is None:
-        counts = [math.floor(float(density) * (part.stop - part.start) + 0.5) for part in parts]  # type: ignore[arg-type]
-    else:
+    if like is not None:
         counts = like.counts().tolist() if per_layer else [len(like.shut())]
+    else:
+        density = float(settings.density or 0.0)
+        counts = [math.floor(density * (part.stop - part.start) + 0.5) for part in parts]
     scale = torch.ones_like(score)
-    for part, count in zip(parts, counts, strict=True):
-        scale[part.start + score[part].topk(count).indices] = 0
-    settings = {"control": f"top-k {criterion}", "per_layer": per_layer, "rounds": rounds, "seed": seed}
-    return ConceptNeurons.from_scale(
-        scale, space.layout, model_fingerprint(pipe), subject=f"top-k {criterion}, {subject.name}", settings=settings
-    )
+    for part, k in zip(parts, counts, strict=True):
+        scale[part.start + score[part].topk(k).indices] = 0
+    about = {**settings.record(), "control": f"top-k {settings.criterion}"}
+    name = f"top-k {settings.criterion}, {subject.name}"
+    return ConceptNeurons.from_scale(scale, space.layout, model_fingerprint(pipe), subject=name, settings=about)
 
 
+@takes(ConceptSettings)
 def mean_gradient(
     pipe: Pipeline,
     subject: ConceptSubject,
+    settings: ConceptSettings | None = None,
     *,
     rounds: int = 60,
-    seed: int = 0,
-    progress: bool = True,
+    prior: Sequence[Image.Image] | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
-    **pairs_options: Any,
+    progress: bool = True,
+    **changes: Any,
 ) -> Tensor:
-    """∂L_con/∂θ of the untouched model, (n,), averaged over `rounds` rounds of samples."""
+    """∂L_con/∂θ of the untouched model, (n,), averaged over `rounds` batches."""
     if rounds < 1:
-        raise ConeslabError(f"rounds is {rounds}: give a positive number of rounds")
-    pairs = concept_pairs(pipe, subject, seed=seed, progress=progress, **pairs_options)
-    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
+        raise ConeslabError(f"rounds is {rounds}: give a positive number of batches")
+    settings = ConceptSettings.chosen(settings, changes)
+    data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)
+    gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
+    theta, batches = gradient.theta(), sample_batches(pipe, data, seed=settings.seed)
     total = torch.zeros_like(theta)
     for _ in tqdm(range(rounds), desc=f"gradient of {subject.name}", disable=not progress):
-        total += gradient(theta, next(samples))[1]
+        total += gradient(theta, next(batches))[1]
     return total / rounds
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(TuningSettings, ConceptSettings):
+    """Settings of `finetune_kv`: those of `TuningSettings` and `ConceptSettings`."""
+
+    method: ClassVar[str] = "K-V fine-tuning"
+
+
+@takes(FinetuneSettings)
 def finetune_kv(
     pipe: Pipeline,
     subject: ConceptSubject,
+    settings: FinetuneSettings | None = None,
     *,
-    steps: int = 200,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.0,
-    seed: int = 0,
-    progress: bool = True,
-    callback: TuningCallback | None = None,
+    prior: Sequence[Image.Image] | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
-    **pairs_options: Any,
+    progress: bool = True,
+    callback: Callback | None = None,
+    resume: str | Path | None = None,
+    **changes: Any,
 ) -> WeightDelta:
     """Fine-tune all keys and values of cross-attention on L_con, with prior preservation: the ceiling of a mask.
 
-    This is Custom Diffusion's choice of weights (arXiv 2212.04488, Sec. 3.1) without its new token. AdamW with
-    betas (0.9, 0.999), its weights in float32 whatever the precision of the passes. pairs_options: of `concept_pairs`
-    (batches, prior_weight, prior pictures). callback: see `finetuning.tune`.
-    The pipeline is not changed; history has the loss of every step. Raises ConeslabError if steps or rate are not
-    positive, or the loss diverges.
+    This is Custom Diffusion's choice of weights (arXiv 2212.04488, Sec. 3.1) without its new token. The weights stay
+    in float32 whatever the precision of the passes. settings, changes: see `FinetuneSettings`; prior: see
+    `concept_latents`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
+    The pipeline is not changed; history has the losses of every step. Raises ConeslabError for settings out of range,
+    or if the loss diverges.
     """
-    pairs = concept_pairs(pipe, subject, seed=seed, progress=progress, **pairs_options)
-    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
-
-    def step(number: int) -> dict[str, float]:
-        losses, theta.grad = gradient(theta, next(samples))
-        named = zip(("subject_loss", "prior_loss"), losses, strict=False)
-        return {"loss": total_loss(pairs, losses), **dict(named)}
-
-    title = f"fine-tuning on {subject.name}"
-    history = tune(
-        {"theta": theta}, step, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay, title=title,
-        progress=progress, callback=callback,
-    )  # fmt: skip
-    return WeightDelta(
-        gradient.deltas(theta),
-        model_fingerprint(pipe),
-        subject=subject.name,
-        settings={"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed},
-        history=history,
+    settings = FinetuneSettings.chosen(settings, changes)
+    data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)
+    gradient, model = KVGradient(pipe, data, dtype=dtype, chunk=chunk), model_fingerprint(pipe)
+    theta, batch_at = gradient.theta().requires_grad_(), numbered_batches(pipe, data, settings.seed)
+    history = tune_kv(
+        gradient,
+        {"theta": theta},
+        lambda number: Point(batch_at(number), theta=theta),
+        settings,
+        title=f"fine-tuning on {subject.name}",
+        identity=f"{settings.record()} {subject.name} {subject.prompt} {model}",
+        progress=progress,
+        callback=callback,
+        resume=resume,
     )
+    deltas = gradient.deltas(theta)
+    return WeightDelta(deltas, model, subject=subject.name, settings=settings.record(), history=history)

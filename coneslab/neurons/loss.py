@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..callback import Callback
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import denoising_loss
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, applied
-from ..finetuning.samples import ConceptSubject, concept_pairs, draws
+from ..finetuning.samples import ConceptSubject, concept_latents, sample_batches
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,40 +52,32 @@ def concept_loss(
     prior_samples: int = 0,
     seed: int = 1_000_000,
     batch_size: int = 32,
-    callback: Callable[[int, int], None] | None = None,
+    callback: Callback | None = None,
 ) -> ConceptLoss:
     """Measure the denoising loss on a subject, and on its prior, under noises and timesteps fixed by `seed`.
 
     Two calls with the same settings see the same samples, so that conditions are compared in pairs: the difference
     of two edits is far less noisy than either. The default seed is far from those of searches, so the noise is held
     out. edit: put on while measuring (an edit put on outside stays on). prior: pictures for `prior_samples`; if not
-    given the pipeline draws them before the edit is on. Raises what the edit raises.
+    given the pipeline draws them before the edit is on. batch_size: samples at a time. callback: see
+    `coneslab.callback`, once a batch. Raises what the edit raises.
     """
-    pairs = concept_pairs(
-        pipe,
-        subject,
-        subject_batch=samples,
-        prior_batch=prior_samples,
-        prior=prior,
-    )
-    draw = next(draws(pipe, pairs, seed=seed))
+    data = concept_latents(pipe, subject, batch_size=samples, prior_batch_size=prior_samples, prior=prior)
+    batch = next(sample_batches(pipe, data, seed=seed))
     values = []
     with applied(edit, pipe, dose):
         text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt])  # an edit may change it
-        counts = torch.tensor([pair.batch for pair in pairs])
-        each = text[torch.arange(len(pairs)).repeat_interleave(counts).to(text.device)]
-        for first in range(0, len(each), batch_size):
-            rows = slice(first, first + batch_size)
+        counts = torch.tensor([part.batch_size for part in data])
+        each = text[torch.arange(len(data)).repeat_interleave(counts).to(text.device)]
+        steps = -(-len(each) // batch_size)
+        for step in range(steps):
+            rows = slice(step * batch_size, (step + 1) * batch_size)
+            own = batch.part(rows)
             loss = denoising_loss(
-                pipe,
-                draw.latents[rows],
-                each[rows],
-                noise=draw.noise[rows],
-                timesteps=draw.timesteps[rows],
-                reduction="none",
+                pipe, own.latents, each[rows], noise=own.noise, timesteps=own.timesteps, reduction="none"
             )
             values.append(loss.double().cpu())
             if callback is not None:
-                callback(min(first + batch_size, len(each)), len(each))
+                callback({"step": step, "steps": steps, "loss": float(loss.mean())})
     flat = torch.cat(values).numpy()
     return ConceptLoss(flat[:samples], flat[samples:])

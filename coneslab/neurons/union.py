@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..callback import Callback
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import add_noise
 from ..diffusion.pipelines import Pipeline
@@ -23,8 +25,16 @@ from ..edits.base import Edit, StoredEdit, applied, require_dose
 from ..edits.weights import require_model, swapped
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
-from ..finetuning.loop import TuningCallback, tune
-from ..finetuning.samples import ConceptSubject, concept_pairs, draws, joint_pairs, total_loss
+from ..finetuning.loop import Point, TuningSettings, tune_kv
+from ..finetuning.samples import (
+    ConceptSettings,
+    ConceptSubject,
+    concept_latents,
+    joint_latents,
+    numbered_batches,
+    sample_batches,
+)
+from ..settings import takes
 from ..world.pictures import listed
 from .mask import ConceptNeurons
 
@@ -103,11 +113,11 @@ def output_changes(
     On noised reference pictures of all subjects in turn, under the prompt that names them all. Noises are those of
     `seed`, by default far from those of searches.
     """
-    pairs = [concept_pairs(pipe, about, prior_batch=0, subject_batch=samples)[0] for about in subjects]
-    parts = next(draws(pipe, pairs, seed=seed))
-    rows = torch.arange(0, len(parts.latents), len(subjects))  # every part of the schedule of every subject
-    timesteps = parts.timesteps[rows]
-    noisy = add_noise(pipe.scheduler, parts.latents[rows], parts.noise[rows], timesteps)
+    data = [concept_latents(pipe, subject, prior_batch_size=0, batch_size=samples)[0] for subject in subjects]
+    batch = next(sample_batches(pipe, data, seed=seed))
+    rows = torch.arange(0, len(batch.latents), len(subjects))  # every part of the schedule of every subject
+    timesteps = batch.timesteps[rows]
+    noisy = add_noise(pipe.scheduler, batch.latents[rows], batch.noise[rows], timesteps)
     prompt = joint_prompt(subjects)
 
     def output(edit: Edit | None) -> Tensor:
@@ -147,7 +157,7 @@ def additivity(
 
 def joint_prompt(subjects: Sequence[ConceptSubject]) -> str:
     """ "a sks cat, a zwx dog and a vqz car": the prompt that names all subjects, as captions do."""
-    return listed([about.prompt for about in subjects])
+    return listed([subject.prompt for subject in subjects])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,48 +224,57 @@ class TunedNeurons(StoredEdit):
         return cls(neurons, values, **description)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TogetherSettings(TuningSettings, ConceptSettings):
+    """Settings of `finetune_together`: those of `TuningSettings` and `ConceptSettings`, with other defaults."""
+
+    method: ClassVar[str] = "collaborative fine-tuning"
+
+    steps: int = 40
+    batch_size: int = 16
+    prior_batch_size: int = 8
+
+
+@takes(TogetherSettings)
 def finetune_together(
     pipe: Pipeline,
     union: ConceptNeurons,
     subjects: Sequence[ConceptSubject],
+    settings: TogetherSettings | None = None,
     *,
-    steps: int = 40,
-    learning_rate: float = 1e-3,
-    subject_batch: int = 16,
-    prior_batch: int = 8,
-    prior_weight: float = 1.0,
-    seed: int = 0,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     progress: bool = True,
-    callback: TuningCallback | None = None,
+    callback: Callback | None = None,
+    resume: str | Path | None = None,
+    **changes: Any,
 ) -> TunedNeurons:
     """Collaborative fine-tuning (Cones, Sec. 3.3): tune the union's weights on the sum of the subjects' losses.
 
-    Starts at the shut (or scaled) weights; every weight outside `union` keeps its value. AdamW without decay.
-    subject_batch, prior_batch: samples a subject and step; prior_weight: λ. dtype, chunk: see `KVGradient`.
-    callback: see `finetuning.tune`. The pipeline is not changed.
+    Starts at the shut (or scaled) weights; every weight outside `union` keeps its value. settings, changes: see
+    `TogetherSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
+    The pipeline is not changed.
     Raises ConeslabError for no subject, no step, or a loss that diverges; MismatchError for a union of another model.
     """
+    settings = TogetherSettings.chosen(settings, changes)
     if not subjects:
         raise ConeslabError("got 0 subjects: give at least one")
     require_model(union.fingerprint, pipe, "the union")
-    pairs = joint_pairs(
-        pipe, subjects, subject_batch=subject_batch, prior_batch=prior_batch, prior_weight=prior_weight, seed=seed
-    )
-    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
+    data = joint_latents(pipe, subjects, settings)
+    gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
+    theta, batch_at = gradient.theta(), numbered_batches(pipe, data, settings.seed)
     where = torch.tensor(union.indices, dtype=torch.long, device=theta.device)
-    values = theta[where] * torch.tensor(union.scales).to(theta)
-
-    def step(number: int) -> dict[str, float]:
-        losses, whole = gradient(theta.index_copy(0, where, values), next(samples))
-        values.grad = whole[where]
-        return {"loss": total_loss(pairs, losses)}
-
-    history = tune(
-        {"values": values}, step, steps=steps, learning_rate=learning_rate, title=f"tuning {union.subject}",
-        progress=progress, callback=callback,
-    )  # fmt: skip
-    settings = {"steps": steps, "learning_rate": learning_rate, "prior_weight": prior_weight, "seed": seed}
-    return TunedNeurons(union, values.detach().cpu().numpy(), settings=settings, history=history)
+    values = (theta[where] * torch.tensor(union.scales).to(theta)).requires_grad_()
+    history = tune_kv(
+        gradient,
+        {"values": values},
+        lambda number: Point(batch_at(number), theta=theta.index_copy(0, where, values)),
+        settings,
+        title=f"tuning {union.subject}",
+        identity=f"{settings.record()} {union.subject} {len(union)} {[one.prompt for one in subjects]} "
+        f"{union.fingerprint}",
+        progress=progress,
+        callback=callback,
+        resume=resume,
+    )
+    return TunedNeurons(union, values.detach().cpu().numpy(), settings=settings.record(), history=history)

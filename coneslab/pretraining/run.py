@@ -79,7 +79,7 @@ def note_trial(
     if judge and stage == "unet":
         pipe = load(runs / "unet" / "model", device="cpu")
         report = evaluate_model(
-            pipe, load_judge(judge), seeds=1, steps=12, kid_pictures=256, progress=False, beside_real=False,
+            pipe, load_judge(judge), seeds=1, sampler_steps=12, kid_pictures=256, progress=False, beside_real=False,
             world=world,
         )  # fmt: skip
         row |= {share.name: round(share.interval.estimate, 3) for share in report.shares}

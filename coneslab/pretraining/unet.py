@@ -305,7 +305,7 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
 
         def preview(step: int) -> None:
             with mixed_precision(device):
-                made = [np.asarray(image) for image in generate(pipe, PREVIEW_PROMPTS, seed=3, steps=12)]
+                made = [np.asarray(image) for image in generate(pipe, PREVIEW_PROMPTS, seed=3, sampler_steps=12)]
             save_grid(folder / f"{step:06d}.png", [np.stack(made[:8]), np.stack(made[8:])])
 
         log = fit(

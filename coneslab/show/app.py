@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ class Page:
         about = subject(name)
         self._say(f"{name}: drawing ordinary pictures of its kind …")
 
-        def tell(done: int, state: Any) -> None:
-            self._say(f"{name}: round {done + 1} of {self.rounds}, {state.density:.1%} of the weights shut so far")
+        def tell(state: Mapping[str, Any]) -> None:
+            done, density = state["step"] + 1, state["density"]
+            self._say(f"{name}: round {done} of {self.rounds}, {density:.1%} of the weights shut so far")
 
         found = find_concept_neurons(self.pipe, about, rounds=self.rounds, progress=False, callback=tell).binary()
         if self.folder:

@@ -44,7 +44,7 @@ def sketched(
     *,
     edit: Edit | None = None,
     dose: float = 1.0,
-    steps: int = 25,
+    sampler_steps: int = 25,
     preview_steps: int = 4,
     **options: Any,
 ) -> Iterator[list[Image.Image]]:
@@ -56,9 +56,9 @@ def sketched(
             for made in widgets.sketched(pipe, ["a cat"] * 4, edit=found, dose=dose):
                 yield plots.picture_grid(made)
     """
-    for number in dict.fromkeys((min(preview_steps, steps), steps)):
+    for number in dict.fromkeys((min(preview_steps, sampler_steps), sampler_steps)):
         with applied(edit, pipe, dose):
-            made = generate(pipe, prompts, steps=number, **options)
+            made = generate(pipe, prompts, sampler_steps=number, **options)
         yield made
 
 
@@ -78,7 +78,8 @@ def neuron_explorer(
 
     masks: by name, such as those found and a random control, all of one model. Controls: the mask; cut, below which a
     scale counts as shut; dose; the block of the U-Net and the kind (keys, values) to which it is confined; a prompt of
-    `prompts`. bins: columns of the heat map, each a run of output channels. options: of `sketched`, e.g. seed, steps.
+    `prompts`. bins: columns of the heat map, each a run of output channels. options: of `sketched`,
+    e.g. seed, sampler_steps.
     """
     if not masks:
         raise ConeslabError("there are no masks to explore: give at least one by name, such as {'found': neurons}")
@@ -109,7 +110,7 @@ def attention_browser(
     prompt: str,
     *,
     seed: int = 0,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     edit: Edit | None = None,
 ) -> Explorer:
@@ -118,7 +119,7 @@ def attention_browser(
     A picture is drawn once for each prompt and seed, and its maps are kept: layer and stage change what is shown of
     them. edit: put on while it is drawn. Raises ConeslabError, in the status line, for an empty prompt.
     """
-    third = max(1, steps // 3)
+    third = max(1, sampler_steps // 3)
     stages = {
         "all steps": slice(None), "first third": slice(third), "second third": slice(third, -third),
         "last third": slice(-third, None),
@@ -127,7 +128,7 @@ def attention_browser(
     @lru_cache(maxsize=8)
     def record(prompt: str, seed: int) -> tuple[Image.Image, AttentionMaps]:
         with applied(edit, pipe), record_attention(pipe) as maps:
-            (picture,) = generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)
+            (picture,) = generate(pipe, prompt, seed=seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale)
         return picture, maps
 
     def render(prompt: str, seed: int, layer: str, stage: str) -> Figure:
@@ -281,7 +282,7 @@ class Playground(Explorer):
             self.pipe,
             [asked["prompt"]] * asked["pictures"],
             seed=asked["seed"],
-            steps=asked["steps"],
+            sampler_steps=asked["steps"],
             guidance_scale=asked["guidance"],
             callback=lambda *_: self.check(),
         )
@@ -313,7 +314,7 @@ def playground(
     prompt: str | None = None,
     seed: int = 0,
     pictures: int | None = None,
-    steps: int | None = None,
+    sampler_steps: int | None = None,
     guidance_scale: float = 3.0,
     preview_steps: int = 4,
     limits: Limits | None = None,
@@ -322,8 +323,8 @@ def playground(
 
     edits: name -> Edit, or a folder of edit files; one that cannot be read says so when it is chosen. A preview of
     `preview_steps` comes first, and is drawn in full unless the controls move on. prompt: default the words that
-    the edit was found for. pictures, steps: default 4 and 25, or as many as the limits allow. limits: the ends of the
-    controls, which hold for whatever is sent.
+    the edit was found for. pictures, sampler_steps: default 4 and 25, or as many as the limits allow. limits:
+    the ends of the controls, which hold for whatever is sent.
     Raises ConeslabError if there is no such folder, or the start lies outside the limits.
 
         widgets.playground(pipe, {"cat": found.binary()})
@@ -331,7 +332,7 @@ def playground(
     limits = limits or Limits()
     known: Mapping[str, Edit | str] = _edits_in(Path(edits)) if isinstance(edits, str | Path) else dict(edits or {})
     pictures = min(4, limits.pictures) if pictures is None else pictures
-    steps = min(25, limits.steps) if steps is None else steps
+    steps = min(25, limits.steps) if sampler_steps is None else sampler_steps
     start = {"seed": seed, "pictures": pictures, "steps": steps, "guidance": guidance_scale}
     limits.require(dose=0, prompt=_PROMPT if prompt is None else prompt, **start)  # type: ignore[arg-type]
     return Playground(pipe, known, limits, start | {"prompt": prompt, "preview_steps": preview_steps})

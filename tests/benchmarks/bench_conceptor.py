@@ -123,9 +123,9 @@ def main() -> None:
     public = Public(pipe, pictures, words, arguments.batch)
     print(f"{len(words):,} words, {arguments.batch} pictures a step, {arguments.threads} threads")
     ours = partial(
-        decompose, pipe, pictures, judge, name="pet", vocabulary=words, batch=arguments.batch, exclude_similar=None,
-        dictionary=len(words), explain=EXPLAIN, sparsity=SPARSITY, validate_every=10**6, validation_pictures=1,
-        sampler_steps=1, progress=False,
+        decompose, pipe, pictures, judge, name="pet", vocabulary=words, batch_size=arguments.batch,
+        exclude_similar=None, dictionary=len(words), explain=EXPLAIN, sparsity=SPARSITY, validate_every=10**6,
+        validation_pictures=1, sampler_steps=1, progress=False,
     )  # fmt: skip
     sides = {
         "public loop": public.block,
@@ -134,7 +134,7 @@ def main() -> None:
     }
     in_turn(sides, steps=arguments.steps, repeats=arguments.repeats)
 
-    found = decompose(pipe, CONCEPT, judge, steps=100, pictures=48, batch=12, explain=20, progress=False)
+    found = decompose(pipe, CONCEPT, judge, steps=100, pictures=48, batch_size=12, explain=20, progress=False)
     threshold = 0.95
     single = spent(lambda: one_at_a_time(pipe, found, judge, threshold))
     own = spent(lambda: decompose_image(pipe, found, judge, threshold=threshold, progress=False))

@@ -33,10 +33,10 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import conftest  # noqa: E402
 
 import coneslab  # noqa: E402
+from coneslab.methods import custom_diffusion, dreambooth  # noqa: E402
 from coneslab.methods.ablation.concept_ablation import ablate  # noqa: E402
-from coneslab.methods.personalization import custom_diffusion, dreambooth  # noqa: E402
 
-ONE = {"batch": 1, "progress": False}
+ONE = {"batch_size": 1, "progress": False}
 
 
 def as_large_as_sd() -> Any:
@@ -70,13 +70,13 @@ OPERATIONS: dict[str, Callable[[Any], Train]] = {
     "load": lambda pipe: lambda **how: None,
     "draw": lambda pipe: partial(coneslab.generate, pipe, "a cat"),
     "neuron search": lambda pipe: lambda steps, **how: coneslab.find_concept_neurons(
-        pipe, about(pipe), rounds=steps, subject_batch=1, prior_batch=0, progress=False, **how
+        pipe, about(pipe), rounds=steps, batch_size=1, prior_batch_size=0, progress=False, **how
     ),
-    "Custom Diffusion": lambda pipe: partial(custom_diffusion, pipe, about(pipe), prior_batch=0, **ONE),
+    "Custom Diffusion": lambda pipe: partial(custom_diffusion, pipe, about(pipe), prior_batch_size=0, **ONE),
     "ablation": lambda pipe: partial(
-        ablate, pipe, "a cat", "a dog", preserve_batch=1, images=about(pipe).images, **ONE
+        ablate, pipe, "a cat", "a dog", preserve_batch_size=1, images=about(pipe).images, **ONE
     ),
-    "DreamBooth": lambda pipe: partial(dreambooth, pipe, about(pipe), prior_batch=0, **ONE),
+    "DreamBooth": lambda pipe: partial(dreambooth, pipe, about(pipe), prior_batch_size=0, **ONE),
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from coneslab.diffusion.kvspace import KVSpace  # noqa: E402
 from coneslab.diffusion.loss import denoising_loss  # noqa: E402
 from coneslab.errors import ConeslabError  # noqa: E402
 from coneslab.finetuning.kv_gradient import KVGradient  # noqa: E402
-from coneslab.finetuning.samples import concept_pairs, draws  # noqa: E402
+from coneslab.finetuning.samples import concept_latents, sample_batches  # noqa: E402
 from coneslab.neurons.search import quantiles  # noqa: E402
 from coneslab.world.subjects import subject  # noqa: E402
 
@@ -55,8 +55,8 @@ def main() -> None:
     pipe, name = load(arguments.model)
     cat = subject("cat")
     prior = list(cat.images) * 3  # what they show does not matter here
-    pairs = concept_pairs(pipe, cat, prior=prior)
-    samples, space = draws(pipe, pairs, seed=0), KVSpace(pipe)
+    pairs = concept_latents(pipe, cat, prior=prior)
+    samples, space = sample_batches(pipe, pairs, seed=0), KVSpace(pipe)
     captions = [cat.prompt] * 32 + [cat.prior_prompt] * 16
     pictures = (list(cat.images) * 7)[:32] + (prior * 2)[:16]
     share = torch.tensor([1 / 32] * 32 + [1 / 16] * 16)

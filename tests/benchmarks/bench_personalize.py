@@ -119,14 +119,21 @@ def measured(run: Callable[[], object]) -> None:
 
 def ours(method: str, model: str, precision: str, batch: int) -> None:
     pipe, about = coneslab.load(model, device="cpu"), coneslab.subject(WORD)
-    common: dict[str, Any] = {"steps": NEVER, "batch": batch, "learning_rate": RATE, "dtype": PRECISIONS[precision][0]}
+    common: dict[str, Any] = {
+        "steps": NEVER,
+        "batch_size": batch,
+        "learning_rate": RATE,
+        "dtype": PRECISIONS[precision][0],
+    }
     new = replace(about, token=NEW)
     if method == "textual_inversion":
         coneslab.textual_inversion(pipe, new, initial=WORD, **common)
     elif method == "dreambooth":
-        coneslab.dreambooth(pipe, about, prior_batch=batch, prior_weight=1.0, **common)
+        coneslab.dreambooth(pipe, about, prior_batch_size=batch, prior_weight=1.0, **common)
     else:
-        coneslab.custom_diffusion(pipe, new, initial=WORD, prior_batch=batch, prior_weight=1.0, augment=False, **common)
+        coneslab.custom_diffusion(
+            pipe, new, initial=WORD, prior_batch_size=batch, prior_weight=1.0, augment=False, **common
+        )
 
 
 def theirs(script: str, options: Sequence[str]) -> None:

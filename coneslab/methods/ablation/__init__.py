@@ -5,20 +5,24 @@ Each function returns an edit. Builds on `neurons`, `finetuning`, `edits` and `m
 
 from __future__ import annotations
 
-from .concept_ablation import AblationPairs, ablate, ablation_pairs
-from .concept_prune import prune_feed_forward
-from .esd import erase
+from .concept_ablation import AblationData, AblationSettings, ablate, ablation_data
+from .concept_prune import ConceptPruneSettings, prune_feed_forward
+from .esd import ESDSettings, erase
 from .neurons import AblationSubject, ablating_neurons
 from .report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
-from .uce import closed_form_edit
+from .uce import UCESettings, closed_form_edit
 
 __all__ = [
-    "AblationPairs",
+    "AblationData",
+    "AblationSettings",
     "AblationSubject",
+    "ConceptPruneSettings",
     "CopyDetector",
+    "ESDSettings",
+    "UCESettings",
     "ablate",
     "ablating_neurons",
-    "ablation_pairs",
+    "ablation_data",
     "attacks",
     "closed_form_edit",
     "erase",

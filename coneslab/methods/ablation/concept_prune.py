@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,56 +14,69 @@ from ...diffusion.loss import add_noise
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
-from ...finetuning.samples import Draw, Pairs, drawn_latents, draws
+from ...finetuning.samples import CaptionedLatents, SamplerSettings, generated_latents, sample_batches
+from ...settings import takes
 from .prompts import paired
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConceptPruneSettings(SamplerSettings):
+    """Settings of `prune_feed_forward`: those of `SamplerSettings`, and
+
+    share: of each row's weights that may go; pictures: of target and anchor each, drawn beforehand; samples: of them,
+    noised, on which activations are measured.
+    """
+
+    method: ClassVar[str] = "ConceptPrune"
+
+    share: float = 0.02
+    pictures: int = 16
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 < self.share < 1, "share", "a share in (0, 1)")
+        self._require(self.pictures >= 1, "pictures", "a positive number")
+        self._require(self.samples >= 1, "samples", "a positive number")
+
+
+@takes(ConceptPruneSettings)
 def prune_feed_forward(
-    pipe: Pipeline,
-    target: str,
-    anchor: str,
-    *,
-    share: float = 0.02,
-    pictures: int = 16,
-    samples: int = 64,
-    seed: int = 0,
-    sampler_steps: int = 25,
-    guidance_scale: float = 3.0,
+    pipe: Pipeline, target: str, anchor: str, settings: ConceptPruneSettings | None = None, **changes: Any
 ) -> WeightDelta:
     """ConceptPrune: set to 0 the feed-forward weights that the target needs more than its anchor (arXiv 2405.19237).
 
     The score of a weight is |W_ij| · ||A_j||, A_j the activations it reads (Wanda, Sun et al. 2024), over noised
     pictures at all timesteps. Pruned are, in every row of the second matrix of each feed-forward layer, the `share`
     of weights with the largest score under the target, as far as it is larger than under the anchor.
+    settings, changes: see `ConceptPruneSettings`.
     """
-    if not 0 < share < 1:
-        raise ConeslabError(f"share is {share}: give a share in (0, 1)")
+    settings = ConceptPruneSettings.chosen(settings, changes)
     ((target,), (anchor,)) = paired(target, anchor)
-    options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
     unet = unet_of(pipe)
     layers = {name: module for name, module in unet.named_modules() if name.endswith("ff.net.2")}
     if not layers:
         raise ConeslabError("this U-Net has no feed-forward layers (no module ff.net.2): nothing can be pruned")
     scores = []
     for caption in (target, anchor):
-        latents = drawn_latents(pipe, [caption] * pictures, seed=seed, **options)
-        pair = Pairs(latents, encode_prompts(pipe, [caption]).detach()[0], samples)
-        norms = _activation_norms(pipe, layers, pair, seed)
+        latents = generated_latents(pipe, [caption] * settings.pictures, **settings.sampler)
+        data = CaptionedLatents(latents, encode_prompts(pipe, [caption]).detach()[0], settings.samples)
+        norms = _activation_norms(pipe, layers, data, settings.seed)
         scores.append({name: layers[name].weight.detach().abs() * norms[name] for name in layers})
     deltas = {}
     for name, module in layers.items():
         own, other = (score[name] for score in scores)
-        count = max(1, round(share * own.shape[1]))
+        count = max(1, round(settings.share * own.shape[1]))
         top = torch.zeros_like(own, dtype=torch.bool).scatter_(1, own.topk(count, dim=1).indices, True)
         deltas[f"{name}.weight"] = torch.where(top & (own > other), -module.weight.detach(), 0.0)
-    settings = {"method": "ConceptPrune", "target": target, "anchor": anchor, "share": share}
-    return WeightDelta(deltas, model_fingerprint(pipe), subject=target, settings=settings)
+    about = {**settings.record(), "target": target, "anchor": anchor}
+    return WeightDelta(deltas, model_fingerprint(pipe), subject=target, settings=about)
 
 
 @torch.no_grad()
-def _activation_norms(pipe: Pipeline, layers: dict[str, Any], pair: Pairs, seed: int) -> dict[str, Tensor]:
-    """Euclidean norm of every input of the layers over a draw: name -> (inputs,)."""
-    draw: Draw = next(draws(pipe, [pair], seed=seed))
+def _activation_norms(pipe: Pipeline, layers: dict[str, Any], data: CaptionedLatents, seed: int) -> dict[str, Tensor]:
+    """Euclidean norm of every input of the layers over a batch: name -> (inputs,)."""
+    batch = next(sample_batches(pipe, [data], seed=seed))
     sums: dict[str, Tensor] = {}
 
     def listen(name: str) -> Any:
@@ -74,10 +88,10 @@ def _activation_norms(pipe: Pipeline, layers: dict[str, Any], pair: Pairs, seed:
 
     handles = [module.register_forward_pre_hook(listen(name)) for name, module in layers.items()]
     try:
-        noisy = add_noise(pipe.scheduler, draw.latents, draw.noise, draw.timesteps)
-        text = pair.text.expand(len(noisy), -1, -1)
+        noisy = add_noise(pipe.scheduler, batch.latents, batch.noise, batch.timesteps)
+        text = data.text.expand(len(noisy), -1, -1)
         for part in torch.arange(len(noisy)).split(32):
-            unet_of(pipe)(noisy[part], draw.timesteps[part], encoder_hidden_states=text[part])
+            unet_of(pipe)(noisy[part], batch.timesteps[part], encoder_hidden_states=text[part])
     finally:
         for handle in handles:
             handle.remove()

@@ -2,65 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
+from ...callback import Callback
 from ...diffusion.encoding import encode_prompts
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.kv_gradient import KVGradient
-from ...finetuning.loop import TuningCallback, figures, tune
-from ...finetuning.samples import Pairs, drawn_latents, rounds
+from ...finetuning.loop import Point, TuningSettings, tune_kv
+from ...finetuning.samples import CaptionedLatents, SamplerSettings, generated_latents, numbered_batches
+from ...settings import takes
 
 
+@dataclass(frozen=True, kw_only=True)
+class ESDSettings(TuningSettings, SamplerSettings):
+    """Settings of `erase`: those of `TuningSettings` and `SamplerSettings`, and
+
+    eta: η, how far beyond the unguided prediction; pictures: of the target, drawn beforehand; batch_size: samples a
+    step.
+    """
+
+    method: ClassVar[str] = "ESD-x"
+
+    steps: int = 100
+    learning_rate: float = 3e-4
+    eta: float = 1.0
+    pictures: int = 64
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(0 <= self.eta < float("inf"), "eta", "a number of 0 or more")
+        self._require(self.pictures >= 1, "pictures", "a positive number")
+        self._require(self.batch_size >= 1, "batch_size", "a positive number of samples")
+
+
+@takes(ESDSettings)
 def erase(
     pipe: Pipeline,
     target: str,
+    settings: ESDSettings | None = None,
     *,
-    eta: float = 1.0,
-    pictures: int = 64,
-    steps: int = 100,
-    learning_rate: float = 3e-4,
-    batch: int = 16,
-    seed: int = 0,
-    sampler_steps: int = 25,
-    guidance_scale: float = 3.0,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
-    resume: Any | None = None,
     progress: bool = True,
-    callback: TuningCallback | None = None,
+    callback: Callback | None = None,
+    resume: str | Path | None = None,
+    **changes: Any,
 ) -> WeightDelta:
     """ESD-x: keys and values learn to predict, under the target's caption, the opposite of its guidance.
 
     The aim is f(x_t, t, ∅) − η (f(x_t, t, c) − f(x_t, t, ∅)) by the untouched model (arXiv 2303.07345, Eq. 7), on
     noised pictures of the target drawn beforehand (a reading: the paper's are half-denoised by the model in training).
+    settings, changes: see `ESDSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
     """
-    if not target.strip() or eta < 0:
-        raise ConeslabError(f"target is {target!r}, eta {eta}: name a concept, and give a number of 0 or more")
-    options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale, "progress": progress}
-    latents = drawn_latents(pipe, [target] * pictures, seed=seed, **options)
+    settings = ESDSettings.chosen(settings, changes)
+    if not target.strip():
+        raise ConeslabError(f"target is {target!r}: name the concept to erase, for example 'a cat'")
+    latents = generated_latents(pipe, [target] * settings.pictures, **settings.sampler, progress=progress)
     text = encode_prompts(pipe, [target, ""]).detach()
-    pairs = [Pairs(latents, text[0], batch)]
-    gradient = KVGradient(pipe, pairs, dtype=dtype, chunk=chunk)
-    before, at = gradient.theta(), rounds(pipe, pairs, seed)
-    theta = before.clone()
+    data = [CaptionedLatents(latents, text[0], settings.batch_size)]
+    gradient, model = KVGradient(pipe, data, dtype=dtype, chunk=chunk), model_fingerprint(pipe)
+    before, batch_at = gradient.theta(), numbered_batches(pipe, data, settings.seed)
+    theta = before.clone().requires_grad_()
 
-    def step(number: int) -> dict[str, float]:
-        draw = at(number)
-        with_target, without = (gradient.outputs(before, own[None], draw) for own in text)
-        aimed = replace(draw, wanted=without - eta * (with_target - without))
-        losses, theta.grad = gradient(theta, aimed)
-        return figures(pairs, losses)
+    def point(number: int) -> Point:
+        batch = batch_at(number)
+        with_target, without = (gradient.outputs(before, own[None], batch) for own in text)
+        aim = without - settings.eta * (with_target - without)
+        return Point(replace(batch, wanted=aim), theta=theta)
 
-    history = tune(
-        {"theta": theta}, step, steps=steps, learning_rate=learning_rate, title=f"erasing {target}", resume=resume,
-        progress=progress, callback=callback, identity=f"esd {target} {eta} {batch} {seed} {model_fingerprint(pipe)}",
-    )  # fmt: skip
-    settings = {"method": "ESD-x", "target": target, "eta": eta, "steps": steps, "learning_rate": learning_rate}
-    return WeightDelta(
-        gradient.deltas(theta), model_fingerprint(pipe), subject=target, settings=settings, history=history
+    history = tune_kv(
+        gradient,
+        {"theta": theta},
+        point,
+        settings,
+        title=f"erasing {target}",
+        identity=f"{settings.record()} {target} {model}",
+        progress=progress,
+        callback=callback,
+        resume=resume,
     )
+    about = {**settings.record(), "target": target}
+    return WeightDelta(gradient.deltas(theta), model, subject=target, settings=about, history=history)

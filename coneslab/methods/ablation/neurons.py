@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from PIL import Image
 
 from ...diffusion.pipelines import Pipeline
-from ...finetuning.samples import drawn_once
+from ...finetuning.samples import generate_once
 from ...neurons.mask import ConceptNeurons
-from ...neurons.search import find_concept_neurons
+from ...neurons.search import SearchSettings, find_concept_neurons
 from .prompts import paired
 
 
@@ -30,17 +30,18 @@ def ablating_neurons(
     anchor: str,
     *,
     pictures: int = 32,
-    seed: int = 0,
-    sampler_steps: int = 25,
-    guidance_scale: float = 3.0,
-    **options: Any,
+    settings: SearchSettings | None = None,
+    **changes: Any,
 ) -> ConceptNeurons:
     """The neurons whose shutting makes the target's caption draw the anchor: Cones' search on the noise-based loss.
 
-    L_con(θ) = L(anchor's pictures, target) + λ L(anchor's pictures, anchor). options: of `find_concept_neurons`.
+    L_con(θ) = L(anchor's pictures, target) + λ L(anchor's pictures, anchor). pictures: of the anchor, drawn beforehand.
+    settings, changes: see `SearchSettings`, and what else `find_concept_neurons` takes.
     """
+    names = {field.name for field in fields(SearchSettings)}
+    settings = SearchSettings.chosen(settings, {name: value for name, value in changes.items() if name in names})
+    options = {name: value for name, value in changes.items() if name not in names}
     ((target,), (anchor,)) = paired(target, anchor)
-    how: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
-    drawn = drawn_once(pipe, [anchor] * pictures, seed=seed, **how)
+    drawn = generate_once(pipe, [anchor] * pictures, **settings.sampler)
     about = AblationSubject(f"{target} → {anchor}", drawn, target, anchor)
-    return find_concept_neurons(pipe, about, prior=drawn, seed=seed, **options)
+    return find_concept_neurons(pipe, about, settings, prior=drawn, **options)

@@ -21,12 +21,12 @@ from ...diffusion.precision import drawing
 from ...diffusion.sampling import generate
 from ...edits.base import Edit, applied
 from ...errors import ConeslabError
-from ...finetuning.samples import drawn_once
+from ...finetuning.samples import generate_once
 from ...measure.judge import Images, Judge
 from ...measure.statistics import bootstrap_interval, kid
 from ...neurons.controls import finetune_kv
 from ...world.pictures import CLASSES, FACTS
-from ..personalization import textual_inversion
+from ..personalization.textual_inversion import textual_inversion
 
 
 def near_and_far(name: str) -> dict[str, tuple[str, ...]]:
@@ -93,7 +93,7 @@ def evaluate_ablation(
     others: Mapping[str, Sequence[str]] | None = None,
     pictures: int = 24,
     seed: int = 0,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     progress: bool = False,
 ) -> pandas.DataFrame:
@@ -112,9 +112,9 @@ def evaluate_ablation(
         raise ConeslabError("target and anchor are the same prompt: there is nothing to tell apart")
     texts = judge.text_features(everything)
     wanted = [prompt for prompt in everything for _ in range(pictures)]
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
+    options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale, "progress": progress}
     options["seed"] = [seed + number for number in range(pictures)] * len(everything)
-    untouched = judge.image_features(list(drawn_once(pipe, wanted, **options))).split(pictures)
+    untouched = judge.image_features(list(generate_once(pipe, wanted, **options))).split(pictures)
     with applied(edit, pipe):
         edited = judge.image_features(generate(pipe, wanted, **options)).split(pictures)
     rows = []
@@ -169,11 +169,11 @@ def attacks(
     strength: float = 0.7,
     inversion_steps: int = 100,
     finetune_steps: int = 20,
-    batch: int = 16,
+    batch_size: int = 16,
     shows: Callable[[Images], np.ndarray] | None = None,
     token: str = "<back>",
     seed: int = 0,
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
 ) -> pandas.DataFrame:
     """Try to bring an ablated concept back; a row an attack, with the share of pictures that show the target again.
@@ -182,11 +182,11 @@ def attacks(
     (n,) bool, such as `CopyDetector.copies`. paraphrases, synonyms:
     prompts that ask for it otherwise; word: misspelled in the target's prompt. Then: img2img from pictures of the
     target at `strength`; Textual Inversion of `token` on such pictures, on the edited model; `finetune_steps` steps of
-    K-V fine-tuning on them, both with `batch` samples a step. The untouched model draws the pictures of the target.
+    K-V fine-tuning on them, both with `batch_size` samples a step. The untouched model draws the target's pictures.
     """
     texts = judge.text_features([target, anchor])
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
-    shown = list(drawn_once(pipe, [target] * pictures, seed=seed + 7000, **options))
+    options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
+    shown = list(generate_once(pipe, [target] * pictures, seed=seed + 7000, **options))
     rows: list[dict[str, Any]] = []
 
     def nearer(drawn: Images) -> np.ndarray:
@@ -208,17 +208,17 @@ def attacks(
             record("other words", asked(list(synonyms)))
         if word and word in target:
             record("misspellings", asked([target.replace(word, wrong) for wrong in misspelled(word)]))
-        record("img2img", _from_pictures(pipe, shown, target, strength, seed, steps, guidance_scale))
+        record("img2img", _from_pictures(pipe, shown, target, strength, seed, sampler_steps, guidance_scale))
         about = SimpleNamespace(
             name=target, class_word="", token=token, images=shown, prompt=f"a {token}", prior_prompt=anchor
         )
         how: dict[str, Any] = {"seed": seed, "progress": False}
         start = anchor.split()[-1]
-        learned = textual_inversion(pipe, about, steps=inversion_steps, initial=start, batch=batch, **how)
+        learned = textual_inversion(pipe, about, steps=inversion_steps, initial=start, batch_size=batch_size, **how)
         with learned.applied(pipe, check_model=False):
             record("Textual Inversion", asked([about.prompt]))
         about.prompt = target
-        tuned = finetune_kv(pipe, about, steps=finetune_steps, subject_batch=batch, prior_batch=0, **how)
+        tuned = finetune_kv(pipe, about, steps=finetune_steps, batch_size=batch_size, prior_batch_size=0, **how)
         with tuned.applied(pipe, check_model=False):
             record("fine-tuning back", asked([target]))
     return pandas.DataFrame(rows)
@@ -230,13 +230,15 @@ def _from_pictures(
     prompt: str,
     strength: float,
     seed: int,
-    steps: int,
+    sampler_steps: int,
     guidance: float,
 ) -> list[Image.Image]:
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    if not 0 < strength <= 1 or int(steps * strength) < 1:
-        raise ConeslabError(f"strength is {strength} of {steps} steps: give a share in (0, 1] that leaves a step to do")
+    if not 0 < strength <= 1 or int(sampler_steps * strength) < 1:
+        raise ConeslabError(
+            f"strength is {strength} of {sampler_steps} steps: give a share in (0, 1] that leaves a step to do"
+        )
     with drawing(pipe):
         redraw = StableDiffusionImg2ImgPipeline(
             vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=pipe.unet,
@@ -245,6 +247,6 @@ def _from_pictures(
         redraw.set_progress_bar_config(disable=True)
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(pictures))]
         return redraw(
-            [prompt] * len(pictures), image=list(pictures), strength=strength, num_inference_steps=steps,
+            [prompt] * len(pictures), image=list(pictures), strength=strength, num_inference_steps=sampler_steps,
             guidance_scale=guidance, generator=generators,
         ).images  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,53 +13,74 @@ from ...diffusion.encoding import encode_prompts
 from ...diffusion.kvspace import KVSpace
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
-from ...errors import ConeslabError
+from ...settings import Settings, takes
 from .prompts import Prompts, paired
 
 
+@dataclass(frozen=True, kw_only=True)
+class UCESettings(Settings):
+    """Settings of `closed_form_edit`.
+
+    templates: captions with {} for the target, each an equation; erase_weight, preserve_weight: of a target's
+    equations, and of those of a caption that is to stay; ridge: how much every matrix wants to stay as it is.
+    """
+
+    method: ClassVar[str] = "UCE"
+
+    templates: Sequence[str] = ("{}",)
+    erase_weight: float = 1.0
+    preserve_weight: float = 0.1
+    ridge: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(bool(self.templates) and all("{}" in one for one in self.templates), "templates", "texts with {}")
+        self._require(0 < self.erase_weight < float("inf"), "erase_weight", "a positive number")
+        self._require(0 <= self.preserve_weight < float("inf"), "preserve_weight", "a number of 0 or more")
+        self._require(0 < self.ridge < float("inf"), "ridge", "a positive number")
+
+
+@takes(UCESettings)
 def closed_form_edit(
     pipe: Pipeline,
     target: Prompts,
     anchor: Prompts,
+    settings: UCESettings | None = None,
     *,
     preserve: Sequence[str] = (),
-    templates: Sequence[str] = ("{}",),
-    erase_weight: float = 1.0,
-    preserve_weight: float = 0.1,
-    ridge: float = 0.1,
+    **changes: Any,
 ) -> WeightDelta:
     """UCE: the keys and values of the target become those of the anchor, by one linear solve (arXiv 2308.14761, Eq. 7).
 
     W = (ridge W0 + sum v* c^T)(ridge I + sum c c^T)^-1 for every K and V matrix: over targets with v* = W0 c_anchor
-    and `erase_weight`, over `preserve` with v* = W0 c and `preserve_weight`. c: the text embedding at the last word of
-    a caption, and at the places after it. Nothing is drawn and nothing trained.
+    and `erase_weight`, over the captions `preserve` with v* = W0 c and `preserve_weight`. c: the text embedding at the
+    last word of a caption, and at the places after it. Nothing is drawn and nothing trained. settings, changes: see
+    `UCESettings`.
     """
+    settings = UCESettings.chosen(settings, changes)
     targets, anchors = paired(target, anchor)
-    if not ridge > 0 or erase_weight <= 0 or preserve_weight < 0:
-        given = f"ridge={ridge}, erase_weight={erase_weight}, preserve_weight={preserve_weight}"
-        raise ConeslabError(f"{given}: give positive numbers (preserve_weight may be 0)")
     sources, wanted, weights = [], [], []
     for own, other in zip(targets, anchors, strict=True):
-        for template in templates:
+        for template in settings.templates:
             first, second = _last_words(pipe, template.format(own)), _last_words(pipe, template.format(other))
             rows = min(len(first), len(second))
             sources.append(first[:rows])
             wanted.append(second[:rows])
-            weights.append(torch.full((rows,), erase_weight / rows))
+            weights.append(torch.full((rows,), settings.erase_weight / rows))
     for caption in preserve:
         kept = _last_words(pipe, caption)
         sources.append(kept)
         wanted.append(kept)
-        weights.append(torch.full((len(kept),), preserve_weight / len(kept)))
+        weights.append(torch.full((len(kept),), settings.preserve_weight / len(kept)))
     c, v, w = (torch.cat(parts).double() for parts in (sources, wanted, weights))
-    gram = ridge * torch.eye(c.shape[1], dtype=torch.float64) + (w[:, None] * c).T @ c
+    gram = settings.ridge * torch.eye(c.shape[1], dtype=torch.float64) + (w[:, None] * c).T @ c
     deltas = {}
     for name, parameter in KVSpace(pipe).parameters.items():
         base = parameter.detach().double().cpu()
-        right = ridge * base + ((w[:, None] * v) @ base.T).T @ c
+        right = settings.ridge * base + ((w[:, None] * v) @ base.T).T @ c
         deltas[name] = (torch.linalg.solve(gram, right.T).T - base).float()
-    settings = {"method": "UCE", "target": targets, "anchor": anchors, "ridge": ridge, "preserve": list(preserve)}
-    return WeightDelta(deltas, model_fingerprint(pipe), subject=", ".join(targets), settings=settings)
+    about = {**settings.record(), "target": targets, "anchor": anchors, "preserve": list(preserve)}
+    return WeightDelta(deltas, model_fingerprint(pipe), subject=", ".join(targets), settings=about)
 
 
 def _last_words(pipe: Pipeline, caption: str) -> Tensor:

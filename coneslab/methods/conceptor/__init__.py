@@ -6,12 +6,13 @@ A decomposition is an edit. Builds on `finetuning`, `edits` and `measure`.
 from __future__ import annotations
 
 from .biases import bias, group_shares, rebalance
-from .decomposition import Decomposition, choose_dictionary, decompose
+from .decomposition import Decomposition, DecompositionSettings, choose_dictionary, decompose
 from .image import ImageDecomposition, decompose_image
 from .vocabulary import Vocabulary, encode_vocabulary, whole_words
 
 __all__ = [
     "Decomposition",
+    "DecompositionSettings",
     "ImageDecomposition",
     "Vocabulary",
     "bias",

@@ -6,17 +6,18 @@ the model's own vocabulary, few of which matter. The words with the largest coef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...callback import Callback
 from ...diffusion.encoding import encode_images, encode_prompts
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate
@@ -24,12 +25,13 @@ from ...edits.base import StoredEdit
 from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.kv_gradient import KVGradient
-from ...finetuning.loop import tune
-from ...finetuning.samples import Pairs, drawn_once, draws
+from ...finetuning.loop import Point, TuningSettings, tune_kv
+from ...finetuning.samples import CaptionedLatents, SamplerSettings, generate_once, sample_batches
 from ...measure.judge import Images, Judge, as_pictures
+from ...settings import takes
 from .vocabulary import Vocabulary, encode_vocabulary
 
-Method = Literal["mlp", "direct", "least squares"]
+Coefficients = Literal["mlp", "direct", "least squares"]
 TEMPLATE = "a photo of a {}"
 
 
@@ -173,135 +175,166 @@ def _rescaled(vector: Tensor, norm: float) -> Tensor:
 # --- learning it ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecompositionSettings(TuningSettings, SamplerSettings):
+    """Settings of `decompose`: those of `TuningSettings` and `SamplerSettings`, and
+
+    pictures: of the concept, drawn if it is a prompt. dictionary: M, by default a tenth of the vocabulary, as the
+    paper's 5000 are of Stable Diffusion's; explain: N, by default a hundredth of M, the paper's 50, but at least 10.
+    sparsity: weight of 1 − cos(w*_N, w*). batch_size: samples a step. coefficients: α_i = |MLP(w_i)| with one hidden
+    layer of `hidden` ("mlp", the paper's, but on vectors scaled to a standard deviation of 1, without which all α_i
+    stay alike), numbers learned themselves ("direct"), or a free vector that is then fitted with coefficients of 0 or
+    more ("least squares").
+    include: words that are in the dictionary however far they are from the pictures, such as the groups of a bias.
+    exclude: words to leave out; the words of a concept's prompt always are, and so is every word whose embedding is
+    nearer than `exclude_similar` to that of the concept's own words (None: keep them).
+    template, token: the captions of the pictures, and the pseudo-token in them. Every `validate_every` steps
+    `validation_pictures` are drawn, by which the best step is chosen.
+    """
+
+    method: ClassVar[str] = "Conceptor"
+
+    steps: int = 500
+    pictures: int = 100
+    dictionary: int | None = None
+    explain: int | None = None
+    sparsity: float = 1e-3
+    batch_size: int = 6
+    hidden: int = 100
+    coefficients: Coefficients = "mlp"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    exclude_similar: float | None = 0.9
+    template: str = TEMPLATE
+    token: str = "<concept>"
+    validate_every: int = 50
+    validation_pictures: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pictures", "batch_size", "hidden", "validate_every", "validation_pictures"):
+            self._require(getattr(self, name) >= 1, name, "a positive number")
+        for name in ("dictionary", "explain"):
+            given = getattr(self, name)
+            self._require(given is None or given >= 1, name, "a positive number of words, or None")
+        self._require(0 <= self.sparsity < float("inf"), "sparsity", "a number of 0 or more")
+        choices = get_args(Coefficients)
+        self._require(self.coefficients in choices, "coefficients", f"one of {', '.join(choices)}")
+        self._require("{}" in self.template, "template", "a caption with {} for the pseudo-token")
+
+
+@takes(DecompositionSettings)
 def decompose(
     pipe: Pipeline,
     concept: str | Images,
     judge: Judge,
+    settings: DecompositionSettings | None = None,
     *,
     name: str = "",
-    pictures: int = 100,
-    dictionary: int | None = None,
-    explain: int | None = None,
-    sparsity: float = 1e-3,
-    steps: int = 500,
-    batch: int = 6,
-    learning_rate: float = 1e-3,
-    hidden: int = 100,
-    method: Method = "mlp",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    exclude_similar: float | None = 0.9,
-    template: str = TEMPLATE,
-    token: str = "<concept>",
     vocabulary: Vocabulary | None = None,
-    validate_every: int = 50,
-    validation_pictures: int = 8,
-    sampler_steps: int = 25,
-    guidance_scale: float = 3.0,
-    seed: int = 0,
     dtype: torch.dtype | None = None,
     progress: bool = True,
-    callback: Callable[[int, dict[str, Any]], object] | None = None,
+    callback: Callback | None = None,
+    **changes: Any,
 ) -> Decomposition:
     """Decompose a concept into words of the model's vocabulary (Conceptor, Sec. 3.1 and 3.2).
 
-    concept: a prompt, of which the pipeline draws `pictures` pictures, or pictures of your own (then give a `name`).
+    concept: a prompt, of which the pipeline draws pictures, or pictures of your own (then give a `name`).
     The pseudo-token is w* = sum_i α_i w_i over a dictionary of the M words whose judged embedding is nearest to the
     mean embedding of the pictures, rescaled to the mean length of the vocabulary's vectors. Loss: denoising of the
-    pictures under `template` with the pseudo-token, plus `sparsity` · (1 − cos(w*_N, w*)), w*_N being made of the N
-    largest coefficients alone.
-    dictionary: M, by default a tenth of the vocabulary, as the paper's 5000 are of Stable Diffusion's. explain: N, by
-    default a hundredth of M, the paper's 50, but at least 10.
-    method: α_i = |MLP(w_i)| with one hidden layer of `hidden` ("mlp", the paper's, but on vectors scaled to a standard
-    deviation of 1, without which all α_i stay alike), coefficients learned themselves ("direct"), or a free vector that
-    is then fitted with coefficients of 0 or more ("least squares").
-    include: words that are in the dictionary however far they are from the pictures, such as the groups of a bias.
-    exclude: words to leave out; the words of a concept's prompt always are, and so is every word whose embedding is
-    nearer than `exclude_similar` to that of the concept's own words (None: keep them).
-    Every `validate_every` steps w*_N, as it is used later, draws `validation_pictures` from fixed seeds; the
-    coefficients whose pictures are nearest to the concept's are kept. callback(step, {"loss", "coefficients"}).
+    pictures under the template with the pseudo-token, plus `sparsity` · (1 − cos(w*_N, w*)), w*_N being made of the N
+    largest coefficients alone. Now and then w*_N, as it is used later, draws pictures from fixed seeds; the
+    coefficients whose pictures are nearest to the concept's are kept.
+    settings, changes: see `DecompositionSettings`; vocabulary: see `encode_vocabulary`; dtype: see `KVGradient`;
+    callback: see `RunOptions`, with "coefficients" (M,) as a further key.
     The pipeline is not changed. Raises ConeslabError for settings out of range or an empty dictionary.
     """
-    sizes = [size for size in (dictionary, explain) if size is not None]
-    if not min(steps, batch, validate_every, *sizes) >= 1:
-        raise ConeslabError(
-            f"steps={steps}, batch={batch}, explain={explain}, dictionary={dictionary}, "
-            f"validate_every={validate_every}: all must be positive"
-        )
-    shown = _pictures(pipe, concept, pictures, seed, sampler_steps, guidance_scale, progress)
+    settings = DecompositionSettings.chosen(settings, changes)
+    shown = _pictures(pipe, concept, settings, progress)
     seen = judge.image_features(shown)
+    target = seen.mean(0)
     words = vocabulary or encode_vocabulary(pipe, judge, progress=False)
-    dictionary = dictionary or -(-len(words) // 10)
-    explain = explain or max(10, dictionary // 100)
+    size = settings.dictionary or -(-len(words) // 10)
+    explain = settings.explain or max(10, size // 100)
     prompt = concept if isinstance(concept, str) else ""
     allowed = choose_dictionary(
-        words, seen, judge, size=dictionary, prompt=prompt, include=include, exclude=exclude,
-        exclude_similar=exclude_similar,
-    )  # fmt: skip
+        words,
+        seen,
+        judge,
+        size=size,
+        prompt=prompt,
+        include=settings.include,
+        exclude=settings.exclude,
+        exclude_similar=settings.exclude_similar,
+    )
     norm = float(embedding_of(pipe).weight.detach().float().norm(dim=1).mean())
-    torch.manual_seed(seed)
-    weights = _Weights(allowed.vectors, method, hidden, norm)
-    text = LearnedText(pipe, [template.format(token)], [token])
-    latents = encode_images(pipe, shown).detach()
-    pairs = [Pairs(latents, encode_prompts(pipe, [template.format("")]).detach()[0], batch)]
-    gradient = KVGradient(pipe, pairs, dtype=dtype)
-    theta, samples = gradient.theta(), draws(pipe, pairs, seed=seed)
+    torch.manual_seed(settings.seed)
+    weights = _Weights(allowed.vectors, settings, norm)
+    text = LearnedText(pipe, [settings.template.format(settings.token)], [settings.token])
+    empty = encode_prompts(pipe, [settings.template.format("")]).detach()[0]
+    data = [CaptionedLatents(encode_images(pipe, shown).detach(), empty, settings.batch_size)]
+    batches = sample_batches(pipe, data, seed=settings.seed)
     validation: dict[int, float] = {}
     best, best_step = weights.coefficients(), 0
-    target = seen.mean(0)
 
     def made(coefficients: np.ndarray) -> Decomposition:
         return Decomposition(
-            name or prompt or "pictures", allowed.words, coefficients, min(explain, len(allowed)), norm,
-            vocabulary_fingerprint(pipe), token, template,
-        )  # fmt: skip
+            name or prompt or "pictures",
+            allowed.words,
+            coefficients,
+            min(explain, len(allowed)),
+            norm,
+            vocabulary_fingerprint(pipe),
+            settings.token,
+            settings.template,
+        )
 
-    def step(number: int) -> dict[str, float]:
+    def point(number: int) -> Point:
         vector, vector_of_largest = weights(explain)
-        embedded = text(vector[None])
-        (loss,), slope = gradient.text_gradient(theta, embedded.detach(), next(samples))
         spread = 1 - nn.functional.cosine_similarity(vector_of_largest, vector, dim=0)
-        surrogate = (embedded * slope).sum() + sparsity * spread
-        surrogate.backward(inputs=list(weights.parameters()))
-        return {"loss": loss, "sparsity": float(spread.detach())}
+        return Point(next(batches), text=text(vector[None]), penalty=settings.sparsity * spread)
 
-    def after(number: int, state: dict[str, Any]) -> None:
+    def after(state: Mapping[str, Any]) -> None:
         nonlocal best, best_step
-        now = weights.coefficients()
+        now, done = weights.coefficients(), state["step"] + 1
         if callback is not None:
-            callback(number, {"loss": state["loss"], "coefficients": now})
-        if (number + 1) % validate_every and number + 1 != steps:
+            callback({**state, "coefficients": now})
+        if done % settings.validate_every and done != settings.steps:
             return
         trial = made(now)
         with trial.applied(pipe):
-            options: dict[str, Any] = {"steps": sampler_steps, "guidance_scale": guidance_scale}
-            drawn = generate(pipe, [trial.prompt] * validation_pictures, seed=seed + 10_000, **options)
-        validation[number + 1] = float((judge.image_features(drawn) @ target).mean())
-        if validation[number + 1] >= max(validation.values()):
-            best, best_step = now, number + 1
+            drawn = generate(
+                pipe,
+                [trial.prompt] * settings.validation_pictures,
+                seed=settings.seed + 10_000,
+                sampler_steps=settings.sampler_steps,
+                guidance_scale=settings.guidance_scale,
+            )
+        validation[done] = float((judge.image_features(drawn) @ target).mean())
+        if validation[done] >= max(validation.values()):
+            best, best_step = now, done
 
-    history = tune(
-        dict(weights.named_parameters()), step, steps=steps, learning_rate=learning_rate, progress=progress,
-        title=f"decomposing {name or prompt}", callback=after,
-    )  # fmt: skip
-    settings = {
-        "method": method, "dictionary": len(allowed), "sparsity": sparsity, "steps": steps, "batch": batch,
-        "learning_rate": learning_rate, "pictures": len(shown), "seed": seed,
-    }  # fmt: skip
-    return replace(made(best), validation=validation, best_step=best_step, settings=settings, history=history)
+    history = tune_kv(
+        KVGradient(pipe, data, dtype=dtype),
+        dict(weights.named_parameters()),
+        point,
+        settings,
+        title=f"decomposing {name or prompt}",
+        progress=progress,
+        callback=after,
+    )
+    about = {**settings.record(), "dictionary": len(allowed), "pictures": len(shown)}
+    return replace(made(best), validation=validation, best_step=best_step, settings=about, history=history)
 
 
 def _pictures(
-    pipe: Pipeline, concept: str | Images, n: int, seed: int, steps: int, guidance_scale: float, progress: bool
+    pipe: Pipeline, concept: str | Images, settings: DecompositionSettings, progress: bool
 ) -> list[Image.Image]:
     if not isinstance(concept, str):
         return as_pictures(concept)
     if not concept.strip():
         raise ConeslabError("the concept is an empty prompt: name what to decompose, for example 'a photo of a pet'")
-    if n < 1:
-        raise ConeslabError(f"pictures is {n}: give a positive number")
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "progress": progress}
-    return list(drawn_once(pipe, [concept] * n, seed=seed, **options))
+    return list(generate_once(pipe, [concept] * settings.pictures, **settings.sampler, progress=progress))
 
 
 def choose_dictionary(
@@ -344,26 +377,24 @@ def choose_dictionary(
 class _Weights(nn.Module):
     """Coefficients over the dictionary's vectors (M, width), and the pseudo-token they make."""
 
-    def __init__(self, vectors: Tensor, method: Method, hidden: int, norm: float) -> None:
+    def __init__(self, vectors: Tensor, settings: DecompositionSettings, norm: float) -> None:
         super().__init__()
-        self.vectors, self.method, self.norm = vectors, method, norm
+        self.vectors, self.kind, self.norm = vectors, settings.coefficients, norm
         count, width = vectors.shape
-        if method == "mlp":
+        if self.kind == "mlp":
             self.scaled = vectors / vectors.std()
-            self.net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        elif method == "direct":
+            self.net = nn.Sequential(nn.Linear(width, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 1))
+        elif self.kind == "direct":
             self.values = nn.Parameter(torch.full((count,), 1.0 / count))
-        elif method == "least squares":
-            self.free = nn.Parameter(vectors.mean(0))
         else:
-            raise ConeslabError(f"method is {method!r}: choose mlp, direct or least squares")
+            self.free = nn.Parameter(vectors.mean(0))
 
     def _alpha(self) -> Tensor:
-        return (self.net(self.scaled)[:, 0] if self.method == "mlp" else self.values).abs()
+        return (self.net(self.scaled)[:, 0] if self.kind == "mlp" else self.values).abs()
 
     def forward(self, n: int) -> tuple[Tensor, Tensor]:
         """w* (width,), and w*_N of the `n` largest coefficients, which is not rescaled."""
-        if self.method == "least squares":
+        if self.kind == "least squares":
             return _rescaled(self.free, self.norm), self.free
         alpha = self._alpha()
         chosen = alpha.topk(min(n, len(alpha)))
@@ -372,7 +403,7 @@ class _Weights(nn.Module):
     @torch.no_grad()
     def coefficients(self) -> np.ndarray:
         """(M,) float32, none negative and not all 0."""
-        if self.method == "least squares":
+        if self.kind == "least squares":
             from scipy.optimize import nnls
 
             solution, _ = nnls(self.vectors.double().numpy().T, _rescaled(self.free, self.norm).double().numpy())

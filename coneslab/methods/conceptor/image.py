@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...callback import Callback
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate
 from ...edits.tokens import TokenEdit
@@ -52,11 +53,11 @@ def decompose_image(
     prompt: str | None = None,
     max_words: int = 50,
     near_synonyms: Sequence[Sequence[str]] = (),
-    steps: int = 25,
+    sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     batch_size: int = 25,
     progress: bool = True,
-    callback: Callable[[int, tuple[str, ...]], object] | None = None,
+    callback: Callback | None = None,
 ) -> ImageDecomposition:
     """Leave out word after word while the picture from `seed` stays like the target (Conceptor, Sec. 3.3).
 
@@ -66,7 +67,8 @@ def decompose_image(
     Words go from the smallest coefficient up, one, two, four, eight of them, ..., as many as may: the trials of such a
     pass are drawn in one batch. A word that cannot go is passed over. At the end each of the words left is tried alone,
     and then all that alone could go, half of them, a quarter, down to the one that matters least, until none can.
-    callback(pass, words left). Raises ConeslabError for a threshold that is no cosine.
+    callback: see `coneslab.callback`, after each pass; a further key: "words", those left.
+    Raises ConeslabError for a threshold that is no cosine.
     """
     if not -1 <= threshold <= 1:
         raise ConeslabError(f"threshold is {threshold}: give a cosine in [-1, 1]")
@@ -80,9 +82,9 @@ def decompose_image(
         tokens = tuple(f"<part{number}>" for number in range(len(vectors)))
         prompts = [decomposition.template.format(token) for token in tokens]
         count["drawn"] += len(vectors)
-        how: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+        how: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
         with TokenEdit(tokens, torch.stack(list(vectors)), decomposition.fingerprint).applied(pipe):
-            return generate(pipe, prompts, seed=[seed] * len(prompts), **how)
+            return generate(pipe, prompts, seed=[seed] * len(prompts), batch_size=batch_size, **how)
 
     def vector(words: Sequence[str]) -> Tensor:
         return decomposition.only(*words).vector(pipe).cpu()
@@ -91,7 +93,7 @@ def decompose_image(
     if isinstance(target, Image.Image):
         goal = target
     elif target == "concept":
-        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
+        options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
         goal = generate(pipe, [prompt or decomposition.concept], seed=seed, **options)[0]
     else:
         goal = draw([vector(words)])[0]
@@ -112,7 +114,7 @@ def decompose_image(
             bar.update()
             went = one_pass()
             if callback is not None:
-                callback(count["passes"], tuple(left.words))
+                callback({"step": count["passes"] - 1, "steps": None, "words": tuple(left.words)})
     bar.close()
     (similarity,), picture = left.scores([left.words]), drawn[frozenset(left.words)]
     kept, removed = tuple(left.words), tuple(left.removed)

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.encoding import encode_prompts
-from ..diffusion.kvspace import KVSpace
-from ..diffusion.pipelines import Pipeline
-from ..edits.base import Combined
-from ..edits.interchange import custom_diffusion_parts
-from ..edits.tokens import TokenEdit
-from ..edits.weights import WeightDelta, model_fingerprint, require_model
-from ..errors import ConeslabError
-from ..world.pictures import sample
+from ...diffusion.encoding import encode_prompts
+from ...diffusion.kvspace import KVSpace
+from ...diffusion.pipelines import Pipeline
+from ...edits.base import Combined
+from ...edits.interchange import custom_diffusion_parts
+from ...edits.tokens import TokenEdit
+from ...edits.weights import WeightDelta, model_fingerprint, require_model
+from ...errors import ConeslabError
+from ...world.pictures import sample
 
 
 def merge(

@@ -1,0 +1,181 @@
+"""Custom Diffusion: keys, values and new words (Kumari et al. 2023, arXiv 2212.04488)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...callback import Callback
+from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.pipelines import Pipeline
+from ...edits.base import Combined
+from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
+from ...edits.weights import WeightDelta, model_fingerprint
+from ...finetuning.kv_gradient import KVGradient
+from ...finetuning.loop import Point, TuningSettings, tune_kv
+from ...finetuning.samples import (
+    CaptionedLatents,
+    ConceptSettings,
+    TokenSubject,
+    concept_latents,
+    names_of,
+    numbered_batches,
+    several,
+)
+from ...settings import takes
+from ...world.pictures import with_article
+
+SMALL_WORDS, LARGE_WORDS = ("very small", "far away"), ("zoomed in", "close up")  # as in Custom Diffusion's code
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomDiffusionSettings(TuningSettings, ConceptSettings):
+    """Settings of `custom_diffusion`: those of `TuningSettings` and `ConceptSettings`, and
+
+    token_learning_rate: of the tokens' vectors, default `learning_rate`. augment: also show the subject smaller and
+    larger, with `small_words` and `large_words` in the caption and the loss on the pasted picture alone
+    (`scaled_latents`). initial: the word that tokens start from, default the token's own row where the tokenizer has
+    it, as with a rare word.
+    """
+
+    method: ClassVar[str] = "Custom Diffusion"
+
+    token_learning_rate: float | None = None
+    batch_size: int = 16
+    prior_batch_size: int = 8
+    augment: bool = False
+    small_words: Sequence[str] = SMALL_WORDS
+    large_words: Sequence[str] = LARGE_WORDS
+    initial: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = self.token_learning_rate
+        self._require(rate is None or 0 < rate < float("inf"), "token_learning_rate", "a positive number")
+
+
+@takes(CustomDiffusionSettings)
+def custom_diffusion(
+    pipe: Pipeline,
+    subjects: TokenSubject | Sequence[TokenSubject],
+    settings: CustomDiffusionSettings | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    progress: bool = True,
+    callback: Callback | None = None,
+    resume: str | Path | None = None,
+    **changes: Any,
+) -> Combined:
+    """Tune keys and values of cross-attention and the subjects' tokens, jointly for several (Kumari et al., Sec. 3.2).
+
+    settings, changes: see `CustomDiffusionSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see
+    `RunOptions`. Returns the tokens' vectors and the weights' change as one edit.
+    """
+    settings = CustomDiffusionSettings.chosen(settings, changes)
+    people = several(subjects)
+    tokens = [subject.token for subject in people]
+    data: list[CaptionedLatents] = []
+    captions: list[str] = []
+    for subject in people:
+        own = concept_latents(pipe, subject, settings)
+        named = [subject.prompt, subject.prior_prompt][: len(own)]
+        if settings.augment:
+            versions = scaled_latents(
+                pipe,
+                subject,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                small=settings.small_words,
+                large=settings.large_words,
+            )
+            named = [*versions, *named[1:]]
+            own = [*versions.values(), *own[1:]]
+        data += own
+        captions += named
+    text = LearnedText(pipe, captions, tokens)
+    vectors = torch.stack([start_vector(pipe, settings.initial or token) for token in tokens]).requires_grad_()
+    gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
+    theta, batch_at = gradient.theta().requires_grad_(), numbered_batches(pipe, data, settings.seed)
+    names, model = names_of(people), model_fingerprint(pipe)
+    history = tune_kv(
+        gradient,
+        {"theta": theta, "vectors": vectors},
+        lambda number: Point(batch_at(number), theta=theta, text=text(vectors)),
+        settings,
+        title=f"Custom Diffusion of {names}",
+        identity=f"{settings.record()} {captions} {model}",
+        rates={"vectors": settings.token_learning_rate or settings.rate},
+        progress=progress,
+        callback=callback,
+        resume=resume,
+    )
+    about = settings.record()
+    words = TokenEdit(tuple(tokens), vectors, vocabulary_fingerprint(pipe), initial=tuple(tokens), settings=about)
+    weights = WeightDelta(gradient.deltas(theta), model, subject=names, settings=about, history=history)
+    return Combined((words, weights))
+
+
+def scaled_latents(
+    pipe: Pipeline,
+    subject: TokenSubject,
+    *,
+    batch_size: int,
+    versions: int = 8,
+    seed: int = 0,
+    small: Sequence[str] = SMALL_WORDS,
+    large: Sequence[str] = LARGE_WORDS,
+) -> dict[str, CaptionedLatents]:
+    """Caption -> pictures of the subject in other sizes (Custom Diffusion, Sec. 3.2 and its released code).
+
+    Two thirds of the samples are scaled to between 1/3 and 1 of their size and put somewhere on a grey ground, under
+    a caption with one of the `small` words below 0.6; one third is enlarged 1.2 to 1.4 times and cut, with one of the
+    `large` words. The mask leaves the ground out of the loss. `versions` of each picture are made and encoded once.
+    """
+    generator = np.random.default_rng(seed)
+    groups: dict[str, list[tuple[Image.Image, np.ndarray]]] = {}
+    for picture in subject.images:
+        for version in range(versions):
+            place = (version + generator.random()) / versions  # every third of the range is met
+            scale = 1 / 3 + place if place < 2 / 3 else 1.2 + 0.6 * (place - 2 / 3)
+            sized = _rescaled(picture, scale, generator)
+            words = small if scale < 0.6 else large if scale > 1 else ()
+            word = words[version % len(words)] if words else ""
+            caption = with_article(f"{word} {subject.token} {subject.class_word}") if word else subject.prompt
+            groups.setdefault(caption, []).append(sized)
+    total, left = sum(map(len, groups.values())), batch_size
+    texts = encode_prompts(pipe, list(groups)).detach()
+    data = {}
+    for number, (caption, made) in enumerate(groups.items()):
+        rest = len(groups) - number - 1
+        share = max(1, min(left - rest, round(batch_size * len(made) / total))) if rest else max(1, left)
+        left -= share
+        latents = encode_images(pipe, [picture for picture, _ in made]).detach()
+        mask = torch.from_numpy(np.stack([mask for _, mask in made]))[:, None].to(latents)
+        mask = torch.nn.functional.adaptive_avg_pool2d(mask, (latents.shape[-2], latents.shape[-1]))
+        # each group's mean loss counts by its share of the samples, so that together they are one mean
+        data[caption] = CaptionedLatents(
+            latents, texts[number], share, weight=share / batch_size, mask=(mask > 0.999).to(latents)
+        )
+    return data
+
+
+def _rescaled(picture: Image.Image, scale: float, generator: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """The picture at another scale in a frame of its old size, and where it is: (height, width) float32."""
+    width, height = picture.size
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    scaled = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    if scale > 1:
+        left, top = (int(generator.integers(0, big - own + 1)) for big, own in zip(size, (width, height), strict=True))
+        return scaled.crop((left, top, left + width, top + height)), np.ones((height, width), np.float32)
+    left, top = (int(generator.integers(0, own - new + 1)) for new, own in zip(size, (width, height), strict=True))
+    frame, mask = Image.new("RGB", (width, height), (127, 127, 127)), np.zeros((height, width), np.float32)
+    frame.paste(scaled, (left, top))
+    mask[top : top + size[1], left : left + size[0]] = 1
+    return frame, mask

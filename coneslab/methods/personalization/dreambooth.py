@@ -1,0 +1,66 @@
+"""DreamBooth: tune the whole U-Net, and preserve the class (Ruiz et al. 2023, arXiv 2208.12242)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ...callback import Callback
+from ...diffusion.pipelines import Pipeline
+from ...edits.weights import WeightDelta, model_fingerprint
+from ...finetuning.loop import TuningSettings, tune_unet
+from ...finetuning.samples import ConceptSettings, ConceptSubject, joint_latents, names_of, numbered_batches, several
+from ...settings import takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothSettings(TuningSettings, ConceptSettings):
+    """Settings of `dreambooth`: those of `TuningSettings` and `ConceptSettings`, with other defaults."""
+
+    method: ClassVar[str] = "DreamBooth"
+
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    prior_batch_size: int = 8
+
+
+@takes(DreamBoothSettings)
+def dreambooth(
+    pipe: Pipeline,
+    subjects: ConceptSubject | Sequence[ConceptSubject],
+    settings: DreamBoothSettings | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    callback: Callback | None = None,
+    resume: str | Path | None = None,
+    **changes: Any,
+) -> WeightDelta:
+    """Tune the whole U-Net on the subjects, with prior preservation (Ruiz et al. 2023, Eq. 2).
+
+    The text encoder stays as it is. Trains a copy of the U-Net in float32, its passes in `dtype`: float32 or
+    bfloat16, default bfloat16 where that is faster. settings, changes: see `DreamBoothSettings`; progress, callback,
+    resume: see `RunOptions`.
+    """
+    settings = DreamBoothSettings.chosen(settings, changes)
+    people = several(subjects)
+    data = joint_latents(pipe, people, settings)
+    batch_at = numbered_batches(pipe, data, settings.seed)
+    names, model = names_of(people), model_fingerprint(pipe)
+    deltas, history = tune_unet(
+        pipe,
+        data,
+        lambda number, unet: batch_at(number),
+        settings,
+        title=f"DreamBooth of {names}",
+        identity=f"{settings.record()} {names} {model}",
+        dtype=dtype,
+        progress=progress,
+        callback=callback,
+        resume=resume,
+    )
+    return WeightDelta(deltas, model, subject=names, settings=settings.record(), history=history)

@@ -1,0 +1,90 @@
+"""Textual Inversion: a vector for a new word, and nothing else (Gal et al. 2022, arXiv 2208.01618)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ...callback import Callback
+from ...diffusion.pipelines import Pipeline
+from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
+from ...edits.weights import model_fingerprint
+from ...finetuning.kv_gradient import KVGradient
+from ...finetuning.loop import Point, TuningSettings, tune_kv
+from ...finetuning.samples import TokenSubject, concept_latents, numbered_batches, several
+from ...settings import takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionSettings(TuningSettings):
+    """Settings of `textual_inversion`: those of `TuningSettings`, and
+
+    batch_size: samples a step of each subject; initial: the word, or one for each subject, that the tokens start
+    from, by default the class words; seed: of noises and timesteps.
+    """
+
+    method: ClassVar[str] = "Textual Inversion"
+
+    steps: int = 300
+    learning_rate: float = 1e-2
+    batch_size: int = 16
+    initial: str | Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.batch_size >= 1, "batch_size", "a positive number of samples")
+
+
+@takes(TextualInversionSettings)
+def textual_inversion(
+    pipe: Pipeline,
+    subjects: TokenSubject | Sequence[TokenSubject],
+    settings: TextualInversionSettings | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    progress: bool = True,
+    callback: Callback | None = None,
+    resume: str | Path | None = None,
+    **changes: Any,
+) -> TokenEdit:
+    """Learn a vector for each subject's token, everything else frozen (Gal et al. 2022, Sec. 4).
+
+    Captions are the subjects' own prompts, class word included, so that all methods here are asked with the same
+    prompts (a reading; the paper's have the token alone). settings, changes: see `TextualInversionSettings`; dtype,
+    chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
+    Raises ConeslabError if a caption lacks its token, or settings are out of range.
+    """
+    settings = TextualInversionSettings.chosen(settings, changes)
+    people = several(subjects)
+    tokens = [subject.token for subject in people]
+    initial = settings.initial or [subject.class_word for subject in people]
+    words = [initial] * len(people) if isinstance(initial, str) else list(initial)
+    data = [concept_latents(pipe, subject, batch_size=settings.batch_size, prior_batch_size=0)[0] for subject in people]
+    text = LearnedText(pipe, [subject.prompt for subject in people], tokens)
+    vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
+    batch_at = numbered_batches(pipe, data, settings.seed)
+    history = tune_kv(
+        KVGradient(pipe, data, dtype=dtype, chunk=chunk),
+        {"vectors": vectors},
+        lambda number: Point(batch_at(number), text=text(vectors)),
+        settings,
+        title=f"Textual Inversion of {', '.join(tokens)}",
+        identity=f"{settings.record()} {tokens} {words} {model_fingerprint(pipe)}",
+        progress=progress,
+        callback=callback,
+        resume=resume,
+    )
+    return TokenEdit(
+        tuple(tokens),
+        vectors,
+        vocabulary_fingerprint(pipe),
+        initial=tuple(words),
+        settings=settings.record(),
+        history=history,
+    )

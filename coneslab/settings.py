@@ -1,0 +1,82 @@
+"""Settings of the methods as data: frozen dataclasses that are saved with what they made and can be passed back in.
+
+A method takes them whole, or field by field, or both: `custom_diffusion(pipe, subject, steps=100)` is short for
+`custom_diffusion(pipe, subject, CustomDiffusionSettings(steps=100))`, and `custom_diffusion(pipe, other,
+edit.settings)` repeats on another subject what made an edit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self, TypeVar
+
+from .errors import ConeslabError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of the methods' settings; a subclass is a frozen dataclass whose docstring says what each field is.
+
+    method: the name that is saved beside the fields.
+    """
+
+    method: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense; bases are asked as well (`super().__post_init__()`)."""
+
+    def record(self) -> dict[str, Any]:
+        """The fields by name, with the method's name under "method": what an edit keeps, and what JSON can hold."""
+        return {"method": self.method, **asdict(self)}
+
+    @classmethod
+    def chosen(cls, given: Self | Mapping[str, Any] | None, changes: Mapping[str, Any]) -> Self:
+        """Settings as a caller gave them: whole, as the record of an earlier run, or not at all; then the changes.
+
+        Raises ConeslabError for a field that the method does not have, or a record of another method.
+        """
+        if isinstance(given, Settings) and not isinstance(given, cls):
+            raise ConeslabError(f"got {type(given).__name__}, expected {cls.__name__}: each method has its own")
+        if isinstance(given, Mapping):
+            made_by = given.get("method", cls.method)
+            if made_by != cls.method:
+                raise ConeslabError(f"got settings of {made_by!r}, expected those of {cls.method!r}")
+            changes = {**{name: value for name, value in given.items() if name in cls._names()}, **changes}
+            given = None
+        unknown = [name for name in changes if name not in cls._names()]
+        if unknown:
+            raise ConeslabError(
+                f"{', '.join(unknown)}: not a setting of {cls.method}; these are: {', '.join(cls._names())}"
+            )
+        return cls(**changes) if given is None else replace(given, **changes)
+
+    @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    def _require(self, ok: bool, name: str, wanted: str) -> None:
+        """Raise ConeslabError, with the field's value, unless it is as wanted."""
+        if not ok:
+            raise ConeslabError(f"{name} is {getattr(self, name)!r}: give {wanted}")
+
+
+def takes(settings: type[Settings]) -> Callable[[Function], Function]:
+    """Show a method's settings in its signature, so that `help` and completion know what `**changes` may be."""
+
+    def documented(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        names = {one.name for one in own}
+        more = [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in fields(settings)
+            if field.name not in names
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return function
+
+    return documented
