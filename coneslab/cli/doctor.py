@@ -25,7 +25,7 @@ from ..diffusion.precision import bfloat16_pays
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 from ..neurons.search import find_concept_neurons
-from ..world.subjects import subject
+from ..world.subjects import subject as subject_named
 
 Level = Literal["ok", "note", "problem"]
 ROUNDS = 60  # of the search that is foretold, from three
@@ -177,7 +177,7 @@ def _shipped() -> Iterator[Finding]:
 
 
 def _speed(device: torch.device) -> Iterator[Finding]:
-    pipe, about = pipelines.load("tiny", device=device), subject("cat")
+    pipe, subject = pipelines.load("tiny", device=device), subject_named("cat")
 
     def seconds(run: Any) -> float:
         start = time.perf_counter()
@@ -190,7 +190,7 @@ def _speed(device: torch.device) -> Iterator[Finding]:
     drawn = seconds(lambda: generate(pipe, ["a cat"] * 8))
     stamps: list[float] = []
     find_concept_neurons(
-        pipe, about, rounds=4, sampler_steps=4, progress=False, callback=lambda *_: stamps.append(time.perf_counter())
+        pipe, subject, rounds=4, sampler_steps=4, progress=False, callback=lambda *_: stamps.append(time.perf_counter())
     )
     one = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
     yield Finding("eight pictures", f"{drawn:.1f} s in 25 steps")

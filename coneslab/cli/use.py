@@ -47,13 +47,13 @@ def _subject(arguments: Arguments, pipe: Pipeline) -> Any:
     return _from_folder(arguments.subject, arguments.class_word, pipe, **token)
 
 
-def _from_folder(folder: str, class_word: str, pipe: Pipeline, **about: Any) -> Any:
+def _from_folder(folder: str, class_word: str, pipe: Pipeline, **subject: Any) -> Any:
     """A subject with the folder's pictures in the pipeline's size."""
     from ..diffusion.encoding import latent_shape
     from ..world.subjects import subject_from_folder
 
     size = latent_shape(pipe)[1] * pipe.vae_scale_factor
-    return subject_from_folder(folder, class_word, resolution=size, **about)
+    return subject_from_folder(folder, class_word, resolution=size, **subject)
 
 
 def _edits(paths: Sequence[Path]) -> list[Any]:
@@ -78,30 +78,32 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
     from ..show import plots
 
     say, folder = teller(arguments), arguments.out or Path("tour")
-    about = world.subject(arguments.subject)
-    figure_file, edit_file = (_free(folder / name, arguments) for name in ("tour.png", f"{about.name}.safetensors"))
+    subject = world.subject(arguments.subject)
+    figure_file, edit_file = (_free(folder / name, arguments) for name in ("tour.png", f"{subject.name}.safetensors"))
     pipe, start = _pipeline(arguments), time.perf_counter()
-    say(f"1. The subject: {len(about.images)} pictures of “{about.phrase}”, which the model has never seen.")
+    say(f"1. The subject: {len(subject.images)} pictures of “{subject.phrase}”, which the model has never seen.")
     found = find_concept_neurons(
-        pipe, about, rounds=arguments.rounds, seed=arguments.seed, progress=not arguments.quiet
+        pipe, subject, rounds=arguments.rounds, seed=arguments.seed, progress=not arguments.quiet
     ).binary()
     seconds = time.perf_counter() - start
     say(f"2. Its concept neurons: {len(found):,} of {found.n:,} key and value weights, in {seconds:.0f} s.")
     edits = {"untouched": None, "random neurons": random_neurons(found, seed=arguments.seed), "concept neurons": found}
-    rows = [list(about.images[:4])]
+    rows = [list(subject.images[:4])]
     for edit in edits.values():
         with applied(edit, pipe):
-            rows.append(generate(pipe, list(about.prompts[:4]), seed=arguments.seed, **_drawing(arguments)))
+            rows.append(generate(pipe, list(subject.prompts[:4]), seed=arguments.seed, **_drawing(arguments)))
     figure = plots.picture_grid(
-        rows, row_labels=["the subject", *edits], title=f"“{about.prompt}” with neurons shut", size=1.4
+        rows, row_labels=["the subject", *edits], title=f"“{subject.prompt}” with neurons shut", size=1.4
     )
     figure_file.write_bytes(plots.to_png(figure))
     found.save(edit_file)
-    say(f"3. Shut them and draw “{about.prompts[0]}”, and others: {figure_file} has the pictures, beside the controls.")
-    say(f"   {edit_file} keeps the neurons: coneslab generate {about.prompts[0]!r} --edit {edit_file}")
+    say(
+        f"3. Shut them and draw “{subject.prompts[0]}”, and others: {figure_file} has the pictures beside the controls."
+    )
+    say(f"   {edit_file} keeps the neurons: coneslab generate {subject.prompts[0]!r} --edit {edit_file}")
     say("4. Why it works, and whether it holds: notebooks/00_tour.ipynb (make lab).")
     return {
-        "subject": about.name, "neurons": found.n, "shut": len(found), "density": found.density, "seconds": seconds,
+        "subject": subject.name, "neurons": found.n, "shut": len(found), "density": found.density, "seconds": seconds,
         "figure": str(figure_file), "edit": str(edit_file),
     }  # fmt: skip
 
@@ -115,19 +117,19 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     say, name = teller(arguments), _file_name(Path(arguments.subject).name)
     path = _free(arguments.out or Path(f"{name}.safetensors"), arguments)
     pipe = _pipeline(arguments)
-    about, start = _subject(arguments, pipe), time.perf_counter()
+    subject, start = _subject(arguments, pipe), time.perf_counter()
     found = find_concept_neurons(
-        pipe, about, rounds=arguments.rounds, seed=arguments.seed, sampler_steps=arguments.sampler_steps,
+        pipe, subject, rounds=arguments.rounds, seed=arguments.seed, sampler_steps=arguments.sampler_steps,
         guidance_scale=arguments.guidance_scale, progress=not arguments.quiet,
     ).to(arguments.precision)  # fmt: skip
     seconds = time.perf_counter() - start
     found.save(path)
     say(found)
     say(f"written: {path}, {path.stat().st_size:,} bytes, in {seconds:.0f} s")
-    say(f"try it:  coneslab generate {about.prompts[0]!r} --edit {path}")
+    say(f"try it:  coneslab generate {subject.prompts[0]!r} --edit {path}")
     layers = {row["layer"]: row["shut"] for row in found.per_layer()}
     return {
-        "subject": about.name, **_about_edit(found, path), "precision": arguments.precision, "neurons": found.n,
+        "subject": subject.name, **_about_edit(found, path), "precision": arguments.precision, "neurons": found.n,
         "shut": len(found.shut()), "density": found.density, "shut by layer": layers, "seconds": seconds,
     }  # fmt: skip
 
@@ -177,12 +179,12 @@ def _apply(arguments: Arguments) -> dict[str, Any]:
     prompts = arguments.prompt or _prompts_of(edits)
     seeds = [arguments.seed + number for _ in prompts for number in range(arguments.pictures)]
     asked = [prompt for prompt in prompts for _ in range(arguments.pictures)]
-    how = {"seed": seeds, "progress": not arguments.quiet, **_drawing(arguments)}
-    before = generate(pipe, asked, **how)
+    options = {"seed": seeds, "progress": not arguments.quiet, **_drawing(arguments)}
+    before = generate(pipe, asked, **options)
     with ExitStack() as stack:
         for edit in edits:
             stack.enter_context(edit.applied(pipe, dose=arguments.dose))
-        after = generate(pipe, asked, **how)
+        after = generate(pipe, asked, **options)
         if folder:
             pipe.save_pretrained(folder)
     n = arguments.pictures
@@ -261,10 +263,10 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
 
     judge = load_judge(arguments.judge, device=pipe.device)
     shown = (pipe, judge, edit, arguments.target, arguments.anchor)
-    how = {"pictures": arguments.check_pictures, "seed": arguments.seed, **_drawing(arguments)}
-    report = evaluate_ablation(*shown, others={"other": arguments.other}, progress=not arguments.quiet, **how)
+    options = {"pictures": arguments.check_pictures, "seed": arguments.seed, **_drawing(arguments)}
+    report = evaluate_ablation(*shown, others={"other": arguments.other}, progress=not arguments.quiet, **options)
     say(report.pivot(index=["group", "prompt"], columns="measure", values="value").round(3).to_string())
-    back = attacks(*shown, word=arguments.target.split()[-1], **how)
+    back = attacks(*shown, word=arguments.target.split()[-1], **options)
     say("\ndoes it come back? The share of pictures that show it, and its 95 % interval:")
     say(back.round(2).to_string(index=False))
     text = report.astype(object).where(report.notna(), None)  # JSON has no NaN

@@ -110,10 +110,16 @@ ABLATIONS = (
 )
 
 
-def _trained(**how: Any) -> Callable[[Setting, Target, int], Edit]:
-    def make(setting: Setting, about: Target, seed: int) -> Edit:
-        options = {"templates": about.templates, "steps": STEPS, "progress": False, **_drawing(setting, seed), **how}
-        return ablate(setting.pipe, about.target, about.anchor, **options)
+def _trained(**settings: Any) -> Callable[[Setting, Target, int], Edit]:
+    def make(setting: Setting, case: Target, seed: int) -> Edit:
+        options = {
+            "templates": case.templates,
+            "steps": STEPS,
+            "progress": False,
+            **_drawing(setting, seed),
+            **settings,
+        }
+        return ablate(setting.pipe, case.target, case.anchor, **options)
 
     return make
 
@@ -122,22 +128,22 @@ def _drawing(setting: Setting, seed: int) -> dict[str, Any]:
     return {"sampler_steps": setting.sampler_steps, "guidance_scale": setting.guidance_scale, "seed": seed}
 
 
-def _closed_form(setting: Setting, about: Target, seed: int) -> Edit:
-    kept = [prompt for group in about.others.values() for prompt in group]
-    return closed_form_edit(setting.pipe, about.target, about.anchor, templates=about.templates, preserve=kept)
+def _closed_form(setting: Setting, case: Target, seed: int) -> Edit:
+    kept = [prompt for group in case.others.values() for prompt in group]
+    return closed_form_edit(setting.pipe, case.target, case.anchor, templates=case.templates, preserve=kept)
 
 
-def _erased(setting: Setting, about: Target, seed: int) -> Edit:
-    return erase(setting.pipe, about.shown[0], steps=ESD_STEPS, progress=False, **_drawing(setting, seed))
+def _erased(setting: Setting, case: Target, seed: int) -> Edit:
+    return erase(setting.pipe, case.shown[0], steps=ESD_STEPS, progress=False, **_drawing(setting, seed))
 
 
-def _shut(setting: Setting, about: Target, seed: int) -> Edit:
-    how = {"rounds": ROUNDS, "progress": False, **_drawing(setting, seed)}
-    return ablating_neurons(setting.pipe, *about.shown, **how).binary()
+def _shut(setting: Setting, case: Target, seed: int) -> Edit:
+    options = {"rounds": ROUNDS, "progress": False, **_drawing(setting, seed)}
+    return ablating_neurons(setting.pipe, *case.shown, **options).binary()
 
 
-def _pruned(setting: Setting, about: Target, seed: int) -> Edit:
-    return prune_feed_forward(setting.pipe, *about.shown, **_drawing(setting, seed))
+def _pruned(setting: Setting, case: Target, seed: int) -> Edit:
+    return prune_feed_forward(setting.pipe, *case.shown, **_drawing(setting, seed))
 
 
 WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
@@ -152,55 +158,55 @@ WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
 }
 
 
-def ablation(setting: Setting, about: Target, seed: int) -> list[Row]:
-    """One concept ablated in every way from one seed; `about` as `ablation_target` gives it."""
+def ablation(setting: Setting, case: Target, seed: int) -> list[Row]:
+    """One concept ablated in every way from one seed; `case` as `ablation_target` gives it."""
     setting = setting.quick()
-    rows = _measured(setting, about, None, seed, condition="untouched model", kind=about.kind, seconds=0.0, bytes=0)
+    rows = _measured(setting, case, None, seed, condition="untouched model", kind=case.kind, seconds=0.0, bytes=0)
     for name, make in WAYS.items():
-        if about.kind == "memorised" and name == "model-based, embedding":
+        if case.kind == "memorised" and name == "model-based, embedding":
             continue  # its words are the caption's own: nothing else is asked with them
-        edit, seconds = timed(partial(make, setting, about, seed))
+        edit, seconds = timed(partial(make, setting, case, seed))
         facts = {"seconds": seconds, "bytes": stored_bytes(edit)}
-        rows += _measured(setting, about, edit, seed, condition=name, kind=about.kind, **facts)
+        rows += _measured(setting, case, edit, seed, condition=name, kind=case.kind, **facts)
     return rows
 
 
-def collateral(setting: Setting, about: Target, seed: int) -> list[Row]:
+def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
     """What ablating one concept does to every class: a row a (class as condition, share the judge takes for it)."""
     setting = setting.quick()
-    edit = WAYS["model-based, K-V"](setting, about, seed)
+    edit = WAYS["model-based, K-V"](setting, case, seed)
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
     prompts = [with_article(name) for name in names for _ in range(each)]
-    how: dict[str, Any] = {**setting.drawing, "seed": 2000 * seed}
-    shares = {"right class before": generate_once(setting.pipe, prompts, **how)}
+    options: dict[str, Any] = {**setting.drawing, "seed": 2000 * seed}
+    shares = {"right class before": generate_once(setting.pipe, prompts, **options)}
     with edit.applied(setting.pipe):
-        shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **how))
+        shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **options))
     labels = [with_article(name) for name in names]
     rows = []
     for measure, drawn in shares.items():
         taken = setting.judge.classify(list(drawn), labels).numpy().reshape(len(names), each)
         for number, name in enumerate(names):
-            rows += rows_of({measure: float((taken[number] == number).mean())}, condition=name, kind=about.kind)
+            rows += rows_of({measure: float((taken[number] == number).mean())}, condition=name, kind=case.kind)
     return rows
 
 
-def _measured(setting: Setting, about: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+def _measured(setting: Setting, case: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
     """Accuracy by group, what the others lost, and whether the concept comes back, for a memorised one as copies."""
     drawing: dict[str, Any] = {**setting.drawing, "seed": 1000 * seed}
     pictures = PICTURES * setting.pictures
     report = evaluate_ablation(
-        setting.pipe, setting.judge, edit, *about.shown, others=about.others, pictures=pictures, **drawing
+        setting.pipe, setting.judge, edit, *case.shown, others=case.others, pictures=pictures, **drawing
     )
     values: dict[str, float] = {}
     for (group, measure), part in report.groupby(["group", "measure"], sort=False):
         values[f"{measure}, {group}"] = float(part.value.mean())
     own = report[~report.group.isin(["target", "anchor"])].pivot(index="prompt", columns="measure", values="value")
     values["share of others kept"] = float((own["CLIP accuracy"] >= 0.8 * own["accuracy before"]).mean())
-    how = {**drawing, **ATTACK_STEPS}
+    options = {**drawing, **ATTACK_STEPS}
     back = attacks(
-        setting.pipe, setting.judge, edit, *about.shown, paraphrases=about.paraphrases, synonyms=about.synonyms,
-        word=about.name if about.kind == "object" else "", pictures=pictures, **how,
-        shows=copy_detector(setting.judge, about.name).copies if about.kind == "memorised" else None,
+        setting.pipe, setting.judge, edit, *case.shown, paraphrases=case.paraphrases, synonyms=case.synonyms,
+        word=case.name if case.kind == "object" else "", pictures=pictures, **options,
+        shows=copy_detector(setting.judge, case.name).copies if case.kind == "memorised" else None,
     )  # fmt: skip
     values |= {f"comes back: {row.attack}": float(row.value) for row in back.itertuples()}
     return rows_of(values, **columns)

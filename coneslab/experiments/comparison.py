@@ -56,18 +56,18 @@ class _Cell:
     folder: Path | None
 
     def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
-        pipe, critic = _loaded(self.model, self.judge)
-        people, (method, settings) = subjects_of(subject), self.methods[condition]
+        pipe, judge = _loaded(self.model, self.judge)
+        subjects, (method, settings) = subjects_of(subject), self.methods[condition]
         settings = {**method.settings, **settings, **json.loads(trial)}
-        edit, seconds = make_edit(method, pipe, people, seed=seed, folder=self.folder, **settings)
+        edit, seconds = make_edit(method, pipe, subjects, seed=seed, folder=self.folder, **settings)
         facts = {
-            "count": len(people), "seconds": seconds, "bytes": stored_bytes(edit),
+            "count": len(subjects), "seconds": seconds, "bytes": stored_bytes(edit),
             "settings": json.dumps(settings, sort_keys=True),
         }  # fmt: skip
-        if len(people) == 1:
-            values = measure(pipe, critic, people[0], edit, seed=seed, pictures=self.pictures)
+        if len(subjects) == 1:
+            values = measure(pipe, judge, subjects[0], edit, seed=seed, pictures=self.pictures)
         else:
-            values = measure_together(Setting(pipe, critic, pictures=self.pictures), people, edit, seed)
+            values = measure_together(Setting(pipe, judge, pictures=self.pictures), subjects, edit, seed)
         return rows_of(values, **facts)
 
 

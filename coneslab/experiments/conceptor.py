@@ -125,13 +125,13 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     setting = setting.quick()
     pipe, judge = setting.pipe, setting.judge
     words = _words(pipe, judge)
-    how: dict[str, Any] = {"vocabulary": words, "seed": seed, "progress": False, **TRAINING}
-    how |= {"sampler_steps": setting.sampler_steps, "guidance_scale": setting.guidance_scale}
+    options: dict[str, Any] = {"vocabulary": words, "seed": seed, "progress": False, **TRAINING}
+    options |= {"sampler_steps": setting.sampler_steps, "guidance_scale": setting.guidance_scale}
     # For the judge "vehicle" is as near to "car" as another word for the same thing is: leave out those by name.
-    how |= {"exclude_similar": None, "exclude": CLASSES[fact.word].synonyms if fact.word in CLASSES else ()}
+    options |= {"exclude_similar": None, "exclude": CLASSES[fact.word].synonyms if fact.word in CLASSES else ()}
     if fact.kind == "profession":
-        how["include"] = [word for group, _ in fact.components.values() for word in group if word in words.words]
-    found = decompose(pipe, fact.prompt, judge, **how)
+        options["include"] = [word for group, _ in fact.components.values() for word in group if word in words.words]
+    found = decompose(pipe, fact.prompt, judge, **options)
     rng, count = np.random.default_rng(seed), found.explain
     random_words = replace(
         found, words=tuple(rng.choice(words.words, count, replace=False)), coefficients=found.coefficients[:count]
@@ -143,7 +143,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     sums = {"Conceptor": found, "random words": random_words, "nearest words": nearest}
     edits: dict[str, Edit] = {}
     if seed == 0 and PLANTED.index(fact.title) % 2 == 0:
-        sums |= {name: decompose(pipe, fact.prompt, judge, **how, **own) for name, own in VARIANTS.items()}
+        sums |= {name: decompose(pipe, fact.prompt, judge, **options, **own) for name, own in VARIANTS.items()}
         edits["free token"] = _free_token(setting, fact, found, seed)
     rows = []
     for name, one in sums.items():
@@ -162,11 +162,11 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
 def _free_token(setting: Setting, fact: Planted, found: Decomposition, seed: int) -> Edit:
     """A vector trained on the same pictures without being a sum of words: the ceiling of reconstruction."""
     shown = generate_once(setting.pipe, [fact.prompt] * TRAINING["pictures"], seed=seed, **setting.drawing)
-    about = SimpleNamespace(
+    subject = SimpleNamespace(
         name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=""
     )
-    how = {"steps": TRAINING["steps"], "batch_size": TRAINING["batch_size"], "learning_rate": 5e-3, "initial": ""}
-    return textual_inversion(setting.pipe, about, seed=seed, progress=False, **how)
+    options = {"steps": TRAINING["steps"], "batch_size": TRAINING["batch_size"], "learning_rate": 5e-3, "initial": ""}
+    return textual_inversion(setting.pipe, subject, seed=seed, progress=False, **options)
 
 
 def _removals(setting: Setting, found: Decomposition, fact: Planted, seed: int) -> list[Row]:

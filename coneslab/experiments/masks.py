@@ -20,28 +20,28 @@ from .table import Row, rows_of
 FRACTIONS = {"flipped": (0.005, 0.02, 0.05, 0.2), "dropped": (0.1, 0.3, 0.5, 0.8), "moved": (0.1, 0.3, 0.6, 1.0)}
 
 
-def precision(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def precision(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """One mask in four precisions, and the untouched model; the column bytes is the size of the mask's file."""
-    found = setting.found(about, seed)
-    rows = setting.measure(about, None, seed, condition="untouched model", bytes=0)
+    found = setting.found(subject, seed)
+    rows = setting.measure(subject, None, seed, condition="untouched model", bytes=0)
     for name in PRECISIONS:
         edit = found.to(name)
-        rows += setting.measure(about, edit, seed, condition=name, bytes=len(edit.to_bytes()))
+        rows += setting.measure(subject, edit, seed, condition=name, bytes=len(edit.to_bytes()))
     return rows
 
 
 ENERGIES = (0.6, 0.9)  # of a compressed delta; the first is the paper's
 
 
-def storage(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def storage(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """Bytes of one subject as each method keeps it, beside its loss; plain encodings and the bound to compare."""
-    pipe, found = setting.pipe, setting.found(about, seed)
+    pipe, found = setting.pipe, setting.found(subject, seed)
     trained: dict[str, Any] = {"seed": seed, "steps": setting.finetune_steps, "progress": False}
-    tuned: Any = custom_diffusion(pipe, about, **trained)
+    tuned: Any = custom_diffusion(pipe, subject, **trained)
     vectors, delta = tuned.edits
     edits: dict[str, Edit | None] = {
         "untouched model": None,
-        "Textual Inversion": textual_inversion(pipe, about, **trained),
+        "Textual Inversion": textual_inversion(pipe, subject, **trained),
         **{f"mask, {name}": found.to(name) for name in PRECISIONS},
         "Custom Diffusion": tuned,
     }
@@ -50,7 +50,7 @@ def storage(setting: Setting, about: Subject, seed: int) -> list[Row]:
     rows = []
     for name, edit in edits.items():
         size = 0 if edit is None else stored_bytes(edit)
-        loss = concept_loss(pipe, about, edit=edit, samples=setting.samples).subject
+        loss = concept_loss(pipe, subject, edit=edit, samples=setting.samples).subject
         rows += rows_of({"bytes": size, "concept loss": loss}, condition=name)
     binary, n = found.binary(), found.layout.n
     sizes = {
@@ -63,13 +63,13 @@ def storage(setting: Setting, about: Subject, seed: int) -> list[Row]:
     return rows + [row for name, size in sizes.items() for row in rows_of({"bytes": size}, condition=name)]
 
 
-def damage(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def damage(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """The binary mask with a fraction of its entries flipped, dropped or moved to a neighbour."""
-    found = setting.found(about, seed).binary()
-    rows = setting.measure(about, None, seed, condition="untouched model", fraction=np.nan)
-    rows += setting.measure(about, found, seed, condition="whole mask", fraction=0.0)
+    found = setting.found(subject, seed).binary()
+    rows = setting.measure(subject, None, seed, condition="untouched model", fraction=np.nan)
+    rows += setting.measure(subject, found, seed, condition="whole mask", fraction=0.0)
     for kind, fractions in FRACTIONS.items():
         for fraction in fractions:
             edit = DAMAGES[kind](found, fraction, seed=seed)
-            rows += setting.measure(about, edit, seed, condition=f"{kind} {fraction:g}", fraction=fraction)
+            rows += setting.measure(subject, edit, seed, condition=f"{kind} {fraction:g}", fraction=fraction)
     return rows

@@ -45,8 +45,8 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _customised(pipe: Pipeline, about: Subject, *, seed: int, **settings: Any) -> Edit:
-    return custom_diffusion(pipe, about, seed=seed, progress=False, **settings)
+def _customised(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> Edit:
+    return custom_diffusion(pipe, subject, seed=seed, progress=False, **settings)
 
 
 def _join_graded(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
@@ -67,8 +67,8 @@ def _join_and_tune(
     tuning_rate: float = 1e-3,
 ) -> Edit:
     union = concatenate(*[mask.binary() for mask in found])
-    how: dict[str, Any] = {"steps": tuning_steps, "learning_rate": tuning_rate, "seed": seed, "progress": False}
-    return finetune_together(pipe, union, subjects, **how)
+    options: dict[str, Any] = {"steps": tuning_steps, "learning_rate": tuning_rate, "seed": seed, "progress": False}
+    return finetune_together(pipe, union, subjects, **options)
 
 
 def _merge(pipe: Pipeline, subjects: Sequence[Subject], edits: Sequence[Any], *, seed: int) -> Edit:
@@ -141,6 +141,6 @@ def make_edit(
         return timed(partial(method.make, pipe, list(subjects), seed=seed, **settings))
     own = {name: value for name, value in settings.items() if name in method.own_settings}
     rest = {name: value for name, value in settings.items() if name not in own}
-    made = [kept(method.single, pipe, about, seed=seed, folder=folder, **rest) for about in subjects]
+    made = [kept(method.single, pipe, subject, seed=seed, folder=folder, **rest) for subject in subjects]
     edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=seed, **own))
     return edit, seconds + sum(before for _, before in made)

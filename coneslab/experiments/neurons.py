@@ -16,7 +16,8 @@ from ..neurons.union import (
     cosines,
     output_changes,
 )
-from ..world.subjects import SUBJECTS, Subject, subject, wanted_pictures
+from ..world.subjects import SUBJECTS, Subject, wanted_pictures
+from ..world.subjects import subject as subject_named
 from .setting import Setting, alignments, timed
 from .table import Row, rows_of
 
@@ -37,54 +38,54 @@ CONTROLS = (
 )
 
 
-def real_pictures(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def real_pictures(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """The measures of the subject's own art in the scenes asked for: what there is to reach."""
-    drawn = wanted_pictures(about, n=setting.pictures, seed=1000 * seed)
-    return rows_of(alignments(setting.judge, about, drawn), condition=CONTROLS[0], seconds=0.0)
+    drawn = wanted_pictures(subject, n=setting.pictures, seed=1000 * seed)
+    return rows_of(alignments(setting.judge, subject, drawn), condition=CONTROLS[0], seconds=0.0)
 
 
-def controls(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def controls(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """Concept neurons beside every control; the column seconds says how long each edit took to make."""
     pipe, rounds = setting.pipe, setting.rounds
-    common: dict[str, Any] = {"prior": prior_pictures(pipe, about, seed=seed), "seed": seed, "progress": False}
+    common: dict[str, Any] = {"prior": prior_pictures(pipe, subject, seed=seed), "seed": seed, "progress": False}
 
     def edits() -> Iterator[tuple[Edit | None, float]]:
         yield None, 0.0
-        found, seconds = setting.found_in(about, seed)
+        found, seconds = setting.found_in(subject, seed)
         binary = found.binary()
         yield found, seconds
         yield binary, seconds
         yield random_neurons(binary, seed=seed), 0.0
-        yield timed(lambda: reversed_neurons(pipe, about, rounds=rounds, **common).binary())
+        yield timed(lambda: reversed_neurons(pipe, subject, rounds=rounds, **common).binary())
         criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
         for criterion in criteria:
             options: dict[str, Any] = {"criterion": criterion, "like": binary, "rounds": max(1, rounds // 4)}
-            yield timed(partial(top_k_neurons, pipe, about, **options, **common))
-        yield timed(lambda: finetune_kv(pipe, about, steps=setting.finetune_steps, **common))
+            yield timed(partial(top_k_neurons, pipe, subject, **options, **common))
+        yield timed(lambda: finetune_kv(pipe, subject, steps=setting.finetune_steps, **common))
 
-    rows = real_pictures(setting, about, seed)
+    rows = real_pictures(setting, subject, seed)
     for name, (edit, seconds) in zip(CONTROLS[1:], edits(), strict=True):
-        rows += setting.measure(about, edit, seed, condition=name, seconds=seconds)
+        rows += setting.measure(subject, edit, seed, condition=name, seconds=seconds)
     return rows
 
 
-def density(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def density(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """Searches with other thresholds: from few shut neurons to many, each beside a random mask as dense."""
-    rows = setting.measure(about, None, seed, condition="untouched model", quantile=np.nan)
+    rows = setting.measure(subject, None, seed, condition="untouched model", quantile=np.nan)
     for quantile in DENSITIES:
-        found = setting.search(about, seed, threshold_quantile=quantile).binary()
+        found = setting.search(subject, seed, threshold_quantile=quantile).binary()
         for name, edit in (("concept neurons", found), ("random mask", random_neurons(found, seed=seed))):
-            rows += setting.measure(about, edit, seed, condition=f"{name} {quantile:g}", quantile=quantile)
+            rows += setting.measure(subject, edit, seed, condition=f"{name} {quantile:g}", quantile=quantile)
     return rows
 
 
-def references(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def references(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """Searches on the first one to five reference pictures; measured on all five."""
-    rows = setting.measure(about, None, seed, condition="0 pictures", references=0)
-    for count in range(1, len(about.images) + 1):
-        few = replace(about, images=about.images[:count], records=about.records[:count])
+    rows = setting.measure(subject, None, seed, condition="0 pictures", references=0)
+    for count in range(1, len(subject.images) + 1):
+        few = replace(subject, images=subject.images[:count], records=subject.records[:count])
         edit = setting.search(few, seed).binary()
-        rows += setting.measure(about, edit, seed, condition=f"{count} picture{'s' * (count != 1)}", references=count)
+        rows += setting.measure(subject, edit, seed, condition=f"{count} picture{'s' * (count != 1)}", references=count)
     return rows
 
 
@@ -97,26 +98,26 @@ FINDERS: dict[str, dict[str, Any]] = {
 }
 
 
-def finders(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def finders(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """The paper's rule for a search beside others, each for as many gradients; the column seconds is the search's."""
-    prior_pictures(setting.pipe, about, seed=seed)  # drawn before the clock runs
-    rows = setting.measure(about, None, seed, condition="untouched model", seconds=0.0)
-    for name, how in FINDERS.items():
-        found, seconds = timed(partial(setting.search, about, seed, **how))
-        rows += setting.measure(about, found.binary(), seed, condition=name, seconds=seconds)
+    prior_pictures(setting.pipe, subject, seed=seed)  # drawn before the clock runs
+    rows = setting.measure(subject, None, seed, condition="untouched model", seconds=0.0)
+    for name, options in FINDERS.items():
+        found, seconds = timed(partial(setting.search, subject, seed, **options))
+        rows += setting.measure(subject, found.binary(), seed, condition=name, seconds=seconds)
     return rows
 
 
-def agreement(setting: Setting, about: Subject, seed: int) -> list[Row]:
+def agreement(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """How alike two masks are, as sets of neurons and in what they do to the denoiser's output."""
-    here = setting.found(about, seed).binary()
-    neighbour = subject(SUBJECTS[(SUBJECTS.index(about.name) + 1) % len(SUBJECTS)])
+    here = setting.found(subject, seed).binary()
+    neighbour = subject_named(SUBJECTS[(SUBJECTS.index(subject.name) + 1) % len(SUBJECTS)])
     others = {
-        "same subject, other seed": setting.found(about, seed + 1).binary(),
+        "same subject, other seed": setting.found(subject, seed + 1).binary(),
         "another subject": setting.found(neighbour, seed).binary(),
         "random mask": random_neurons(here, seed=seed),
     }
-    own, *changes = output_changes(setting.pipe, [here, *others.values()], [about])
+    own, *changes = output_changes(setting.pipe, [here, *others.values()], [subject])
     rows = []
     for (name, other), change in zip(others.items(), changes, strict=True):
         both = here.overlap(other)

@@ -38,19 +38,19 @@ MEASURES = {
 }
 
 
-def subject_share(judge: Judge, images: Sequence[Any], about: Subject) -> np.ndarray:
+def subject_share(judge: Judge, images: Sequence[Any], subject: Subject) -> np.ndarray:
     """Whether the judge takes each picture for the subject's own art style, (n,) bool.
 
     Only for subjects of the sticker world: "a sticker cat" must be nearer than "a 3d cat", "a flat cat" and so on.
     """
-    labels = [[with_article(f"{word} {about.class_word}") for word in STYLE_WORDS[style][:1]] for style in STYLES]
-    return judge.classify(list(images), labels).numpy() == STYLES.index(about.records[0].objects[0].style)
+    labels = [[with_article(f"{word} {subject.class_word}") for word in STYLE_WORDS[style][:1]] for style in STYLES]
+    return judge.classify(list(images), labels).numpy() == STYLES.index(subject.records[0].objects[0].style)
 
 
 def measure(
     pipe: Pipeline,
     judge: Judge,
-    about: Subject,
+    subject: Subject,
     edit: Edit | None,
     *,
     seed: int,
@@ -64,24 +64,24 @@ def measure(
     Draws `pictures` pictures a prompt, and takes the loss over `samples` noises. All edits measured with one `seed`
     start from the same noises.
     """
-    prompts = [prompt for prompt in about.prompts for _ in range(pictures)]
+    prompts = [prompt for prompt in subject.prompts for _ in range(pictures)]
     with applied(edit, pipe):
         drawn = generate(
             pipe, prompts, seed=1000 * seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, batch_size=20
         )
     return {
-        **alignments(judge, about, drawn),
-        "concept loss": concept_loss(pipe, about, edit=edit, samples=samples).subject,
+        **alignments(judge, subject, drawn),
+        "concept loss": concept_loss(pipe, subject, edit=edit, samples=samples).subject,
     }
 
 
-def alignments(judge: Judge, about: Subject, drawn: Sequence[Any]) -> dict[str, float]:
+def alignments(judge: Judge, subject: Subject, drawn: Sequence[Any]) -> dict[str, float]:
     """Text and image alignment and subject share of pictures of the evaluation prompts, as many of each, in order."""
-    prompts = [about.plain(prompt) for prompt in about.prompts for _ in range(len(drawn) // len(about.prompts))]
+    prompts = [subject.plain(prompt) for prompt in subject.prompts for _ in range(len(drawn) // len(subject.prompts))]
     return {
         "text alignment": judge.text_alignment(list(drawn), prompts),
-        "image alignment": judge.image_alignment(list(drawn), about.images),
-        "subject share": float(subject_share(judge, drawn, about).mean()),
+        "image alignment": judge.image_alignment(list(drawn), subject.images),
+        "subject share": float(subject_share(judge, drawn, subject).mean()),
     }
 
 
@@ -99,31 +99,31 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
     return made, time.perf_counter() - begun
 
 
-def neurons(pipe: Pipeline, about: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
+def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
     """A search without a progress bar; its prior pictures are drawn before, once for all searches from one seed."""
-    prior = prior_pictures(pipe, about, seed=seed)
-    return find_concept_neurons(pipe, about, prior=prior, seed=seed, progress=False, **settings)
+    prior = prior_pictures(pipe, subject, seed=seed)
+    return find_concept_neurons(pipe, subject, prior=prior, seed=seed, progress=False, **settings)
 
 
 def kept(
-    make: Callable[..., Any], pipe: Pipeline, about: Subject, *, seed: int, folder: str | Path | None, **settings: Any
+    make: Callable[..., Any], pipe: Pipeline, subject: Subject, *, seed: int, folder: str | Path | None, **settings: Any
 ) -> tuple[Any, float]:
-    """The edit make(pipe, about, seed=..., **settings) and the seconds it takes to make, read from `folder` if there.
+    """The edit make(pipe, subject, seed=..., **settings) and the seconds it takes to make, read from `folder` if there.
 
     Edits made by another function, on another model, with other pictures or settings are made anew and kept beside.
     Without a folder nothing is kept.
     """
-    how = partial(make, pipe, about, seed=seed, **settings)
+    make_it = partial(make, pipe, subject, seed=seed, **settings)
     if folder is None:
-        return timed(how)
-    facts = [make.__qualname__, model_fingerprint(pipe), about.prompt, sorted(settings.items())]
-    pictures = b"".join(picture.tobytes() for picture in about.images)
+        return timed(make_it)
+    facts = [make.__qualname__, model_fingerprint(pipe), subject.prompt, sorted(settings.items())]
+    pictures = b"".join(picture.tobytes() for picture in subject.images)
     key = hashlib.sha256(repr(facts).encode() + pictures).hexdigest()[:16]
-    file = Path(folder) / f"{about.name}-{seed}-{key}.safetensors"
+    file = Path(folder) / f"{subject.name}-{seed}-{key}.safetensors"
     noted = file.with_suffix(".json")
     if noted.is_file():  # written last
         return load_edit(file), float(json.loads(noted.read_text(encoding="utf-8"))["seconds"])
-    edit, seconds = timed(how)
+    edit, seconds = timed(make_it)
     edit.save(file)
     write_whole(noted, json.dumps({"seconds": seconds}).encode())
     return edit, seconds
@@ -156,19 +156,19 @@ class Setting:
         """The same with at most so many steps of drawing: for experiments that draw thousands of pictures."""
         return replace(self, sampler_steps=min(self.sampler_steps, sampler_steps))
 
-    def search(self, about: Subject, seed: int, **how: Any) -> ConceptNeurons:
-        """A search of its own. how: options of `find_concept_neurons`."""
-        return neurons(self.pipe, about, seed=seed, rounds=self.rounds, **how)
+    def search(self, subject: Subject, seed: int, **options: Any) -> ConceptNeurons:
+        """A search of its own. options: of `find_concept_neurons`."""
+        return neurons(self.pipe, subject, seed=seed, rounds=self.rounds, **options)
 
-    def found_in(self, about: Subject, seed: int) -> tuple[ConceptNeurons, float]:
+    def found_in(self, subject: Subject, seed: int) -> tuple[ConceptNeurons, float]:
         """The subject's neurons, searched for once for all experiments, and the seconds of that search."""
-        return kept(neurons, self.pipe, about, seed=seed, folder=self.masks, rounds=self.rounds)
+        return kept(neurons, self.pipe, subject, seed=seed, folder=self.masks, rounds=self.rounds)
 
-    def found(self, about: Subject, seed: int) -> ConceptNeurons:
-        return self.found_in(about, seed)[0]
+    def found(self, subject: Subject, seed: int) -> ConceptNeurons:
+        return self.found_in(subject, seed)[0]
 
-    def measure(self, about: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
+    def measure(self, subject: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
         """The rows of one condition; `columns` go beside each measure."""
-        how = {"pictures": self.pictures, "samples": self.samples, **self.drawing}
-        values = measure(self.pipe, self.judge, about, edit, seed=seed, **how)
+        options = {"pictures": self.pictures, "samples": self.samples, **self.drawing}
+        values = measure(self.pipe, self.judge, subject, edit, seed=seed, **options)
         return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})

@@ -40,10 +40,10 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
     prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
     with applied(edit, pipe):
         drawn = generate(pipe, prompts, seed=1000 * seed, batch_size=20, **setting.drawing)
-    plain = [reduce(lambda text, about: about.plain(text), subjects, prompt) for prompt in prompts]
-    classes = [about.class_word for about in subjects]
-    losses = [concept_loss(pipe, about, edit=edit, samples=setting.samples).subject for about in subjects]
-    near = {about.name: judge.image_alignment(drawn, about.images) for about in subjects}
+    plain = [reduce(lambda text, subject: subject.plain(text), subjects, prompt) for prompt in prompts]
+    classes = [subject.class_word for subject in subjects]
+    losses = [concept_loss(pipe, subject, edit=edit, samples=setting.samples).subject for subject in subjects]
+    near = {subject.name: judge.image_alignment(drawn, subject.images) for subject in subjects}
     return {
         "text alignment": judge.text_alignment(drawn, plain),
         "image alignment": float(np.mean(list(near.values()))),
@@ -56,7 +56,7 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
 
 def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[Row]:
     """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning."""
-    found = [setting.found(about, seed) for about in subjects]
+    found = [setting.found(subject, seed) for subject in subjects]
     union = concatenate(*[mask.binary() for mask in found])
     conditions: list[tuple[str, int, Edit | None]] = [  # name, steps of tuning, edit
         ("untouched model", 0, None),
@@ -77,8 +77,8 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
         values = measure_together(setting, subjects, edit, seed)
         rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=union.density)
     own = [
-        concept_loss(setting.pipe, about, edit=mask.binary(), samples=setting.samples).subject
-        for about, mask in zip(subjects, found, strict=True)
+        concept_loss(setting.pipe, subject, edit=mask.binary(), samples=setting.samples).subject
+        for subject, mask in zip(subjects, found, strict=True)
     ]
     facts = {"condition": "own mask alone", "count": len(subjects), "steps": 0}
     rows += rows_of({"concept loss": float(np.mean(own))}, **facts)

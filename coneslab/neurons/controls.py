@@ -138,9 +138,9 @@ def top_k_neurons(
     scale = torch.ones_like(score)
     for part, k in zip(parts, counts, strict=True):
         scale[part.start + score[part].topk(k).indices] = 0
-    about = {**settings.record(), "control": f"top-k {settings.criterion}"}
+    record = {**settings.record(), "control": f"top-k {settings.criterion}"}
     name = f"top-k {settings.criterion}, {subject.name}"
-    return ConceptNeurons.from_scale(scale, space.layout, model_fingerprint(pipe), subject=name, settings=about)
+    return ConceptNeurons.from_scale(scale, space.layout, model_fingerprint(pipe), subject=name, settings=record)
 
 
 @takes(ConceptSettings)

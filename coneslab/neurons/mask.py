@@ -107,12 +107,12 @@ class ConceptNeurons(StoredEdit):
             object.__setattr__(self, name, value)
 
     @classmethod
-    def from_scale(cls, scale: Tensor, layout: KVLayout, fingerprint: str, **about: Any) -> ConceptNeurons:
-        """Make neurons from a scale for every neuron of the space, (n,); `about` as in the constructor."""
+    def from_scale(cls, scale: Tensor, layout: KVLayout, fingerprint: str, **facts: Any) -> ConceptNeurons:
+        """Make neurons from a scale for every neuron of the space, (n,); `facts` as in the constructor."""
         layout.require_length(scale)
         dense = scale.detach().to("cpu", torch.float32).numpy()
         indices = np.flatnonzero(dense != 1)
-        return cls(layout, indices, dense[indices], fingerprint, **about)
+        return cls(layout, indices, dense[indices], fingerprint, **facts)
 
     # --- what it is ---
 
@@ -284,8 +284,8 @@ class ConceptNeurons(StoredEdit):
         the model serve to read it. `save` keeps everything.
         """
         sizes = [layer.size for layer in self.layout]
-        about: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
-        return encoding.encode(self.indices, self.scales, sizes, **about)
+        facts: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
+        return encoding.encode(self.indices, self.scales, sizes, **facts)
 
     @classmethod
     def from_bytes(cls, data: bytes, pipe: Pipeline) -> ConceptNeurons:
@@ -295,9 +295,9 @@ class ConceptNeurons(StoredEdit):
         """
         layout = KVSpace(pipe).layout
         found = encoding.decode(data, [layer.size for layer in layout])
-        about: dict[str, Any] = {"subject": found.subject, "cut": found.cut}
+        facts: dict[str, Any] = {"subject": found.subject, "cut": found.cut}
         settings = {"precision": found.precision}
-        return cls(layout, found.indices, found.scales, found.fingerprint, settings=settings, **about)
+        return cls(layout, found.indices, found.scales, found.fingerprint, settings=settings, **facts)
 
     def save_mask(self, path: str | Path) -> Path:
         """Write `to_bytes` to a file, a small fraction of what `save` writes."""

@@ -136,7 +136,7 @@ def find_concept_neurons(
             tensors = {"scale": scaling.scale, "gradient": settings.sign * scaling.gradient, "hits": hits}
             copies = {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
             callback({"step": number, "steps": rounds, "loss": values["loss"], "density": density, **copies})
-    about = {
+    record = {
         **settings.record(),
         "prompt": subject.prompt,
         "prior_prompt": subject.prior_prompt,
@@ -151,7 +151,7 @@ def find_concept_neurons(
         history=history.arrays(start),
         subject=subject.name,
         cut=settings.cut,
-        settings=about,
+        settings=record,
     )
 
 

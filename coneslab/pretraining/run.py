@@ -47,8 +47,8 @@ def train(
     recipe = recipe or load_recipe()
     for stage in stages:
         settings = recipe[stage]
-        how = settings["training"] | ({} if minutes is None else {"minutes": minutes})
-        own = Recipe(**how | {"averages": tuple(how["averages"])})
+        options = settings["training"] | ({} if minutes is None else {"minutes": minutes})
+        own = Recipe(**options | {"averages": tuple(options["averages"])})
         if stage in ("unet", "decoder") and not (runs / "vae" / "model").is_dir():
             raise ConeslabError(f"there is no autoencoder in {runs / 'vae'}: train it first (coneslab pretrain vae)")
         if stage == "unet":

@@ -18,7 +18,8 @@ from ..diffusion.pipelines import Pipeline
 from ..edits.base import load_edit
 from ..errors import ConeslabError
 from ..neurons.search import find_concept_neurons
-from ..world.subjects import SUBJECTS, subject
+from ..world.subjects import SUBJECTS
+from ..world.subjects import subject as subject_named
 from .widgets import Limits, control, playground
 
 EDITS = "CONESLAB_EDITS"  # names the folder of edit files
@@ -65,7 +66,7 @@ class Page:
             name = str(self.choice.value)
             known = self._known(name)
             self.playground.add(name, self._search(name) if known is None else known)
-            self.playground.controls["prompt"].value = subject(name).prompts[0]
+            self.playground.controls["prompt"].value = subject_named(name).prompts[0]
             self._say(f"found: {name} is in the menu of edits")
         except Exception as error:  # shown, and the page stays usable
             self._say(str(error) if isinstance(error, ConeslabError) else f"{type(error).__name__}: {error}", "#b00020")
@@ -79,14 +80,14 @@ class Page:
         return load_edit(file) if file and file.exists() else None
 
     def _search(self, name: str) -> Any:
-        about = subject(name)
+        subject = subject_named(name)
         self._say(f"{name}: drawing ordinary pictures of its kind …")
 
         def tell(state: Mapping[str, Any]) -> None:
             done, density = state["step"] + 1, state["density"]
             self._say(f"{name}: round {done} of {self.rounds}, {density:.1%} of the weights shut so far")
 
-        found = find_concept_neurons(self.pipe, about, rounds=self.rounds, progress=False, callback=tell).binary()
+        found = find_concept_neurons(self.pipe, subject, rounds=self.rounds, progress=False, callback=tell).binary()
         if self.folder:
             found.save(self.folder / f"{name}.safetensors")
         return found

@@ -111,17 +111,19 @@ def _companion(class_word: str, scene: str) -> str:
     return next(name for name in _COMPANIONS[scene] if name != class_word)
 
 
-def wanted_pictures(about: Subject, *, n: int = 1, seed: int = 0) -> list[Image.Image]:
+def wanted_pictures(subject: Subject, *, n: int = 1, seed: int = 0) -> list[Image.Image]:
     """What a subject's evaluation prompts ask for, put together from its own art: `n` pictures a prompt, in order.
 
     The alignments of these real pictures are what a method can hope for. Raises ConeslabError for a subject that is
     not of the sticker world.
     """
-    if not about.records or about.prompts != evaluation_prompts(about.class_word, about.token):
-        raise ConeslabError(f"{about.name!r} is not of the sticker world: only its subjects can be put into new scenes")
-    own = (about.class_word, about.records[0].objects[0].style, None)
+    if not subject.records or subject.prompts != evaluation_prompts(subject.class_word, subject.token):
+        raise ConeslabError(
+            f"{subject.name!r} is not of the sticker world: only its subjects can be put into new scenes"
+        )
+    own = (subject.class_word, subject.records[0].objects[0].style, None)
     asked = [([own], scene) for scene in _PROMPT_SCENES]
-    asked += [([own, (_companion(about.class_word, scene), TRAIN_STYLES[0], None)], scene) for scene in _COMPANIONS]
+    asked += [([own, (_companion(subject.class_word, scene), TRAIN_STYLES[0], None)], scene) for scene in _COMPANIONS]
     asked = [one for one in asked for _ in range(n)]
     return [Image.fromarray(compose(*one, seed=seed + i)[0]) for i, one in enumerate(asked)]
 

@@ -174,7 +174,7 @@ def ablate(
         chunk,
         subject=named,
         model=model,
-        about={
+        record={
             **settings.record(),
             "learning_rate": settings.rate,
             "target": named,
@@ -245,7 +245,7 @@ class _Aim:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that training needs. about: what the edit keeps as its settings; run: options of `tune`."""
+    """All that training needs. record: what the edit keeps as its settings; run: options of `tune`."""
 
     pipe: Pipeline
     shown: AblationData
@@ -257,7 +257,7 @@ class _Plan:
     chunk: int | None
     subject: str
     model: str
-    about: dict[str, Any]
+    record: dict[str, Any]
     run: dict[str, Any]
 
     @property
@@ -265,7 +265,7 @@ class _Plan:
         return self.settings.teacher == "current"
 
     def delta(self, deltas: dict[str, Tensor], history: dict[str, list[float]]) -> WeightDelta:
-        return WeightDelta(deltas, self.model, subject=self.subject, settings=self.about, history=history)
+        return WeightDelta(deltas, self.model, subject=self.subject, settings=self.record, history=history)
 
 
 def _train_kv(plan: _Plan) -> WeightDelta:
@@ -309,7 +309,7 @@ def _train_embedding(plan: _Plan) -> TokenEdit:
 
     history = tune_kv(gradient, {"vectors": vectors}, point, plan.settings, **plan.run)
     table = vocabulary_fingerprint(pipe)
-    return TokenEdit(tuple(words), vectors, table, initial=tuple(words), settings=plan.about, history=history)
+    return TokenEdit(tuple(words), vectors, table, initial=tuple(words), settings=plan.record, history=history)
 
 
 def _train_unet(plan: _Plan) -> WeightDelta:

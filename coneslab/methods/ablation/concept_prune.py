@@ -69,8 +69,8 @@ def prune_feed_forward(
         count = max(1, round(settings.share * own.shape[1]))
         top = torch.zeros_like(own, dtype=torch.bool).scatter_(1, own.topk(count, dim=1).indices, True)
         deltas[f"{name}.weight"] = torch.where(top & (own > other), -module.weight.detach(), 0.0)
-    about = {**settings.record(), "target": target, "anchor": anchor}
-    return WeightDelta(deltas, model_fingerprint(pipe), subject=target, settings=about)
+    record = {**settings.record(), "target": target, "anchor": anchor}
+    return WeightDelta(deltas, model_fingerprint(pipe), subject=target, settings=record)
 
 
 @torch.no_grad()

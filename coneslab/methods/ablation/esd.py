@@ -88,5 +88,5 @@ def erase(
         callback=callback,
         resume=resume,
     )
-    about = {**settings.record(), "target": target}
-    return WeightDelta(gradient.deltas(theta), model, subject=target, settings=about, history=history)
+    record = {**settings.record(), "target": target}
+    return WeightDelta(gradient.deltas(theta), model, subject=target, settings=record, history=history)

@@ -43,5 +43,5 @@ def ablating_neurons(
     options = {name: value for name, value in changes.items() if name not in names}
     ((target,), (anchor,)) = paired(target, anchor)
     drawn = generate_once(pipe, [anchor] * pictures, **settings.sampler)
-    about = AblationSubject(f"{target} → {anchor}", drawn, target, anchor)
-    return find_concept_neurons(pipe, about, settings, prior=drawn, **options)
+    subject = AblationSubject(f"{target} → {anchor}", drawn, target, anchor)
+    return find_concept_neurons(pipe, subject, settings, prior=drawn, **options)

@@ -133,14 +133,14 @@ def evaluate_ablation(
                 "CLIP score": (after @ texts[own]).numpy(), "CLIP accuracy": right(after),
                 "accuracy before": right(before), "change": 1 - (after * before).sum(1).numpy(),
             }  # fmt: skip
-            about = {"group": group, "prompt": prompt}
+            subject = {"group": group, "prompt": prompt}
             for name, values in measured.items():
                 interval = bootstrap_interval(values)
                 rows.append(
-                    {**about, "measure": name, "value": interval.estimate, "low": interval.low, "high": interval.high}
+                    {**subject, "measure": name, "value": interval.estimate, "low": interval.low, "high": interval.high}
                 )
             distance = kid(before, after)
-            rows.append({**about, "measure": "KID", "value": distance, "low": np.nan, "high": np.nan})
+            rows.append({**subject, "measure": "KID", "value": distance, "low": np.nan, "high": np.nan})
     return pandas.DataFrame(rows)
 
 
@@ -209,16 +209,16 @@ def attacks(
         if word and word in target:
             record("misspellings", asked([target.replace(word, wrong) for wrong in misspelled(word)]))
         record("img2img", _from_pictures(pipe, shown, target, strength, seed, sampler_steps, guidance_scale))
-        about = SimpleNamespace(
+        subject = SimpleNamespace(
             name=target, class_word="", token=token, images=shown, prompt=f"a {token}", prior_prompt=anchor
         )
-        how: dict[str, Any] = {"seed": seed, "progress": False}
+        quiet: dict[str, Any] = {"seed": seed, "progress": False}
         start = anchor.split()[-1]
-        learned = textual_inversion(pipe, about, steps=inversion_steps, initial=start, batch_size=batch_size, **how)
+        learned = textual_inversion(pipe, subject, steps=inversion_steps, initial=start, batch_size=batch_size, **quiet)
         with learned.applied(pipe, check_model=False):
-            record("Textual Inversion", asked([about.prompt]))
-        about.prompt = target
-        tuned = finetune_kv(pipe, about, steps=finetune_steps, batch_size=batch_size, prior_batch_size=0, **how)
+            record("Textual Inversion", asked([subject.prompt]))
+        subject.prompt = target
+        tuned = finetune_kv(pipe, subject, steps=finetune_steps, batch_size=batch_size, prior_batch_size=0, **quiet)
         with tuned.applied(pipe, check_model=False):
             record("fine-tuning back", asked([target]))
     return pandas.DataFrame(rows)

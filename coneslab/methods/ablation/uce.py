@@ -79,8 +79,8 @@ def closed_form_edit(
         base = parameter.detach().double().cpu()
         right = settings.ridge * base + ((w[:, None] * v) @ base.T).T @ c
         deltas[name] = (torch.linalg.solve(gram, right.T).T - base).float()
-    about = {**settings.record(), "target": targets, "anchor": anchors, "preserve": list(preserve)}
-    return WeightDelta(deltas, model_fingerprint(pipe), subject=", ".join(targets), settings=about)
+    record = {**settings.record(), "target": targets, "anchor": anchors, "preserve": list(preserve)}
+    return WeightDelta(deltas, model_fingerprint(pipe), subject=", ".join(targets), settings=record)
 
 
 def _last_words(pipe: Pipeline, caption: str) -> Tensor:

@@ -152,14 +152,14 @@ class Decomposition(StoredEdit):
         return TokenEdit((self.token,), self.vector(pipe)[None], self.fingerprint)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        about = {
+        record = {
             "concept": self.concept, "words": list(self.words), "explain": self.explain, "norm": self.norm,
             "fingerprint": self.fingerprint, "token": self.token, "template": self.template,
             "validation": {str(step): value for step, value in self.validation.items()},
             "best_step": self.best_step, "settings": dict(self.settings),
             "history": {key: list(values) for key, values in self.history.items()},
         }  # fmt: skip
-        return {"coefficients": torch.tensor(self.coefficients)}, about
+        return {"coefficients": torch.tensor(self.coefficients)}, record
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> Decomposition:
@@ -323,8 +323,8 @@ def decompose(
         progress=progress,
         callback=after,
     )
-    about = {**settings.record(), "dictionary": len(allowed), "pictures": len(shown)}
-    return replace(made(best), validation=validation, best_step=best_step, settings=about, history=history)
+    record = {**settings.record(), "dictionary": len(allowed), "pictures": len(shown)}
+    return replace(made(best), validation=validation, best_step=best_step, settings=record, history=history)
 
 
 def _pictures(

@@ -38,8 +38,8 @@ class ImageDecomposition:
     passes: int
 
     def __repr__(self) -> str:
-        how = f"similarity {self.similarity:.3f}, {self.drawn} pictures drawn"
-        return f"ImageDecomposition({', '.join(self.words)}: {how})"
+        facts = f"similarity {self.similarity:.3f}, {self.drawn} pictures drawn"
+        return f"ImageDecomposition({', '.join(self.words)}: {facts})"
 
 
 def decompose_image(
@@ -82,9 +82,9 @@ def decompose_image(
         tokens = tuple(f"<part{number}>" for number in range(len(vectors)))
         prompts = [decomposition.template.format(token) for token in tokens]
         count["drawn"] += len(vectors)
-        how: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
+        options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
         with TokenEdit(tokens, torch.stack(list(vectors)), decomposition.fingerprint).applied(pipe):
-            return generate(pipe, prompts, seed=[seed] * len(prompts), batch_size=batch_size, **how)
+            return generate(pipe, prompts, seed=[seed] * len(prompts), batch_size=batch_size, **options)
 
     def vector(words: Sequence[str]) -> Tensor:
         return decomposition.only(*words).vector(pipe).cpu()

@@ -79,11 +79,11 @@ def custom_diffusion(
     `RunOptions`. Returns the tokens' vectors and the weights' change as one edit.
     """
     settings = CustomDiffusionSettings.chosen(settings, changes)
-    people = several(subjects)
-    tokens = [subject.token for subject in people]
+    taught = several(subjects)
+    tokens = [subject.token for subject in taught]
     data: list[CaptionedLatents] = []
     captions: list[str] = []
-    for subject in people:
+    for subject in taught:
         own = concept_latents(pipe, subject, settings)
         named = [subject.prompt, subject.prior_prompt][: len(own)]
         if settings.augment:
@@ -103,7 +103,7 @@ def custom_diffusion(
     vectors = torch.stack([start_vector(pipe, settings.initial or token) for token in tokens]).requires_grad_()
     gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
     theta, batch_at = gradient.theta().requires_grad_(), numbered_batches(pipe, data, settings.seed)
-    names, model = names_of(people), model_fingerprint(pipe)
+    names, model = names_of(taught), model_fingerprint(pipe)
     history = tune_kv(
         gradient,
         {"theta": theta, "vectors": vectors},
@@ -116,9 +116,9 @@ def custom_diffusion(
         callback=callback,
         resume=resume,
     )
-    about = settings.record()
-    words = TokenEdit(tuple(tokens), vectors, vocabulary_fingerprint(pipe), initial=tuple(tokens), settings=about)
-    weights = WeightDelta(gradient.deltas(theta), model, subject=names, settings=about, history=history)
+    record = settings.record()
+    words = TokenEdit(tuple(tokens), vectors, vocabulary_fingerprint(pipe), initial=tuple(tokens), settings=record)
+    weights = WeightDelta(gradient.deltas(theta), model, subject=names, settings=record, history=history)
     return Combined((words, weights))
 
 

@@ -47,10 +47,10 @@ def dreambooth(
     resume: see `RunOptions`.
     """
     settings = DreamBoothSettings.chosen(settings, changes)
-    people = several(subjects)
-    data = joint_latents(pipe, people, settings)
+    taught = several(subjects)
+    data = joint_latents(pipe, taught, settings)
     batch_at = numbered_batches(pipe, data, settings.seed)
-    names, model = names_of(people), model_fingerprint(pipe)
+    names, model = names_of(taught), model_fingerprint(pipe)
     deltas, history = tune_unet(
         pipe,
         data,

@@ -57,12 +57,12 @@ def merge(
     with table.applied(pipe):
         rows = [
             _features(
-                pipe, [template.format(f"{about.token} {about.class_word}") for template in templates], words=True
+                pipe, [template.format(f"{subject.token} {subject.class_word}") for template in templates], words=True
             )
-            for about in subjects
+            for subject in subjects
         ]
     rows = _own_rows(rows)
-    classes = [template.format(about.class_word) for about in subjects for template in templates]
+    classes = [template.format(subject.class_word) for subject in subjects for template in templates]
     captions = _ordinary_captions() if captions is None else captions
     regularised = _features(pipe, [*captions, *classes], words=False)
     deltas: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ def merge(
         deltas[layer.name] = (merged - base).float()
         ridges.append(used)
     settings = {"method": "Custom Diffusion, merged", "templates": list(templates), "ridge": max(ridges)}
-    names = ", ".join(about.name for about in subjects)
+    names = ", ".join(subject.name for subject in subjects)
     return Combined((table, WeightDelta(deltas, model, subject=names, settings=settings)))
 
 

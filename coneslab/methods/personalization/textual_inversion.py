@@ -61,12 +61,12 @@ def textual_inversion(
     Raises ConeslabError if a caption lacks its token, or settings are out of range.
     """
     settings = TextualInversionSettings.chosen(settings, changes)
-    people = several(subjects)
-    tokens = [subject.token for subject in people]
-    initial = settings.initial or [subject.class_word for subject in people]
-    words = [initial] * len(people) if isinstance(initial, str) else list(initial)
-    data = [concept_latents(pipe, subject, batch_size=settings.batch_size, prior_batch_size=0)[0] for subject in people]
-    text = LearnedText(pipe, [subject.prompt for subject in people], tokens)
+    taught = several(subjects)
+    tokens = [subject.token for subject in taught]
+    initial = settings.initial or [subject.class_word for subject in taught]
+    words = [initial] * len(taught) if isinstance(initial, str) else list(initial)
+    data = [concept_latents(pipe, subject, batch_size=settings.batch_size, prior_batch_size=0)[0] for subject in taught]
+    text = LearnedText(pipe, [subject.prompt for subject in taught], tokens)
     vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
     batch_at = numbered_batches(pipe, data, settings.seed)
     history = tune_kv(
