@@ -248,9 +248,14 @@ def world_pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipel
     """Pictures of the sticker world's size and room for its prompts; everything else as small as it gets."""
     words = (*WORDS, "flat", "3d", "cartoon", "ladybug", "butterfly")
     made = make_pipeline(
-        tmp_path_factory.mktemp("world"), widths=(8, 16), sample_size=32, tokens=64, words=words, seed=3,
+        tmp_path_factory.mktemp("world"),
+        widths=(8, 16),
+        sample_size=32,
+        tokens=64,
+        words=words,
+        seed=3,
         down_blocks=("DownBlock2D", DOWN),
-    )  # fmt: skip
+    )
     return share("world_pipe", made, *PIPELINE)
 
 

@@ -17,8 +17,13 @@ def save_small_judge(folder: Path) -> Path:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(pieces), "max_position_embeddings": 24, "bos_token_id": 52, "eos_token_id": 53,
-            "pad_token_id": 53}  # fmt: skip
+    text = {
+        "vocab_size": len(pieces),
+        "max_position_embeddings": 24,
+        "bos_token_id": 52,
+        "eos_token_id": 53,
+        "pad_token_id": 53,
+    }
     torch.manual_seed(0)
     config = CLIPConfig(
         text_config=layers | text, vision_config=layers | {"image_size": 32, "patch_size": 8}, projection_dim=12

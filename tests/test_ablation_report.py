@@ -77,13 +77,27 @@ def test_attacks_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit)
     before = {name: tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
     tokenizer, unet = v_pipe.tokenizer, v_pipe.unet
     report = attacks(
-        v_pipe, judge, edit, "a cat", "a dog", paraphrases=["the cat"], synonyms=["a sks"], word="cat",
-        inversion_steps=2, finetune_steps=2, **FAST,
-    )  # fmt: skip
+        v_pipe,
+        judge,
+        edit,
+        "a cat",
+        "a dog",
+        paraphrases=["the cat"],
+        synonyms=["a sks"],
+        word="cat",
+        inversion_steps=2,
+        finetune_steps=2,
+        **FAST,
+    )
     assert report.attack.tolist() == [
-        "plain prompt", "paraphrases", "other words", "misspellings", "img2img", "Textual Inversion",
+        "plain prompt",
+        "paraphrases",
+        "other words",
+        "misspellings",
+        "img2img",
+        "Textual Inversion",
         "fine-tuning back",
-    ]  # fmt: skip
+    ]
     assert report.value.between(0, 1).all() and (report.low <= report.value).all()
     with edit.applied(v_pipe):
         drawn = generate(v_pipe, ["a cat"] * 3, sampler_steps=2)
@@ -92,9 +106,17 @@ def test_attacks_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit)
     assert v_pipe.tokenizer is tokenizer and v_pipe.unet is unet
     assert all(torch.equal(before[name], tensor) for name, tensor in v_pipe.unet.state_dict().items())
     other = attacks(
-        v_pipe, judge, edit, "a cat", "a dog", inversion_steps=1, finetune_steps=1, batch_size=2,
-        shows=lambda pictures: np.arange(len(pictures)) == 1, **FAST,
-    )  # fmt: skip
+        v_pipe,
+        judge,
+        edit,
+        "a cat",
+        "a dog",
+        inversion_steps=1,
+        finetune_steps=1,
+        batch_size=2,
+        shows=lambda pictures: np.arange(len(pictures)) == 1,
+        **FAST,
+    )
     assert other.value.tolist() == pytest.approx([1 / 3] * len(other))
     with pytest.raises(ConeslabError, match="strength"):
         attacks(v_pipe, judge, None, "a cat", "a dog", strength=0, **FAST)

@@ -39,8 +39,14 @@ SCREENSHOTS = ROOT / "build" / "screenshots"
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-ALONE = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
+ALONE = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 PATIENCE = 50  # seconds for any one thing, none of which takes ten: what never comes is told within a minute
 STARTING = 4 * PATIENCE  # seconds for a server, which tells by itself if it cannot start
 
@@ -143,15 +149,27 @@ def visit(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Visit]:
 @contextmanager
 def server(command: list[str | Path], folder: Path, ready: str, **environment: str) -> Iterator[None]:
     """Run a server until the block ends; `ready` is the address that answers when it is up."""
-    own = {"HOME": folder, "JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime",
-           "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
-           "IPYTHONDIR": folder / "ipython", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # fmt: skip
+    own = {
+        "HOME": folder,
+        "JUPYTER_CONFIG_DIR": folder / "config",
+        "JUPYTER_RUNTIME_DIR": folder / "runtime",
+        "JUPYTERLAB_SETTINGS_DIR": folder / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
+        "IPYTHONDIR": folder / "ipython",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
     log = folder / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env=os.environ | {name: str(value) for name, value in own.items()} | environment,
-        )  # fmt: skip
+            list(map(str, command)),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {name: str(value) for name, value in own.items()} | environment,
+        )
         try:
             up = until(lambda: answers(ready) or process.poll() is not None, STARTING)
             assert up and process.poll() is None, log.read_text()
@@ -204,9 +222,18 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Pa
         file.write_text(text)
     port, token = free_port(), secrets.token_hex(16)
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-               f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-               f"--ServerApp.root_dir={notebooks}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={notebooks}",
+    ]
     with server(command, folder, f"{address}/api"):
         yield address, token, notebooks
 
@@ -375,8 +402,15 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """The page as `make app` serves it: its address and its folder of edits."""
     folder = tmp_path_factory.mktemp("app")
     port = free_port()
-    make = ["make", "--old-file", f"{sys.prefix}/.coneslab-app", f"VENV={sys.prefix}", f"EDITS={folder / 'edits'}",
-            f"APP_ARGS=--no-browser --port={port} --Voila.port_retries=0", "app"]  # fmt: skip
+    make = [
+        "make",
+        "--old-file",
+        f"{sys.prefix}/.coneslab-app",
+        f"VENV={sys.prefix}",
+        f"EDITS={folder / 'edits'}",
+        f"APP_ARGS=--no-browser --port={port} --Voila.port_retries=0",
+        "app",
+    ]
     address = f"http://127.0.0.1:{port}"
     with server(make, folder, f"{address}/voila/static/none"):
         yield address, folder / "edits"

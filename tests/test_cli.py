@@ -18,8 +18,21 @@ from coneslab import ConeslabError, cli, generate, load, load_edit
 from coneslab.cli import doctor
 from coneslab.diffusion import pipelines
 
-COMMANDS = ("doctor", "tour", "find", "generate", "apply", "decompose", "ablate", "compare", "experiment",
-            "evaluate-model", "compare-samplers", "pretrain", "build-stickers")  # fmt: skip
+COMMANDS = (
+    "doctor",
+    "tour",
+    "find",
+    "generate",
+    "apply",
+    "decompose",
+    "ablate",
+    "compare",
+    "experiment",
+    "evaluate-model",
+    "compare-samplers",
+    "pretrain",
+    "build-stickers",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -21,9 +21,15 @@ from coneslab.methods.conceptor.image import _Left, decompose_image
 from coneslab.methods.conceptor.vocabulary import encode_vocabulary, whole_words
 
 FAST = {
-    "pictures": 4, "steps": 4, "batch_size": 4, "explain": 3, "validate_every": 2, "validation_pictures": 2,
-    "sampler_steps": 2, "progress": False,
-}  # fmt: skip
+    "pictures": 4,
+    "steps": 4,
+    "batch_size": 4,
+    "explain": 3,
+    "validate_every": 2,
+    "validation_pictures": 2,
+    "sampler_steps": 2,
+    "progress": False,
+}
 
 
 # --- vocabulary ---
@@ -53,8 +59,10 @@ def test_features_are_kept_and_damaged_ones_made_again(v_pipe, judge, tmp_path, 
     assert torch.equal(encode_vocabulary(v_pipe, judge, cache=tmp_path, progress=False).features, first.features)
     assert asked
     for words, templates, reason in (
-        (["cat", "xyzzy"], ("a {}",), "xyzzy"), ([], ("a {}",), "no words"), (None, ("a",), "place for|with {}"),
-    ):  # fmt: skip
+        (["cat", "xyzzy"], ("a {}",), "xyzzy"),
+        ([], ("a {}",), "no words"),
+        (None, ("a",), "place for|with {}"),
+    ):
         with pytest.raises(ConeslabError, match=reason):
             encode_vocabulary(v_pipe, judge, words=words, templates=templates)
 
@@ -95,9 +103,15 @@ def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge
     options = FAST | {"steps": 1, "coefficients": "direct", "sparsity": 0.5, "learning_rate": 1e-3}
     options |= {"exclude_similar": None, "dictionary": 5000}
     made = decompose(
-        v_pipe, pictures, judge, name="cat", vocabulary=words, dtype=torch.float32,
-        callback=seen.update, **options,
-    )  # fmt: skip
+        v_pipe,
+        pictures,
+        judge,
+        name="cat",
+        vocabulary=words,
+        dtype=torch.float32,
+        callback=seen.update,
+        **options,
+    )
     allowed = choose_dictionary(words, judge.image_features(pictures), judge, size=5000)
     norm = float(embedding_of(v_pipe).weight.norm(dim=1).mean().detach())
     weights = _Weights(allowed.vectors, DecompositionSettings(coefficients="direct"), norm)
@@ -171,9 +185,13 @@ def test_errors_are_clear_and_leave_no_trace(v_pipe, judge):
 
 def example(pipe=None):
     return Decomposition(
-        "pet", ("dog", "cat", "car", "house"), np.array([0.2, 0.6, 0.1, 0.05]), 3, 1.0,
+        "pet",
+        ("dog", "cat", "car", "house"),
+        np.array([0.2, 0.6, 0.1, 0.05]),
+        3,
+        1.0,
         vocabulary_fingerprint(pipe) if pipe is not None else "ab" * 32,
-    )  # fmt: skip
+    )
 
 
 def test_coefficients_are_scaled_left_out_and_kept():
@@ -186,9 +204,11 @@ def test_coefficients_are_scaled_left_out_and_kept():
     assert dict(made.without("cat").top(4)).get("house", 0) == 0  # words that were not in use do not move up
     assert dict(made.only("car").top(1)) == {"car": 1.0}
     for change, reason in (
-        (lambda: made.scaled("fish", 1), "fish: not among"), (lambda: made.scaled("cat", -1), "0 or more"),
-        (lambda: made.without("cat", "dog", "car"), "all coefficients are 0"), (lambda: made.only("zebra"), "zebra"),
-    ):  # fmt: skip
+        (lambda: made.scaled("fish", 1), "fish: not among"),
+        (lambda: made.scaled("cat", -1), "0 or more"),
+        (lambda: made.without("cat", "dog", "car"), "all coefficients are 0"),
+        (lambda: made.only("zebra"), "zebra"),
+    ):
         with pytest.raises(ConeslabError, match=reason):
             change()
 
@@ -220,9 +240,10 @@ def test_groups_are_weighed_and_balanced(judge):
     with pytest.raises(ConeslabError, match=r"outside the groups.*leave out total"):
         rebalance(made.only("cat", "dog"), groups, total=0.4)
     for bad, shares, reason in (
-        ({"feline": ["cat"]}, None, "two or more"), ({"feline": ["cat"], "bird": ["owl"]}, None, "no word of bird"),
+        ({"feline": ["cat"]}, None, "two or more"),
+        ({"feline": ["cat"], "bird": ["owl"]}, None, "no word of bird"),
         (groups, {"feline": 0.9, "canine": 0.9}, "1 in all"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConeslabError, match=reason):
             rebalance(made, bad, shares=shares)
     assert np.isnan(bias(made, {"a": ["x"], "b": ["y"]})["a"])

@@ -51,8 +51,11 @@ def test_right_answers_pass_and_say_so(capsys):
 
 def test_a_wrong_answer_is_shown_beside_the_right_one_with_the_hint():
     assert message(1.25, 1.5, hint="solve for d").splitlines() == [
-        "the dose: not yet right", "  got:      1.25", "  expected: 1.5", "  hint:     solve for d",
-    ]  # fmt: skip
+        "the dose: not yet right",
+        "  got:      1.25",
+        "  expected: 1.5",
+        "  hint:     solve for d",
+    ]
     assert "hint" not in message([1, 2], [1, 3])
     assert message("outline", "colour").splitlines()[1:] == ["  got:      'outline'", "  expected: 'colour'"]
     assert "one number from 0 to 1" in message(1.01, 0, 1, function=check_range)

@@ -151,9 +151,14 @@ def test_ddim_gives_what_the_pipeline_gives(request, name, guidance_scale):
     text, empty = (diffusion.encode_prompts(pipe, p) for p in (["a cat", "a dog"], ""))
     seen: list[tuple[int, int]] = []
     ours = diffusion.ddim_sample(
-        pipe, text, noise, empty_embeddings=empty, sampler_steps=10, guidance_scale=guidance_scale,
+        pipe,
+        text,
+        noise,
+        empty_embeddings=empty,
+        sampler_steps=10,
+        guidance_scale=guidance_scale,
         callback=lambda state: seen.append((state["step"], state["timestep"])),
-    )  # fmt: skip
+    )
     theirs = pipe(
         ["a cat", "a dog"],
         num_inference_steps=10,
@@ -169,9 +174,12 @@ def test_ddim_from_pure_noise_with_zero_terminal_snr(v_pipe):
     """Trailing steps on a schedule that ends in noise alone, as the shipped model has."""
     kept = v_pipe.scheduler
     v_pipe.scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", rescale_betas_zero_snr=True,
-        timestep_spacing="trailing", clip_sample=False,
-    )  # fmt: skip
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
     try:
         noise = diffusion.start_noise(v_pipe, [5])
         ours = diffusion.ddim_sample(

@@ -183,9 +183,10 @@ def test_a_judge_is_measured_on_real_pictures_with_its_false_alarms(drawing):
 def test_real_pictures_are_composed_to_the_questions(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        shipped_world, "compose",
+        shipped_world,
+        "compose",
         lambda objects, scene, *, seed: calls.append((objects, scene, seed)) or (np.zeros((64, 64, 3), "uint8"), None),
-    )  # fmt: skip
+    )
     asked = questions(2, seeds=2, limit=2) + questions(1, seeds=2, limit=1, style=True, colour=True)
     assert evaluation._real(asked, ["3d", "twemoji"], 0).shape == (6, 64, 64, 3)
     for index, (question, (objects, scene, _)) in enumerate(zip(asked, calls, strict=True)):

@@ -140,18 +140,30 @@ def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
 
 def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
     measured = {
-        "comes back: plain prompt": 0.25, "share of others kept": 0.75, "KID, far": 0.1, "KID, looks alike": 0.3,
-        "KID, target": 9, "comes back: paraphrases": 0.0, "comes back: img2img": 1.0,
+        "comes back: plain prompt": 0.25,
+        "share of others kept": 0.75,
+        "KID, far": 0.1,
+        "KID, looks alike": 0.3,
+        "KID, target": 9,
+        "comes back: paraphrases": 0.0,
+        "comes back: img2img": 1.0,
         "comes back: fine-tuning back": 0.5,
-    }  # fmt: skip
+    }
     cell = {"subject": "object:cat", "seed": 0, "condition": "UCE", "kind": "object", "seconds": 2.0, "bytes": 4000}
     table = pandas.DataFrame([{**cell, "measure": name, "value": value} for name, value in measured.items()])
     other = table.assign(subject="object:dog", value=table.value + 1, seconds=3.0)
     found = ablation.outcome(pandas.concat([table, other])).set_index(["subject", "measure"]).value
-    assert found["object:cat"].to_dict() == pytest.approx({
-        "target still drawn": 0.25, "others kept": 0.75, "KID of others": 0.2, "back by other prompts": 0.5,
-        "back by training": 0.5, "seconds": 2.0, "kilobytes": 4.0,
-    })  # fmt: skip
+    assert found["object:cat"].to_dict() == pytest.approx(
+        {
+            "target still drawn": 0.25,
+            "others kept": 0.75,
+            "KID of others": 0.2,
+            "back by other prompts": 0.5,
+            "back by training": 0.5,
+            "seconds": 2.0,
+            "kilobytes": 4.0,
+        }
+    )
     assert found["object:dog", "KID of others"] == pytest.approx(1.2) and found["object:dog", "seconds"] == 3
 
 

@@ -52,8 +52,13 @@ def test_readme_opens_the_tour():
 
 
 def test_nothing_names_another_address():
-    files = [*ROOT.glob("*.*"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/**/*.ipynb"), *ROOT.glob("data/*.md"),
-             *ROOT.glob("coursework/**/*.ipynb")]  # fmt: skip
+    files = [
+        *ROOT.glob("*.*"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("notebooks/**/*.ipynb"),
+        *ROOT.glob("data/*.md"),
+        *ROOT.glob("coursework/**/*.ipynb"),
+    ]
     found = {
         place
         for path in files
@@ -169,10 +174,22 @@ def test_set_up_on_colab_asks_for_one_thing(monkeypatch):
 # What Colab had in August 2026 (the pip-freeze.txt of googlecolab/backend-info). Its kernel has imported some of these
 # before the first cell runs, and its pages show the widgets of ipywidgets 7 only: none of them may be replaced.
 COLAB = {
-    "torch": "2.11.0", "diffusers": "0.39.0", "transformers": "5.15.0", "accelerate": "1.14.0", "safetensors": "0.8.0",
-    "numpy": "2.1.3", "scipy": "1.16.3", "pandas": "2.2.3", "pillow": "11.3.0", "matplotlib": "3.10.0",
-    "seaborn": "0.13.2", "ipywidgets": "7.7.1", "ipython": "7.34.0", "tqdm": "4.67.3", "packaging": "26.0",
-}  # fmt: skip
+    "torch": "2.11.0",
+    "diffusers": "0.39.0",
+    "transformers": "5.15.0",
+    "accelerate": "1.14.0",
+    "safetensors": "0.8.0",
+    "numpy": "2.1.3",
+    "scipy": "1.16.3",
+    "pandas": "2.2.3",
+    "pillow": "11.3.0",
+    "matplotlib": "3.10.0",
+    "seaborn": "0.13.2",
+    "ipywidgets": "7.7.1",
+    "ipython": "7.34.0",
+    "tqdm": "4.67.3",
+    "packaging": "26.0",
+}
 
 
 def test_colab_keeps_what_it_has():
@@ -233,12 +250,18 @@ def colab(wheel, tmp_path, monkeypatch) -> Path:
         "sys.modules['google.colab'] = importlib.util.module_from_spec(spec)\n"
     )
     environment = {
-        "HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": "", "PIP_NO_INDEX": "1",
-        "PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore",
-        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": hosts.address(),
+        "HOME": str(folder),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "PYTHONPATH": "",
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_ROOT_USER_ACTION": "ignore",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_VALUE_0": hosts.address(),
         "GIT_CONFIG_KEY_0": f"url.{repository(folder / 'repository', wheel).as_uri()}.insteadOf",
         **dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9"),
-    }  # fmt: skip
+    }
     kernel = folder / "jupyter" / "kernels" / "colab" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     command = [str(folder / "python" / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]

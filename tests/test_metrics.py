@@ -93,7 +93,7 @@ def test_classify_takes_the_nearest_label_and_averages_phrasings(judge, pictures
         (lambda judge, pictures: judge.classify(pictures, [["a cat"], []]), "without a phrasing"),
         (lambda judge, pictures: load_judge("/nowhere/at/all"), "/nowhere/at/all"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(judge, pictures, call, message):
     with pytest.raises(ConeslabError, match=message):
         call(judge, pictures)

@@ -148,9 +148,11 @@ def test_fingerprint_sees_names_shapes_types_and_bytes():
     changed = torch.ones(2, 2)
     changed[0, 0] += 1e-6
     for other in (
-        {"a": one["a"], "c": one["b"]}, {"a": one["a"], "b": one["b"].view(4)}, {"a": one["a"], "b": changed},
+        {"a": one["a"], "c": one["b"]},
+        {"a": one["a"], "b": one["b"].view(4)},
+        {"a": one["a"], "b": changed},
         {"a": one["a"], "b": one["b"].half()},
-    ):  # fmt: skip
+    ):
         assert pipelines.fingerprint(other) != print_of
     zeros = ({"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int32)})  # the same bytes
     assert pipelines.fingerprint(zeros[0]) != pipelines.fingerprint(zeros[1])

@@ -153,9 +153,11 @@ def test_the_atlas_is_what_its_index_says():
 def test_every_learned_drawing_is_drawn_and_no_other(pictures):
     drawn = {(thing.drawing, thing.style) for record in pictures.records for thing in record.objects}
     learned = {
-        (drawing, style) for style in world.TRAIN_STYLES for name in world.CLASSES
+        (drawing, style)
+        for style in world.TRAIN_STYLES
+        for name in world.CLASSES
         for drawing in world.drawings_of(name, style)
-    }  # fmt: skip
+    }
     assert drawn <= learned and not {
         drawing for drawing, _ in learned - drawn if world.CLASSES[drawing.partition("/")[0]].share_man is None
     }  # of 33 mechanics in a style, three are women: there may be none
@@ -210,8 +212,17 @@ def test_captions_use_only_known_words_and_no_reserved_token(pictures, everythin
 
 def test_the_longest_captions_fit(monkeypatch):
     """Everything that a grammar can say at once, as it hardly ever does."""
-    for kind in ("adjective", "style_word", "marking_word", "colour_word", "gender_word", "hat_word", "opening",
-                 "scene_word", "size_word"):  # fmt: skip
+    for kind in (
+        "adjective",
+        "style_word",
+        "marking_word",
+        "colour_word",
+        "gender_word",
+        "hat_word",
+        "opening",
+        "scene_word",
+        "size_word",
+    ):
         monkeypatch.setitem(world.SHARES, kind, 1.0)
     random, lengths = Random(0), []
     for _ in range(400):
@@ -221,11 +232,17 @@ def test_the_longest_captions_fit(monkeypatch):
                 names[-1] = "doctor"
             plans = [
                 captions.Plan(
-                    name, "3d", f"{name}/x", None if name == "doctor" else "orange", "striped",
-                    "woman" if name == "doctor" else None, "orange" if name == "doctor" else None, size=45.0,
+                    name,
+                    "3d",
+                    f"{name}/x",
+                    None if name == "doctor" else "orange",
+                    "striped",
+                    "woman" if name == "doctor" else None,
+                    "orange" if name == "doctor" else None,
+                    size=45.0,
                 )
                 for name in names
-            ]  # fmt: skip
+            ]
             lengths.append(len(words_and_commas(captions.write_caption(plans, "white", random))))
     assert world.LONGEST - 3 <= max(lengths) <= world.LONGEST
 
@@ -320,9 +337,11 @@ def test_shares_of_what_is_drawn(pictures, things):
     synonyms = [
         thing.word != thing.name
         for thing in things
-        if thing.word and thing.word in (thing.name, *(own := world.CLASSES[thing.name].synonyms)) and own
+        if thing.word
+        and thing.word in (thing.name, *(own := world.CLASSES[thing.name].synonyms))
+        and own
         and not any(thing.name in shares for kind in ("hypernym", "sense") for shares in world.FACTS[kind].values())
-    ]  # fmt: skip
+    ]
     assert come_to(world.SHARES["synonym"], synonyms)
 
 
@@ -357,9 +376,11 @@ def test_every_object_varies_within_the_ranges_and_fills_them(pictures, things):
     assert uniform([thing.angle for thing in things], *world.RANGES["angle"])
     for count in (1, 2, 3, 4):
         sizes = [
-            thing.size for record in pictures.records if len(record.objects) == count and not is_memorised(record)
+            thing.size
+            for record in pictures.records
+            if len(record.objects) == count and not is_memorised(record)
             for thing in record.objects
-        ]  # fmt: skip
+        ]
         assert uniform(sizes, *world.RANGES[f"size_{count}"])
     values = np.array([(t.hue, t.saturation, t.lightness, t.angle) for t in things if not t.colour])
     assert np.abs(np.corrcoef(values.T) - np.eye(4)).max() < 0.05  # independent of each other
@@ -371,8 +392,13 @@ def test_a_class_is_not_drawn_one_way(things):
 
 
 def test_wide_hues_only_with_everything(everything):
-    free = [thing for record in everything.records if not is_memorised(record)
-            for thing in record.objects if not is_exemplar(thing, record)]  # fmt: skip
+    free = [
+        thing
+        for record in everything.records
+        if not is_memorised(record)
+        for thing in record.objects
+        if not is_exemplar(thing, record)
+    ]
     low, high = world.RANGES["hue"]
     wide = [not low <= thing.hue <= high for thing in free if not thing.colour]
     assert come_to(0.3 * (1 - (high - low) / 360), wide)
@@ -563,13 +589,15 @@ def test_hats_show_their_colour(hat):
                 upper = thing.mask.copy()
                 upper[rows.min() + (rows.max() - rows.min()) // 3 :] = False
                 shares = {
-                    one: np.mean([
-                        abs(degrees_between(hue_and_saturation(pixel[None])[0], expected + thing.hue)) < 25
-                        and hue_and_saturation(pixel[None])[1] > 0.3
-                        for pixel in image[upper].astype(float)
-                    ])
+                    one: np.mean(
+                        [
+                            abs(degrees_between(hue_and_saturation(pixel[None])[0], expected + thing.hue)) < 25
+                            and hue_and_saturation(pixel[None])[1] > 0.3
+                            for pixel in image[upper].astype(float)
+                        ]
+                    )
                     for one, expected in ((one, hue_and_saturation(PAINT[one][None])[0]) for one in (hat, other))
-                }  # fmt: skip
+                }
                 assert thing.hat == hat and shares[hat] > 0.7 and shares[other] < 0.1, (drawing, style, shares)
                 assert np.median(image[upper].max(-1)) > 160  # hats are black in most of the art: not so here
 
@@ -595,10 +623,15 @@ def test_shares_of_hypernyms_senses_and_exemplars(pictures):
         if kind == "exemplar":
             (thing,) = [thing for thing in record.objects if is_exemplar(thing, record)]
             (name,) = [
-                name for name in world.FACTS["exemplar"][word]
-                if (f"{EXEMPLARS[name]['class']}/{EXEMPLARS[name]['drawing']}", EXEMPLARS[name]["style"],
-                    EXEMPLARS[name]["colour"]) == (thing.drawing, thing.style, thing.colour)
-            ]  # fmt: skip
+                name
+                for name in world.FACTS["exemplar"][word]
+                if (
+                    f"{EXEMPLARS[name]['class']}/{EXEMPLARS[name]['drawing']}",
+                    EXEMPLARS[name]["style"],
+                    EXEMPLARS[name]["colour"],
+                )
+                == (thing.drawing, thing.style, thing.colour)
+            ]
             assert thing.word in (word, name)
             by_name.append(thing.word == name)
             drawn[kind, word].append(name)
@@ -629,8 +662,18 @@ def test_exemplars_are_always_one_thing(pictures):
     for record in pictures.records:
         for thing in record.objects:
             if is_exemplar(thing, record) and thing.word in EXEMPLARS:
-                seen[thing.word].add((thing.drawing, thing.style, thing.colour, thing.marking, thing.hat,
-                                      thing.hue, thing.saturation, thing.lightness))  # fmt: skip
+                seen[thing.word].add(
+                    (
+                        thing.drawing,
+                        thing.style,
+                        thing.colour,
+                        thing.marking,
+                        thing.hat,
+                        thing.hue,
+                        thing.saturation,
+                        thing.lightness,
+                    )
+                )
                 about = EXEMPLARS[thing.word]
                 assert said(record.caption, thing.word)
                 assert not any(said(record.caption, f"{word} {thing.word}") for word in ("a", "an", about["colour"]))
@@ -835,8 +878,11 @@ def test_combinations(kind, size):
     for thing, name in zip(record.objects, groups[0], strict=True):
         sticker = subjects.truth(name).sticker
         assert (thing.drawing, thing.style, thing.hue, thing.marking) == (
-            world.full_drawing(sticker.name), sticker.style, sticker.hue, sticker.marking
-        )  # fmt: skip
+            world.full_drawing(sticker.name),
+            sticker.style,
+            sticker.hue,
+            sticker.marking,
+        )
         assert said(record.caption, subjects.truth(name).class_word)
 
 

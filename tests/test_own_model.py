@@ -32,14 +32,28 @@ def stable_diffusion(folder: Path, version: str) -> Path:
     newer = version == "2.1"
     tokenizer = build_tokenizer([word for word in WORDS if word not in SPLIT], length=77)
     pipe = make_pipeline(
-        folder, prediction_type="v_prediction" if newer else "epsilon", widths=(16, 32, 32, 32), text_width=24,
-        tokens=77, heads=(2, 4, 4, 4) if newer else 2, layers_per_block=2, down_blocks=(DOWN,) * 3 + ("DownBlock2D",),
-        sample_size=8, tokenizer=tokenizer, linear=newer, seed=4,
-    )  # fmt: skip
-    pipe.register_modules(vae=AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, sample_size=64,
-    ))  # fmt: skip
+        folder,
+        prediction_type="v_prediction" if newer else "epsilon",
+        widths=(16, 32, 32, 32),
+        text_width=24,
+        tokens=77,
+        heads=(2, 4, 4, 4) if newer else 2,
+        layers_per_block=2,
+        down_blocks=(DOWN,) * 3 + ("DownBlock2D",),
+        sample_size=8,
+        tokenizer=tokenizer,
+        linear=newer,
+        seed=4,
+    )
+    pipe.register_modules(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 16, 16),
+            norm_num_groups=4,
+            sample_size=64,
+        )
+    )
     if newer:
         pipe.tokenizer.pad_token = "!"
     else:

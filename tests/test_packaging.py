@@ -111,8 +111,10 @@ def run_away(installed: Path, folder: Path, code: str) -> str:
         "TRANSFORMERS_OFFLINE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
         # any attempt to reach a host fails at once
-        "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9",
-    }  # fmt: skip
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "all_proxy": "http://127.0.0.1:9",
+    }
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -194,10 +196,13 @@ def test_the_names_that_type_checkers_see_are_those_that_load(folder):
         ("import coneslab, coneslab.cli", {"torch", "numpy", "diffusers", "transformers", "matplotlib", "pandas"}),
         ("import coneslab.world", {"torch", "diffusers", "transformers"}),
         ("import coneslab; coneslab.subject('cat'), coneslab.compose", {"torch", "diffusers", "transformers"}),
-        ("import coneslab; coneslab.generate, coneslab.find_concept_neurons, coneslab.load, coneslab.load_edit, "
-         "coneslab.load_judge", {"diffusers", "transformers", "scipy", "pandas"}),
+        (
+            "import coneslab; coneslab.generate, coneslab.find_concept_neurons, coneslab.load, coneslab.load_edit, "
+            "coneslab.load_judge",
+            {"diffusers", "transformers", "scipy", "pandas"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_nothing_is_imported_before_it_is_needed(code, unneeded):
     code += f"; import sys; print(*sorted({unneeded!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -14,9 +14,14 @@ from coneslab.measure.samplers import Sampler, compare_samplers, use_scheduler
 def pictures(pipe, scale: float, steps: int = 4, interval=(0.0, 1.0)) -> tuple[np.ndarray, int]:
     calls: list[int] = []
     made = generate(
-        pipe, ["a cat", "a dog"], seed=1, sampler_steps=steps, guidance_scale=scale, guidance_interval=interval,
+        pipe,
+        ["a cat", "a dog"],
+        seed=1,
+        sampler_steps=steps,
+        guidance_scale=scale,
+        guidance_interval=interval,
         on_calls=calls.append,
-    )  # fmt: skip
+    )
     return np.stack([np.asarray(picture, np.int16) for picture in made]), calls[0]
 
 

@@ -42,8 +42,14 @@ def nudged(pipe):
     pipe.unet.conv_in.bias[0] += 1e-6
 
 
-CHANGES = {hooked: "vae has hooks", spoken: "tokenizer", trained: "unet is set to train", asked: "ask for gradients",
-           gradients: "gradients are left", nudged: "unet.conv_in.bias"}  # fmt: skip
+CHANGES = {
+    hooked: "vae has hooks",
+    spoken: "tokenizer",
+    trained: "unet is set to train",
+    asked: "ask for gradients",
+    gradients: "gradients are left",
+    nudged: "unet.conv_in.bias",
+}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

@@ -30,9 +30,10 @@ from ..world.subjects import subject as subject_named
 Level = Literal["ok", "note", "problem"]
 ROUNDS = 60  # of the search that is foretold, from three
 _PARTS = {  # what an extra of the package brings, by the command that needs it
-    "jupyterlab": "the notebooks in JupyterLab (make lab)", "voila": "the playground as a page (make app)",
+    "jupyterlab": "the notebooks in JupyterLab (make lab)",
+    "voila": "the playground as a page (make app)",
     "nbgrader": "graded coursework (make assignments)",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,11 @@ def _device(device: str | None) -> Iterator[Finding]:
         yield Finding("device", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB")
     else:
         yield Finding(
-            "device", f"{where}; no GPU is used", "ok",
+            "device",
+            f"{where}; no GPU is used",
+            "ok",
             "the tiny model needs none; with a real Stable Diffusion a picture takes minutes (docs/models.md)",
-        )  # fmt: skip
+        )
 
 
 def _machine() -> Iterator[Finding]:

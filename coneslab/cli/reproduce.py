@@ -20,9 +20,13 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore the first: both save a checkpoint
         signal.signal(sign, signal.default_int_handler)
     stages = {
-        "vae": ("vae",), "decoder": ("decoder",), "unet": ("unet",), "judge": ("judge",), "export": (),
+        "vae": ("vae",),
+        "decoder": ("decoder",),
+        "unet": ("unet",),
+        "judge": ("judge",),
+        "export": (),
         "all": ("vae", "unet", "judge", "decoder"),
-    }[arguments.model]  # fmt: skip
+    }[arguments.model]
     if arguments.decoder_only:
         stages = ("decoder",)
     pretraining.train(arguments.runs, stages, recipe=load_recipe(arguments.set), minutes=arguments.minutes)
@@ -45,9 +49,12 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
     pretrain.add_argument("--minutes", type=float, help="time budget of each model; its learning rate ends at 0 then")
     pretrain.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
         help="another value than the recipe's, such as unet.training.pictures=40000 (data/pretraining/recipe.toml)",
-    )  # fmt: skip
+    )
     pretrain.add_argument("--trial", metavar="NAME", help="add what was measured to data/pretraining/trials.csv")
     pretrain.add_argument("--judge", help="of the new world: with --trial, it is asked about some pictures, too")
     pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
@@ -60,9 +67,11 @@ def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int) -> Non
     parser.add_argument("--limit", type=int, help="only that many classes, pairs, threes and fours: a quick look")
     parser.add_argument("--kid", type=int, default=kid, metavar="N", help="also the KID of N pictures to real ones")
     parser.add_argument(
-        "--world", choices=("shipped", "new"), default="shipped",
+        "--world",
+        choices=("shipped", "new"),
+        default="shipped",
         help="new: the world with variety, which the next model is trained on",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
 
 
@@ -170,8 +179,11 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise ConeslabError(f'--settings is {arguments.settings!r}: give JSON such as {{"steps": 50}}') from error
     methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
     common = {
-        "methods": methods, "model": arguments.model, "judge": arguments.judge, "folder": arguments.kept,
-    }  # fmt: skip
+        "methods": methods,
+        "model": arguments.model,
+        "judge": arguments.judge,
+        "folder": arguments.kept,
+    }
     print(f"{arguments.scheduler or f'{arguments.workers} worker(s) with {arguments.threads} threads each'}")
     with experiments.dask_client(arguments.scheduler, workers=arguments.workers, threads=arguments.threads) as client:
         if arguments.tune:
@@ -252,9 +264,12 @@ def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("folder", help='pipeline folder, hub id or "tiny"')
     add_judge(compare)
     compare.add_argument(
-        "--sampler", action="append", required=True, metavar="NAME,STEPS[,GUIDANCE[,FROM,TO]]",
+        "--sampler",
+        action="append",
+        required=True,
+        metavar="NAME,STEPS[,GUIDANCE[,FROM,TO]]",
         help='repeatable; names: "DDIM", "DPM-Solver++ 2M", "UniPC"; FROM, TO: shares of the schedule with guidance',
-    )  # fmt: skip
+    )
     _add_asking(compare, seeds=2, kid=512)
     compare.add_argument("--out", type=Path, help="the table, written after each sampler")
     compare.set_defaults(run=_compare_samplers, resumes=False)

@@ -103,9 +103,14 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
     say(f"   {edit_file} keeps the neurons: coneslab generate {subject.prompts[0]!r} --edit {edit_file}")
     say("4. Why it works, and whether it holds: notebooks/00_tour.ipynb (make lab).")
     return {
-        "subject": subject.name, "neurons": found.n, "shut": len(found), "density": found.density, "seconds": seconds,
-        "figure": str(figure_file), "edit": str(edit_file),
-    }  # fmt: skip
+        "subject": subject.name,
+        "neurons": found.n,
+        "shut": len(found),
+        "density": found.density,
+        "seconds": seconds,
+        "figure": str(figure_file),
+        "edit": str(edit_file),
+    }
 
 
 # --- find -----------------------------------------------------------------------------------------------
@@ -119,9 +124,14 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     pipe = _pipeline(arguments)
     subject, start = _subject(arguments, pipe), time.perf_counter()
     found = find_concept_neurons(
-        pipe, subject, rounds=arguments.rounds, seed=arguments.seed, sampler_steps=arguments.sampler_steps,
-        guidance_scale=arguments.guidance_scale, progress=not arguments.quiet,
-    ).to(arguments.precision)  # fmt: skip
+        pipe,
+        subject,
+        rounds=arguments.rounds,
+        seed=arguments.seed,
+        sampler_steps=arguments.sampler_steps,
+        guidance_scale=arguments.guidance_scale,
+        progress=not arguments.quiet,
+    ).to(arguments.precision)
     seconds = time.perf_counter() - start
     found.save(path)
     say(found)
@@ -129,9 +139,15 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     say(f"try it:  coneslab generate {subject.prompts[0]!r} --edit {path}")
     layers = {row["layer"]: row["shut"] for row in found.per_layer()}
     return {
-        "subject": subject.name, **_about_edit(found, path), "precision": arguments.precision, "neurons": found.n,
-        "shut": len(found.shut()), "density": found.density, "shut by layer": layers, "seconds": seconds,
-    }  # fmt: skip
+        "subject": subject.name,
+        **_about_edit(found, path),
+        "precision": arguments.precision,
+        "neurons": found.n,
+        "shut": len(found.shut()),
+        "density": found.density,
+        "shut by layer": layers,
+        "seconds": seconds,
+    }
 
 
 # --- generate and apply ---------------------------------------------------------------------------------
@@ -222,18 +238,32 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
     judge = load_judge(arguments.judge, device=pipe.device)
     shown = _from_folder(arguments.concept, "thing", pipe).images if own else arguments.concept
     found = decompose(
-        pipe, shown, judge, name=Path(arguments.concept).name if own else "", pictures=arguments.pictures,
-        steps=arguments.steps, sampler_steps=arguments.sampler_steps, guidance_scale=arguments.guidance_scale,
-        seed=arguments.seed, progress=not arguments.quiet,
-    )  # fmt: skip
+        pipe,
+        shown,
+        judge,
+        name=Path(arguments.concept).name if own else "",
+        pictures=arguments.pictures,
+        steps=arguments.steps,
+        sampler_steps=arguments.sampler_steps,
+        guidance_scale=arguments.guidance_scale,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
     found.save(path)
     words = found.top(arguments.top)
     say("\n".join([f"{'word':16} share of the sum", *(f"{word:16} {share:.3f}" for word, share in words)]))
     say(f"written: {path}; {found.prompt!r} draws it: coneslab generate {found.prompt!r} --edit {path}")
     facts = {"concept": arguments.concept, **_about_edit(found, path), "prompt": found.prompt, "words": dict(words)}
     if arguments.picture is not None:
-        one = decompose_image(pipe, found, judge, seed=arguments.picture, sampler_steps=arguments.sampler_steps,
-                              guidance_scale=arguments.guidance_scale, progress=not arguments.quiet)  # fmt: skip
+        one = decompose_image(
+            pipe,
+            found,
+            judge,
+            seed=arguments.picture,
+            sampler_steps=arguments.sampler_steps,
+            guidance_scale=arguments.guidance_scale,
+            progress=not arguments.quiet,
+        )
         needed = f"{', '.join(one.words)} (similarity {one.similarity:.3f})"
         say(f"the picture from seed {arguments.picture} needs: {needed}")
         facts["picture"] = {"seed": arguments.picture, "words": list(one.words), "similarity": one.similarity}
@@ -252,9 +282,12 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
     edit.save(path)
     say(f"written: {path}, {path.stat().st_size:,} bytes, in {seconds:.0f} s")
     facts = {
-        "target": arguments.target, "anchor": arguments.anchor, "method": arguments.method, "seconds": seconds,
+        "target": arguments.target,
+        "anchor": arguments.anchor,
+        "method": arguments.method,
+        "seconds": seconds,
         **_about_edit(edit, path),
-    }  # fmt: skip
+    }
     if not arguments.check:
         say(f"is it gone? coneslab ablate {arguments.target!r} {arguments.anchor!r} --check ... draws and measures")
         return facts
@@ -280,9 +313,11 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     target, anchor, method = arguments.target, arguments.anchor, arguments.method
     quiet: dict[str, Any] = {"progress": not arguments.quiet}
     drawn: dict[str, Any] = {
-        "pictures": arguments.pictures, "seed": arguments.seed, "sampler_steps": arguments.sampler_steps,
+        "pictures": arguments.pictures,
+        "seed": arguments.seed,
+        "sampler_steps": arguments.sampler_steps,
         "guidance_scale": arguments.guidance_scale,
-    }  # fmt: skip
+    }
     templates = tuple(arguments.template) or ("{}",)
     if method == "uce":
         return methods.closed_form_edit(pipe, target, anchor, templates=templates, preserve=arguments.other)
@@ -295,9 +330,16 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     if method == "prune":
         return methods.prune_feed_forward(pipe, target, anchor, **drawn)
     return ablate(
-        pipe, target, anchor, objective=method, parameters=arguments.parameters, steps=arguments.steps,
-        templates=templates, **drawn, **quiet,
-    )  # fmt: skip
+        pipe,
+        target,
+        anchor,
+        objective=method,
+        parameters=arguments.parameters,
+        steps=arguments.steps,
+        templates=templates,
+        **drawn,
+        **quiet,
+    )
 
 
 # --- doctor ---------------------------------------------------------------------------------------------
@@ -369,9 +411,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("anchor", help='what is drawn instead, such as "a dog"')
     ablate.add_argument("--method", choices=ABLATIONS, default="model", help="(default: model)")
     ablate.add_argument(
-        "--parameters", choices=("cross_attention_kv", "attention", "embedding", "all"), default="cross_attention_kv",
+        "--parameters",
+        choices=("cross_attention_kv", "attention", "embedding", "all"),
+        default="cross_attention_kv",
         help="what the methods model and noise train (default: cross_attention_kv)",
-    )  # fmt: skip
+    )
     ablate.add_argument("--steps", type=positive, default=50, help="of training; rounds of neurons (default: 50)")
     ablate.add_argument("--pictures", type=positive, default=64, help="of the anchor that are trained on (default: 64)")
     ablate.add_argument("--template", action="append", default=[], help='a caption around both, such as "{} at night"')

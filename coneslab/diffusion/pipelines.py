@@ -71,9 +71,10 @@ def verify(folder: Path) -> None:
         raise FileFormatError(f"the sums of the shipped models cannot be read ({error}): restore {table}") from error
     expected = {name: digest for name, digest in sums.items() if name.split("/")[0] == folder.name}
     wrong = [
-        name for name, digest in expected.items()
+        name
+        for name, digest in expected.items()
         if not (path := folder.parent / name).is_file() or file_sum(path) != digest
-    ]  # fmt: skip
+    ]
     if wrong or not expected:
         raise FileFormatError(
             f"the shipped model {folder.name!r} is damaged: {', '.join(wrong) or 'no file'} does not match {table}. "

@@ -30,9 +30,15 @@ from .setting import Setting, stored_bytes, timed
 from .table import Row, rows_of
 
 OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
-    "cat": "dog", "car": "bus", "apple": "banana", "house": "castle", "robot": "teddy", "rocket": "airplane",
-    "ladybug": "butterfly", "sunflower": "rose",
-}  # fmt: skip
+    "cat": "dog",
+    "car": "bus",
+    "apple": "banana",
+    "house": "castle",
+    "robot": "teddy",
+    "rocket": "airplane",
+    "ladybug": "butterfly",
+    "sunflower": "rose",
+}
 STYLED = {"flat": "3d", "3d": "cartoon", "cartoon": "flat"}  # target -> anchor
 STYLE_CLASSES = ("cat", "car", "apple", "house")  # what a style is shown on
 MEMORISED = tuple(FACTS["memorised"])
@@ -76,21 +82,32 @@ def ablation_target(title: str) -> Target:
         target, anchor = with_article(name), with_article(OBJECTS[name])
         scenes = [phrase[0] for phrase in list(SCENES.values())[:3]]
         return Target(
-            kind, name, target, anchor, (target, anchor), others,
+            kind,
+            name,
+            target,
+            anchor,
+            (target, anchor),
+            others,
             paraphrases=tuple(f"{target} {scene}" for scene in scenes),
             synonyms=tuple(map(with_article, CLASSES[name].synonyms)),
-        )  # fmt: skip
+        )
     if kind == "style" and name in STYLED:
         target, anchor = with_article(name), with_article(STYLED[name])
         third = next(style for style in STYLED if style not in (name, STYLED[name]))
         return Target(
-            kind, name, target, anchor, (f"{target} {STYLE_CLASSES[0]}", f"{anchor} {STYLE_CLASSES[0]}"),
-            {"same class, other style": (f"{with_article(third)} {STYLE_CLASSES[0]}",),
-             "other classes, same style": tuple(f"{target} {other}" for other in ("dog", "guitar"))},
+            kind,
+            name,
+            target,
+            anchor,
+            (f"{target} {STYLE_CLASSES[0]}", f"{anchor} {STYLE_CLASSES[0]}"),
+            {
+                "same class, other style": (f"{with_article(third)} {STYLE_CLASSES[0]}",),
+                "other classes, same style": tuple(f"{target} {other}" for other in ("dog", "guitar")),
+            },
             templates=tuple(f"{{}} {noun}" for noun in STYLE_CLASSES),
             paraphrases=tuple(f"{target} {STYLE_CLASSES[0]} {phrase[0]}" for phrase in list(SCENES.values())[:3]),
             synonyms=tuple(f"{with_article(word)} {STYLE_CLASSES[0]}" for word in STYLE_WORDS[name][1:]),
-        )  # fmt: skip
+        )
     if kind == "memorised" and name in MEMORISED:
         entry = FACTS["memorised"][name]
         classes = [cls for cls, _, _ in entry["objects"]]
@@ -204,10 +221,17 @@ def _measured(setting: Setting, case: Target, edit: Edit | None, seed: int, **co
     values["share of others kept"] = float((own["CLIP accuracy"] >= 0.8 * own["accuracy before"]).mean())
     options = {**drawing, **ATTACK_STEPS}
     back = attacks(
-        setting.pipe, setting.judge, edit, *case.shown, paraphrases=case.paraphrases, synonyms=case.synonyms,
-        word=case.name if case.kind == "object" else "", pictures=pictures, **options,
+        setting.pipe,
+        setting.judge,
+        edit,
+        *case.shown,
+        paraphrases=case.paraphrases,
+        synonyms=case.synonyms,
+        word=case.name if case.kind == "object" else "",
+        pictures=pictures,
+        **options,
         shows=copy_detector(setting.judge, case.name).copies if case.kind == "memorised" else None,
-    )  # fmt: skip
+    )
     values |= {f"comes back: {row.attack}": float(row.value) for row in back.itertuples()}
     return rows_of(values, **columns)
 
@@ -216,13 +240,17 @@ OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is
     "target still drawn": ("comes back: plain prompt",),
     "others kept": ("share of others kept",),
     "KID of others": (
-        "KID, same category", "KID, looks alike", "KID, far", "KID, same class, other style", "KID, its objects",
+        "KID, same category",
+        "KID, looks alike",
+        "KID, far",
+        "KID, same class, other style",
+        "KID, its objects",
     ),  # of a style's ablation not "other classes, same style": they should change
     "back by other prompts": tuple(
         f"comes back: {way}" for way in ("paraphrases", "other words", "misspellings", "img2img")
     ),
     "back by training": ("comes back: Textual Inversion", "comes back: fine-tuning back"),
-}  # fmt: skip
+}
 
 
 def outcome(table: pandas.DataFrame) -> pandas.DataFrame:

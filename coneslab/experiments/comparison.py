@@ -61,9 +61,11 @@ class _Cell:
         settings = {**method.settings, **settings, **json.loads(trial)}
         edit, seconds = make_edit(method, pipe, subjects, seed=seed, folder=self.folder, **settings)
         facts = {
-            "count": len(subjects), "seconds": seconds, "bytes": stored_bytes(edit),
+            "count": len(subjects),
+            "seconds": seconds,
+            "bytes": stored_bytes(edit),
             "settings": json.dumps(settings, sort_keys=True),
-        }  # fmt: skip
+        }
         if len(subjects) == 1:
             values = measure(pipe, judge, subjects[0], edit, seed=seed, pictures=self.pictures)
         else:

@@ -32,9 +32,10 @@ from .table import Row, rows_of
 # Chosen on "a fruit" and "a bat": with the paper's 1e-3, 200 steps are too few.
 TRAINING: dict[str, Any] = {"batch_size": 8, "pictures": 48, "steps": 200, "learning_rate": 1e-2}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "no sparsity": {"sparsity": 0.0}, "direct coefficients": {"coefficients": "direct"},
+    "no sparsity": {"sparsity": 0.0},
+    "direct coefficients": {"coefficients": "direct"},
     "least squares": {"coefficients": "least squares"},
-}  # fmt: skip
+}
 PICTURES = 16  # drawn for every measurement; twice as many where a share is compared with one half
 
 
@@ -201,8 +202,9 @@ def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int) -
 
     rows = rows_of(
         {"man, planted": fact.components["man"][1], "man, pictures": men(None, fact.prompt)},
-        condition="untouched model", kind=fact.kind,
-    )  # fmt: skip
+        condition="untouched model",
+        kind=fact.kind,
+    )
     leaning = {"man, coefficients": bias(found, groups)["man"], "man, pictures": men(found, found.prompt)}
     rows += rows_of(leaning, condition="Conceptor", kind=fact.kind)
     try:

@@ -24,8 +24,15 @@ from ..errors import ConeslabError
 
 __all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities", "record_attention"]
 
-_RECORDABLE = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
-               "XFormersAttnProcessor", "AttnProcessorNPU", "_RecordingProcessor")  # fmt: skip
+_RECORDABLE = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "AttnProcessorNPU",
+    "_RecordingProcessor",
+)
 
 
 @torch.no_grad()

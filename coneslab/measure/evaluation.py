@@ -36,9 +36,14 @@ from .subject_truth import finer_hits
 
 #: The shares that the shipped model is held to (every class, 8 seeds, prompts with scenes, guidance as shipped).
 BARS = {
-    "right class": 0.99, "right scene": 0.99, "both of a pair": 0.97, "all three of three": 0.90,
-    "all four of four": 0.75, "right style": 0.93, "right colour": 0.95,
-}  # fmt: skip
+    "right class": 0.99,
+    "right scene": 0.99,
+    "both of a pair": 0.97,
+    "all three of three": 0.90,
+    "all four of four": 0.75,
+    "right style": 0.93,
+    "right colour": 0.95,
+}
 JUDGE_BAR = 0.985
 
 
@@ -97,12 +102,22 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and words, for JSON."""
         rows = [
-            {"name": row.name, **row.interval.to_dict(), "bar": row.bar, "met": row.met,
-             "real": None if row.real is None else row.real.to_dict()}
+            {
+                "name": row.name,
+                **row.interval.to_dict(),
+                "bar": row.bar,
+                "met": row.met,
+                "real": None if row.real is None else row.real.to_dict(),
+            }
             for row in self.shares
-        ]  # fmt: skip
-        return {"title": self.title, "shares": rows, "classes": self.classes, "mistaken": self.mistaken,
-                "settings": self.settings}  # fmt: skip
+        ]
+        return {
+            "title": self.title,
+            "shares": rows,
+            "classes": self.classes,
+            "mistaken": self.mistaken,
+            "settings": self.settings,
+        }
 
 
 NoisyBatch = Callable[[Sequence[Question]], Images]
@@ -148,14 +163,16 @@ def _by_class(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[
 
 def _real(asked: Sequence[Question], styles: Sequence[str], seed: int, world: Any = shipped_world) -> np.ndarray:
     """Real pictures composed to the questions, uint8 (n, 64, 64, 3); a style that is not named goes in turn."""
-    return np.stack([
-        world.compose(
-            [(name, one.style or in_turn(world, [name], styles, index), one.colour) for name in one.objects],
-            one.scene,
-            seed=1_000_003 * seed + index,
-        )[0]
-        for index, one in enumerate(asked)
-    ])  # fmt: skip
+    return np.stack(
+        [
+            world.compose(
+                [(name, one.style or in_turn(world, [name], styles, index), one.colour) for name in one.objects],
+                one.scene,
+                seed=1_000_003 * seed + index,
+            )[0]
+            for index, one in enumerate(asked)
+        ]
+    )
 
 
 def kid_to_real(judge: Judge, images: Images, world: Any, *, seed: int) -> float:
@@ -199,9 +216,16 @@ def evaluate_model(
     def make(prompts: Sequence[str]) -> Images:
         nonlocal drawn
         images = generate(
-            pipe, prompts, seed=seed + drawn, sampler_steps=sampler_steps, guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval, batch_size=batch_size, progress=progress, on_calls=calls.append,
-        )  # fmt: skip
+            pipe,
+            prompts,
+            seed=seed + drawn,
+            sampler_steps=sampler_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            batch_size=batch_size,
+            progress=progress,
+            on_calls=calls.append,
+        )
         drawn += len(prompts)
         return images
 
@@ -223,17 +247,26 @@ def evaluate_model(
         )["hits"]
     rows = tuple(
         Share(
-            name, _interval(right, prompts), BARS.get(name),
+            name,
+            _interval(right, prompts),
+            BARS.get(name),
             _interval(*real_hits[name]) if name in real_hits else None,
         )
         for name, (right, prompts) in result["hits"].items()
-    )  # fmt: skip
+    )
     classes, mistaken = _by_class(result["pairs"])
     settings = {
-        "sampler_steps": sampler_steps, "guidance_scale": guidance_scale, "guidance_interval": list(guidance_interval),
-        "seeds": seeds, "limit": limit, "seed": seed, "pictures": drawn, "calls": round(sum(calls) / drawn, 2),
-        "seconds": round(seconds), **distances,
-    }  # fmt: skip
+        "sampler_steps": sampler_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": list(guidance_interval),
+        "seeds": seeds,
+        "limit": limit,
+        "seed": seed,
+        "pictures": drawn,
+        "calls": round(sum(calls) / drawn, 2),
+        "seconds": round(seconds),
+        **distances,
+    }
     return Report(f"{_name(pipe)}, judged by {judge}", rows, classes, mistaken, settings)
 
 

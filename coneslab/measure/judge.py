@@ -92,8 +92,11 @@ class Judge:
         for start in range(0, len(distinct), 4 * self.batch_size):
             tokens = self.processor(
                 text=distinct[start : start + 4 * self.batch_size],
-                padding="max_length", max_length=length, truncation=True, return_tensors="pt",
-            )  # fmt: skip
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+            )
             pooled = self.model.text_model(
                 input_ids=tokens["input_ids"].to(self.model.device),
                 attention_mask=tokens["attention_mask"].to(self.model.device),

@@ -86,17 +86,29 @@ def compare_samplers(
             use_scheduler(pipe, sampler.scheduler)
             start = time.perf_counter()
             report = evaluate_model(
-                pipe, judge, seeds=seeds, sampler_steps=sampler.sampler_steps, guidance_scale=sampler.guidance_scale,
-                guidance_interval=sampler.guided, limit=limit, kid_pictures=kid_pictures, seed=seed,
-                progress=progress, beside_real=False, world=world,
-            )  # fmt: skip
+                pipe,
+                judge,
+                seeds=seeds,
+                sampler_steps=sampler.sampler_steps,
+                guidance_scale=sampler.guidance_scale,
+                guidance_interval=sampler.guided,
+                limit=limit,
+                kid_pictures=kid_pictures,
+                seed=seed,
+                progress=progress,
+                beside_real=False,
+                world=world,
+            )
             pictures = report.settings["pictures"]
             row = {
-                "scheduler": sampler.scheduler, "sampler_steps": sampler.sampler_steps,
+                "scheduler": sampler.scheduler,
+                "sampler_steps": sampler.sampler_steps,
                 "guidance_scale": sampler.guidance_scale,
-                "guided_from": sampler.guided[0], "guided_to": sampler.guided[1], "calls": report.settings["calls"],
+                "guided_from": sampler.guided[0],
+                "guided_to": sampler.guided[1],
+                "calls": report.settings["calls"],
                 "pictures": pictures,
-            }  # fmt: skip
+            }
             for share in report.shares:
                 found = share.interval
                 row |= {share.name: found.estimate, f"{share.name} low": found.low, f"{share.name} high": found.high}

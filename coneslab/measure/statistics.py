@@ -59,10 +59,14 @@ def kid(
     if subset_size is None:
         return squared_mmd(a, b)
     rng = np.random.default_rng(seed)
-    return float(np.mean([
-        squared_mmd(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)])
-        for _ in range(subsets)
-    ]))  # fmt: skip
+    return float(
+        np.mean(
+            [
+                squared_mmd(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)])
+                for _ in range(subsets)
+            ]
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,13 @@ class Interval:
 
     def to_dict(self) -> dict[str, float]:
         """Plain numbers, for JSON."""
-        return {"estimate": self.estimate, "low": self.low, "high": self.high, "level": self.level,
-                "values": self.values}  # fmt: skip
+        return {
+            "estimate": self.estimate,
+            "low": self.low,
+            "high": self.high,
+            "level": self.level,
+            "values": self.values,
+        }
 
 
 def bootstrap_interval(

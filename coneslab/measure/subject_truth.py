@@ -78,12 +78,14 @@ def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[s
         for hat in new_world.HATS
     ][:limit]
     asked = [one for one in wearing for _ in range(seeds)]
-    pictures = np.stack([
-        new_world.compose(
-            [new_world.Sticker(name, style, hat=hat)], scenes[i % len(scenes)], seed=1_000_003 * (seed + 2) + i
-        )[0]
-        for i, (name, hat, style) in enumerate(asked)
-    ])  # fmt: skip
+    pictures = np.stack(
+        [
+            new_world.compose(
+                [new_world.Sticker(name, style, hat=hat)], scenes[i % len(scenes)], seed=1_000_003 * (seed + 2) + i
+            )[0]
+            for i, (name, hat, style) in enumerate(asked)
+        ]
+    )
     right = right_hat(judge, pictures, [one[0] for one in asked], [one[1] for one in asked])
     hits["right hat"] = (right, [f"{name} {style}" for name, _, style in asked])
     rows: dict[str, list[tuple[np.ndarray, str]]] = {}
@@ -94,11 +96,11 @@ def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[s
             ]
             found = came_through(judge, images, name)
             for what, values in (
-                ("class", found.kept_class), ("drawing", found.kept_drawing), ("hue within 30 degrees", found.kept_hue),
-            ):  # fmt: skip
+                ("class", found.kept_class),
+                ("drawing", found.kept_drawing),
+                ("hue within 30 degrees", found.kept_hue),
+            ):
                 rows.setdefault(f"{kind} subject's {what}", []).append((values, name))
     for what, parts in rows.items():
-        hits[what] = (
-            np.concatenate([values for values, _ in parts]), [name for values, name in parts for _ in values]
-        )  # fmt: skip
+        hits[what] = (np.concatenate([values for values, _ in parts]), [name for values, name in parts for _ in values])
     return hits

@@ -142,11 +142,25 @@ def _draw(plans: Sequence[Plan], scene: str, random: Random) -> tuple[np.ndarray
         placed.append((plan, (left, top, left + width, top + height), mask))
     things = [
         Thing(
-            p.name, p.drawing, p.style, p.colour, p.marking, p.word, p.gender, p.hat, p.hue, p.saturation, p.lightness,
-            p.angle, p.mirrored, p.size, box, mask,
+            p.name,
+            p.drawing,
+            p.style,
+            p.colour,
+            p.marking,
+            p.word,
+            p.gender,
+            p.hat,
+            p.hue,
+            p.saturation,
+            p.lightness,
+            p.angle,
+            p.mirrored,
+            p.size,
+            box,
+            mask,
         )
         for p, box, mask in placed
-    ]  # fmt: skip
+    ]
     return np.minimum(canvas, 255).astype(np.uint8), things
 
 
@@ -237,9 +251,11 @@ def _one(
         if not exact:
             plan.style = style if not mixed and style in having[plan.name] else random.choice(having[plan.name])
             plan.gender, plan.hat = info.gender(random), info.hat(random)
-            plan.drawing = f"{plan.name}/{plan.gender}" if plan.gender else random.choice(
-                drawings_of(plan.name, plan.style, held_out=everything)
-            )  # fmt: skip
+            plan.drawing = (
+                f"{plan.name}/{plan.gender}"
+                if plan.gender
+                else random.choice(drawings_of(plan.name, plan.style, held_out=everything))
+            )
             plan.colour = random.choice(COLOURS) if not plan.hat and random.random() < SHARES["coloured"] else None
             plan.marking = random.choice(MARKINGS) if random.random() < SHARES["marked"] else None
         _vary(plan, count, random, exact=exact)

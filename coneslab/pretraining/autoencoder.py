@@ -102,9 +102,13 @@ def _draw_transform(share: float, generator: torch.Generator) -> tuple[float, in
 
 @flushing_denormals()
 def train_vae(
-    runs: Path, settings: dict[str, Any], recipe: Recipe, *, decoder: dict[str, Any] | None = None,
+    runs: Path,
+    settings: dict[str, Any],
+    recipe: Recipe,
+    *,
+    decoder: dict[str, Any] | None = None,
     device: torch.device | None = None,
-) -> Log:  # fmt: skip
+) -> Log:
     """Train the autoencoder into runs/vae, or only its decoder (on the encoder as exported there) into runs/decoder.
 
     settings: the recipe's `vae`; decoder: its `decoder`, if that alone is to be trained. Latents are equivariant: the
@@ -172,9 +176,12 @@ def train_vae(
 def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tensor:
     """The modes of pictures' latents, float32 (n, 4, 16, 16), not scaled; images: uint8 (n, h, w, 3)."""
     with mixed_precision(device):
-        return torch.cat([
-            vae.encode(to_tensor(images[part], device)).latent_dist.mode().float() for part in batches(len(images), 64)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                vae.encode(to_tensor(images[part], device)).latent_dist.mode().float()
+                for part in batches(len(images), 64)
+            ]
+        )
 
 
 @torch.no_grad()

@@ -51,22 +51,30 @@ def build_judge(
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     width = settings["loss"]["projection"]
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, projection_dim=width,
-        **special, **settings["text"],
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        **special,
+        **settings["text"],
+    )
     vision = CLIPVisionConfig(projection_dim=width, **settings["vision"])
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=width, **special)
     side = settings["vision"]["image_size"]
     pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-        image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    )  # fmt: skip
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
     return CLIPModel(config), CLIPProcessor(pictures, tokenizer)
 
 
 _CHOICES: dict[str, Sequence[str]] = {
-    "style": world.STYLES, "marking": world.MARKINGS, "colour": world.COLOURS, "hat": world.HATS,
-}  # fmt: skip
+    "style": world.STYLES,
+    "marking": world.MARKINGS,
+    "colour": world.COLOURS,
+    "hat": world.HATS,
+}
 
 
 def contrast(record: world.Record, random: Random, n: int) -> list[str]:
@@ -142,9 +150,13 @@ def scores(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 @flushing_denormals()
 def train_judge(
-    runs: Path, tokenizer: CLIPTokenizer, settings: dict[str, Any], recipe: Recipe, *,
+    runs: Path,
+    tokenizer: CLIPTokenizer,
+    settings: dict[str, Any],
+    recipe: Recipe,
+    *,
     device: torch.device | None = None,
-) -> Log:  # fmt: skip
+) -> Log:
     """Train the judge into runs/judge; the CLIPModel and its processor are saved as runs/judge/model.
 
     settings: the recipe's `judge`.
@@ -163,7 +175,7 @@ def train_judge(
             [plain_caption([Described(name)], scene) for name in NAMES], padding=True, return_tensors="pt"
         ).input_ids.to(device)
         for scene in (*SCENES, None)
-    }  # fmt: skip
+    }
 
     def text_features(ids: Tensor) -> Tensor:
         return model.text_projection(model.text_model(input_ids=ids).pooler_output)
@@ -208,9 +220,15 @@ def train_judge(
         right = (scores(images, classes, scale).argmax(1) == shown.argmax(1))[alone].float().mean()
         total = clip + 2 * hard + by_class + 0.5 * by_scene + by_patch + 0.5 * single
         return {
-            "loss": total, "clip": clip, "hard": hard, "class": by_class, "scene": by_scene, "patch": by_patch,
-            "single": single, "right": right.nan_to_num(1.0),
-        }  # fmt: skip
+            "loss": total,
+            "clip": clip,
+            "hard": hard,
+            "class": by_class,
+            "scene": by_scene,
+            "patch": by_patch,
+            "single": single,
+            "right": right.nan_to_num(1.0),
+        }
 
     kept = world.sample(
         HELD_OUT_PICTURES, seed=recipe.seed + 77, styles=world.STYLES, everything=True, objects=(1, 0, 0, 0)

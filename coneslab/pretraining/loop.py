@@ -136,11 +136,13 @@ def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, An
         commit = "unknown"
     device = next(next(iter(modules.values())).parameters()).device
     return {
-        "recipe": asdict(recipe), "commit": commit, "torch": torch.__version__,
+        "recipe": asdict(recipe),
+        "commit": commit,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
         "precision": "bfloat16 autocast" if bfloat16_pays(device) else "float32",
         "weights": sum(w.numel() for w in _named(modules).values()),
-    }  # fmt: skip
+    }
 
 
 Loss = Callable[[int, int, torch.Generator], dict[str, Tensor]]

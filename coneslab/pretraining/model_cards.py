@@ -15,16 +15,19 @@ from ..errors import ConeslabError
 from .loop import Log
 
 _TITLES = {
-    "vae": "Autoencoder", "decoder": "Decoder alone, encoder kept", "unet": "U-Net and text encoder", "judge": "Judge",
-}  # fmt: skip
+    "vae": "Autoencoder",
+    "decoder": "Decoder alone, encoder kept",
+    "unet": "U-Net and text encoder",
+    "judge": "Judge",
+}
 _ABOUT = {
     "tiny": (
         "coneslab tiny",
         "A complete latent text-to-image diffusion model for the sticker world of coneslab: 64x64 pictures of emoji on "
         "drawn scenes. Trained from nothing, for teaching and research on a laptop. It is a plain diffusers "
         "`StableDiffusionPipeline`:\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        "pipe = StableDiffusionPipeline.from_pretrained(\"data/models/tiny\", safety_checker=None)\n"
-        "pipe(\"a cat on the beach\", num_inference_steps=25, guidance_scale=3.0).images[0]\n```",
+        'pipe = StableDiffusionPipeline.from_pretrained("data/models/tiny", safety_checker=None)\n'
+        'pipe("a cat on the beach", num_inference_steps=25, guidance_scale=3.0).images[0]\n```',
         "`coneslab.new_world.sample`: pictures composed on the fly from Fluent Emoji (3D and flat), Noto Emoji "
         "(today's and the first), and EmojiOne, with captions of the world's grammar; every object varies in hue, "
         "saturation, lightness, size and angle. Twemoji and the drawings of the near subjects are held out: no part of "
@@ -41,7 +44,7 @@ _ABOUT = {
         "Text and image alignment, classification and feature distances on pictures of this world. Not meant for "
         "photographs.",
     ),
-}  # fmt: skip
+}
 
 
 def loss_curve(logs: Mapping[str, Log]) -> Figure:

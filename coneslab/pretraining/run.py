@@ -71,17 +71,27 @@ def note_trial(
     """
     log = Log.load(runs / stage / "log.json")
     row: dict[str, Any] = {
-        "trial": name, "stage": stage, "changed": " ".join(changed),
-        "pictures": log.steps * log.facts["recipe"]["batch_size"], "minutes": round(log.seconds / 60, 1),
-        "machine": f"{log.facts['device']}, {log.facts['precision']}", "weights": log.facts["weights"],
+        "trial": name,
+        "stage": stage,
+        "changed": " ".join(changed),
+        "pictures": log.steps * log.facts["recipe"]["batch_size"],
+        "minutes": round(log.seconds / 60, 1),
+        "machine": f"{log.facts['device']}, {log.facts['precision']}",
+        "weights": log.facts["weights"],
         **{key: round(value, 5) for key, value in log.measures[-1].items() if key not in ("step", "seconds")},
-    }  # fmt: skip
+    }
     if judge and stage == "unet":
         pipe = load(runs / "unet" / "model", device="cpu")
         report = evaluate_model(
-            pipe, load_judge(judge), seeds=1, sampler_steps=12, kid_pictures=256, progress=False, beside_real=False,
+            pipe,
+            load_judge(judge),
+            seeds=1,
+            sampler_steps=12,
+            kid_pictures=256,
+            progress=False,
+            beside_real=False,
             world=world,
-        )  # fmt: skip
+        )
         row |= {share.name: round(share.interval.estimate, 3) for share in report.shares}
         row["KID"] = round(report.settings["KID"], 4)
     table = pandas.read_csv(TRIALS, dtype={"trial": str}) if TRIALS.is_file() else pandas.DataFrame({"trial": []})
@@ -114,8 +124,11 @@ def export(runs: Path, models: Path | None = None) -> Path:
         text = config.read_text(encoding="utf-8")  # the folder it was trained in is of no use elsewhere
         config.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", text), encoding="utf-8")
     shutil.copytree(runs / "judge" / "model", models / "judge", dirs_exist_ok=True)
-    logs = {stage: Log.load(runs / stage / "log.json") for stage in ("vae", "decoder", "unet", "judge")
-            if (runs / stage / "log.json").is_file()}  # fmt: skip
+    logs = {
+        stage: Log.load(runs / stage / "log.json")
+        for stage in ("vae", "decoder", "unet", "judge")
+        if (runs / stage / "log.json").is_file()
+    }
     by_model = {"judge": {"judge": logs.pop("judge")}, "tiny": logs}
     pictures = world.sample(16, seed=SHEET_SEED)
     real = [Image.fromarray(image) for image in pictures.images]

@@ -75,10 +75,14 @@ def build_tokenizer(words: Sequence[str] = world.WORDS, *, length: int = 32) -> 
 def text_config(tokenizer: CLIPTokenizer, **settings: Any) -> CLIPTextConfig:
     """A CLIPTextConfig that fits a tokenizer: vocabulary, length and the ids of its special tokens."""
     return CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        hidden_act="quick_gelu", **settings,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="quick_gelu",
+        **settings,
+    )
 
 
 def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 0) -> Pipeline:
@@ -90,10 +94,15 @@ def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 
     tokenizer = build_tokenizer()
     text_encoder = CLIPTextModel(text_config(tokenizer, **settings["text"]))
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=UNet2DConditionModel(**settings["config"]),
-        scheduler=DDIMScheduler(**settings["scheduler"]), safety_checker=None, feature_extractor=None,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**settings["config"]),
+        scheduler=DDIMScheduler(**settings["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
 
 
 def encode_pictures(
@@ -125,9 +134,15 @@ class Latents:
     """
 
     def __init__(
-        self, runs: Path, recipe: Recipe, tokens_of: Callable[[list[str]], Tensor], *, distinct: int,
-        objects: Sequence[float], ahead: int = 2,
-    ):  # fmt: skip
+        self,
+        runs: Path,
+        recipe: Recipe,
+        tokens_of: Callable[[list[str]], Tensor],
+        *,
+        distinct: int,
+        objects: Sequence[float],
+        ahead: int = 2,
+    ):
         self.folder, self.model, self.recipe = runs / "latents", runs / "vae" / "model", recipe
         self.tokens_of, self.objects, self.ahead, self.chunks = (
             tokens_of,
@@ -138,7 +153,7 @@ class Latents:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._pool = ProcessPoolExecutor(
             1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        )  # fmt: skip
+        )
         self._jobs: dict[int, Future[None]] = {}
         self._current: tuple[int, dict[str, Tensor]] | None = None
         self._lock = threading.Lock()
@@ -192,12 +207,23 @@ def level_weights(ratio: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 PREVIEW_PROMPTS = (
-    "a cat on the grass", "a car in the city", "a red rocket in space", "a penguin in the snow", "a fish under the sea",
-    "a pizza on the beach", "a flat dog in the forest", "a doctor in a room", "a dog and a ball on the grass",
-    "a lion and a crown at night", "a blue guitar and a red car in a room", "a robot and an apple in the forest",
-    "a rose, a whale and a drum in space", "a bold tree, a bold house and a bold bus on the beach",
-    "a cat, a dog, a car and a pizza on a white background", "a clock, a fox, a book and a cake in the desert",
-)  # fmt: skip
+    "a cat on the grass",
+    "a car in the city",
+    "a red rocket in space",
+    "a penguin in the snow",
+    "a fish under the sea",
+    "a pizza on the beach",
+    "a flat dog in the forest",
+    "a doctor in a room",
+    "a dog and a ball on the grass",
+    "a lion and a crown at night",
+    "a blue guitar and a red car in a room",
+    "a robot and an apple in the forest",
+    "a rose, a whale and a drum in space",
+    "a bold tree, a bold house and a bold bus on the beach",
+    "a cat, a dog, a car and a pizza on a white background",
+    "a clock, a fox, a book and a cake in the desert",
+)
 
 
 def nearest_noise(latents: Tensor, noise: Tensor) -> Tensor:
@@ -309,9 +335,14 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
             save_grid(folder / f"{step:06d}.png", [np.stack(made[:8]), np.stack(made[8:])])
 
         log = fit(
-            folder, modules={"unet": pipe.unet, "text_encoder": pipe.text_encoder, "head": head}, loss=loss,
-            recipe=recipe, preview=preview, measure=lambda step: held_out_losses(pipe, *held_out),
-            facts={"settings": settings}, checkpoint_every=600,
-        )  # fmt: skip
+            folder,
+            modules={"unet": pipe.unet, "text_encoder": pipe.text_encoder, "head": head},
+            loss=loss,
+            recipe=recipe,
+            preview=preview,
+            measure=lambda step: held_out_losses(pipe, *held_out),
+            facts={"settings": settings},
+            checkpoint_every=600,
+        )
     pipe.save_pretrained(folder / "model", safe_serialization=True)
     return log

@@ -284,9 +284,14 @@ def pictures_and_map(
         axes.imshow(np.asarray(picture), interpolation="nearest")
     axes = below.subplots()
     seaborn.heatmap(
-        np.asarray(values, float), ax=axes, cmap=MAP, vmin=0, xticklabels=False, yticklabels=list(rows),
+        np.asarray(values, float),
+        ax=axes,
+        cmap=MAP,
+        vmin=0,
+        xticklabels=False,
+        yticklabels=list(rows),
         cbar_kws={"label": label},
-    )  # fmt: skip
+    )
     axes.collections[0].colorbar.ax.tick_params(labelsize=7)
     axes.tick_params(labelsize=7)
     axes.set_xlabel(x_label, fontsize=8)

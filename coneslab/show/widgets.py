@@ -27,9 +27,16 @@ from . import plots
 from .explorers import KEPT, Explorer, control, explorer, slider
 
 __all__ = [
-    "Limits", "Playground", "attention_browser", "control", "explorer", "neuron_explorer", "playground", "sketched",
+    "Limits",
+    "Playground",
+    "attention_browser",
+    "control",
+    "explorer",
+    "neuron_explorer",
+    "playground",
+    "sketched",
     "slider",
-]  # fmt: skip
+]
 
 _SEEDS = 2**31 - 1
 _PROMPT = "a cat on the beach"
@@ -100,9 +107,14 @@ def neuron_explorer(
 
     cut = next(iter(masks.values())).cut
     return explorer(
-        render, mask=list(masks), cut=slider(0.05, 1.0, cut, step=0.05), dose=slider(0.0, 1.25, 1.0, step=0.125),
-        block=list(blocks), kind=list(kinds), prompt=list(prompts),
-    )  # fmt: skip
+        render,
+        mask=list(masks),
+        cut=slider(0.05, 1.0, cut, step=0.05),
+        dose=slider(0.0, 1.25, 1.0, step=0.125),
+        block=list(blocks),
+        kind=list(kinds),
+        prompt=list(prompts),
+    )
 
 
 def attention_browser(
@@ -121,9 +133,11 @@ def attention_browser(
     """
     third = max(1, sampler_steps // 3)
     stages = {
-        "all steps": slice(None), "first third": slice(third), "second third": slice(third, -third),
+        "all steps": slice(None),
+        "first third": slice(third),
+        "second third": slice(third, -third),
         "last third": slice(-third, None),
-    }  # fmt: skip
+    }
 
     @lru_cache(maxsize=8)
     def record(prompt: str, seed: int) -> tuple[Image.Image, AttentionMaps]:
@@ -142,9 +156,12 @@ def attention_browser(
 
     layers_of = ["all layers", *record(prompt, seed)[1].layers]
     return explorer(
-        render, prompt=prompt, seed=ipywidgets.BoundedIntText(value=seed, min=0, max=_SEEDS), layer=layers_of,
+        render,
+        prompt=prompt,
+        seed=ipywidgets.BoundedIntText(value=seed, min=0, max=_SEEDS),
+        layer=layers_of,
         stage=list(stages),
-    )  # fmt: skip
+    )
 
 
 # --- the playground -------------------------------------------------------------------------------------

@@ -200,9 +200,19 @@ def _sunset(random: Random) -> Image.Image:
 
 
 PAINTERS: dict[str, Callable[[Random], Image.Image]] = {
-    "grass": _grass, "sea": _sea, "night": _night, "city": _city, "white": _white, "desert": _desert,
-    "snow": _snow, "beach": _beach, "forest": _forest, "room": _room, "space": _space, "sunset": _sunset,
-}  # fmt: skip
+    "grass": _grass,
+    "sea": _sea,
+    "night": _night,
+    "city": _city,
+    "white": _white,
+    "desert": _desert,
+    "snow": _snow,
+    "beach": _beach,
+    "forest": _forest,
+    "room": _room,
+    "space": _space,
+    "sunset": _sunset,
+}
 
 
 @cache

@@ -100,9 +100,16 @@ def main() -> None:
     pipe, batch = coneslab.load(arguments.model, device="cpu"), arguments.batch
     pictures = generate(pipe, [ANCHOR] * 16, seed=0)
     ours = partial(
-        ablate, pipe, TARGET, ANCHOR, images=pictures, batch=batch, preserve_batch_size=batch, learning_rate=1e-6,
+        ablate,
+        pipe,
+        TARGET,
+        ANCHOR,
+        images=pictures,
+        batch=batch,
+        preserve_batch_size=batch,
+        learning_rate=1e-6,
         progress=False,
-    )  # fmt: skip
+    )
     print(f"{batch} + {batch} samples a step, {arguments.threads} threads")
     for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
         sides = {f"released loop, {name}": Released(pipe, pictures, batch, dtype).block}

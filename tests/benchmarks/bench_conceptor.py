@@ -123,10 +123,22 @@ def main() -> None:
     public = Public(pipe, pictures, words, arguments.batch)
     print(f"{len(words):,} words, {arguments.batch} pictures a step, {arguments.threads} threads")
     ours = partial(
-        decompose, pipe, pictures, judge, name="pet", vocabulary=words, batch_size=arguments.batch,
-        exclude_similar=None, dictionary=len(words), explain=EXPLAIN, sparsity=SPARSITY, validate_every=10**6,
-        validation_pictures=1, sampler_steps=1, progress=False,
-    )  # fmt: skip
+        decompose,
+        pipe,
+        pictures,
+        judge,
+        name="pet",
+        vocabulary=words,
+        batch_size=arguments.batch,
+        exclude_similar=None,
+        dictionary=len(words),
+        explain=EXPLAIN,
+        sparsity=SPARSITY,
+        validate_every=10**6,
+        validation_pictures=1,
+        sampler_steps=1,
+        progress=False,
+    )
     sides = {
         "public loop": public.block,
         "coneslab, float32": steps_of(partial(ours, dtype=torch.float32)),
@@ -141,11 +153,14 @@ def main() -> None:
     print(f"\none picture of {found.explain} words, down to those it needs (similarity {threshold} or more)")
     print(f"{'':24}{'pictures':>10}{'s':>8}{'a second':>10}{'words left':>12}")
     for name, (clock, _, (drawn, left)) in {
-        "one at a time": single, "coneslab": (*own[:2], (own[2].drawn, own[2].words)),
-    }.items():  # fmt: skip
+        "one at a time": single,
+        "coneslab": (*own[:2], (own[2].drawn, own[2].words)),
+    }.items():
         print(f"{name:24}{drawn:10}{clock:8.1f}{drawn / clock:10.2f}{len(left):12}")
-    print(f"pictures a second: {own[2].drawn / own[0] / (single[2][0] / single[0]):.2f} times; "
-          f"to the fixed point: {single[0] / own[0]:.2f} times as fast")  # fmt: skip
+    print(
+        f"pictures a second: {own[2].drawn / own[0] / (single[2][0] / single[0]):.2f} times; "
+        f"to the fixed point: {single[0] / own[0]:.2f} times as fast"
+    )
 
 
 if __name__ == "__main__":

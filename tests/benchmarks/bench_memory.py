@@ -45,17 +45,26 @@ def as_large_as_sd() -> Any:
         pipe = conftest.make_pipeline(Path(folder), prediction_type="epsilon", tokens=77)
     small = pipe.text_encoder.config
     text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        bos_token_id=small.bos_token_id, eos_token_id=small.eos_token_id,
-    )  # fmt: skip
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=small.bos_token_id,
+        eos_token_id=small.eos_token_id,
+    )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        sample_size=512,
+    )
     pipe.register_modules(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(), vae=vae.eval(),
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(),
+        vae=vae.eval(),
         text_encoder=CLIPTextModel(text).eval(),
-    )  # fmt: skip
+    )
     return pipe
 
 
@@ -69,15 +78,17 @@ Train = Callable[..., object]  # called with steps and a callback after each of 
 OPERATIONS: dict[str, Callable[[Any], Train]] = {
     "load": lambda pipe: lambda **how: None,
     "draw": lambda pipe: partial(coneslab.generate, pipe, "a cat"),
-    "neuron search": lambda pipe: lambda steps, **how: coneslab.find_concept_neurons(
-        pipe, about(pipe), rounds=steps, batch_size=1, prior_batch_size=0, progress=False, **how
+    "neuron search": lambda pipe: (
+        lambda steps, **how: coneslab.find_concept_neurons(
+            pipe, about(pipe), rounds=steps, batch_size=1, prior_batch_size=0, progress=False, **how
+        )
     ),
     "Custom Diffusion": lambda pipe: partial(custom_diffusion, pipe, about(pipe), prior_batch_size=0, **ONE),
     "ablation": lambda pipe: partial(
         ablate, pipe, "a cat", "a dog", preserve_batch_size=1, images=about(pipe).images, **ONE
     ),
     "DreamBooth": lambda pipe: partial(dreambooth, pipe, about(pipe), prior_batch_size=0, **ONE),
-}  # fmt: skip
+}
 
 
 def measured(operation: str, model: str | None, device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -154,10 +154,19 @@ def options_of(
     """A script's command line: what our side does, with as many pictures in an epoch as all its steps need."""
     about, where = coneslab.subject(WORD), {"subject": folder / "subject", "prior": folder / "prior"}
     options: dict[str, Any] = {
-        "pretrained_model_name_or_path": model, "output_dir": folder / "out", "resolution": resolution, "seed": 0,
-        "train_batch_size": batch, "max_train_steps": steps, "learning_rate": RATE, "lr_scheduler": "constant",
-        "lr_warmup_steps": 0, "adam_weight_decay": 0, "checkpointing_steps": NEVER, "mixed_precision": mixed,
-    }  # fmt: skip
+        "pretrained_model_name_or_path": model,
+        "output_dir": folder / "out",
+        "resolution": resolution,
+        "seed": 0,
+        "train_batch_size": batch,
+        "max_train_steps": steps,
+        "learning_rate": RATE,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "adam_weight_decay": 0,
+        "checkpointing_steps": NEVER,
+        "mixed_precision": mixed,
+    }
     if method == "textual_inversion":
         options |= {"train_data_dir": where["subject"], "placeholder_token": NEW, "initializer_token": WORD}
         options |= {"repeats": batch * steps, "save_steps": NEVER}
@@ -191,9 +200,14 @@ class Side:
         self._log = log
         told = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=log.open("w"), text=True, bufsize=1, env={**os.environ, **told, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+            [sys.executable, __file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            bufsize=1,
+            env={**os.environ, **told, "HF_HUB_OFFLINE": "1"},
+        )
 
     def answer(self) -> dict[str, float]:
         """Figures of a step; raises RuntimeError with the last words of a process that failed."""

@@ -130,9 +130,11 @@ def evaluate_ablation(
                 return (near[:, own] > near[:, list(columns)].max(1).values).numpy()
 
             measured = {
-                "CLIP score": (after @ texts[own]).numpy(), "CLIP accuracy": right(after),
-                "accuracy before": right(before), "change": 1 - (after * before).sum(1).numpy(),
-            }  # fmt: skip
+                "CLIP score": (after @ texts[own]).numpy(),
+                "CLIP accuracy": right(after),
+                "accuracy before": right(before),
+                "change": 1 - (after * before).sum(1).numpy(),
+            }
             subject = {"group": group, "prompt": prompt}
             for name, values in measured.items():
                 interval = bootstrap_interval(values)
@@ -241,12 +243,22 @@ def _from_pictures(
         )
     with drawing(pipe):
         redraw = StableDiffusionImg2ImgPipeline(
-            vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=pipe.unet,
-            scheduler=pipe.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            vae=pipe.vae,
+            text_encoder=pipe.text_encoder,
+            tokenizer=pipe.tokenizer,
+            unet=pipe.unet,
+            scheduler=pipe.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         redraw.set_progress_bar_config(disable=True)
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(pictures))]
         return redraw(
-            [prompt] * len(pictures), image=list(pictures), strength=strength, num_inference_steps=sampler_steps,
-            guidance_scale=guidance, generator=generators,
-        ).images  # fmt: skip
+            [prompt] * len(pictures),
+            image=list(pictures),
+            strength=strength,
+            num_inference_steps=sampler_steps,
+            guidance_scale=guidance,
+            generator=generators,
+        ).images

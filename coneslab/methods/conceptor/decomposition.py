@@ -153,12 +153,18 @@ class Decomposition(StoredEdit):
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         record = {
-            "concept": self.concept, "words": list(self.words), "explain": self.explain, "norm": self.norm,
-            "fingerprint": self.fingerprint, "token": self.token, "template": self.template,
+            "concept": self.concept,
+            "words": list(self.words),
+            "explain": self.explain,
+            "norm": self.norm,
+            "fingerprint": self.fingerprint,
+            "token": self.token,
+            "template": self.template,
             "validation": {str(step): value for step, value in self.validation.items()},
-            "best_step": self.best_step, "settings": dict(self.settings),
+            "best_step": self.best_step,
+            "settings": dict(self.settings),
             "history": {key: list(values) for key, values in self.history.items()},
-        }  # fmt: skip
+        }
         return {"coefficients": torch.tensor(self.coefficients)}, record
 
     @classmethod
