@@ -80,6 +80,19 @@ def test_a_room_imports_only_from_floors_below():
     assert wrong_ways(imports(PACKAGE)) == []
 
 
+def borrowed(source: str) -> list[str]:
+    """Private names that a module imports from another."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    names = [alias.name for node in nodes if node.module != "__future__" for alias in node.names]
+    return [name for name in names if name.startswith("_") and not name.startswith("__")]
+
+
+def test_a_private_name_stays_in_its_module():
+    found = {name: borrowed(path.read_text(encoding="utf-8")) for name, path in sources(PACKAGE).items()}
+    assert {name: names for name, names in found.items() if names} == {}
+    assert borrowed("from .loss import _alpha, snr") == ["_alpha"]
+
+
 def test_no_module_imports_itself_by_a_detour():
     TopologicalSorter(imports(PACKAGE)).prepare()
 

@@ -39,7 +39,8 @@ def teller(arguments: Arguments) -> Callable[..., None]:
     return lambda *words: print(*words, file=stream, flush=True)
 
 
-def _add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True) -> None:
+def add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True) -> None:
+    """Add what every command that uses a pipeline takes. out: the help of --out; drawing: whether it draws."""
     parser.add_argument("--model", default="tiny", help='"tiny", a pipeline folder, or a hub id (default: tiny)')
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -52,7 +53,8 @@ def _add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True)
     add_json(parser)
 
 
-def _pipeline(arguments: Arguments) -> Any:
+def load_pipeline(arguments: Arguments) -> Any:
+    """The pipeline that --model names, on --device; without progress bars if --quiet says so."""
     import diffusers
     import transformers
 
@@ -64,7 +66,7 @@ def _pipeline(arguments: Arguments) -> Any:
     return diffusion.load(arguments.model, device=arguments.device)
 
 
-def _free(path: Path, arguments: Arguments) -> Path:
+def free_path(path: Path, arguments: Arguments) -> Path:
     """A path that may be written; its folder is made. Raises ConeslabError if something is there."""
     if path.exists() and not arguments.force:
         raise ConeslabError(f"{path} is there already: name another with --out, or say --force to overwrite it")
@@ -72,9 +74,11 @@ def _free(path: Path, arguments: Arguments) -> Path:
     return path
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
+    """A text as a file's name, without what some systems refuse in names."""
     return re.sub(r"[^\w.]+", "-", text.strip()).strip("-.")[:60] or "unnamed"
 
 
-def _drawing(arguments: Arguments) -> dict[str, Any]:
+def drawing_options(arguments: Arguments) -> dict[str, Any]:
+    """Options of `generate`."""
     return {"sampler_steps": arguments.sampler_steps, "guidance_scale": arguments.guidance_scale}

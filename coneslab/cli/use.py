@@ -18,13 +18,13 @@ from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError
 from .options import (
     Arguments,
-    _add_common,
-    _drawing,
-    _file_name,
-    _free,
-    _pipeline,
+    add_common,
     add_json,
     add_judge,
+    drawing_options,
+    file_name,
+    free_path,
+    load_pipeline,
     positive,
     teller,
 )
@@ -79,8 +79,10 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
 
     say, folder = teller(arguments), arguments.out or Path("tour")
     subject = world.subject(arguments.subject)
-    figure_file, edit_file = (_free(folder / name, arguments) for name in ("tour.png", f"{subject.name}.safetensors"))
-    pipe, start = _pipeline(arguments), time.perf_counter()
+    figure_file, edit_file = (
+        free_path(folder / name, arguments) for name in ("tour.png", f"{subject.name}.safetensors")
+    )
+    pipe, start = load_pipeline(arguments), time.perf_counter()
     say(f"1. The subject: {len(subject.images)} pictures of “{subject.phrase}”, which the model has never seen.")
     found = find_concept_neurons(
         pipe, subject, rounds=arguments.rounds, seed=arguments.seed, progress=not arguments.quiet
@@ -91,7 +93,7 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
     rows = [list(subject.images[:4])]
     for edit in edits.values():
         with applied(edit, pipe):
-            rows.append(generate(pipe, list(subject.prompts[:4]), seed=arguments.seed, **_drawing(arguments)))
+            rows.append(generate(pipe, list(subject.prompts[:4]), seed=arguments.seed, **drawing_options(arguments)))
     figure = plots.picture_grid(
         rows, row_labels=["the subject", *edits], title=f"“{subject.prompt}” with neurons shut", size=1.4
     )
@@ -119,9 +121,9 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
 def _find(arguments: Arguments) -> dict[str, Any]:
     from ..neurons.search import find_concept_neurons
 
-    say, name = teller(arguments), _file_name(Path(arguments.subject).name)
-    path = _free(arguments.out or Path(f"{name}.safetensors"), arguments)
-    pipe = _pipeline(arguments)
+    say, name = teller(arguments), file_name(Path(arguments.subject).name)
+    path = free_path(arguments.out or Path(f"{name}.safetensors"), arguments)
+    pipe = load_pipeline(arguments)
     subject, start = _subject(arguments, pipe), time.perf_counter()
     found = find_concept_neurons(
         pipe,
@@ -162,19 +164,19 @@ def _generate(arguments: Arguments) -> dict[str, Any]:
     prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.pictures)]
     seeds = [arguments.seed + number for _ in arguments.prompts for number in range(arguments.pictures)]
     files = [
-        _free(folder / f"{_file_name(prompt)}_{seed}.png", arguments)
+        free_path(folder / f"{file_name(prompt)}_{seed}.png", arguments)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     if len(set(files)) < len(files):
         raise ConeslabError("a prompt was given twice, or two that differ in signs alone: give each once")
-    edits, pipe = _edits(arguments.edit), _pipeline(arguments)
+    edits, pipe = _edits(arguments.edit), load_pipeline(arguments)
     with ExitStack() as stack:
         for edit in edits:
             stack.enter_context(edit.applied(pipe, dose=arguments.dose))
-        made = generate(pipe, prompts, seed=seeds, progress=not arguments.quiet, **_drawing(arguments))
+        made = generate(pipe, prompts, seed=seeds, progress=not arguments.quiet, **drawing_options(arguments))
     written = []
     for picture, prompt, seed, file in zip(made, prompts, seeds, files, strict=True):
-        facts = {"prompt": prompt, "seed": seed, "model": arguments.model, **_drawing(arguments)}
+        facts = {"prompt": prompt, "seed": seed, "model": arguments.model, **drawing_options(arguments)}
         facts |= {"edits": [str(path) for path in arguments.edit], "dose": arguments.dose}
         note = PngInfo()
         note.add_itxt("coneslab", json.dumps(facts))
@@ -189,13 +191,13 @@ def _apply(arguments: Arguments) -> dict[str, Any]:
     from ..show import plots
 
     say = teller(arguments)
-    figure_file = _free(arguments.out or Path("applied.png"), arguments)
-    folder = arguments.save_model and _free(arguments.save_model, arguments)
-    edits, pipe = _edits(arguments.edits), _pipeline(arguments)
+    figure_file = free_path(arguments.out or Path("applied.png"), arguments)
+    folder = arguments.save_model and free_path(arguments.save_model, arguments)
+    edits, pipe = _edits(arguments.edits), load_pipeline(arguments)
     prompts = arguments.prompt or _prompts_of(edits)
     seeds = [arguments.seed + number for _ in prompts for number in range(arguments.pictures)]
     asked = [prompt for prompt in prompts for _ in range(arguments.pictures)]
-    options = {"seed": seeds, "progress": not arguments.quiet, **_drawing(arguments)}
+    options = {"seed": seeds, "progress": not arguments.quiet, **drawing_options(arguments)}
     before = generate(pipe, asked, **options)
     with ExitStack() as stack:
         for edit in edits:
@@ -233,8 +235,8 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
     from ..methods.conceptor.image import decompose_image
 
     say, own = teller(arguments), Path(arguments.concept).is_dir()
-    path = _free(arguments.out or Path(f"{_file_name(Path(arguments.concept).name)}.safetensors"), arguments)
-    pipe = _pipeline(arguments)
+    path = free_path(arguments.out or Path(f"{file_name(Path(arguments.concept).name)}.safetensors"), arguments)
+    pipe = load_pipeline(arguments)
     judge = load_judge(arguments.judge, device=pipe.device)
     shown = _from_folder(arguments.concept, "thing", pipe).images if own else arguments.concept
     found = decompose(
@@ -275,8 +277,8 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
 
 def _ablate(arguments: Arguments) -> dict[str, Any]:
     say = teller(arguments)
-    path = _free(arguments.out or Path(f"without-{_file_name(arguments.target)}.safetensors"), arguments)
-    pipe, start = _pipeline(arguments), time.perf_counter()
+    path = free_path(arguments.out or Path(f"without-{file_name(arguments.target)}.safetensors"), arguments)
+    pipe, start = load_pipeline(arguments), time.perf_counter()
     edit = _ablated(arguments, pipe)
     seconds = time.perf_counter() - start
     edit.save(path)
@@ -296,7 +298,7 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
 
     judge = load_judge(arguments.judge, device=pipe.device)
     shown = (pipe, judge, edit, arguments.target, arguments.anchor)
-    options = {"pictures": arguments.check_pictures, "seed": arguments.seed, **_drawing(arguments)}
+    options = {"pictures": arguments.check_pictures, "seed": arguments.seed, **drawing_options(arguments)}
     report = evaluate_ablation(*shown, others={"other": arguments.other}, progress=not arguments.quiet, **options)
     say(report.pivot(index=["group", "prompt"], columns="measure", values="value").round(3).to_string())
     back = attacks(*shown, word=arguments.target.split()[-1], **options)
@@ -372,7 +374,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     tour = command("tour", _tour, "find the neurons of a subject, shut them and draw, beside the controls")
     tour.add_argument("--subject", default="robot", help="a subject of the sticker world (default: robot)")
     tour.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
-    _add_common(tour, "folder of the figure and the edit (default: tour)")
+    add_common(tour, "folder of the figure and the edit (default: tour)")
 
     find = command("find", _find, "find the concept neurons of a subject, and keep them in a file")
     find.add_argument("subject", help='of the sticker world, such as "cat", or a folder of 3 to 10 pictures')
@@ -380,14 +382,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     find.add_argument("--token", help="the rare word that stands for the subject of a folder")
     find.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
     find.add_argument("--precision", choices=("float32", "float16", "quaternary", "binary"), default="binary")
-    _add_common(find, "the file (default: SUBJECT.safetensors)")
+    add_common(find, "the file (default: SUBJECT.safetensors)")
 
     generate = command("generate", _generate, "draw pictures for prompts, with or without edits")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     generate.add_argument("--edit", type=Path, action="append", default=[], metavar="FILE", help="repeatable, in order")
     generate.add_argument("--dose", type=float, default=1.0, help="of the edits (default: 1.0)")
     generate.add_argument("--pictures", type=positive, default=1, help="of each prompt, seeds in order (default: 1)")
-    _add_common(generate, "folder of the pictures (default: pictures)")
+    add_common(generate, "folder of the pictures (default: pictures)")
 
     apply = command("apply", _apply, "draw with edits and without, from the same noises; keep the edited model")
     apply.add_argument("edits", type=Path, nargs="+", metavar="EDIT", help="files, put on in this order")
@@ -395,7 +397,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     apply.add_argument("--dose", type=float, default=1.0, help="of the edits (default: 1.0)")
     apply.add_argument("--pictures", type=positive, default=4, help="of each prompt (default: 4)")
     apply.add_argument("--save-model", type=Path, metavar="FOLDER", help="write the pipeline with the edits in it, too")
-    _add_common(apply, "the figure (default: applied.png)")
+    add_common(apply, "the figure (default: applied.png)")
 
     decompose = command("decompose", _decompose, "write a concept as a weighted sum of words (Conceptor)")
     decompose.add_argument("concept", help='a prompt, such as "a pet", or a folder of pictures')
@@ -404,7 +406,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     decompose.add_argument("--top", type=positive, default=10, help="words that are shown (default: 10)")
     decompose.add_argument("--picture", type=int, metavar="SEED", help="also say which words this one picture needs")
     add_judge(decompose)
-    _add_common(decompose, "the file (default: CONCEPT.safetensors)")
+    add_common(decompose, "the file (default: CONCEPT.safetensors)")
 
     ablate = command("ablate", _ablate, "make a model draw the anchor in place of the target, and check that it does")
     ablate.add_argument("target", help='what must go, such as "a cat"')
@@ -423,4 +425,4 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else went")
     ablate.add_argument("--check-pictures", type=positive, default=16, help="of each prompt of the check (default: 16)")
     add_judge(ablate)
-    _add_common(ablate, "the file (default: without-TARGET.safetensors)")
+    add_common(ablate, "the file (default: without-TARGET.safetensors)")

@@ -27,7 +27,7 @@ def snr(pipe: Pipeline, timesteps: Tensor) -> Tensor:
     return abar / (1.0 - abar)
 
 
-def _alpha_sigma(scheduler: Any, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def alpha_and_sigma(scheduler: Any, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply a batch of latents."""
     abar = scheduler.alphas_cumprod.to(like.device, torch.float32)[timesteps.to(like.device)]
     abar = abar.view(-1, *[1] * (like.ndim - 1))
@@ -36,7 +36,7 @@ def _alpha_sigma(scheduler: Any, like: Tensor, timesteps: Tensor) -> tuple[Tenso
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e  (Ho et al. 2020, Eq. 4). timesteps: (n,) integers."""
-    alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+    alpha, sigma = alpha_and_sigma(scheduler, latents, timesteps)
     return alpha * latents + sigma * noise
 
 
@@ -52,7 +52,7 @@ def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) ->
     if kind == "sample":
         return latents
     if kind == "v_prediction":
-        alpha, sigma = _alpha_sigma(scheduler, latents, timesteps)
+        alpha, sigma = alpha_and_sigma(scheduler, latents, timesteps)
         return alpha * noise - sigma * latents
     raise ConeslabError(
         f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample': "

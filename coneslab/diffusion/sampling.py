@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..callback import Callback
 from ..errors import ConeslabError
 from .encoding import latent_shape
-from .loss import _alpha_sigma, alphas_cumprod
+from .loss import alpha_and_sigma, alphas_cumprod
 from .pipelines import Pipeline
 from .precision import drawing
 
@@ -26,7 +26,7 @@ def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: 
 
     Solves Eq. 4 of Ho et al. (2020) together with the definition of the prediction type (see `target`).
     """
-    alpha, sigma = _alpha_sigma(scheduler, noisy, torch.tensor([timestep]))
+    alpha, sigma = alpha_and_sigma(scheduler, noisy, torch.tensor([timestep]))
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return (noisy - sigma * predicted) / alpha, predicted

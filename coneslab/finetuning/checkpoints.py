@@ -35,7 +35,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-class _Checkpoint:
+class TuningCheckpoint:
     """Weights, what the optimiser remembers of them, and the history, in one safetensors file."""
 
     def __init__(

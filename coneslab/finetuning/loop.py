@@ -27,7 +27,7 @@ from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import fast_dtype, is_plain, mixed_precision, speed_up_backward
 from ..errors import ConeslabError
 from ..settings import Settings
-from .checkpoints import _Checkpoint
+from .checkpoints import TuningCheckpoint
 from .kv_gradient import KVGradient
 from .samples import CaptionedLatents, NoisyBatch, loss_values
 
@@ -95,7 +95,7 @@ def tune(
     learning_rates = dict.fromkeys(weights, settings.rate) | dict(rates or {})
     groups = [{"params": [weight], "lr": learning_rates[name]} for name, weight in weights.items()]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    state = _Checkpoint(resume, weights, optimiser, f"{identity} {learning_rates} {settings.weight_decay}")
+    state = TuningCheckpoint(resume, weights, optimiser, f"{identity} {learning_rates} {settings.weight_decay}")
     first, history = state.load()
     steps = settings.steps
     bar = tqdm(range(first, steps), desc=title, initial=first, total=steps, disable=not progress)
