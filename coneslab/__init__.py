@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .neurons import find_concept_neurons as find_concept_neurons
     from .neurons import finetune_kv as finetune_kv
     from .neurons import finetune_together as finetune_together
+    from .show import set_up_notebook as set_up_notebook
     from .world import COMBINATIONS as COMBINATIONS
     from .world import SUBJECTS as SUBJECTS
     from .world import Subject as Subject
@@ -95,6 +96,7 @@ __getattr__, __dir__, __all__ = attach(
             "finetune_kv",
             "finetune_together",
         ),
+        "show": ("set_up_notebook",),
         "world": (
             "COMBINATIONS",
             "SUBJECTS",

@@ -4,8 +4,8 @@
     python docs/hosts.py --minutes 3 notebooks/04_x.ipynb       a new one, which takes 3 minutes on two CPU cores
 
 A notebook on Colab is a single file, so its first code cell has to say by itself where coneslab comes from. It is
-written here, from the repository's address in pyproject.toml; tests/test_hosts.py checks that all are as written. A
-cell that changes is run, alone, for its saved output. Every other cell and output stays as it is.
+written here, from the repository's address in pyproject.toml; tests/test_hosts.py checks that all are as written. What
+it prints is saved with it where the cell has changed. Every other cell and output stays as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,32 +28,14 @@ BRANCH = "main"
 FIRST = "00_tour.ipynb"  # what the README's links open
 
 SET_UP = """\
-# Set-up, written by `make hosts`: on Colab this installs coneslab, anywhere else it is there already.
-import importlib.util
-import subprocess
-import sys
+# Set-up, written by `make hosts`: on Colab this installs coneslab, anywhere else `make lab` has done so.
+from importlib.util import find_spec
 
-SOURCE = "git+{address}"
-if importlib.util.find_spec("coneslab") is None:
-    if "google.colab" not in sys.modules:
-        raise ModuleNotFoundError(f"coneslab is not installed here: try `make lab`, or %pip install {{SOURCE}}")
-    print("installing coneslab ...")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
+if "google.colab" in str(get_ipython()) and not find_spec("coneslab"):
+    %pip install -q git+{address}
+import coneslab  # not found? Start Jupyter with `make lab`, or run the %pip line above
 
-import coneslab  # first: it keeps transformers from asking for torchvision
-import diffusers
-import torch
-from coneslab.diffusion import bfloat16_pays
-
-MINUTES = {minutes:g}  # for all cells, on two CPU cores that compute in bfloat16
-device = "cuda" if torch.cuda.is_available() else "cpu"
-threads = torch.get_num_threads()
-print(f"coneslab {{coneslab.__version__}}, diffusers {{diffusers.__version__}}, torch {{torch.__version__}}")
-if device == "cuda":
-    print(f"on {{torch.cuda.get_device_name()}}; on two CPU cores this notebook takes about {{MINUTES:g}} min")
-else:
-    minutes = MINUTES * 2 / min(threads, 2) * (1 if bfloat16_pays(torch.device("cpu")) else 2.2)
-    print(f"on the CPU (threads: {{threads}}); this notebook takes about {{minutes:.2g}} min")"""
+device = coneslab.set_up_notebook(minutes={minutes:g})"""
 
 LINKS = re.compile(r"(?m)^\[Open (?:the tour )?in Colab\]\(\S+\) ·\s\[in Binder\]\(\S+\)$")
 
@@ -66,7 +47,7 @@ def address() -> str:
 
 
 def set_up(address: str, minutes: float) -> str:
-    """The source of a set-up cell. minutes: how long the notebook takes on two CPU cores."""
+    """The source of a set-up cell. minutes: how long the notebook takes, as for `coneslab.set_up_notebook`."""
     return SET_UP.format(address=address, minutes=minutes)
 
 
@@ -80,7 +61,7 @@ def links(address: str, name: str, what: str = "") -> str:
 
 def minutes_of(source: str) -> float | None:
     """What a set-up cell says about its notebook."""
-    found = re.search(r"(?m)^MINUTES = ([\d.]+)", source)
+    found = re.search(r"set_up_notebook\(minutes=([\d.]+)\)", source)
     return float(found[1]) if found else None
 
 
@@ -129,7 +110,7 @@ def refresh(path: Path, minutes: float | None = None) -> bool:
     source = set_up(address(), minutes)
     if source != cell.source:
         cell.source = source
-        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed(source))]
+        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed(minutes))]
     if nbformat.writes(notebook) == before:
         return False
     nbformat.write(notebook, path)
@@ -138,7 +119,7 @@ def refresh(path: Path, minutes: float | None = None) -> bool:
 
 def written_address(path: Path) -> str | None:
     """The address in a notebook's set-up cell, which may be older than that in pyproject.toml."""
-    found = re.search(r'(?m)^SOURCE = "git\+(\S+)"', set_up_of(path))
+    found = re.search(r"%pip install -q git\+(\S+)", set_up_of(path))
     return found[1] if found else None
 
 
@@ -153,11 +134,11 @@ def readdress(paths: Sequence[Path], old: str, new: str) -> list[Path]:
     return changed
 
 
-def printed(source: str) -> str:
-    """What a cell prints, run alone, with as many threads as torch takes by itself."""
+def printed(minutes: float) -> str:
+    """What a set-up cell prints, with as many threads as torch takes by itself. Raises RuntimeError if it fails."""
     own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-c", source], cwd=folder, env=own, capture_output=True, text=True)
+    command = [sys.executable, "-c", f"import coneslab; coneslab.set_up_notebook(minutes={minutes:g})"]
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the set-up cell does not run:\n{done.stderr}")
     return done.stdout
@@ -170,8 +151,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.minutes and len(given.notebooks) != 1:
         parser.error("--minutes says something about one notebook: name it")
-    texts = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *NOTEBOOKS.glob("*.ipynb"),
-             *ROOT.glob("coursework/source/*/*.ipynb")]  # fmt: skip
+    written = ("README.md", "CONTRIBUTING.md", "docs/*.md", "notebooks/*.ipynb", "coursework/source/*/*.ipynb")
+    texts = [path for pattern in written for path in ROOT.glob(pattern)]
     old = written_address(NOTEBOOKS / FIRST)
     for path in readdress(texts, old, address()) if old else []:
         print(f"another address: {path}")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
 import venv
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import pytest
 import torch
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from short_notebooks import shortened
+
+import coneslab
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -52,13 +55,8 @@ def test_readme_opens_the_tour():
 
 
 def test_nothing_names_another_address():
-    files = [
-        *ROOT.glob("*.*"),
-        *ROOT.glob("docs/**/*.md"),
-        *ROOT.glob("notebooks/**/*.ipynb"),
-        *ROOT.glob("data/*.md"),
-        *ROOT.glob("coursework/**/*.ipynb"),
-    ]
+    written = ("*.*", "docs/**/*.md", "notebooks/**/*.ipynb", "data/*.md", "coursework/**/*.ipynb")
+    files = [path for pattern in written for path in ROOT.glob(pattern)]
     found = {
         place
         for path in files
@@ -71,7 +69,7 @@ def test_nothing_names_another_address():
 @pytest.fixture
 def draft(tmp_path, monkeypatch) -> Path:
     """A notebook that somebody has begun, with an old set-up and something to lose."""
-    monkeypatch.setattr(hosts, "printed", lambda source: "ready\n")
+    monkeypatch.setattr(hosts, "printed", lambda minutes: f"about {minutes:g} min\n")
     output = nbformat.v4.new_output("stream", name="stdout", text="42\n")
     cells = [
         nbformat.v4.new_markdown_cell("# 09 · New\n\nWhat it is about.", id="title"),
@@ -92,8 +90,8 @@ def test_a_new_notebook_gets_both_and_keeps_the_rest(draft):
     assert hosts.refresh(draft, minutes=2.5)
     title, cell, other = nbformat.read(draft, as_version=4).cells
     assert title.source.split("\n\n") == ["# 09 · New", hosts.links(hosts.address(), draft.name), "What it is about."]
-    assert cell.source == hosts.set_up(hosts.address(), 2.5) and "MINUTES = 2.5  #" in cell.source
-    assert (cell.id, cell.execution_count, cell.outputs[0].text) == ("old", 1, "ready\n")
+    assert cell.source == hosts.set_up(hosts.address(), 2.5) and "(minutes=2.5)" in cell.source
+    assert (cell.id, cell.execution_count, cell.outputs[0].text) == ("old", 1, "about 2.5 min\n")
     assert other == kept.cells[2] and nbformat.read(draft, as_version=4).metadata == kept.metadata
     assert not hosts.refresh(draft), "written twice, it is the same"
 
@@ -103,7 +101,7 @@ def test_a_new_address_replaces_the_old_one_everywhere(draft, monkeypatch):
     monkeypatch.setattr(hosts, "address", lambda: "https://github.com/someone/else")
     assert hosts.refresh(draft)
     text = draft.read_text(encoding="utf-8")
-    assert "coneslab/coneslab" not in text and text.count("someone/else") == 3 and "MINUTES = 3 " in text
+    assert "coneslab/coneslab" not in text and text.count("someone/else") == 3 and "(minutes=3)" in text
 
 
 def test_texts_get_the_new_address_and_no_other_is_touched(draft, tmp_path):
@@ -132,43 +130,79 @@ def test_a_notebook_without_a_title_is_refused(draft):
 # --- what the cell does, step by step -------------------------------------------------------------------
 
 SET_UP = hosts.set_up(hosts.address(), 3)
+COLAB_SHELL = "<google.colab._shell.Shell object at 0x7f0>"
 
 
-def test_set_up_says_what_it_found(capsys, monkeypatch):
+class Shell:
+    """Stands in for IPython's shell, and notes the magics that it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.asked = name, []
+
+    def __str__(self) -> str:
+        return self.name
+
+    def run_line_magic(self, magic: str, line: str) -> None:
+        self.asked.append(f"{magic} {line}")
+
+
+def run_set_up(shell: Shell) -> dict:
+    """Run the set-up cell as IPython would in this shell; returns the names that it leaves behind."""
+    found = {"get_ipython": lambda: shell}
+    exec(TransformerManager().transform_cell(SET_UP), found)
+    return found
+
+
+def test_set_up_is_short_and_leaves_the_package_and_the_device():
+    code = [line for line in SET_UP.splitlines() if line and not line.startswith("#")]
+    assert len(code) <= 5, "what can be in coneslab.set_up_notebook belongs there"
+    found = run_set_up(Shell("<ipykernel.zmqshell.ZMQInteractiveShell object at 0x7f0>"))
+    assert found["coneslab"] is coneslab and found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_set_up_installs_on_colab_alone_and_only_what_is_missing(monkeypatch):
+    run_set_up(there := Shell(COLAB_SHELL))
+    assert there.asked == [], "it is there already"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run_set_up(elsewhere := Shell("<ipykernel.zmqshell.ZMQInteractiveShell object at 0x7f0>"))
+    assert elsewhere.asked == [], "a stranger's Python gets nothing unasked"
+    run_set_up(missing := Shell(COLAB_SHELL))
+    assert missing.asked == [f"pip install -q git+{hosts.address()}"]
+
+
+def test_set_up_notebook_says_where_it_runs_and_for_how_long(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr("coneslab.diffusion.bfloat16_pays", lambda device: True)
-    exec(SET_UP, found := {})
+    monkeypatch.setattr("coneslab.show.notebook.bfloat16_pays", lambda device: True)
+    assert coneslab.set_up_notebook(minutes=3) == "cpu"
     said = capsys.readouterr().out
-    assert found["device"] == "cpu" and f"torch {torch.__version__}" in said and "(threads: 1)" in said
+    assert f"torch {torch.__version__}" in said and "(threads: 1)" in said
     assert "about 6 min" in said, "one thread takes twice as long as two"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    exec(SET_UP, {})
+    coneslab.set_up_notebook(minutes=3)
     assert "about 3 min" in capsys.readouterr().out, "more than two are not promised to help"
-    monkeypatch.setattr("coneslab.diffusion.bfloat16_pays", lambda device: False)
-    exec(SET_UP, {})
+    monkeypatch.setattr("coneslab.show.notebook.bfloat16_pays", lambda device: False)
+    coneslab.set_up_notebook(minutes=3)
     assert "about 6.6 min" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    exec(SET_UP, found := {})
-    assert found["device"] == "cuda" and "on Some GPU; on two CPU cores" in capsys.readouterr().out
+    assert coneslab.set_up_notebook(minutes=3) == "cuda"
+    assert "on Some GPU; on two CPU cores this notebook takes about 3 min" in capsys.readouterr().out
 
 
-def test_set_up_elsewhere_tells_how_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=rf"make lab.*pip install git\+{hosts.address()}"):
-        exec(SET_UP, {})
+def test_what_is_saved_with_the_cell_is_what_it_prints():
+    said = hosts.printed(3)
+    assert re.fullmatch(r"coneslab [\d.]+, diffusers .*, torch .*\non .*about [\d.]+ min\n", said)
 
 
-def test_set_up_on_colab_asks_for_one_thing(monkeypatch):
-    asked = []
-    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
-    exec(SET_UP, {})
-    assert asked == [], "it is there already"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    exec(SET_UP, {})
-    assert asked == [[sys.executable, "-m", "pip", "install", "-q", f"git+{hosts.address()}"]]
+@pytest.mark.slow
+def test_set_up_elsewhere_without_coneslab_shows_how_to_install_it(bare, tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": "", "PIP_NO_INDEX": "1"}
+    command = [bare / "python" / "bin" / "python", "-m", "IPython", "--colors=NoColor", "-c", SET_UP]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "No module named 'coneslab'" in said
+    assert "`make lab`" in said and f"install -q git+{hosts.address()}" in said
 
 
 # What Colab had in August 2026 (the pip-freeze.txt of googlecolab/backend-info). Its kernel has imported some of these
@@ -228,12 +262,9 @@ def repository(folder: Path, wheel: Path) -> Path:
 
 
 @pytest.fixture
-def colab(wheel, tmp_path, monkeypatch) -> Path:
-    """A Python with everything that this one has, except coneslab, and a Jupyter kernel in it that looks like Colab's.
-
-    No network: whoever asks git for the address in the notebook gets the wheel.
-    """
-    folder = tmp_path / "colab"
+def bare(tmp_path) -> Path:
+    """A folder with a Python in `python` that has everything that this one has, except coneslab."""
+    folder = tmp_path / "bare"
     venv.create(folder / "python", symlinks=True)
     (own,) = (folder / "python").glob("lib/python*/site-packages")
     shared = folder / "shared"
@@ -242,12 +273,22 @@ def colab(wheel, tmp_path, monkeypatch) -> Path:
         if "coneslab" not in entry.name and entry.suffix != ".pth":
             (shared / entry.name).symlink_to(entry)
     (own / "shared.pth").write_text(f"{shared}\n")
+    return folder
+
+
+@pytest.fixture
+def colab(wheel, bare, monkeypatch) -> Path:
+    """The site-packages of a bare Python, and a Jupyter kernel in it that looks like Colab's.
+
+    No network: whoever asks git for the address in the notebook gets the wheel.
+    """
+    folder = bare
+    (own,) = (folder / "python").glob("lib/python*/site-packages")
     startup = folder / "ipython" / "profile_default" / "startup" / "colab.py"
     startup.parent.mkdir(parents=True)
     startup.write_text(
-        "import importlib.machinery, importlib.util, sys\n"
-        "spec = importlib.machinery.ModuleSpec('google.colab', None)\n"
-        "sys.modules['google.colab'] = importlib.util.module_from_spec(spec)\n"
+        "shell = get_ipython()\n"
+        "shell.__class__ = type('Shell', (type(shell),), {'__module__': 'google.colab._shell'})\n"
     )
     environment = {
         "HOME": str(folder),
@@ -280,7 +321,7 @@ def test_the_tour_runs_on_colab_to_its_end(colab, tmp_path):
     alone.mkdir()
     NotebookClient(notebook, timeout=600, kernel_name="colab", resources={"metadata": {"path": str(alone)}}).execute()
     said = "".join(output.text for output in code[0].outputs)
-    assert re.match(r"installing coneslab \.\.\.\nconeslab [\d.]+, diffusers", said), said
+    assert re.search(r"(?m)^coneslab [\d.]+, diffusers", said), said
     assert where.outputs[0].text.strip() == str(colab / "coneslab" / "__init__.py")
     new = {entry.name for entry in colab.iterdir()} - before
     assert {name.partition("-")[0] for name in new} == {"coneslab"}, "the rest was there, and stays as it was"

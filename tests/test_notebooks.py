@@ -50,7 +50,7 @@ def test_saved_after_one_run_from_top_to_bottom(code):
 
 
 def test_first_sets_up_on_colab_too_then_parameters(code):
-    assert "colab" in code[0].source.lower()
+    assert "google.colab" in code[0].source and "device = coneslab.set_up_notebook(" in code[0].source
     assert "parameters" in code[1].metadata.get("tags", [])
 
 

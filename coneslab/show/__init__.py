@@ -1,6 +1,7 @@
 """Figures, controls in notebooks, and the page to play with.
 
-`plots` draws, `explorers` and `widgets` answer to sliders, `app` is the page. Builds on what it shows.
+`plots` draws, `explorers` and `widgets` answer to sliders, `app` is the page, `notebook` sets a notebook up. Builds on
+what it shows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .explorers import control as control
     from .explorers import explorer as explorer
     from .explorers import slider as slider
+    from .notebook import set_up_notebook as set_up_notebook
     from .plots import attention_overlay as attention_overlay
     from .plots import curves as curves
     from .plots import heatmap as heatmap
@@ -43,6 +45,7 @@ __getattr__, __dir__, __all__ = attach(
             "explorer",
             "slider",
         ),
+        "notebook": ("set_up_notebook",),
         "plots": (
             "attention_overlay",
             "curves",
