@@ -22,7 +22,7 @@ from ...diffusion.loss import add_noise
 from ...diffusion.loss import target as regression_target
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import mixed_precision
-from ...edits.base import StoredEdit
+from ...edits.base import Edit
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
@@ -149,7 +149,7 @@ def ablate(
     callback: Callback | None = None,
     resume: str | Path | None = None,
     **changes: Any,
-) -> StoredEdit:
+) -> Edit:
     """Ablate a concept, or several at once, onto an anchor (concept ablation, Sec. 3.2, Eq. 3 to 6).
 
     Any prediction type. settings, changes: see `AblationSettings`; images: see `ablation_data`; dtype, chunk: see
