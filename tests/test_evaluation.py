@@ -18,7 +18,7 @@ from coneslab.measure.evaluation import evaluate_model, judge_accuracy
 from coneslab.measure.judge import Judge, as_pictures
 from coneslab.measure.subject_truth import came_through
 from coneslab.new_world import WORDS
-from coneslab.new_world.subjects import truth, wanted
+from coneslab.new_world.subjects import SUBJECTS, truth, wanted
 from coneslab.world.pictures import CLASSES, COLOURS, SCENES, STYLES, TRAIN_STYLES
 
 SEEDS, LIMIT = 4, 12
@@ -244,6 +244,17 @@ def test_hues_are_told_by_the_nearest_real_pictures(monkeypatch):
     turned = [new_world.compose([replace(sticker, hue=sticker.hue + 120)], "white", seed=seed)[0] for seed in range(4)]
     found = came_through(judge, np.stack(turned), "bramley")
     assert not found.kept_hue.any() and abs(found.hue_error - 120).max() <= 30
+
+
+@pytest.mark.parametrize("name", [name for names in SUBJECTS.values() for name in names])
+def test_every_subject_comes_through_in_its_own_pictures(name, monkeypatch):
+    """Also those whose class has one drawing only, and is named without it."""
+    monkeypatch.setattr(subject_truth, "SCENES", {"white": new_world.SCENES["white"]})
+    monkeypatch.setattr(
+        subject_truth, "right_class", lambda judge, images, names: (np.ones(len(names), bool), list(names))
+    )
+    found = came_through(Colours(None, None), [wanted((name,), "white", seed=seed)[0] for seed in range(4)], name)
+    assert found.kept_drawing.shape == found.kept_hue.shape == (4,) and found.kept_hue.mean() >= 0.5
 
 
 def test_kid_is_near_zero_for_real_pictures_and_not_for_noise():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import new_world
 from ..new_world import SCENES, Described
+from ..new_world.catalogue import full_drawing
 from ..new_world.subjects import KINDS, SUBJECTS, truth, wanted
 from .asking import nearest, right_class
 from .judge import Images, Judge
@@ -60,7 +61,7 @@ def came_through(judge: Judge, images: Images, name: str, *, degrees: float = 30
     kept_class, _ = right_class(judge, images, [known.class_word] * len(features))
     names = new_world.drawings_of(known.class_word, sticker.style, held_out=True)
     drawings = _prototypes(judge, tuple(replace(sticker, name=one) for one in names))
-    kept_drawing = (features @ drawings.T).argmax(1).numpy() == names.index(sticker.name)
+    kept_drawing = (features @ drawings.T).argmax(1).numpy() == names.index(full_drawing(sticker.name))
     hues = _prototypes(judge, tuple(replace(sticker, hue=float(sticker.hue or 0.0) + turn) for turn in HUE_ERRORS))
     error = np.abs(HUE_ERRORS)[(features @ hues.T).argmax(1).numpy()]
     return CameThrough(kept_class, kept_drawing, error <= degrees, error)
