@@ -262,8 +262,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, 
     first, second = ([part._pack()[0] for part in getattr(edit, "edits", [edit])] for edit in (whole, again))
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
-    with pytest.raises(MismatchError, match="other settings"):
+    with pytest.raises(MismatchError, match="of another run.*seed was 0, now 5"):
         method(v_pipe, pictured, resume=file, seed=5, **options)
+    with pytest.raises(MismatchError, match="holds 4 steps, more than the 3 asked for"):
+        method(v_pipe, pictured, resume=file, **options | {"steps": 3})
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(FileFormatError, match="checkpoint"):
         method(v_pipe, pictured, resume=file, **options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,32 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Sixteen hex digits over the values of tensors, in order."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        total.update(f"{values.dtype} {tuple(values.shape)}".encode())
+        total.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
 class TuningCheckpoint:
-    """Weights, what the optimiser remembers of them, and the history, in one safetensors file."""
+    """Weights, what the optimiser remembers of them, and the history, in one safetensors file.
+
+    identity: all that the state depends on, by name; a file with another one is refused.
+    """
 
     def __init__(
-        self, path: str | Path | None, weights: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, identity: str
+        self,
+        path: str | Path | None,
+        weights: Mapping[str, Tensor],
+        optimiser: torch.optim.Optimizer,
+        identity: Mapping[str, Any],
     ) -> None:
         self.path = None if path is None else Path(path)
-        self.weights, self.optimiser, self.identity = weights, optimiser, identity
+        self.weights, self.optimiser = weights, optimiser
+        self.identity = json.loads(json.dumps(dict(identity)))
 
     def save(self, step: int, history: dict[str, list[float]]) -> None:
         if self.path is None:
@@ -54,15 +73,24 @@ class TuningCheckpoint:
         facts = {"step": step, "history": history, "identity": self.identity}
         save_checkpoint(self.path, tensors, facts)
 
-    def load(self) -> tuple[int, dict[str, list[float]]]:
-        """Put the state back; returns the number of steps done, and the history."""
+    def load(self, *, at_most: int) -> tuple[int, dict[str, list[float]]]:
+        """Put the state back; returns the number of steps done, and the history.
+
+        Raises MismatchError if the file is of another run, or holds more than `at_most` steps.
+        """
         if self.path is None or not self.path.is_file():
             return 0, {}
         tensors, facts = load_checkpoint(self.path)
-        if facts["identity"] != self.identity:
+        kept = facts["identity"]
+        names = sorted(kept.keys() | self.identity.keys())
+        other = [name for name in names if kept.get(name) != self.identity.get(name)]
+        if other:
+            said = ", ".join(f"{name} was {kept.get(name)!r}, now {self.identity.get(name)!r}"[:120] for name in other)
+            raise MismatchError(f"{self.path} is of another run ({said}): name another file, or delete it")
+        if facts["step"] > at_most:
             raise MismatchError(
-                f"{self.path} was written with other settings ({facts['identity'][:120]}, now "
-                f"{self.identity[:120]}): name another file, or delete it to start again"
+                f"{self.path} holds {facts['step']} steps, more than the {at_most} asked for: ask for as many, or name "
+                "another file"
             )
         with torch.no_grad():
             for name, weight in self.weights.items():

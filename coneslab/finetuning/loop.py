@@ -27,7 +27,7 @@ from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import fast_dtype, is_plain, mixed_precision, speed_up_backward
 from ..errors import ConeslabError
 from ..settings import Settings
-from .checkpoints import TuningCheckpoint
+from .checkpoints import TuningCheckpoint, digest
 from .kv_gradient import KVGradient
 from .samples import CaptionedLatents, NoisyBatch, loss_values
 
@@ -76,7 +76,7 @@ def tune(
     settings: TuningSettings,
     *,
     title: str,
-    identity: str = "",
+    identity: Mapping[str, Any] | None = None,
     rates: Mapping[str, float] | None = None,
     checkpoint_every: float = 30.0,
     progress: bool = True,
@@ -87,17 +87,22 @@ def tune(
 
     weights: name -> leaf tensors, changed in place. step(number) sets their `.grad` and returns numbers to keep, with
     "loss" among them. rates: learning rates by name, where they differ from that of the settings. identity: what a
-    file to resume from must have been written for, besides the settings; step must then depend on its number alone.
-    progress, callback, resume: see `RunOptions`.
-    Raises ConeslabError if the loss is no longer finite; MismatchError if the file is of other settings,
-    FileFormatError if it is damaged.
+    file to resume from must have been written for, besides the settings and what the weights start from; step must
+    then depend on its number alone. progress, callback, resume: see `RunOptions`. A file may hold fewer steps than
+    are asked for, from which it goes on.
+    Raises ConeslabError if the loss is no longer finite; MismatchError if the file is of other settings, or holds
+    more steps; FileFormatError if it is damaged.
     """
     learning_rates = dict.fromkeys(weights, settings.rate) | dict(rates or {})
     groups = [{"params": [weight], "lr": learning_rates[name]} for name, weight in weights.items()]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    state = TuningCheckpoint(resume, weights, optimiser, f"{identity} {learning_rates} {settings.weight_decay}")
-    first, history = state.load()
     steps = settings.steps
+    if resume is not None:
+        chosen = {name: value for name, value in settings.record().items() if name != "steps"}
+        start = {"learning rates": learning_rates, "start": digest(weights.values())}
+        identity = {**chosen, **start, **(identity or {})}
+    state = TuningCheckpoint(resume, weights, optimiser, identity or {})
+    first, history = state.load(at_most=steps)
     bar = tqdm(range(first, steps), desc=title, initial=first, total=steps, disable=not progress)
     saved = time.monotonic()
     for number in bar:
@@ -143,7 +148,7 @@ def tune_kv(
     settings: TuningSettings,
     *,
     title: str,
-    identity: str = "",
+    identity: Mapping[str, Any] | None = None,
     rates: Mapping[str, float] | None = None,
     **run: Unpack[RunOptions],
 ) -> dict[str, list[float]]:
@@ -153,6 +158,8 @@ def tune_kv(
     from them. Only what it computes gets a gradient. title, identity, rates and run: see `tune`.
     """
     untouched = gradient.theta()
+    if run.get("resume") is not None:
+        identity = {**(identity or {}), **_facts(gradient.data, gradient.dtype)}
 
     def step(number: int) -> dict[str, float]:
         at = point(number)
@@ -183,7 +190,7 @@ def tune_unet(
     settings: TuningSettings,
     *,
     title: str,
-    identity: str = "",
+    identity: Mapping[str, Any] | None = None,
     only: Callable[[str], bool] = lambda name: True,
     dtype: torch.dtype | None = None,
     **run: Unpack[RunOptions],
@@ -223,5 +230,14 @@ def tune_unet(
         (each * shares).sum().backward()
         return loss_values(data, [float(own.mean()) for own in each.detach().split(counts)])
 
+    if run.get("resume") is not None:
+        identity = {**(identity or {}), **_facts(data, dtype)}
     history = tune(weights, step, settings, title=title, identity=identity, **run)
     return {name: weight.detach() - before[name] for name, weight in weights.items()}, history
+
+
+def _facts(data: Sequence[CaptionedLatents], dtype: torch.dtype) -> dict[str, Any]:
+    """What a state depends on besides settings and start: the samples, their shares, the precision of the passes."""
+    tensors = [tensor for part in data for tensor in (part.latents, part.text, part.mask) if tensor is not None]
+    shares = [[part.batch_size, part.weight] for part in data]
+    return {"data": digest(tensors), "shares": shares, "dtype": str(dtype)}

@@ -208,7 +208,7 @@ def finetune_kv(
         lambda number: Point(batch_at(number), theta=theta),
         settings,
         title=f"fine-tuning on {subject.name}",
-        identity=f"{settings.record()} {subject.name} {subject.prompt} {model}",
+        identity={"model": model},
         progress=progress,
         callback=callback,
         resume=resume,

@@ -271,8 +271,7 @@ def finetune_together(
         lambda number: Point(batch_at(number), theta=theta.index_copy(0, where, values)),
         settings,
         title=f"tuning {union.subject}",
-        identity=f"{settings.record()} {union.subject} {len(union)} {[one.prompt for one in subjects]} "
-        f"{union.fingerprint}",
+        identity={"model": union.fingerprint},
         progress=progress,
         callback=callback,
         resume=resume,

@@ -182,7 +182,7 @@ def ablate(
         },
         run={
             "title": f"ablating {named}",
-            "identity": f"{settings.record()} {shown.captions} {shown.anchors} {model}",
+            "identity": {"model": model, "anchors": shown.anchors},
             "progress": progress,
             "callback": callback,
             "resume": resume,

@@ -83,7 +83,7 @@ def erase(
         point,
         settings,
         title=f"erasing {target}",
-        identity=f"{settings.record()} {target} {model}",
+        identity={"model": model},
         progress=progress,
         callback=callback,
         resume=resume,

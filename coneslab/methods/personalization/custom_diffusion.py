@@ -110,7 +110,7 @@ def custom_diffusion(
         lambda number: Point(batch_at(number), theta=theta, text=text(vectors)),
         settings,
         title=f"Custom Diffusion of {names}",
-        identity=f"{settings.record()} {captions} {model}",
+        identity={"model": model},
         rates={"vectors": settings.token_learning_rate or settings.rate},
         progress=progress,
         callback=callback,

@@ -57,7 +57,7 @@ def dreambooth(
         lambda number, unet: batch_at(number),
         settings,
         title=f"DreamBooth of {names}",
-        identity=f"{settings.record()} {names} {model}",
+        identity={"model": model},
         dtype=dtype,
         progress=progress,
         callback=callback,

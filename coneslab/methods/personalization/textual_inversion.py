@@ -75,7 +75,7 @@ def textual_inversion(
         lambda number: Point(batch_at(number), text=text(vectors)),
         settings,
         title=f"Textual Inversion of {', '.join(tokens)}",
-        identity=f"{settings.record()} {tokens} {words} {model_fingerprint(pipe)}",
+        identity={"model": model_fingerprint(pipe)},
         progress=progress,
         callback=callback,
         resume=resume,
