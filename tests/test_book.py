@@ -26,6 +26,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 sys.path.insert(0, str(ROOT / "docs"))
 
 import hosts  # noqa: E402
+import overview  # noqa: E402
 import prose  # noqa: E402
 import result_tables as tables  # noqa: E402
 
@@ -329,6 +330,10 @@ def test_the_glossary_is_in_the_order_of_the_alphabet():
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     terms = re.findall(r"(?m)^(\w[^\n]*)\n  \S", text)
     assert len(terms) > 40 and terms == sorted(terms, key=str.lower)
+
+
+def test_the_overview_is_as_drawn():
+    assert overview.FILE.read_text(encoding="utf-8") == overview.svg(), "run: python docs/overview.py"
 
 
 def test_running_times_are_those_of_the_set_up_cells():
