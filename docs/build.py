@@ -1,7 +1,8 @@
 """Build the site: python docs/build.py build/book
 
 What Sphinx reads is put together in `build/book/source`, in the layout of the repository, so that every link between
-README, notebooks and model cards works there as it does here. The site is then in `build/book/html`.
+README, notebooks and model cards works there as it does here; the pages of docs/ lie at its top. The site is then in
+`build/book/html`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sphinx.cmd.build import main as sphinx
 from notebooks import card, cleaned, thumbnail
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("README.md", "data/README.md", "data/models/*/*.md", "data/models/*/*.png", "data/results/*.png")
+AT_THE_TOP = ("README.md", "CONTRIBUTING.md")
+COPIED = ("data/README.md", "data/models/*/*.md", "data/models/*/*.png", "data/results/*.png")
 
 MODULES = re.compile(r"(?m)^```\{modules\}\n([^`]+)```$")  # a group of modules on a page of docs/
 
@@ -38,6 +40,10 @@ def _files() -> Iterator[tuple[str, bytes]]:
     for path in (ROOT / "docs").rglob("*.md"):
         text = MODULES.sub(lambda group: module_table(group[1].split()), path.read_text(encoding="utf-8"))
         yield path.relative_to(ROOT / "docs").as_posix(), text.encode()
+    for path in (ROOT / "docs").glob("*.svg"):
+        yield path.name, path.read_bytes()
+    for name in AT_THE_TOP:  # on the site the pages of docs/ lie beside them
+        yield name, (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](").encode()
     for module in modules():
         yield f"api/{module}.md", reference(module).encode()
     for pattern in COPIED:

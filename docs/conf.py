@@ -40,7 +40,17 @@ html_static_path = ["_static", str(files("sphinx-mathjax-offline") / "static" / 
 mathjax_path = "tex-svg-full.js"
 html_css_files = ["book.css"]
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {page: [] for page in ("index", "notebooks", "results", "instructors", "syllabus", "glossary")}
+pages = (
+    "index",
+    "notebooks",
+    "results",
+    "instructors",
+    "syllabus",
+    "glossary",
+    "how_it_hangs_together",
+    "CONTRIBUTING",
+)
+html_sidebars = {page: [] for page in pages}
 html_theme_options = {
     "show_prev_next": True,
     "navigation_with_keys": False,

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 sys.path.insert(0, str(ROOT / "docs"))
 
+import build  # noqa: E402
 import hosts  # noqa: E402
+import overview  # noqa: E402
 import prose  # noqa: E402
 import result_tables as tables  # noqa: E402
 
@@ -329,6 +331,16 @@ def test_the_glossary_is_in_the_order_of_the_alphabet():
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     terms = re.findall(r"(?m)^(\w[^\n]*)\n  \S", text)
     assert len(terms) > 40 and terms == sorted(terms, key=str.lower)
+
+
+def test_the_reference_lists_every_module_and_no_other():
+    text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    listed = [name for group in build.MODULES.findall(text) for name in group.split()]
+    assert sorted(listed) == build.modules()
+
+
+def test_the_overview_is_as_drawn():
+    assert overview.FILE.read_text(encoding="utf-8") == overview.svg(), "run: python docs/overview.py"
 
 
 def test_running_times_are_those_of_the_set_up_cells():

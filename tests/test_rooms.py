@@ -1,6 +1,10 @@
-"""The house: a room imports only from floors below its own, and no module, by whatever way, imports itself."""
+"""The house: a room imports only from floors below its own, and no module, by whatever way, imports itself.
+
+And the page about it says the same.
+"""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -95,6 +99,32 @@ def test_a_private_name_stays_in_its_module():
 
 def test_no_module_imports_itself_by_a_detour():
     TopologicalSorter(imports(PACKAGE)).prepare()
+
+
+PAGE = PACKAGE.parent / "docs" / "how_it_hangs_together.md"
+
+
+def test_the_page_has_every_room_with_what_it_builds_on():
+    rooms = {room for room in FLOOR_OF if (PACKAGE / room).is_dir()}
+    used: dict[str, set[str]] = {room: set() for room in rooms}
+    for module, others in imports(PACKAGE).items():
+        room = module.split(".")[0]
+        if room in rooms:
+            used[room] |= {other.split(".")[0] for other in others} & rooms - {room}
+    shown: dict[str, set[str]] = {}
+    for room, text in re.findall(r"(?m)^\| `(\w+)` \| .+ \| (.+) \|$", PAGE.read_text(encoding="utf-8")):
+        named = set(re.findall(r"`(\w+)`", text))
+        shown[room] = shown.keys() - named if text.startswith("all") else named
+        assert shown[room] <= shown.keys() - {room}, f"{room} stands above a room that it builds on"
+    assert shown == used
+
+
+def test_files_that_the_page_and_the_guide_name_are_there():
+    root = PACKAGE.parent
+    for page in (PAGE, root / "CONTRIBUTING.md"):
+        named = set(re.findall(r"`([\w/]+(?:\.(?:py|md|toml)|/))`", page.read_text(encoding="utf-8")))
+        missing = {name for name in named if not (root / name).exists() and not (PACKAGE / name).exists()}
+        assert missing <= {"NAME.py"}, page.name
 
 
 @pytest.mark.parametrize(
