@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError
 from .options import (
     Arguments,
@@ -28,6 +27,9 @@ from .options import (
     positive,
     teller,
 )
+
+if TYPE_CHECKING:
+    from ..diffusion.pipelines import Pipeline
 
 ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune")
 
