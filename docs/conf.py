@@ -25,7 +25,6 @@ myst_heading_anchors = 3
 
 # The reference: plain signatures, one argument a line where they are long, members in the order of the file.
 autodoc_default_options = {"members": True, "member-order": "bysource", "special-members": "__call__"}
-autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88

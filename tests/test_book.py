@@ -213,7 +213,7 @@ def test_reference_shows_every_public_function(site):
     entry = page.find(id="coneslab.neurons.search.find_concept_neurons")
     assert "threshold_quantile" in entry.text
     about = entry.find_next_sibling("dd")
-    assert [strong.text for strong in about.find_all("strong")][:2] == ["subject", "method"]
+    assert [strong.text for strong in about.find_all("strong")][:2] == ["subject", "prior"]
     assert about.find("a", href="https://arxiv.org/abs/2303.05125")
     assert "θ_j ∂L_con/∂θ_j > τ" in about.text
 
