@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import pkgutil
+import subprocess
 import sys
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import coneslab
 from coneslab.diffusion.kvspace import KVSpace
-from coneslab.edits import weights
+from coneslab.edits import base, weights
 from coneslab.edits.base import Combined, Edit, load_edit
 from coneslab.edits.undo import Undo
 from coneslab.edits.weights import WeightDelta, model_fingerprint, swapped, untouched
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
+from coneslab.methods.conceptor.decomposition import Decomposition
 
 
 def bits(tensor):
@@ -350,13 +357,108 @@ def test_foreign_files_are_refused_with_a_reason(tmp_path):
         load_edit(tmp_path / "nowhere")
 
 
-def test_a_kind_of_a_later_version_is_refused_by_name(tmp_path, monkeypatch):
-    class LaterEdit(WeightDelta):
-        pass
+# --- kinds ---
 
-    path = LaterEdit({"a": torch.zeros(1)}, "ab").save(tmp_path / "later")
-    with pytest.raises(FileFormatError, match="LaterEdit.*update"):
-        load_edit(path)
+
+class Turned(Edit):
+    """A kind of edit that is no part of the package: every number that reads the text, turned up or down."""
+
+    def __init__(self, by):
+        self.by = by
+
+    nbytes = 8
+
+    def applied(self, pipe, dose=1.0, *, check_model=True):
+        weights = KVSpace(pipe).parameters.values()
+        return swapped(lambda: [(weight, weight.detach() * (1 + dose * self.by)) for weight in weights], pipe)
+
+    def _pack(self):
+        return {"by": torch.tensor(self.by)}, {}
+
+    @classmethod
+    def _unpack(cls, tensors, description):
+        return cls(float(tensors["by"]))
+
+
+def python(code, *arguments):
+    """What a fresh process prints: nothing is imported there but what the code imports."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+
+
+def test_a_kind_of_ones_own_is_saved_loaded_and_combined(v_pipe, tmp_path):
+    theta = KVSpace(v_pipe).gather()
+    assert Turned.load(Turned(0.5).save(tmp_path / "turned")).by == 0.5
+    both = load_edit(Combined((Turned(1.0), delta_of(v_pipe))).save(tmp_path / "both"))
+    with both.applied(v_pipe):
+        assert torch.allclose(KVSpace(v_pipe).gather(), 2 * theta + 0.25)
+    with pytest.raises(FileFormatError, match="holds a Turned, not a WeightDelta"):
+        WeightDelta.load(tmp_path / "turned")
+
+
+def test_a_combination_is_tried_on_another_model_when_asked_to(v_pipe):
+    foreign = Combined((replace(delta_of(v_pipe), fingerprint="ab" * 32),))
+    theta = KVSpace(v_pipe).gather()
+    with pytest.raises(MismatchError):
+        foreign.applied(v_pipe).__enter__()
+    with foreign.applied(v_pipe, check_model=False):
+        assert torch.allclose(KVSpace(v_pipe).gather(), theta + 0.25)
+
+
+def test_a_kind_that_is_not_whole_cannot_be_made():
+    class Half(Edit):
+        nbytes = 0
+
+    with pytest.raises(TypeError, match="applied"):
+        Half()
+
+
+def test_a_kind_that_is_not_known_is_refused_by_name(tmp_path, monkeypatch):
+    files = Turned(1.0).save(tmp_path / "one"), Combined((Turned(1.0),)).save(tmp_path / "two")
+    monkeypatch.delitem(base._KINDS, "Turned")
+    for path in files:
+        with pytest.raises(FileFormatError, match=f"{path.name} cannot be read as .*Turned.*import the module.*update"):
+            load_edit(path)
+
+
+def test_two_kinds_of_one_name_are_refused():
+    with pytest.raises(ConeslabError, match="elsewhere defines .* WeightDelta, as coneslab.edits.weights does: rename"):
+        type("WeightDelta", (Edit,), {"__module__": "elsewhere"})
+    assert base._KINDS["WeightDelta"] is WeightDelta
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_one_before(tmp_path):
+    path = Turned(1.0).save(tmp_path / "turned")
+    again = dataclass(slots=True)(type("Turned", (Turned,), {"__module__": __name__, "__annotations__": {"by": float}}))
+    try:
+        assert type(load_edit(path)) is again
+    finally:
+        base._KINDS["Turned"] = Turned
+
+
+def test_every_kind_of_the_package_is_found_by_a_process_that_imported_none_of_them(tmp_path):
+    for module in pkgutil.walk_packages(coneslab.__path__, "coneslab."):
+        importlib.import_module(module.name)
+    own = {name: kind for name, kind in base._KINDS.items() if kind.__module__.startswith("coneslab.")}
+    assert own.keys() >= {"ConceptNeurons", "TunedNeurons", "TokenEdit", "LowRankDelta", "Decomposition"}
+    code = """if True:
+        import sys
+        from coneslab.edits import base, load_edit
+        assert not {"coneslab.neurons", "coneslab.methods"} & set(sys.modules)
+        for name in sys.argv[1:]:
+            try:
+                base._unpacked(name, {}, {})
+            except (KeyError, TypeError):
+                print(base._KINDS[name].__module__)
+    """
+    assert python(code, *own) == [kind.__module__ for kind in own.values()]
+
+
+def test_a_file_is_read_by_a_process_that_knows_nothing_of_its_kind(tmp_path):
+    found = Decomposition("cat", ("cat", "dog"), np.array([0.75, 0.25]), 2, 1.0, "ab" * 32)
+    path = Combined((small_delta(), found)).save(tmp_path / "both")
+    code = "import sys; from coneslab.edits import load_edit; print(load_edit(sys.argv[1]).edits[1].words[1])"
+    assert python(code, path) == ["dog"]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from PIL import Image
 
 from coneslab import ConceptNeurons, find_concept_neurons, generate, record_attention
 from coneslab.diffusion.kvspace import KVSpace
-from coneslab.edits.base import StoredEdit
+from coneslab.edits.base import Edit
 from coneslab.edits.weights import model_fingerprint, swapped
 from coneslab.errors import ConeslabError
 from coneslab.show import explorers, widgets
@@ -378,7 +378,7 @@ def test_the_first_drawing_is_displayed_in_one_place_as_it_gets_better(shown: li
 
 
 @dataclass(frozen=True)
-class Stretch(StoredEdit):
+class Stretch(Edit):
     """An edit that one can see: it stretches every weight that reads the text.
 
     (To add a number to them all would change nothing: behind its layer norm a text embedding sums to 0.)
@@ -387,9 +387,18 @@ class Stretch(StoredEdit):
     by: float
     settings: dict = field(default_factory=dict)
 
-    def applied(self, pipe: Any, dose: float = 1.0) -> Any:
+    nbytes = 8
+
+    def applied(self, pipe: Any, dose: float = 1.0, *, check_model: bool = True) -> Any:
         weights = list(KVSpace(pipe).parameters.values())
         return swapped(lambda: [(weight, weight.detach() * (1 + dose * self.by)) for weight in weights], pipe)
+
+    def _pack(self) -> Any:
+        return {}, {"by": self.by, "settings": self.settings}
+
+    @classmethod
+    def _unpack(cls, tensors: Any, description: Any) -> Stretch:
+        return cls(**description)
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[list[list[np.ndarray]]]:

@@ -5,7 +5,7 @@ What all of them share, the kinds that are no method's own, and other programs' 
 
 from __future__ import annotations
 
-from .base import Combined, Edit, StoredEdit, applied, load_edit, require_dose
+from .base import Combined, Edit, applied, load_edit, require_dose
 from .interchange import (
     custom_diffusion_parts,
     export_custom_diffusion,
@@ -23,7 +23,6 @@ __all__ = [
     "Edit",
     "LearnedText",
     "LowRankDelta",
-    "StoredEdit",
     "TokenEdit",
     "Undo",
     "WeightDelta",

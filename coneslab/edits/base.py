@@ -1,6 +1,7 @@
 """Edits: anything that can be put on a pipeline for the length of a `with` block, and stored in a file.
 
-`StoredEdit` gives every edit its file format, `Combined` makes one of several, and `load_edit` reads any of them.
+`Edit` is the base of every kind, with the file format that all share; `Combined` makes one of several, and `load_edit`
+reads any of them.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -23,34 +25,73 @@ from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError
 from ..files import write_whole
 
-Stored = TypeVar("Stored", bound="StoredEdit")
-
 FORMAT = "coneslab.edit/1"
-# Which module defines an edit, so that a file can be read before that module was ever imported.
-KINDS = {
-    "WeightDelta": "coneslab.edits.weights",
-    "Combined": "coneslab.edits.base",
-    "ConceptNeurons": "coneslab.neurons.mask",
-    "TunedNeurons": "coneslab.neurons.union",
-    "TokenEdit": "coneslab.edits.tokens",
-    "LowRankDelta": "coneslab.edits.low_rank",
-    "Decomposition": "coneslab.methods.conceptor.decomposition",
-}
+_KINDS: dict[str, type[Edit]] = {}  # by the name of the class, which is what a file holds
+# Rooms above this one that define kinds. No module here needs them; they are imported when a file holds such a kind.
+_ROOMS_WITH_KINDS = ("coneslab.neurons", "coneslab.methods")
 
 
-@runtime_checkable
-class Edit(Protocol):
-    """What every edit can do; methods differ in how they make one, not in how it is used."""
+class Edit(ABC):
+    """What every edit can do; methods differ in how they make one, not in how it is used.
+
+    A subclass is a kind of edit, known to `load_edit` by the name of its class from the moment it is defined. It says
+    how it is put on (`applied`) and how large it is (`nbytes`), packs itself into tensors and a description that JSON
+    can hold (`_pack`), and makes itself from them again (`_unpack`). All kinds share one file format, in safetensors,
+    with a SHA-256 of the contents in the metadata, so that a damaged file is never taken for another edit.
+    Defining one raises ConeslabError if another module has a kind of that name; in its own module, as in a notebook's
+    cell that is run again, a class takes the place of the one before.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        known = _KINDS.get(cls.__name__, cls)
+        if known.__module__ != cls.__module__:
+            raise ConeslabError(
+                f"{cls.__module__} defines a kind of edit named {cls.__name__}, as {known.__module__} does: rename one "
+                "of the two, for a file names its kind by the class alone"
+            )
+        _KINDS[cls.__name__] = cls
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of what the edit stores, without settings and history."""
 
-    def applied(self, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
-        """Put the edit on for the length of a `with` block; dose 0 changes nothing, 1 is the whole edit."""
+    @abstractmethod
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
+        """Put the edit on for the length of a `with` block; dose 0 changes nothing, 1 is the whole edit.
+
+        check_model=False tries it on another model than the one it was made for.
+        Raises MismatchError, with the pipeline untouched, for another model.
+        """
+
+    @abstractmethod
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, and a description that JSON can hold."""
+
+    @classmethod
+    @abstractmethod
+    def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> Self:
+        """The inverse of `_pack`; both arguments may be taken apart."""
 
     def save(self, path: str | Path) -> Path:
-        """Write the edit to a safetensors file."""
+        """Write the edit to a safetensors file, in one go: an interruption leaves no half-written file."""
+        tensors, description = self._pack()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        text = json.dumps(description, sort_keys=True)
+        metadata = {"format": FORMAT, "kind": type(self).__name__, "description": text}
+        metadata["checksum"] = _checksum(tensors, metadata)
+        return write_whole(path, safetensors_bytes(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read an edit of this class. Raises FileFormatError for any other file, whole or damaged."""
+        edit = load_edit(path)
+        if not isinstance(edit, cls):
+            raise FileFormatError(f"{path} holds a {type(edit).__name__}, not a {cls.__name__}: use load_edit")
+        return edit
 
 
 def applied(edit: Edit | None, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
@@ -64,60 +105,32 @@ def require_dose(dose: float) -> None:
         raise ConeslabError(f"dose is {dose}: give a finite number, 0 for no effect and 1 for the whole edit")
 
 
-class StoredEdit:
-    """Base of the edits: one file format for all, in safetensors.
-
-    A subclass packs itself into tensors and a JSON-able description, and unpacks itself again. The file's metadata
-    hold a SHA-256 of both, so that a damaged file is never taken for another edit.
-    """
-
-    @property
-    def nbytes(self) -> int:
-        raise NotImplementedError
-
-    def applied(self, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
-        raise NotImplementedError
-
-    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        raise NotImplementedError
-
-    @classmethod
-    def _unpack(cls: type[Stored], tensors: dict[str, Tensor], description: dict[str, Any]) -> Stored:
-        raise NotImplementedError
-
-    def save(self, path: str | Path) -> Path:
-        """Write the edit to a safetensors file, in one go: an interruption leaves no half-written file."""
-        tensors, description = self._pack()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        text = json.dumps(description, sort_keys=True)
-        metadata = {"format": FORMAT, "kind": type(self).__name__, "description": text}
-        metadata["checksum"] = _checksum(tensors, metadata)
-        return write_whole(path, safetensors_bytes(tensors, metadata))
-
-    @classmethod
-    def load(cls: type[Stored], path: str | Path) -> Stored:
-        """Read an edit of this class. Raises FileFormatError for any other file, whole or damaged."""
-        edit = load_edit(path)
-        if not isinstance(edit, cls):
-            raise FileFormatError(f"{path} holds a {type(edit).__name__}, not a {cls.__name__}: use load_edit")
-        return edit
-
-
-def load_edit(path: str | Path) -> StoredEdit:
+def load_edit(path: str | Path) -> Edit:
     """Read whatever edit a file holds: concept neurons, a weight delta, several edits combined.
 
-    Raises FileFormatError if the file is truncated, damaged, of another make, or a pickle (never loaded), and
-    FileNotFoundError if there is none.
+    A kind of your own is known once the module that defines it was imported.
+    Raises FileFormatError if the kind is not known, or the file is truncated, damaged, of another make, or a pickle
+    (never loaded), and FileNotFoundError if there is none.
     """
     tensors, metadata = _read(Path(path))
     kind = metadata["kind"]
-    if kind not in KINDS:
-        raise FileFormatError(f"{path} holds a {kind!r}, which this version of coneslab does not know: update it")
     try:
-        cls = getattr(importlib.import_module(KINDS[kind]), kind)
-        return cls._unpack(tensors, json.loads(metadata["description"]))
+        return _unpacked(kind, tensors, json.loads(metadata["description"]))
     except (ConeslabError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileFormatError(f"{path} does not hold a valid {kind}: {error}") from error
+        raise FileFormatError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def _unpacked(kind: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> Edit:
+    """The edit of a kind, which its name finds whether or not the package's own rooms were imported before."""
+    for room in _ROOMS_WITH_KINDS:
+        if kind not in _KINDS:
+            importlib.import_module(room)
+    if kind not in _KINDS:
+        raise ConeslabError(
+            f"no kind of edit named {kind} is known here: import the module that defines it, or update coneslab if it "
+            "comes from there"
+        )
+    return _KINDS[kind]._unpack(tensors, description)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -153,10 +166,10 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 @dataclass(frozen=True, eq=False)
-class Combined(StoredEdit):
+class Combined(Edit):
     """Several edits put on one after the other, the first one first; itself an edit."""
 
-    edits: tuple[StoredEdit, ...]
+    edits: tuple[Edit, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(self.edits))
@@ -166,11 +179,11 @@ class Combined(StoredEdit):
         return sum(edit.nbytes for edit in self.edits)
 
     @contextmanager
-    def applied(self, pipe: Pipeline, dose: float = 1.0) -> Iterator[Any]:
+    def applied(self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True) -> Iterator[Any]:
         """Put all edits on for the length of a block, each at this dose. Raises what any of them raises."""
         with ExitStack() as stack:
             for edit in self.edits:
-                stack.enter_context(edit.applied(pipe, dose))
+                stack.enter_context(edit.applied(pipe, dose, check_model=check_model))
             yield pipe
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -186,6 +199,6 @@ class Combined(StoredEdit):
     def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> Combined:
         edits = []
         for number, (kind, part) in enumerate(description["edits"]):
-            own = {name.split(":", 1)[1]: x for name, x in tensors.items() if name.startswith(f"{number}:")}
-            edits.append(getattr(importlib.import_module(KINDS[kind]), kind)._unpack(own, part))
+            own = {key.split(":", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{number}:")}
+            edits.append(_unpacked(kind, own, part))
         return cls(tuple(edits))

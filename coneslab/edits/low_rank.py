@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError
-from .base import StoredEdit
+from .base import Edit
 from .weights import WeightDelta
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LowRankDelta(StoredEdit):
+class LowRankDelta(Edit):
     """A change of weights as products of thin matrices: name -> (left (out, rank), right (rank, in)); an edit."""
 
     factors: dict[str, tuple[Tensor, Tensor]]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..diffusion.encoding import encode_ids
 from ..diffusion.pipelines import Pipeline, fingerprint
 from ..errors import ConeslabError, MismatchError
-from .base import StoredEdit, require_dose
+from .base import Edit, require_dose
 from .undo import Undo
 
 
@@ -63,7 +63,7 @@ def start_vector(pipe: Pipeline, word: str) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenEdit(StoredEdit):
+class TokenEdit(Edit):
     """Learned vectors for one or more tokens; an edit.
 
     tokens: as they are written in prompts; vectors: (tokens, width) float32; fingerprint: of the embedding table

@@ -17,7 +17,7 @@ from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.pipelines import fingerprint as fingerprint_of
 from ..errors import ConeslabError, MismatchError
-from .base import StoredEdit, require_dose
+from .base import Edit, require_dose
 from .undo import Undo
 
 Change = tuple[Tensor, Tensor]
@@ -106,7 +106,7 @@ def require_model(expected: str, pipe: Pipeline, what: str) -> None:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WeightDelta(StoredEdit):
+class WeightDelta(Edit):
     """A dense change of some of the U-Net's weights: W + dose · ΔW, as fine-tuning makes it.
 
     deltas: name of a weight inside the U-Net -> its change, float32, of the same shape; fingerprint: of the K-V

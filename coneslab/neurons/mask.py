@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..diffusion.kvspace import KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
-from ..edits.base import StoredEdit, require_dose
+from ..edits.base import Edit, require_dose
 from ..edits.weights import Change, require_model, swapped
 from ..errors import ConeslabError, MismatchError
 from ..files import write_whole
@@ -57,7 +57,7 @@ class Overlap:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ConceptNeurons(StoredEdit):
+class ConceptNeurons(Edit):
     """The neurons of a concept: a sparse, immutable mask on the K-V weights, and an edit.
 
     layout: the K-V space, n neurons; indices: (k,) sorted, read-only, the neurons whose scale is not 1; scales: (k,)

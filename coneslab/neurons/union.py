@@ -19,7 +19,7 @@ from torch import Tensor
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import add_noise
 from ..diffusion.pipelines import Pipeline
-from ..edits.base import Edit, StoredEdit, applied, require_dose
+from ..edits.base import Edit, applied, require_dose
 from ..edits.weights import require_model, swapped
 from ..errors import ConeslabError, MismatchError
 from ..finetuning.kv_gradient import KVGradient
@@ -151,7 +151,7 @@ def joint_prompt(subjects: Sequence[ConceptSubject]) -> str:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TunedNeurons(StoredEdit):
+class TunedNeurons(Edit):
     """Neurons that were tuned instead of shut: a mask, and a value for each neuron in it; an edit.
 
     neurons: which weights; values: (k,) float32, read-only, in the order of `neurons.indices`, stored as float16.

@@ -20,7 +20,7 @@ from ...diffusion.loss import add_noise
 from ...diffusion.loss import target as regression_target
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import mixed_precision
-from ...edits.base import StoredEdit
+from ...edits.base import Edit
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
@@ -113,7 +113,7 @@ def ablate(
     resume: Any | None = None,
     progress: bool = True,
     callback: TuningCallback | None = None,
-) -> StoredEdit:
+) -> Edit:
     """Ablate a concept, or several at once, onto an anchor (concept ablation, Sec. 3.2, Eq. 3 to 6).
 
     method: "model" minimises ||f_θ(x_t, t, c*) − f(x_t, t, c)||², the anchor's own prediction being the target, by

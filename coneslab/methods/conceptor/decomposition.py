@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...diffusion.encoding import encode_images, encode_prompts
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate
-from ...edits.base import StoredEdit
+from ...edits.base import Edit
 from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.kv_gradient import KVGradient
@@ -34,7 +34,7 @@ TEMPLATE = "a photo of a {}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Decomposition(StoredEdit):
+class Decomposition(Edit):
     """A concept as a sum of words; as an edit it gives the pseudo-token `token` their weighted sum.
 
     words, coefficients: (M,) from the largest to the smallest, not negative; explain: N, how many of them the
