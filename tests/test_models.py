@@ -158,6 +158,91 @@ def test_fingerprint_sees_names_shapes_types_and_bytes():
     assert pipelines.fingerprint(linear) == pipelines.fingerprint(linear.state_dict())
 
 
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every fingerprint that is computed from now on, with none known before."""
+    found: list[str] = []
+
+    def sha256(tensors: Any, real: Any = pipelines._sha256) -> str:
+        found.append(real(tensors))
+        return found[-1]
+
+    monkeypatch.setattr(pipelines, "_FINGERPRINTS", {})
+    monkeypatch.setattr(pipelines, "_sha256", sha256)
+    return found
+
+
+def set_one(net: torch.nn.Linear, value: float) -> None:
+    net.weight.data[7, 11] = value
+
+
+def crossed(net: torch.nn.Linear, *places: Any) -> None:
+    one, other = places
+    net.weight.data[[one, other]] = net.weight.data[[other, one]]
+
+
+WAYS = {
+    "in place": lambda net: net.weight.detach().add_(1),
+    "the least step": lambda net: net.weight.detach()[9, 9].copy_(torch.nextafter(net.weight[9, 9], torch.tensor(9.0))),
+    "one number, not counted": lambda net: set_one(net, 0.5),
+    "a sign": lambda net: set_one(net, -float(net.weight.data[7, 11])),
+    "as a LoRA is fused": lambda net: setattr(net.weight, "data", net.weight.data.add_(0.01)),
+    "NumPy": lambda net: net.weight.detach().numpy().__setitem__((3, 5), 0.5),
+    "NumPy at the end": lambda net: net.bias.detach().numpy().__setitem__(-1, 0.5),
+    "data": lambda net: setattr(net.weight, "data", torch.zeros(40, 1024)),
+    "another parameter": lambda net: setattr(net, "weight", torch.nn.Parameter(torch.zeros(40, 1024))),
+    "a state": lambda net: net.load_state_dict(torch.nn.Linear(1024, 40).state_dict()),
+    "a type": lambda net: net.to(torch.float64),
+    "rounded": lambda net: net.to(torch.bfloat16).to(torch.float32),
+    "rows changed over": lambda net: crossed(net, 3, 8),
+    "columns changed over": lambda net: net.weight.data.copy_(net.weight.data[:, [2, 3, 0, 1, *range(4, 1024)]]),
+    "halves of numbers changed over": lambda net: net.weight.data.view(torch.int16)[2, :2].copy_(
+        net.weight.data.view(torch.int16)[2, :2].flip(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", WAYS.values(), ids=WAYS)
+def test_a_change_of_weights_is_noticed_however_it_is_made(change: Any, hashed: list[str]):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(1024, 40)
+    kept = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    first = pipelines.fingerprint(net)
+    change(net)
+    changed = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    found = pipelines.fingerprint(net)
+    assert hashed == [first, found] and found == pipelines._sha256(changed) != first
+    assert pipelines.fingerprint(kept) == first
+
+
+def test_weights_are_hashed_once_wherever_they_lie(hashed: list[str]):
+    weight = torch.randn(3, 5000)
+    first = pipelines.fingerprint({"w": weight})
+    shifted = torch.cat([torch.zeros(1), weight.flatten()])[1:].view(3, 5000)
+    views = [weight.clone(), weight.double().float(), weight.t().contiguous().t(), shifted, torch.nn.Parameter(weight)]
+    assert {pipelines.fingerprint({"w": view}) for view in views} == {first} and hashed == [first]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.int64])
+def test_weights_of_any_type_and_size_have_a_fingerprint(dtype: torch.dtype, hashed: list[str]):
+    for size in (0, 1, 3, 4095, 4096, 4097, 20_000):
+        weight = torch.arange(size + 1).remainder(2).to(dtype)[1:]  # begins where no 64-bit integer does
+        first = pipelines.fingerprint({"w": weight})
+        assert pipelines.fingerprint({"w": weight.clone()}) == first == hashed[-1]
+        if size:
+            weight[-1] = 1 - weight[-1].int()
+            assert pipelines.fingerprint({"w": weight}) == hashed[-1] != first
+    assert len(hashed) == len(set(hashed)) == 13
+
+
+def test_only_the_fingerprints_asked_for_last_are_kept(hashed: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipelines, "_FINGERPRINTS_KEPT", 2)
+    weights = [{"w": torch.full((2,), float(value))} for value in range(3)]
+    for number in (0, 1, 0, 2, 0, 1):
+        pipelines.fingerprint(weights[number])
+    assert len(pipelines._FINGERPRINTS) == 2 and len(hashed) == 4  # 0, 1, 2, and 1 once more
+
+
 def test_a_device_that_cannot_be_used_is_told():
     for device in ("nope", "cuda:99"):
         with pytest.raises(ConeslabError, match=device):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coneslab.diffusion import pipelines
 from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from coneslab.diffusion.precision import frozen_twin
 from coneslab.edits.base import Edit, load_edit
@@ -451,6 +452,26 @@ def test_masks_nest_and_survive_errors(v_pipe, found):
             assert model_fingerprint(v_pipe) == found.fingerprint
             raise KeyboardInterrupt
     assert_untouched(v_pipe, before)
+
+
+def test_the_model_is_hashed_once_from_the_search_to_the_last_block(own_pipe, pictured, tmp_path, monkeypatch):
+    hashed = []
+    real = pipelines._sha256
+    monkeypatch.setattr(pipelines, "_FINGERPRINTS", {})
+    monkeypatch.setattr(pipelines, "_sha256", lambda weights: hashed.append(len(weights)) or real(weights))
+    found = find_concept_neurons(own_pipe, pictured, **SEARCH)
+    wholes = [len(part.state_dict()) for part in (own_pipe.unet, own_pipe.text_encoder, own_pipe.vae)]
+    assert hashed == [len(found.layout), *wholes]  # the keys and values; all that draws the prior's pictures
+    find_concept_neurons(own_pipe, pictured, **SEARCH, seed=1)
+    again = load_edit(found.save(tmp_path / "found"))
+    for edit in (found, again):
+        with edit.applied(own_pipe), random_neurons(found).applied(own_pipe, 0.5):
+            assert model_fingerprint(own_pipe) == found.fingerprint
+    assert len(hashed) == 4
+    own_pipe.unet.get_parameter(found.layout.names[2]).data[0, 0] += 1
+    with pytest.raises(MismatchError, match="belongs to model"), found.applied(own_pipe):
+        pass
+    assert hashed[4:] == [len(found.layout)]
 
 
 def test_a_mask_of_another_model_is_refused_and_the_pipeline_untouched(v_pipe, epsilon_pipe, found):
