@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 sys.path.insert(0, str(ROOT / "docs"))
 
-import build  # noqa: E402
 import hosts  # noqa: E402
 import overview  # noqa: E402
 import prose  # noqa: E402
 import result_tables as tables  # noqa: E402
 
+import build  # noqa: E402
 import notebooks  # noqa: E402
 
 # --- the checks -----------------------------------------------------------------------------------------

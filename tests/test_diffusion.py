@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from coneslab import diffusion
+from coneslab.diffusion import encoding
 from coneslab.errors import ConeslabError
 
 N = 3
@@ -238,3 +239,13 @@ def test_decoding_inverts_scaling(v_pipe):
     by_hand = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     made = np.stack([np.asarray(p) for p in diffusion.decode_latents(v_pipe, latents)])
     assert np.abs(made.astype(int) - by_hand.astype(int)).max() <= 1
+
+
+def test_pixels_are_rounded_and_cut_as_the_pipeline_itself_does_it(v_pipe):
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    theirs = np.stack([np.asarray(p) for p in v_pipe.image_processor.postprocess(pixels, output_type="pil")])
+    assert np.array_equal(encoding.to_uint8(pixels), theirs)
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    assert np.array_equal(encoding.to_uint8(encoding.to_tensor(every)), every)
+    ends = np.stack([np.zeros((2, 1, 3), np.uint8), np.full((2, 1, 3), 255, np.uint8)])
+    assert encoding.to_tensor(ends).shape == (2, 3, 2, 1) and encoding.to_tensor(ends)[:, 0, 0, 0].tolist() == [-1, 1]

@@ -528,7 +528,7 @@ def test_a_well_formed_file_with_a_bad_mask_is_refused(found, tmp_path, monkeypa
     ):
         monkeypatch.setattr(ConceptNeurons, "_pack", lambda self, change=change: ({**tensors, **change}, description))
         path = found.save(tmp_path / "bad")
-        with pytest.raises(FileFormatError, match="valid ConceptNeurons"):
+        with pytest.raises(FileFormatError, match="cannot be read as ConceptNeurons: "):
             load_edit(path)
 
 

@@ -21,7 +21,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from coneslab import cli, diffusion, pretraining
 from coneslab import new_world as world
-from coneslab.diffusion import pipelines
+from coneslab.diffusion import encoding, pipelines
 from coneslab.errors import ConeslabError, FileFormatError
 from coneslab.finetuning import checkpoints
 from coneslab.pretraining import autoencoder, loop, model_cards, optimizers, run, unet
@@ -163,12 +163,28 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
     fit_small(tmp_path, stop_after=2)
     path = tmp_path / "checkpoint.safetensors"
     tensors, facts = checkpoints.load_checkpoint(path)
+    remembered = {"step", "exp_avg", "exp_avg_sq"}
+    assert {name.split("/")[0] for name in tensors} == {"weight", "average 0.9", "average 0.1"} | remembered
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(FileFormatError, match="not a whole coneslab checkpoint"):
         fit_small(tmp_path)
     checkpoints.save_checkpoint(path, {k: v for k, v in tensors.items() if "net.0" not in k}, facts)
     with pytest.raises(FileFormatError, match="lacks 2 weights"):
         fit_small(tmp_path)
+
+
+def test_a_checkpoint_takes_the_place_of_the_last_one_only_when_it_is_whole(tmp_path: Path, monkeypatch):
+    path = tmp_path / "new folder" / "state"
+    checkpoints.save_checkpoint(path, {"a": torch.ones(2)}, {"step": 1})
+
+    def interrupted(tensors: dict, file: Path, facts: dict) -> None:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save_checkpoint(path, {"a": torch.zeros(2)}, {"step": 2})
+    assert checkpoints.load_checkpoint(path)[1] == {"step": 1} and list(path.parent.iterdir()) == [path]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
@@ -284,7 +300,7 @@ def test_the_text_encoder_pools_at_the_end_of_the_text():
 
 def test_pixels_go_back_and_forth():
     images = world.sample(2, seed=0).images
-    np.testing.assert_array_equal(autoencoder.to_uint8(autoencoder.to_tensor(images)), images)
+    np.testing.assert_array_equal(encoding.to_uint8(encoding.to_tensor(images)), images)
 
 
 def test_picture_loss_by_hand():
@@ -309,14 +325,14 @@ def test_objects_outweigh_scenery():
 def test_standard_latents_decode_to_the_same_pictures():
     torch.manual_seed(0)
     vae = AutoencoderKL(**RECIPE["vae"]["config"]).eval()
-    x = autoencoder.to_tensor(world.sample(16, seed=1).images)
+    x = encoding.to_tensor(world.sample(16, seed=1).images)
     with torch.no_grad():
         before = vae.encode(x).latent_dist
         picture = vae.decode(before.mean).sample
         autoencoder.standardise_latents(vae, torch.device("cpu"), n=64)
         after = vae.encode(x).latent_dist
         torch.testing.assert_close(vae.decode(after.mean).sample, picture, rtol=1e-3, atol=1e-3)
-        latents = vae.encode(autoencoder.to_tensor(world.sample(64, seed=77).images)).latent_dist.mean
+        latents = vae.encode(encoding.to_tensor(world.sample(64, seed=77).images)).latent_dist.mean
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.05)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.05)
     ratio = (before.std / after.std).mean((0, 2, 3)) / (before.mean.std((0, 2, 3)) / after.mean.std((0, 2, 3)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConeslabError, FileFormatError
-from ..files import data_folder
+from ..files import data_folder, write_whole
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: only where a model is loaded
     from diffusers import StableDiffusionPipeline
@@ -54,9 +54,7 @@ def write_sums(models: Path) -> Path:
     """Write the sums of every file of the shipped folders under `models`; `verify` holds them to it."""
     files = sorted(path for name in SHIPPED for path in (models / name).rglob("*") if path.is_file())
     sums = {path.relative_to(models).as_posix(): file_sum(path) for path in files if path.suffix not in (".md", ".png")}
-    target = models / SUMS
-    target.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-    return target
+    return write_whole(models / SUMS, (json.dumps(sums, indent=1) + "\n").encode())
 
 
 def verify(folder: Path) -> None:

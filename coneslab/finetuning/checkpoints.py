@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileFormatError, MismatchError
+from ..files import replacing
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and facts as one safetensors file, all or nothing."""
-    part = path.with_suffix(".part")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, {"facts": json.dumps(facts)})
-    os.replace(part, path)
+    with replacing(path) as unfinished:
+        kept = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(kept, unfinished, {"facts": json.dumps(facts)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,14 +35,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Sixteen hex digits over the values of tensors, in order."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        values = tensor.detach().cpu().contiguous()
-        total.update(f"{values.dtype} {tuple(values.shape)}".encode())
-        total.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+def training_state(weights: Mapping[str, Tensor], optimisers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Weights as "weight/name", and what the optimisers remember of each as "its key/name"."""
+    tensors = {f"weight/{name}": weight for name, weight in weights.items()}
+    for optimiser in optimisers:
+        for name, weight in weights.items():
+            remembered = optimiser.state.get(weight, {})
+            tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in remembered.items()}
+    return tensors
 
 
 class TuningCheckpoint:
@@ -66,12 +65,8 @@ class TuningCheckpoint:
     def save(self, step: int, history: dict[str, list[float]]) -> None:
         if self.path is None:
             return
-        tensors = {f"weight/{name}": weight for name, weight in self.weights.items()}
-        for name, weight in self.weights.items():
-            for key, value in self.optimiser.state[weight].items():
-                tensors[f"{key}/{name}"] = torch.as_tensor(value)
         facts = {"step": step, "history": history, "identity": self.identity}
-        save_checkpoint(self.path, tensors, facts)
+        save_checkpoint(self.path, training_state(self.weights, [self.optimiser]), facts)
 
     def load(self, *, at_most: int) -> tuple[int, dict[str, list[float]]]:
         """Put the state back; returns the number of steps done, and the history.

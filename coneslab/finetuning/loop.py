@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from ..callback import Callback
 from ..diffusion.kvspace import unet_of
 from ..diffusion.loss import denoising_loss
-from ..diffusion.pipelines import Pipeline
+from ..diffusion.pipelines import Pipeline, fingerprint
 from ..diffusion.precision import fast_dtype, is_plain, mixed_precision, speed_up_backward
 from ..errors import ConeslabError
 from ..settings import Settings
-from .checkpoints import TuningCheckpoint, digest
+from .checkpoints import TuningCheckpoint
 from .kv_gradient import KVGradient
 from .samples import CaptionedLatents, NoisyBatch, loss_values
 
@@ -99,7 +99,7 @@ def tune(
     steps = settings.steps
     if resume is not None:
         chosen = {name: value for name, value in settings.record().items() if name != "steps"}
-        start = {"learning rates": learning_rates, "start": digest(weights.values())}
+        start = {"learning rates": learning_rates, "start": fingerprint(weights)}
         identity = {**chosen, **start, **(identity or {})}
     state = TuningCheckpoint(resume, weights, optimiser, identity or {})
     first, history = state.load(at_most=steps)
@@ -238,6 +238,7 @@ def tune_unet(
 
 def _facts(data: Sequence[CaptionedLatents], dtype: torch.dtype) -> dict[str, Any]:
     """What a state depends on besides settings and start: the samples, their shares, the precision of the passes."""
-    tensors = [tensor for part in data for tensor in (part.latents, part.text, part.mask) if tensor is not None]
+    parts = enumerate((part.latents, part.text, part.mask) for part in data)
+    tensors = {f"{number} {at}": x for number, own in parts for at, x in enumerate(own) if x is not None}
     shares = [[part.batch_size, part.weight] for part in data]
-    return {"data": digest(tensors), "shares": shares, "dtype": str(dtype)}
+    return {"data": fingerprint(tensors), "shares": shares, "dtype": str(dtype)}

@@ -14,25 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import new_world as world
+from ..diffusion.encoding import to_tensor, to_uint8
+from ..diffusion.pipelines import usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision
-from .loop import Feed, Log, batches, best_device, fit
+from .loop import Feed, Log, batches, fit
 from .recipe import Recipe
 
 LATENT_SAMPLES = 4096
 HELD_OUT_PICTURES = 256
 PLACES = 16  # latents, and what is known of each place, are 16x16
 NOTHING = len(world.DRAWINGS)  # the label of scenery
-
-
-def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
-
-
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """float (n, 3, h, w) in [-1, 1] -> uint8 (n, h, w, 3)."""
-    return pixels.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_grid(path: Path, rows: list[np.ndarray]) -> None:
@@ -116,7 +107,7 @@ def train_vae(
     which makes them easier to model. Once the encoder is done its latents stay as they are: the U-Net learns on them,
     while the decoder may go on.
     """
-    device = device or best_device()
+    device = usable_device(device)
     folder, options = runs / ("decoder" if decoder else "vae"), settings["loss"]
     torch.manual_seed(recipe.seed)
     if decoder:

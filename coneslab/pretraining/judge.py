@@ -29,10 +29,12 @@ from transformers import (
 )
 
 from .. import new_world as world
+from ..diffusion.encoding import to_tensor
+from ..diffusion.pipelines import usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision
 from ..new_world import Described, plain_caption
-from .autoencoder import place_labels, to_tensor
-from .loop import Feed, Log, best_device, fit
+from .autoencoder import place_labels
+from .loop import Feed, Log, fit
 from .recipe import Recipe
 
 NAMES = tuple(world.CLASSES)
@@ -161,7 +163,7 @@ def train_judge(
 
     settings: the recipe's `judge`.
     """
-    device = device or best_device()
+    device = usable_device(device)
     folder, vision, wrong = runs / "judge", settings["vision"], settings["loss"]["wrong_captions"]
     model, processor = build_judge(tokenizer, settings, seed=recipe.seed)
     model.set_attn_implementation("eager")  # the CPU kernel behind the default one is slow backwards

@@ -31,7 +31,7 @@ from .. import new_world as world
 from ..diffusion.precision import bfloat16_pays, flushing_denormals
 from ..errors import ConeslabError, FileFormatError
 from ..files import write_whole
-from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
+from ..finetuning.checkpoints import load_checkpoint, save_checkpoint, training_state
 from .optimizers import Average, Muon, optimizers
 from .recipe import Recipe
 
@@ -62,11 +62,6 @@ class Log:
         if not path.is_file():
             raise ConeslabError(f"there is no training log {path}: train that model first")
         return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def best_device() -> torch.device:
-    """A GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Feed:
@@ -273,13 +268,9 @@ def fit(
                     w.copy_(trained[k])
 
     def checkpoint(show: bool = True) -> None:
-        tensors: dict[str, Tensor] = {f"weight/{name}": weight for name, weight in weights.items()}
+        tensors = training_state(weights, steppers)
         for average in averages:
             tensors |= {f"average {average.decay}/{name}": weight for name, weight in average.shadow.items()}
-        for name, weight in weights.items():
-            for stepper in steppers:
-                state = stepper.state.get(weight, {})
-                tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in state.items()}
         save_checkpoint(path, tensors, {"step": step, "seconds": seconds, "rows": log.rows, "measures": log.measures})
         log.save(folder / "log.json")
         if show and preview is not None:

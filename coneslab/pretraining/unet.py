@@ -25,13 +25,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .. import new_world as world
 from ..diffusion.encoding import tokenize
 from ..diffusion.loss import add_noise, snr, stratified_timesteps, target
-from ..diffusion.pipelines import Pipeline
+from ..diffusion.pipelines import Pipeline, usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
 from .autoencoder import HELD_OUT_PICTURES, NOTHING, encode, place_labels, save_grid
-from .loop import Log, batches, best_device, fit
+from .loop import Log, batches, fit
 from .recipe import Recipe
 
 CHUNK = 4096  # pictures in one file of latents
@@ -289,7 +289,7 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
 
     settings: the recipe's `unet`.
     """
-    device = device or best_device()
+    device = usable_device(device)
     folder, options = runs / "unet", settings["loss"]
     vae = AutoencoderKL.from_pretrained(runs / "vae" / "model").to(device).requires_grad_(False)
     pipe = build_pipeline(vae, settings, seed=recipe.seed)
