@@ -93,6 +93,14 @@ def denoising_loss(
     elements; all channels of a place count alike, so a mask of ones changes nothing. wanted: (as latents), what the
     network has to predict, in place of y. reduction "none" returns (n,), each a mean over one picture's elements.
     Raises ConeslabError if shapes do not fit together.
+
+    >>> from coneslab.diffusion import encode_images, encode_prompts
+    >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
+    >>> latents, text = encode_images(pipe, cat.images), encode_prompts(pipe, "a cat")
+    >>> each = denoising_loss(pipe, latents, text, generator=torch.Generator().manual_seed(0), reduction="none")
+    >>> mean = denoising_loss(pipe, latents, text, generator=torch.Generator().manual_seed(0))
+    >>> each.shape, torch.allclose(each.mean(), mean)  # one number per picture
+    (torch.Size([5]), True)
     """
     n = latents.shape[0]
     if text_embeddings.shape[0] == 1 and n > 1:

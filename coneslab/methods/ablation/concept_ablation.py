@@ -156,6 +156,13 @@ def ablate(
     `KVGradient`; progress, callback, resume: see `RunOptions`.
     Returns a `WeightDelta`, or a `TokenEdit` for embeddings.
     Raises ConeslabError for settings that make no sense, or a target without a word of its own.
+
+    >>> pipe = coneslab.load("tiny")
+    >>> options = {"steps": 2, "pictures": 2, "sampler_steps": 2, "batch_size": 4, "preserve_batch_size": 4}
+    >>> coneslab.ablate(pipe, "a cat", "a dog", **options)
+    WeightDelta('a cat': ... weights in ... layers, model ...)
+    >>> coneslab.ablate(pipe, "a cat", "a dog", parameters="embedding", **options)
+    TokenEdit(cat: ... numbers each)
     """
     settings = AblationSettings.chosen(settings, changes)
     shown = ablation_data(pipe, target, anchor, settings, images=images, progress=progress)

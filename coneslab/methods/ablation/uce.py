@@ -56,6 +56,13 @@ def closed_form_edit(
     and `erase_weight`, over the captions `preserve` with v* = W0 c and `preserve_weight`. c: the text embedding at the
     last word of a caption, and at the places after it. Nothing is drawn and nothing trained. settings, changes: see
     `UCESettings`.
+
+    >>> pipe = coneslab.load("tiny")
+    >>> edit = closed_form_edit(pipe, "a cat", "a dog", preserve=["a car", "a house"])
+    >>> edit
+    WeightDelta('a cat': ... weights in ... layers, model ...)
+    >>> edit.deltas.keys() == KVSpace(pipe).parameters.keys()
+    True
     """
     settings = UCESettings.chosen(settings, changes)
     targets, anchors = paired(target, anchor)
