@@ -236,7 +236,7 @@ class _Aim:
     def __call__(
         self, batch: NoisyBatch, *, student: Callable[[NoisyBatch, Tensor], Tensor] | None = None
     ) -> NoisyBatch:
-        """The batch with `wanted` filled in. student(batch, texts): predicts in the untouched model's place."""
+        """The batch with its `regression_target`. student(batch, texts): predicts in the untouched model's place."""
         if self.teacher is None or self.theta is None:
             return batch
         rows = slice(0, sum(self.counts))
@@ -245,9 +245,9 @@ class _Aim:
         else:
             with torch.no_grad():
                 predicted = student(batch.part(rows), self.text)
-        wanted = regression_target(self.scheduler, batch.latents, batch.noise, batch.timesteps).clone()
-        wanted[rows] = predicted.to(wanted)
-        return replace(batch, wanted=wanted)
+        aim = regression_target(self.scheduler, batch.latents, batch.noise, batch.timesteps).clone()
+        aim[rows] = predicted.to(aim)
+        return replace(batch, regression_target=aim)
 
 
 @dataclass(frozen=True)
