@@ -65,14 +65,14 @@ style: $(VENV)/.coneslab-test
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: style
-	$(PYTEST) -m 'not slow and not full' $(TEST_ARGS) coneslab tests
+	$(PYTEST) -m 'not slow and not full' $(TEST_ARGS) tests
 
 test: style
 	$(BIN)/python tests/short_notebooks.py build/short
-	$(PYTEST) -m 'not full' --nbmake --nbmake-timeout=300 --durations=10 $(TEST_ARGS) coneslab tests build/short
+	$(PYTEST) -m 'not full' --nbmake --nbmake-timeout=300 --durations=10 $(TEST_ARGS) tests build/short
 
 test-all: style
-	$(PYTEST) --nbmake --nbmake-timeout=1800 --durations=10 $(TEST_ARGS) coneslab tests notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=1800 --durations=10 $(TEST_ARGS) tests notebooks
 
 notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \

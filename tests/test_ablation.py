@@ -253,7 +253,7 @@ def test_neighbours_refuse_bad_settings(v_pipe):
 def test_the_denoising_loss_takes_another_target(v_pipe):
     torch.manual_seed(0)
     latents, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([5, 800])
-    text, wanted = encode_prompts(v_pipe, ["a cat"]), torch.randn(2, 4, 8, 8)
-    loss = denoising_loss(v_pipe, latents, text, noise=noise, timesteps=t, wanted=wanted)
+    text, other = encode_prompts(v_pipe, ["a cat"]), torch.randn(2, 4, 8, 8)
+    loss = denoising_loss(v_pipe, latents, text, noise=noise, timesteps=t, regression_target=other)
     made = v_pipe.unet(add_noise(v_pipe.scheduler, latents, noise, t), t, encoder_hidden_states=text.expand(2, -1, -1))
-    assert torch.allclose(loss, (made.sample - wanted).square().mean())
+    assert torch.allclose(loss, (made.sample - other).square().mean())

@@ -107,6 +107,11 @@ def encode_prompts(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
     """Text embeddings (n, tokens, width) as the pipeline itself computes them.
 
     Carries gradients exactly if a weight of the text encoder asks for them.
+
+    >>> pipe = coneslab.load("tiny")
+    >>> text = encode_prompts(pipe, ["a cat", "a dog on the grass"])
+    >>> text.shape == (2, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+    True
     """
     wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in pipe.text_encoder.parameters())
     with torch.set_grad_enabled(wanted):

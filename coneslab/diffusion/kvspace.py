@@ -141,6 +141,15 @@ class KVSpace:
     Give a pipeline or a U-Net. The order is module order, in which diffusers lists the down blocks, then the up
     blocks, then the middle block; `layers` says which block and resolution a slice belongs to.
     Raises ConeslabError if there is no cross-attention, or its weights are wrapped, quantised or offloaded.
+
+    >>> space = KVSpace(coneslab.load("tiny"))
+    >>> space
+    KVSpace(... neurons in ... layers at ...)
+    >>> sorted({layer.kind for layer in space.layers})
+    ['K', 'V']
+    >>> theta = space.gather()  # one long vector, and as matrices again
+    >>> theta.shape == (space.n,), list(space.layout.matrices(theta)) == list(space.names)
+    (True, True)
     """
 
     def __init__(self, model: Any) -> None:

@@ -81,7 +81,7 @@ def denoising_loss(
     timesteps: Tensor | None = None,
     weights: Tensor | None = None,
     mask: Tensor | None = None,
-    wanted: Tensor | None = None,
+    regression_target: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """L = || y - f(x_t, t, c) ||^2, mean over elements (Ho et al. 2020, Eq. 14; y by prediction type).
@@ -90,9 +90,18 @@ def denoising_loss(
     latents: (n, channels, h, w), scaled. text_embeddings: (n, tokens, width), or (1, ...) for one prompt for all.
     noise, timesteps: given, or drawn from `generator` (timesteps uniformly). weights: (n,) factors on each
     picture's loss, not renormalised. mask: (n, 1, h, w), how much each place counts in the mean over a picture's
-    elements; all channels of a place count alike, so a mask of ones changes nothing. wanted: (as latents), what the
-    network has to predict, in place of y. reduction "none" returns (n,), each a mean over one picture's elements.
+    elements; all channels of a place count alike, so a mask of ones changes nothing. regression_target: (as latents),
+    what the network has to predict, in place of y. reduction "none" returns (n,), each a mean over one picture's
+    elements.
     Raises ConeslabError if shapes do not fit together.
+
+    >>> from coneslab.diffusion import encode_images, encode_prompts
+    >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
+    >>> latents, text = encode_images(pipe, cat.images), encode_prompts(pipe, "a cat")
+    >>> each = denoising_loss(pipe, latents, text, generator=torch.Generator().manual_seed(0), reduction="none")
+    >>> mean = denoising_loss(pipe, latents, text, generator=torch.Generator().manual_seed(0))
+    >>> each.shape, torch.allclose(each.mean(), mean)  # one number per picture
+    (torch.Size([5]), True)
     """
     n = latents.shape[0]
     if text_embeddings.shape[0] == 1 and n > 1:
@@ -117,9 +126,9 @@ def denoising_loss(
         )
     noisy = add_noise(pipe.scheduler, latents, noise, timesteps)
     predicted = pipe.unet(noisy, timesteps, encoder_hidden_states=text_embeddings).sample
-    if wanted is None:
-        wanted = target(pipe.scheduler, latents, noise, timesteps)
-    error = (predicted.float() - wanted.float()).square()
+    if regression_target is None:
+        regression_target = target(pipe.scheduler, latents, noise, timesteps)
+    error = (predicted.float() - regression_target.float()).square()
     if mask is None:
         loss = error.flatten(1).mean(1)  # (n,)
     else:

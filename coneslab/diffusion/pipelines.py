@@ -134,8 +134,10 @@ def load(
     such as "stable-diffusion-v1-5/stable-diffusion-v1-5". device: default a GPU where there is one, else the CPU.
     Raises ConeslabError if it is missing, damaged, of another kind, or pickled, or the device cannot be used.
 
-        pipe = coneslab.load("tiny")
-        pipe("a cat on the beach", num_inference_steps=25, guidance_scale=3.0).images[0]
+    >>> pipe = coneslab.load("tiny")
+    >>> image = pipe("a cat on the beach", num_inference_steps=2, guidance_scale=3.0).images[0]
+    >>> type(pipe).__name__, image.size
+    ('StableDiffusionPipeline', (64, 64))
     """
     from diffusers import StableDiffusionPipeline
 

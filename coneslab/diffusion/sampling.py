@@ -208,6 +208,16 @@ def generate(
     (how many are finished). on_calls(number of network passes) at the end.
     Raises ConeslabError without prompts, with another number of seeds, with less than one step, or for an interval
     that is none.
+
+    >>> pipe = coneslab.load("tiny")
+    >>> prompts = ["a cat on the beach", "a dog in the snow"]
+    >>> images = coneslab.generate(pipe, prompts, sampler_steps=2)
+    >>> [image.size for image in images]
+    [(64, 64), (64, 64)]
+    >>> coneslab.generate(pipe, prompts, sampler_steps=2) == images  # the same seeds, the same pictures
+    True
+    >>> coneslab.generate(pipe, prompts, sampler_steps=2, seed=7) == images
+    False
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:

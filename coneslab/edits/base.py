@@ -111,6 +111,12 @@ def load_edit(path: str | Path) -> Edit:
     A kind of your own is known once the module that defines it was imported.
     Raises FileFormatError if the kind is not known, or the file is truncated, damaged, of another make, or a pickle
     (never loaded), and FileNotFoundError if there is none.
+
+    >>> from coneslab.methods import closed_form_edit
+    >>> edit = closed_form_edit(coneslab.load("tiny"), "a cat", "a dog")
+    >>> path = edit.save("cat-to-dog.safetensors")
+    >>> coneslab.load_edit(path)
+    WeightDelta('a cat': ... weights in ... layers, model ...)
     """
     tensors, metadata = _read(Path(path))
     kind = metadata["kind"]

@@ -94,8 +94,7 @@ class KVGradient:
         its shape. Raises ConeslabError if a gradient is not finite.
         """
         text = self._text if text is None else text
-        wanted = [point for point, of in ((theta, of_theta), (text, of_text)) if of]
-        gradients = [torch.zeros_like(point) for point in wanted]
+        gradients = [torch.zeros_like(point) for point, of in ((theta, of_theta), (text, of_text)) if of]
         losses = torch.zeros(len(self.data), dtype=torch.float64)
         lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # float16 would lose the small gradients
         for rows, counts in self._chunks():
@@ -114,6 +113,7 @@ class KVGradient:
     def _loss(
         self, theta: Tensor, text: Tensor, batch: NoisyBatch, rows: slice, counts: list[int]
     ) -> tuple[Tensor, Tensor]:
+        target = batch.regression_target
         each = denoising_loss(
             self._pipe,
             batch.latents[rows],
@@ -121,7 +121,7 @@ class KVGradient:
             noise=batch.noise[rows],
             timesteps=batch.timesteps[rows],
             mask=None if batch.mask is None else batch.mask[rows],
-            wanted=None if batch.wanted is None else batch.wanted[rows],
+            regression_target=None if target is None else target[rows],
             reduction="none",
         )
         sums = [part.sum() for part in each.split(counts)]

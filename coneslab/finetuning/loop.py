@@ -224,7 +224,7 @@ def tune_unet(
                 noise=batch.noise.float(),
                 timesteps=batch.timesteps,
                 mask=batch.mask,
-                wanted=batch.wanted,
+                regression_target=batch.regression_target,
                 reduction="none",
             )
         (each * shares).sum().backward()

@@ -132,20 +132,20 @@ class CaptionedLatents:
 class NoisyBatch:
     """One step's samples, those of all captions end to end: latents, noise (samples, c, h, w); timesteps (samples,).
 
-    mask: (samples, 1, h, w), or None if everything counts everywhere. wanted: what to predict (as latents), or None
-    for what the scheduler's prediction type says.
+    mask: (samples, 1, h, w), or None if everything counts everywhere. regression_target: what the network must predict
+    (as latents), or None for what the scheduler's prediction type says.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     mask: Tensor | None = None
-    wanted: Tensor | None = None
+    regression_target: Tensor | None = None
 
     def part(self, rows: slice) -> NoisyBatch:
         """Some of the samples."""
-        mask, wanted = (None if whole is None else whole[rows] for whole in (self.mask, self.wanted))
-        return NoisyBatch(self.latents[rows], self.noise[rows], self.timesteps[rows], mask, wanted)
+        mask, target = (None if whole is None else whole[rows] for whole in (self.mask, self.regression_target))
+        return NoisyBatch(self.latents[rows], self.noise[rows], self.timesteps[rows], mask, target)
 
 
 def prior_pictures(

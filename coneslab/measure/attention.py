@@ -227,14 +227,22 @@ class record_attention:
     The pictures are bit for bit those of an unrecorded run: the maps are computed beside the attention. With
     classifier-free guidance only the conditional half is kept.
 
-        with record_attention(pipe) as maps:
-            pipe("a cat on the grass", num_inference_steps=25)
-        maps.token("cat")                                   # (16, 16) on the tiny model
-
     keep_heads: keep the heads apart instead of their mean; dtype: of the maps, which are kept on the CPU;
     max_bytes: how much may be kept. guided: whether the first half of each batch is the unconditional one; default:
     recognised by its latents being those of the second half, unless the pipeline's last guidance scale says no.
     Raises ConeslabError for a processor whose probabilities cannot be known, and when `max_bytes` are used up.
+
+    >>> pipe = coneslab.load("tiny")
+    >>> with coneslab.record_attention(pipe) as maps:
+    ...     images = coneslab.generate(pipe, "a cat on the grass", sampler_steps=2)
+    >>> maps
+    AttentionMaps(1 pictures, ... layers, 2 steps, ... MiB)
+    >>> maps.indices("cat")  # after the start token and "a"
+    [2]
+    >>> where = maps.token("cat")  # (height, width), averaged over layers, steps and heads
+    >>> everything = maps.average()  # (tokens, height, width)
+    >>> where.shape == everything.shape[1:], bool((everything.sum(0) - 1).abs().max() < 0.01)
+    (True, True)
     """
 
     def __init__(

@@ -131,6 +131,12 @@ class Judge:
 
         prompts: one for all pictures, or one each; without modifier tokens (`Subject.plain`), which no judge
         knows. Text alignment of Custom Diffusion (Kumari et al. 2023) and Cones (Liu et al. 2023).
+
+        >>> judge, cat = coneslab.load_judge(), coneslab.subject("cat")
+        >>> judge.text_alignment(cat.images, "a cat") > judge.text_alignment(cat.images, "a house")
+        True
+        >>> judge.text_alignment(cat.images, "a cat", reduction="none").shape
+        torch.Size([5])
         """
         features = self.image_features(images)
         texts = [prompts] * len(features) if isinstance(prompts, str) else list(prompts)
@@ -158,7 +164,12 @@ class Judge:
         return self.image_features(images) @ self.label_features(labels).T
 
     def classify(self, images: Images, labels: Sequence[str | Sequence[str]]) -> Tensor:
-        """Index of the label nearest to each picture, (n,), int64. A label may be several phrasings."""
+        """Index of the label nearest to each picture, (n,), int64. A label may be several phrasings.
+
+        >>> judge, cat = coneslab.load_judge(), coneslab.subject("cat")
+        >>> judge.classify(cat.images, ["a car", ("a cat", "a picture of a cat"), "a house"]).tolist()
+        [1, 1, 1, 1, 1]
+        """
         return self.similarity(images, labels).argmax(1)
 
 
@@ -166,6 +177,12 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
     """The shipped judge, or any CLIP folder or hub id in the transformers format.
 
     Raises ConeslabError if the folder holds no CLIP model.
+
+    >>> judge = coneslab.load_judge()
+    >>> judge
+    Judge(... M weights, ... pixels, ... features)
+    >>> judge.text_features(["a cat", "a dog"]).shape == (2, judge.width)
+    True
     """
     from transformers import CLIPModel, CLIPProcessor  # here: what measures numbers below does without
 

@@ -30,6 +30,11 @@ def kid(
     averages over `subsets` random subsets of that size, drawn without replacement, as clean-fid does
     (100 subsets of 1000).
     Raises MismatchError for different widths, ConeslabError for fewer than two pictures or values not finite.
+
+    >>> features = np.random.default_rng(0).normal(size=(3, 200, 4))
+    >>> same, also_same, other = features[0], features[1], features[2] + 2
+    >>> abs(kid(same, also_same)) < 0.1 < kid(same, other)
+    True
     """
     a, b = (np.asarray(features, dtype=np.float64) for features in (features_a, features_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -112,8 +117,11 @@ def bootstrap_interval(
     minus: (n,) values to subtract first, for the interval of a paired difference.
     Raises MismatchError for different lengths, ConeslabError for no values or values not finite.
 
-    >>> bootstrap_interval([1, 0, 1, 1], clusters=[["cat", "cat", "dog", "dog"]]).estimate
-    0.75
+    >>> right, subjects = [1, 0, 1, 1], ["cat", "cat", "dog", "dog"]
+    >>> bootstrap_interval(right, clusters=[subjects])  # two subjects, not four independent pictures
+    0.750 [0.500, 1.000]
+    >>> bootstrap_interval(right, minus=[0, 0, 1, 0]).estimate  # of the paired difference
+    0.5
     """
     numbers = np.asarray(values, dtype=np.float64)
     lengths = {"values": numbers.shape, **{f"clusters[{i}]": (len(c),) for i, c in enumerate(clusters)}}

@@ -36,6 +36,12 @@ def random_neurons(found: ConceptNeurons, *, seed: int = 0) -> ConceptNeurons:
     """As many neurons as `found` has, at the same scales, but at random places inside the same layers.
 
     When to use it: to see what any mask of this density does, whatever its neurons. Take several seeds.
+
+    >>> space = KVSpace(coneslab.load("tiny"))
+    >>> found = ConceptNeurons(space.layout, range(100), [0.0] * 100, space.fingerprint(), subject="cat")
+    >>> control = random_neurons(found, seed=1)
+    >>> control.subject, len(control), control.counts().tolist() == found.counts().tolist(), control == found
+    ('random, as cat', 100, True, False)
     """
     generator = torch.Generator().manual_seed(seed)
     indices, scales = [], []

@@ -64,10 +64,6 @@ class ConceptNeurons(Edit):
     float32 in [0, 1], read-only; fingerprint: of the model's K-V weights; cut: a neuron whose scale lies below it is
     shut in the binary mask; settings: of the search; history: name -> array with one row a round.
     Raises ConeslabError for indices that are out of range, unsorted or repeated, and scales that are not in [0, 1].
-
-        found = find_concept_neurons(pipe, cat)
-        with found.binary().applied(pipe):
-            images = pipe(cat.prompts[0]).images
     """
 
     layout: KVLayout
@@ -241,6 +237,19 @@ class ConceptNeurons(Edit):
         dose: 0 leaves the weights as they are, 1 is the whole mask; a scale s acts as 1 − dose · (1 − s).
         Masks nest: their scales multiply. check_model=False tries a mask on another model of the same shape.
         Raises MismatchError, with the pipeline untouched, for a mask of another model or shape.
+
+        >>> pipe = coneslab.load("tiny")
+        >>> space = KVSpace(pipe)
+        >>> found = ConceptNeurons(space.layout, [0, 1], [0.0, 0.5], space.fingerprint())
+        >>> before = space.gather()
+        >>> with found.applied(pipe):
+        ...     (space.gather() / before)[:3].tolist()
+        [0.0, 0.5, 1.0]
+        >>> with found.applied(pipe, dose=0.5):
+        ...     (space.gather() / before)[:3].tolist()
+        [0.5, 0.75, 1.0]
+        >>> torch.equal(space.gather(), before)
+        True
         """
         require_dose(dose)
         scales = torch.tensor(self.scales)

@@ -107,6 +107,15 @@ def find_concept_neurons(
     "scale", "gradient" (the running mean) and "hits".
     The pipeline is never changed, not even for a moment. Same seed, same neurons.
     Raises ConeslabError for settings out of range, MismatchError if `start` belongs to another model.
+
+    >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
+    >>> found = coneslab.find_concept_neurons(pipe, cat, rounds=3, batch_size=8, prior_batch_size=0)  # a first look
+    >>> found
+    ConceptNeurons('cat': ... of ... neurons shut (0...%), ... scaled, model ...)
+    >>> found.history["loss"].shape, found.history["density"].shape == (3, len(found.layout))
+    ((3,), True)
+    >>> with found.applied(pipe):
+    ...     images = coneslab.generate(pipe, cat.prompts[0], sampler_steps=2)
     """
     settings = SearchSettings.chosen(settings, changes)
     if start is not None and settings.rule == "straight-through":

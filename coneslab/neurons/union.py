@@ -44,6 +44,16 @@ def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
 
     The order does not matter, and a mask joined with itself stays as it is.
     Raises ConeslabError for no mask or graded masks with different cuts, MismatchError for masks of different models.
+
+    >>> from coneslab.diffusion import KVSpace
+    >>> space = KVSpace(coneslab.load("tiny"))
+    >>> cat = ConceptNeurons(space.layout, [0, 1, 2], [0.0, 0.25, 0.25], space.fingerprint(), subject="cat")
+    >>> dog = ConceptNeurons(space.layout, [2, 5], [0.0, 0.0], space.fingerprint(), subject="dog")
+    >>> both = coneslab.concatenate(cat, dog)
+    >>> both.subject, both.indices.tolist(), both.scales.tolist()
+    ('cat + dog', [0, 1, 2, 5], [0.0, 0.25, 0.0, 0.0])
+    >>> cat.overlap(dog)
+    Overlap(1 of 4 neurons: Jaccard 0.250, 0.000 by chance)
     """
     if not found:
         raise ConeslabError("there is nothing to join: give at least one mask")
@@ -255,6 +265,18 @@ def finetune_together(
     `TogetherSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
     The pipeline is not changed.
     Raises ConeslabError for no subject, no step, or a loss that diverges; MismatchError for a union of another model.
+
+    >>> from coneslab.diffusion import KVSpace
+    >>> pipe, subjects = coneslab.load("tiny"), [coneslab.subject("cat"), coneslab.subject("dog")]
+    >>> space = KVSpace(pipe)
+    >>> union = ConceptNeurons(space.layout, [0, 1, 2], [0.0, 0.0, 0.0], space.fingerprint(), subject="cat + dog")
+    >>> tuned = coneslab.finetune_together(pipe, union, subjects, steps=2, batch_size=4, prior_batch_size=0)
+    >>> tuned
+    TunedNeurons('cat + dog': 3 weights tuned, ... bytes)
+    >>> before = space.gather()
+    >>> with tuned.applied(pipe):
+    ...     (space.gather() != before).nonzero().flatten().tolist()
+    [0, 1, 2]
     """
     settings = TogetherSettings.chosen(settings, changes)
     if not subjects:

@@ -372,6 +372,10 @@ def sample(
     """Draw `n` random pictures with captions and records; the same seed gives the same pictures.
 
     objects: shares of pictures with one, two, three and four objects. Raises WorldError for an unknown style.
+
+    >>> pictures = coneslab.sample(2, seed=0)
+    >>> pictures.images.shape, pictures.images.dtype, len(pictures.captions)
+    ((2, 64, 64, 3), dtype('uint8'), 2)
     """
     for style in styles:
         _known(style, STYLES, "style")

@@ -133,6 +133,12 @@ def subject(name: str) -> Subject:
 
     Its five reference pictures show it in the held-out art style in five scenes; its prompts ask for seven other
     scenes and for company. Raises WorldError for an unknown name.
+
+    >>> cat = coneslab.subject("cat")
+    >>> cat
+    Subject('cat': 5 pictures of 'a sks cat', 10 prompts)
+    >>> cat.prompts[0], cat.plain(cat.prompts[0]), cat.prior_prompt
+    ('a sks cat on the beach', 'a cat on the beach', 'a cat')
     """
     if name not in SUBJECTS:
         raise WorldError(f"{name!r} is not a subject of the sticker world: choose one of {', '.join(SUBJECTS)}")
@@ -171,6 +177,15 @@ def subject_from_folder(
     model, 512 for Stable Diffusion 1.x). `class_word` is a word the model knows; `prompts` default to ten that fit
     the tiny model. Raises ConeslabError if the folder is missing or holds no picture, a file cannot be read, or the
     class word is empty.
+
+    >>> Path("my_pictures").mkdir()
+    >>> for number, image in enumerate(coneslab.subject("cat").images[:3]):
+    ...     image.resize((400, 300)).save(f"my_pictures/{number}.jpg")
+    >>> mine = coneslab.subject_from_folder("my_pictures", "cat", token="zwx")
+    >>> mine
+    Subject('my_pictures': 3 pictures of 'a zwx cat', 10 prompts)
+    >>> mine.images[0].size
+    (64, 64)
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -156,6 +156,13 @@ def ablate(
     `KVGradient`; progress, callback, resume: see `RunOptions`.
     Returns a `WeightDelta`, or a `TokenEdit` for embeddings.
     Raises ConeslabError for settings that make no sense, or a target without a word of its own.
+
+    >>> pipe = coneslab.load("tiny")
+    >>> options = {"steps": 2, "pictures": 2, "sampler_steps": 2, "batch_size": 4, "preserve_batch_size": 4}
+    >>> coneslab.ablate(pipe, "a cat", "a dog", **options)
+    WeightDelta('a cat': ... weights in ... layers, model ...)
+    >>> coneslab.ablate(pipe, "a cat", "a dog", parameters="embedding", **options)
+    TokenEdit(cat: ... numbers each)
     """
     settings = AblationSettings.chosen(settings, changes)
     shown = ablation_data(pipe, target, anchor, settings, images=images, progress=progress)
@@ -229,7 +236,7 @@ class _Aim:
     def __call__(
         self, batch: NoisyBatch, *, student: Callable[[NoisyBatch, Tensor], Tensor] | None = None
     ) -> NoisyBatch:
-        """The batch with `wanted` filled in. student(batch, texts): predicts in the untouched model's place."""
+        """The batch with its `regression_target`. student(batch, texts): predicts in the untouched model's place."""
         if self.teacher is None or self.theta is None:
             return batch
         rows = slice(0, sum(self.counts))
@@ -238,9 +245,9 @@ class _Aim:
         else:
             with torch.no_grad():
                 predicted = student(batch.part(rows), self.text)
-        wanted = regression_target(self.scheduler, batch.latents, batch.noise, batch.timesteps).clone()
-        wanted[rows] = predicted.to(wanted)
-        return replace(batch, wanted=wanted)
+        aim = regression_target(self.scheduler, batch.latents, batch.noise, batch.timesteps).clone()
+        aim[rows] = predicted.to(aim)
+        return replace(batch, regression_target=aim)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def erase(
         batch = batch_at(number)
         with_target, without = (gradient.outputs(before, own[None], batch) for own in text)
         aim = without - settings.eta * (with_target - without)
-        return Point(replace(batch, wanted=aim), theta=theta)
+        return Point(replace(batch, regression_target=aim), theta=theta)
 
     history = tune_kv(
         gradient,

@@ -56,23 +56,30 @@ def closed_form_edit(
     and `erase_weight`, over the captions `preserve` with v* = W0 c and `preserve_weight`. c: the text embedding at the
     last word of a caption, and at the places after it. Nothing is drawn and nothing trained. settings, changes: see
     `UCESettings`.
+
+    >>> pipe = coneslab.load("tiny")
+    >>> edit = closed_form_edit(pipe, "a cat", "a dog", preserve=["a car", "a house"])
+    >>> edit
+    WeightDelta('a cat': ... weights in ... layers, model ...)
+    >>> edit.deltas.keys() == KVSpace(pipe).parameters.keys()
+    True
     """
     settings = UCESettings.chosen(settings, changes)
     targets, anchors = paired(target, anchor)
-    sources, wanted, weights = [], [], []
+    sources, values, weights = [], [], []
     for own, other in zip(targets, anchors, strict=True):
         for template in settings.templates:
             first, second = _last_words(pipe, template.format(own)), _last_words(pipe, template.format(other))
             rows = min(len(first), len(second))
             sources.append(first[:rows])
-            wanted.append(second[:rows])
+            values.append(second[:rows])
             weights.append(torch.full((rows,), settings.erase_weight / rows))
     for caption in preserve:
         kept = _last_words(pipe, caption)
         sources.append(kept)
-        wanted.append(kept)
+        values.append(kept)
         weights.append(torch.full((len(kept),), settings.preserve_weight / len(kept)))
-    c, v, w = (torch.cat(parts).double() for parts in (sources, wanted, weights))
+    c, v, w = (torch.cat(parts).double() for parts in (sources, values, weights))
     gram = settings.ridge * torch.eye(c.shape[1], dtype=torch.float64) + (w[:, None] * c).T @ c
     deltas = {}
     for name, parameter in KVSpace(pipe).parameters.items():

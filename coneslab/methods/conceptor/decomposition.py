@@ -254,6 +254,15 @@ def decompose(
     settings, changes: see `DecompositionSettings`; vocabulary: see `encode_vocabulary`; dtype: see `KVGradient`;
     callback: see `RunOptions`, with "coefficients" (M,) as a further key.
     The pipeline is not changed. Raises ConeslabError for settings out of range or an empty dictionary.
+
+    >>> pipe, judge, cat = coneslab.load("tiny"), coneslab.load_judge(), coneslab.subject("cat")
+    >>> words = coneslab.encode_vocabulary(pipe, judge, words=["dog", "car", "tree", "house"])
+    >>> settings = DecompositionSettings(steps=2, explain=2, validation_pictures=1, sampler_steps=2)
+    >>> parts = coneslab.decompose(pipe, cat.images, judge, settings, name="cat", vocabulary=words, dictionary=4)
+    >>> sorted(parts.words), round(sum(share for word, share in parts.top(2)), 6)
+    (['car', 'dog', 'house', 'tree'], 1.0)
+    >>> with parts.applied(pipe):
+    ...     images = coneslab.generate(pipe, parts.prompt, sampler_steps=2)  # "a photo of a <concept>"
     """
     settings = DecompositionSettings.chosen(settings, changes)
     shown = _pictures(pipe, concept, settings, progress)

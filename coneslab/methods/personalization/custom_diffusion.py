@@ -77,6 +77,12 @@ def custom_diffusion(
 
     settings, changes: see `CustomDiffusionSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see
     `RunOptions`. Returns the tokens' vectors and the weights' change as one edit.
+
+    >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
+    >>> edit = coneslab.custom_diffusion(pipe, cat, steps=2, batch_size=4, prior_batch_size=0)
+    >>> word, weights = edit.edits
+    >>> word.tokens, sorted({name.split(".")[-2] for name in weights.deltas})
+    (('sks',), ['to_k', 'to_v'])
     """
     settings = CustomDiffusionSettings.chosen(settings, changes)
     taught = several(subjects)

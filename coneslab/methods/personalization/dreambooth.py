@@ -45,6 +45,13 @@ def dreambooth(
     The text encoder stays as it is. Trains a copy of the U-Net in float32, its passes in `dtype`: float32 or
     bfloat16, default bfloat16 where that is faster. settings, changes: see `DreamBoothSettings`; progress, callback,
     resume: see `RunOptions`.
+
+    >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
+    >>> tuned = coneslab.dreambooth(pipe, cat, steps=1, batch_size=2, prior_batch_size=0)
+    >>> tuned
+    WeightDelta('cat': ... weights in ... layers, model ...)
+    >>> tuned.deltas.keys() == dict(pipe.unet.named_parameters()).keys()
+    True
     """
     settings = DreamBoothSettings.chosen(settings, changes)
     taught = several(subjects)

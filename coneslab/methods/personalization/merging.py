@@ -41,6 +41,13 @@ def merge(
     With G = C_reg^T C_reg and D = C G^-1, W = W0 + (V^T − W0 C^T)(D C^T)^-1 D.
     ridge: added to G's diagonal, relative to its mean; by default none if G has full rank, else 1e-6, which the
     result's settings tell. Raises ConeslabError unless there is a subject for each of two edits or more.
+
+    >>> pipe, subjects = coneslab.load("tiny"), [coneslab.subject("cat"), coneslab.subject("dog")]
+    >>> options = {"steps": 2, "batch_size": 4, "prior_batch_size": 0}
+    >>> alone = [coneslab.custom_diffusion(pipe, subject, **options) for subject in subjects]
+    >>> words, weights = coneslab.merge(pipe, alone, subjects).edits
+    >>> words.tokens, weights.subject
+    (('sks', 'zwx'), 'cat, dog')
     """
     if len(edits) != len(subjects) or len(edits) < 2:
         raise ConeslabError(f"got {len(edits)} edits and {len(subjects)} subjects: give two or more, as many of each")

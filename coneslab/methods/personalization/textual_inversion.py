@@ -59,6 +59,15 @@ def textual_inversion(
     prompts (a reading; the paper's have the token alone). settings, changes: see `TextualInversionSettings`; dtype,
     chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
     Raises ConeslabError if a caption lacks its token, or settings are out of range.
+
+    >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
+    >>> learned = coneslab.textual_inversion(pipe, cat, steps=2, batch_size=4)
+    >>> learned
+    TokenEdit(sks: ... numbers each)
+    >>> learned.initial, len(learned.history["loss"])
+    (('cat',), 2)
+    >>> with learned.applied(pipe, dose=0.5):  # halfway from "cat" to what was learned
+    ...     images = coneslab.generate(pipe, cat.prompt, sampler_steps=2)
     """
     settings = TextualInversionSettings.chosen(settings, changes)
     taught = several(subjects)
