@@ -465,7 +465,7 @@ def test_soft_entropy_agrees_with_torch():
     torch.testing.assert_close(judging.soft_entropy(logits, hard), nn.functional.cross_entropy(logits, index))
 
 
-# --- from scratch to a folder that loads ---------------------------------------------------------------
+# --- from scratch to a folder that loads ----------------------------------------------------------------
 
 
 SMALL = [
