@@ -1,4 +1,4 @@
-"""The command line: commands explain themselves, errors are one line and an exit code, and each does what it says."""
+"""The command line: every command explains itself and does what it says; errors are one line and an exit code."""
 
 from __future__ import annotations
 

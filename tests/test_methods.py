@@ -1,4 +1,4 @@
-"""Methods under one interface, and the table of them: shared parts, your own method, settings by trials, resuming."""
+"""Methods behind one interface, and their table: shared parts, your own method, settings by trials, resuming."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The house: a room imports only from floors below its own, and no module, by whatever way, imports itself."""
+"""The house: a room imports only from floors below its own, and no module imports itself, even indirectly."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
