@@ -94,7 +94,7 @@ def tokenize(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
 def encode_prompts(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
     """Text embeddings (n, tokens, width) as the pipeline itself computes them.
 
-    Carries gradients only if a weight of the text encoder requires them.
+    Carries gradients if and only if a weight of the text encoder requires them.
     """
     wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in pipe.text_encoder.parameters())
     with torch.set_grad_enabled(wanted):

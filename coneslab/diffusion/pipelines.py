@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConeslabError, FileFormatError
 from ..files import data_folder
 
-if TYPE_CHECKING:  # diffusers and transformers take seconds to import: done only to load a model
+if TYPE_CHECKING:  # diffusers and transformers take seconds to import: left until a model is loaded
     from diffusers import StableDiffusionPipeline
 
 Pipeline: TypeAlias = "StableDiffusionPipeline"

@@ -119,7 +119,7 @@ def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> A
 
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Flush denormal numbers to 0 for the length of a block or function: they are slow, and gradients full of them.
+    """Flush denormals to 0 for the length of a block or function: they are slow, and gradients are full of them.
 
     Enter it before worker threads start: they inherit it.
     """

@@ -154,7 +154,7 @@ def _tree_mean(tree: _Tree) -> float:
 
 
 def _resample(tree: _Tree, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of `size` resamples of a tree, (size,): children drawn with replacement, each resampled anew."""
+    """Means of `size` resamples of a tree, (size,): children drawn with replacement, each resampled in turn."""
     if isinstance(tree, float):
         return np.full(size, tree)
     drawn = rng.integers(len(tree), size=(size, len(tree)))

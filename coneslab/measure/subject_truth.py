@@ -1,4 +1,4 @@
-"""What came through of a subject: class, drawing, hue; and hats. Only the world with variety knows these."""
+"""Which parts of a subject came through: class, drawing, hue; and hats. Only the world with variety knows these."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def best_device() -> torch.device:
 class Feed:
     """Fresh pictures from the sticker world, drawn in advance by another process.
 
-    Chunk `i` depends only on `seed` and `i`, so a resumed run sees the pictures it would have seen.
+    Chunk `i` depends only on `seed` and `i`, so a resumed run continues with the pictures it would have seen.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ _ABOUT = """<h1>Concept neurons</h1>
 <p>A small diffusion model draws stickers. Some of the weights that read the text are the <b>concept neurons</b> of a
 subject: when they are shut, the model draws a thing it has never seen. Choose an edit, move its dose, and compare with
 the untouched model, which starts from the same noise.</p>"""
-_ASLEEP = "<p><small>After half an hour without a change the page falls asleep; load it again to go on.</small></p>"
+_ASLEEP = "<p><small>After half an hour without a change the page falls asleep; reload it to continue.</small></p>"
 
 
 class Page:
