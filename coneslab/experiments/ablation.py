@@ -55,7 +55,7 @@ class Target:
     """What is ablated, and the prompts that measure it.
 
     shown: the prompts that ask for target and anchor when measuring; others: prompts for other concepts, by group;
-    templates: captions to train on, {} standing for target or anchor; paraphrases, synonyms: ways round the ablation.
+    templates: captions with {} for target or anchor; paraphrases, synonyms: prompts that may get round the ablation.
     """
 
     kind: str
@@ -190,7 +190,7 @@ def ablation(setting: Setting, case: Target, seed: int) -> list[Row]:
 
 
 def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
-    """What ablating one concept does to every class: rows with the class as condition and the judge's share of it."""
+    """What ablating one concept does to every class (the condition): the share that the judge recognises."""
     setting = setting.quick()
     edit = WAYS["model-based, K-V"](setting, case, seed)
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
