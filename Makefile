@@ -1,11 +1,11 @@
 # make lab        JupyterLab on the notebooks (the first run sets everything up)
 # make app        the playground as a web page, for a class
 # make check      style, types and the fast tests: after every edit, within 90 seconds
-# make test       what proves that all works, every notebook from its first to its last cell in short: 8 to 12 minutes
+# make test       everything, with every cell of every notebook run in short: 8 to 12 minutes
 # make test-all   the same at full length, for a release or a change to a notebook: an hour
 # make notebooks  run every notebook again and save its outputs in place
-# make book       the site: notebooks as they were saved, results, model cards, reference, in build/book/html
-# make hosts      write the set-up cells and the links to Colab and Binder anew, from the address in pyproject.toml
+# make book       the site: notebooks as saved, results, model cards, reference, in build/book/html
+# make hosts      rewrite the set-up cells and the links to Colab and Binder, from the address in pyproject.toml
 # make assignments  the students' versions of the exercises, in build/coursework/release (see the README)
 # make bench      the benchmarks, printed side by side
 # make help       these lines
@@ -42,11 +42,11 @@ lab: $(VENV)/.coneslab
 	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_tour.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-# Only this machine reaches the page unless APP_ARGS says otherwise. Visitors see no code and can run none: Voilà leaves
-# the sources out, starts the kernels itself, and passes on nothing but messages of widgets; what widgets may ask
-# for is limited in Python (widgets.Limits). What the coursework brings to JupyterLab cannot load in the page and is
-# kept out of it. A visitor's kernel takes 0.7 GB, and 1.2 GB once it has searched; it ends with the page, or after half
-# an hour without a message. One thread each, or thirty would wait for each other.
+# Only this machine can reach the page unless APP_ARGS says otherwise. Visitors see no code and can run none: Voilà
+# leaves out the sources, starts the kernels itself, and passes on only widget messages; what widgets may ask for is
+# limited in Python (widgets.Limits). The coursework's JupyterLab extensions cannot load in the page and are kept out. A
+# visitor's kernel takes 0.7 GB, and 1.2 GB once it has searched; it ends with the page, or after half an hour without a
+# message. One thread each, or thirty would wait for each other.
 app: $(VENV)/.coneslab-app
 	@mkdir -p '$(EDITS)'
 	CONESLAB_EDITS="$$(realpath '$(EDITS)')" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/voila \
@@ -60,8 +60,8 @@ style: $(VENV)/.coneslab-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two at a time, with one thread each: threads of torch that have to share a core with others wait for each other, and
-# tests of seconds take minutes. A file's tests stay together, for what they share.
+# Two workers with one thread each: torch threads that share a core wait for each other, and tests of seconds take
+# minutes. A file's tests stay together, for their shared fixtures.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: style
@@ -85,8 +85,8 @@ book: $(VENV)/.coneslab-book
 hosts: $(VENV)/.coneslab-test
 	$(BIN)/python docs/hosts.py
 
-# nbgrader writes beside what it reads, so it is given a copy: nothing of a course appears in the checkout. It calls
-# alembic, too, by name.
+# nbgrader writes beside what it reads, so it gets a copy: no course files end up in the checkout. It also calls alembic
+# by name.
 assignments: $(VENV)/.coneslab-coursework
 	@mkdir -p '$(COURSE)' && cp -R coursework/. '$(COURSE)'
 	@export PATH="$$(realpath '$(BIN)'):$$PATH" && cd '$(COURSE)' && for assignment in source/*/; do \
@@ -99,7 +99,7 @@ bench: $(VENV)/.coneslab-test
 clean:
 	rm -rf $(VENV) build/book
 
-# The stamps make a second `make` start at once; they are older than what decides the environment when that changes.
+# The stamps let a second `make` start at once; they are out of date once the files that define the environment change.
 $(VENV)/.coneslab: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[lab]'
 	@touch $@

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-_SHOWN = 8  # the entries that a message shows of an array; of a longer one it shows the worst
+_SHOWN = 8  # how many entries of an array a message shows; of a longer one it shows the worst
 
 
 def check(name: str, got: Any, expected: Any, *, hint: str = "", tolerance: float = 0.0, relative: float = 0.0) -> None:
@@ -33,7 +33,7 @@ def check(name: str, got: Any, expected: Any, *, hint: str = "", tolerance: floa
 
 
 def check_range(name: str, got: Any, low: float, high: float, *, hint: str = "") -> None:
-    """Check that a number lies in [low, high]: for what is measured, and so has no one right value.
+    """Check that a number lies in [low, high]: for measurements, which have no single right value.
 
     Arguments and errors as in `check`.
 
@@ -69,8 +69,8 @@ def _check_numbers(name: str, got: Any, wanted: np.ndarray, hint: str, tolerance
 
 
 def _numbers(value: Any) -> np.ndarray | None:
-    """Numbers as float64, or None for what is not made of numbers."""
-    if hasattr(value, "detach"):  # a tensor, wherever it is
+    """Numbers as float64, or None for anything else."""
+    if hasattr(value, "detach"):  # a tensor, on any device
         value = value.detach().cpu()
         value = value.numpy() if value.dtype.itemsize > 2 or not value.dtype.is_floating_point else value.float()
     try:

@@ -1,4 +1,4 @@
-"""Names that a package offers and loads when first used: torch, diffusers and pandas take seconds to import."""
+"""Names that a package offers and imports on first use: torch, diffusers and pandas take seconds to import."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def attach(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """The `__getattr__`, `__dir__` and `__all__` of a package that offers names of its modules.
 
-    homes: module, relative to the package -> the names it has. Type checkers see none of this: give them the imports
-    under `if TYPE_CHECKING`. Raises ValueError for a name with two homes.
+    homes: module, relative to the package -> its names. Type checkers see none of this: give them the imports under
+    `if TYPE_CHECKING`. Raises ValueError for a name with two homes.
     """
     module_of = {name: module for module, names in homes.items() for name in names}
     if len(module_of) < sum(map(len, homes.values())):

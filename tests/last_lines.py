@@ -1,4 +1,4 @@
-"""The last lines of a run of the tests that failed: which, why, and how to run each alone."""
+"""The last lines of a failed test run: which tests failed, why, and how to run each alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 10
 
 
 def reason(report: Any) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, in one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = (crash.message if crash is not None else report.longreprtext).strip().splitlines()
     if not lines:
@@ -22,7 +22,7 @@ def reason(report: Any) -> str:
 
 
 def command(nodeid: str) -> str:
-    """What runs this test, or notebook, and nothing else."""
+    """The command that runs this test, or notebook, and nothing else."""
     python, name = os.path.relpath(sys.executable), nodeid
     python = sys.executable if python.startswith("..") else python
     before, options = "", "--durations=3"

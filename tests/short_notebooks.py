@@ -1,15 +1,15 @@
 """Short copies of the notebooks, in which every cell runs, with fewer rounds, steps and pictures.
 
     python tests/short_notebooks.py build/short             all notebooks: `make test` runs the copies with nbmake
-    python tests/short_notebooks.py build/short 04          those whose name begins so
+    python tests/short_notebooks.py build/short 04          those whose name begins with 04
 
-A notebook says itself how it is shortened, in its metadata (JupyterLab: Property Inspector, Advanced Tools):
+A notebook's metadata say how it is shortened (JupyterLab: Property Inspector, Advanced Tools):
 
     "short": {"text": {"ROUNDS = 60": "ROUNDS = 2"},
               "defaults": {"coneslab.generate": {"sampler_steps": 2}}}
 
-`text` is replaced wherever it stands in the code; `defaults` are what functions, and settings, take that are called
-without these options. Whatever is named must be there: a notebook that changes cannot grow long again unseen.
+`text` is replaced wherever it stands in the code; `defaults` are what functions and settings use when called without
+these options. Whatever is named must exist, so a notebook that changes cannot grow long again unnoticed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ablations: losses against hand computation, closed forms against an optimiser, only the stated weights change."""
+"""Ablations: losses against hand computation, closed forms against an optimiser, only the named weights change."""
 
 from __future__ import annotations
 

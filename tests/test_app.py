@@ -1,4 +1,4 @@
-"""The page for a class, without a browser: searches once a subject, keeps what it found, stays usable on errors."""
+"""The page for a class, without a browser: searches once per subject, keeps what it found, survives errors."""
 
 from __future__ import annotations
 

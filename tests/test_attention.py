@@ -1,4 +1,4 @@
-"""The K-V space and attention maps, against diffusers' own parameters and softmax(Q Kᵀ) written out here."""
+"""The K-V space and attention maps, against diffusers' own parameters and an independent softmax(Q Kᵀ)."""
 
 from __future__ import annotations
 

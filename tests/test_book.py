@@ -1,4 +1,4 @@
-"""The site: built without a warning; links that lead somewhere, pictures with words, headings in order, dark enough.
+"""The site: built without warnings; links that resolve, alt texts, headings in order, enough contrast.
 
 Every check of the built pages is a function of a folder, and is shown here to find what is wrong in a broken one.
 """

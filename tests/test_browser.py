@@ -1,4 +1,4 @@
-"""The widgets in a real browser: JupyterLab and the app are started, Chromium opens them, moves and looks.
+"""The widgets in a real browser: JupyterLab and the app are started, Chromium opens them, moves controls and looks.
 
 A notebook, a widget and the page in `make test`, the other widgets and two visitors at once in `make test-all`.
 Screenshots are written to build/screenshots. Needs Playwright's Python package and a Chromium (CHROMIUM names one).

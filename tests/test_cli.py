@@ -1,4 +1,4 @@
-"""The command line: commands explain themselves, errors are one line and an exit code, and each does what it says."""
+"""The command line: every command explains itself and does what it says; errors are one line and an exit code."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_find_keeps_neurons_in_a_file_and_overwrites_none(coneslab, tmp_path):
     assert found["subject"] == edit.subject == "cat" and found["neurons"] == edit.n
     assert found["shut"] == len(edit.shut()) == sum(found["shut by layer"].values())
     before = (tmp_path / "cat.safetensors").read_bytes()
-    assert "there already" in coneslab("find", "cat", "--rounds", "1")
+    assert "already exists" in coneslab("find", "cat", "--rounds", "1")
     assert (tmp_path / "cat.safetensors").read_bytes() == before
     assert coneslab("find", "cat", "--rounds", "1", "--force")["precision"] == "binary"
     assert "not a subject" in coneslab("find", "unicorn")
@@ -139,7 +139,7 @@ def test_generate_says_in_each_picture_how_it_was_made(coneslab, tmp_path, model
     edited = coneslab("generate", "a cat", "--seed", "5", "--edit", "cat.safetensors", "--out", "edited")["pictures"]
     assert edited[0]["edits"] == ["cat.safetensors"]
     assert not np.array_equal(picture(edited[0]["file"]), picture(plain[0]["file"]))
-    assert "there already" in coneslab("generate", "a dog!", "a mouse", "--seed", "5", "--out", "plain")
+    assert "already exists" in coneslab("generate", "a dog!", "a mouse", "--seed", "5", "--out", "plain")
     assert len(list((tmp_path / "plain").iterdir())) == 4  # a mouse was not drawn, either
     assert "given twice" in coneslab("generate", "a cat", "a cat?")
     assert "none.safetensors" in coneslab("generate", "a cat", "--edit", "none.safetensors")
@@ -158,7 +158,7 @@ def test_apply_draws_both_and_writes_a_pipeline_with_the_edit(coneslab, tmp_path
         expected = generate(pipe, "a dog", sampler_steps=2)[0]
     assert np.array_equal(np.asarray(generate(edited, "a dog", sampler_steps=2)[0]), np.asarray(expected))
     assert "--prompt" in coneslab("apply", "dog.safetensors", "--out", "other.png")
-    assert "there already" in coneslab("apply", "dog.safetensors", "--prompt", "a dog", "--save-model", "edited")
+    assert "already exists" in coneslab("apply", "dog.safetensors", "--prompt", "a dog", "--save-model", "edited")
     assert "tiny" not in found["figure"]
 
 
@@ -241,7 +241,7 @@ def test_doctor_says_what_is_damaged_old_or_missing(capsys, monkeypatch):
     code, found = told(capsys)
     problems = [f"{row['found']} {row['hint']}" for row in found["findings"] if row["level"] == "problem"]
     assert code == 1 and not found["ok"] and len(problems) == 4
-    assert "torch is 1.0, needed is >=" in problems[0] and "tqdm is not installed" in problems[1]
+    assert "torch is 1.0, coneslab needs >=" in problems[0] and "tqdm is not installed" in problems[1]
     assert "unet/x.safetensors" in problems[2]
 
 

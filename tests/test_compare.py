@@ -1,4 +1,4 @@
-"""Grids of cells: nothing lost and nothing doubled after a kill, and summaries against direct computation."""
+"""Grids of cells: nothing lost or repeated after a kill, and summaries against direct computation."""
 
 import numpy as np
 import pandas

@@ -1,4 +1,4 @@
-"""Unions of masks keep the laws of sets; collaborative tuning lowers the loss and never leaves the union."""
+"""Unions of masks obey the laws of sets; collaborative tuning lowers the loss and never leaves the union."""
 
 from __future__ import annotations
 

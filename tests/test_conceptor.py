@@ -1,4 +1,4 @@
-"""Decompositions: only coefficients learn, the pipeline stays as it was, and known sums are found again."""
+"""Decompositions: only coefficients are trained, the pipeline stays unchanged, and known sums are recovered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noising, targets, loss and samplers, against diffusers' schedulers and against formulas written out again."""
+"""Noising, targets, loss and samplers, against diffusers' schedulers and independently written formulas."""
 
 from __future__ import annotations
 

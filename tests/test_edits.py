@@ -1,4 +1,4 @@
-"""Edits leave no trace: weights restored bit for bit under injected faults; files are whole or refused."""
+"""Edits leave no trace: weights restored bit for bit under injected faults; files are complete or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiments behind the tables, in small on a random model: all conditions, real numbers, nothing left on."""
+"""The experiments behind the tables, on a small random model: all conditions, finite numbers, no edit left applied."""
 
 from dataclasses import replace
 from types import SimpleNamespace

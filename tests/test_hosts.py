@@ -1,4 +1,4 @@
-"""The notebooks elsewhere: one set-up cell and one address for all, Colab in small, Binder, development containers."""
+"""The notebooks elsewhere: one set-up cell and one address for all, a small Colab, Binder, development containers."""
 
 from __future__ import annotations
 

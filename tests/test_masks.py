@@ -1,4 +1,4 @@
-"""Mask files: exact for any mask, close to the entropy bound, and never wrong when they are damaged or forged."""
+"""Mask files: exact for any mask, close to the entropy bound, and never misread when damaged or forged."""
 
 from __future__ import annotations
 

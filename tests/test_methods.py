@@ -1,4 +1,4 @@
-"""Methods under one interface, and the table of them: shared parts, your own method, settings by trials, resuming."""
+"""Methods behind one interface, and their table: shared parts, your own method, settings by trials, resuming."""
 
 import json
 import os
@@ -155,7 +155,7 @@ def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
         comparison.compare_methods(path, counts=[9])
     with pytest.raises(WorldError, match="unicorn"):
         comparison.compare_methods(path, subjects=["cat+unicorn"])
-    with pytest.raises(ConeslabError, match="no method"):
+    with pytest.raises(ConeslabError, match="not a method"):
         make_edit("Cone", None, [])
     assert not path.exists()
 

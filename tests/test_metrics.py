@@ -1,4 +1,4 @@
-"""Metrics against independent computations: scikit-learn, torchmetrics, scipy, and loops written out."""
+"""Metrics against independent computations: scikit-learn, torchmetrics, scipy, and explicit loops."""
 
 import numpy as np
 import pytest

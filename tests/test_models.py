@@ -1,4 +1,4 @@
-"""Loading: what is refused, and why; sums; fingerprints."""
+"""Loading: what is refused, and why; checksums; fingerprints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search against finite differences and a plain loop; masks and files under property tests; the controls."""
+"""The search against finite differences and a plain loop; property tests of masks and files; the controls."""
 
 from __future__ import annotations
 

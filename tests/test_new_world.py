@@ -790,11 +790,11 @@ Sticker = world.Sticker
         ([Sticker("doctor", hat="red")], "grass", "'red' is not a colour of a hat", "orange"),
         ([Sticker("teddy", "bold")], "grass", "'teddy/whole' is not a sprite in 'bold'", "bear/face"),
         ([Sticker("doctor", "bold")], "grass", "is not a sprite in 'bold'", "man/young"),
-        ([Sticker("cat", size=60)], "grass", "60 pixels is no size", "54"),
-        ([Sticker("cat", size=0)], "grass", "0 pixels is no size", "from 1"),
-        ([Sticker("cat", size=math.nan)], "grass", "nan pixels is no size", "from 1"),
-        ([], "grass", "0 were given", "one to four"),
-        (["cat", "dog", "car", "bus", "fox"], "grass", "5 were given", "one to four"),
+        ([Sticker("cat", size=60)], "grass", "size of 60 pixels", "54"),
+        ([Sticker("cat", size=0)], "grass", "size of 0 pixels", "from 1"),
+        ([Sticker("cat", size=math.nan)], "grass", "size of nan pixels", "from 1"),
+        ([], "grass", "got 0 objects", "one to four"),
+        (["cat", "dog", "car", "bus", "fox"], "grass", "got 5 objects", "one to four"),
     ],
 )
 def test_wrong_orders_are_refused_with_what_was_given_and_the_choices(objects, scene, told, choice):

@@ -1,6 +1,6 @@
-"""The saved notebooks: run, small, free of traces of the machine. That they still run is `pytest --nbmake`'s part.
+"""The saved notebooks: run, small, free of traces of the machine. `pytest --nbmake` tests that they still run.
 
-And their short copies: all cells are there, and a cell that breaks fails.
+Their short copies: all cells are there, and a broken cell fails.
 """
 
 import os

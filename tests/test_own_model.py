@@ -1,6 +1,6 @@
-"""Notebooks with `MODEL` set to another model: random weights, in the structure of Stable Diffusion 1.5 or 2.1.
+"""Notebooks with `MODEL` set to another model: random weights, in the architecture of Stable Diffusion 1.5 or 2.1.
 
-Three of them in short; every one with both, with its own settings, in `make test-all`.
+Three of them in short; all of them with both models, with their own settings, in `make test-all`.
 """
 
 from __future__ import annotations

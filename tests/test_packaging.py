@@ -1,4 +1,4 @@
-"""The package as others get it: dependency lists that agree, a wheel that works offline away from the checkout."""
+"""The package as users get it: dependency lists that agree, a wheel that works offline away from the checkout."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""Baselines: the right weights train and no others, closed forms against solvers, interruptions leave no trace."""
+"""Baselines: only the right weights are trained, closed forms against solvers, interruptions leave no trace."""
 
 from __future__ import annotations
 

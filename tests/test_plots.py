@@ -1,4 +1,4 @@
-"""Figures: they hold what was given, say what they are, and refuse emptiness."""
+"""Figures: they show what was given, have an alt text, and refuse empty input."""
 
 import io
 

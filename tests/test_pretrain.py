@@ -427,7 +427,7 @@ def test_the_recipe_takes_other_values_and_nothing_else():
         ("unet.learning_rate=1", "no value 'unet.learning_rate'"),
         ("unet.training=1", "no value 'unet.training'"),
         ("unet.training.muon=1", "give a bool"),
-        ("unet.training.pictures=many", "is no value"),
+        ("unet.training.pictures=many", "is not a value"),
     ):
         with pytest.raises(ConeslabError, match=message):
             pretraining.load_recipe([text])
@@ -481,7 +481,7 @@ def test_soft_entropy_agrees_with_torch():
     torch.testing.assert_close(judging.soft_entropy(logits, hard), nn.functional.cross_entropy(logits, index))
 
 
-# --- from nothing to a folder that loads ----------------------------------------------------------------
+# --- from scratch to a folder that loads ----------------------------------------------------------------
 
 
 SMALL = [

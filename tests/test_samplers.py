@@ -1,4 +1,4 @@
-"""Samplers side by side: guidance in a part of the schedule, counted calls, and a table by the judge."""
+"""Samplers side by side: guidance in part of the schedule, call counts, and the judge's table."""
 
 import numpy as np
 import pytest

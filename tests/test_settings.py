@@ -1,4 +1,4 @@
-"""Settings are data: chosen whole or field by field, saved with what they made, and passed back in."""
+"""Settings are data: given whole or field by field, saved with what they made, and passed back in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests share: a change is seen, named, and undone for the tests that come after."""
+"""What tests share: a change is detected, named, and undone for later tests."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Widgets without a browser: set a control's value, and see what the picture and the status line say."""
+"""Widgets without a browser: set a control's value, then check the picture and the status line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: `coneslab COMMAND ...`, which `make lab` puts beside Python.
+"""The command line: `coneslab COMMAND ...`, which `make lab` installs beside Python.
 
 `use` has the commands that use a model, `reproduce` those that make what ships or is reported. Builds on everything
 else; each command imports what it needs when it runs.

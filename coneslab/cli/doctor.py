@@ -1,6 +1,6 @@
-"""Is everything there, and what will be slow? Versions, device, shipped models, and seconds measured here.
+"""Is everything there, and what will be slow? Versions, device, shipped models, and timings on this machine.
 
-`coneslab doctor` prints it. Nothing is changed, and nothing is fetched.
+`coneslab doctor` prints it. It changes nothing and downloads nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..neurons.search import find_concept_neurons
 from ..world.subjects import subject as subject_named
 
 Level = Literal["ok", "note", "problem"]
-ROUNDS = 60  # of the search that is foretold, from three
+ROUNDS = 60  # of the search whose time is predicted, from three
 _PARTS = {  # what an extra of the package brings, by the command that needs it
     "jupyterlab": "the notebooks in JupyterLab (make lab)",
     "voila": "the playground as a page (make app)",
@@ -38,7 +38,7 @@ _PARTS = {  # what an extra of the package brings, by the command that needs it
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. level: "problem" where something will not work; hint: what to do about it."""
+    """One thing that was checked. level: "problem" if something will not work; hint: what to do about it."""
 
     what: str
     found: str
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings, in the order in which they were made. ok: none is a problem."""
+    """All findings, in the order they were made. ok: none is a problem."""
 
     findings: tuple[Finding, ...]
 
@@ -66,14 +66,14 @@ class Diagnosis:
         return "\n".join([*lines, f"{problems or 'no'} problem{'s' * (problems != 1)} found"])
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: ok, and a dictionary a finding."""
+        """For JSON: ok, and one dictionary per finding."""
         return {"ok": self.ok, "findings": [asdict(finding) for finding in self.findings]}
 
 
 def examine(*, device: str | None = None, timing: bool = True) -> Diagnosis:
-    """Look at the installation and at this machine. timing: also draw and search a little, for about ten seconds.
+    """Check the installation and this machine. timing: also draw and search a little, for about ten seconds.
 
-    device: default a GPU where there is one.
+    device: default a GPU if there is one.
     """
     found = Diagnosis((*_versions(), *_device(device), *_machine(), *_parts(), *_shipped()))
     if not timing or not found.ok:
@@ -90,7 +90,7 @@ def _versions() -> Iterator[Finding]:
         lines = importlib.metadata.requires("coneslab") or []
     except importlib.metadata.PackageNotFoundError:
         lines = []
-        yield Finding("libraries", "not held to what coneslab needs: it is not installed", "note", "pip install -e .")
+        yield Finding("libraries", "not checked: coneslab itself is not installed", "note", "pip install -e .")
     for line in lines:
         need = Requirement(line)
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
@@ -103,7 +103,7 @@ def _versions() -> Iterator[Finding]:
         if need.name in ("torch", "diffusers", "transformers"):
             shown.append(f"{need.name} {version}")
         if not need.specifier.contains(version, prereleases=True):
-            wrong[need] = f"is {version}, needed is {need.specifier}"
+            wrong[need] = f"is {version}, coneslab needs {need.specifier}"
     if shown:
         yield Finding("libraries", ", ".join(shown))
     for need, text in wrong.items():
@@ -133,7 +133,7 @@ def _machine() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     few = threads < min(cores, 2)
-    hint = "OMP_NUM_THREADS holds torch back: unset it" if few and "OMP_NUM_THREADS" in os.environ else ""
+    hint = "OMP_NUM_THREADS limits torch: unset it" if few and "OMP_NUM_THREADS" in os.environ else ""
     kind = (
         "bfloat16" if bfloat16_pays(torch.device("cpu")) else "no bfloat16, without which notebooks take twice as long"
     )
@@ -143,12 +143,12 @@ def _machine() -> Iterator[Finding]:
         hint = "notebooks take up to 3 GB: close other programs" if low else ""
         yield Finding("memory", f"{memory / 1e9:.1f} GB free", "note" if low else "ok", hint)
     free = shutil.disk_usage(".").free
-    hint = "a run keeps checkpoints and edits: make room" if free < 1e9 else ""
+    hint = "a run saves checkpoints and edits: free some space" if free < 1e9 else ""
     yield Finding("disk", f"{free / 1e9:.1f} GB free here", "note" if free < 1e9 else "ok", hint)
 
 
 def _memory() -> float | None:
-    """Bytes that programs can still have, where the system says so."""
+    """Bytes of memory that are available, or None if the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
@@ -176,7 +176,7 @@ def _shipped() -> Iterator[Finding]:
             yield Finding(f"model {name!r}", "missing or damaged", "problem", str(error))
         else:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            yield Finding(f"model {name!r}", f"whole, {size / 1e6:.0f} MB, checksums as at its export")
+            yield Finding(f"model {name!r}", f"complete, {size / 1e6:.0f} MB, checksums match")
 
 
 def _speed(device: torch.device) -> Iterator[Finding]:

@@ -12,9 +12,9 @@ from ..errors import ConeslabError
 from . import reproduce, use
 
 _EPILOG = """\
-Exit codes: 0 done; 1 something is wrong with what was given, found or installed, and stderr says what; 2 the command
-was not understood; 130 interrupted. --json prints one JSON object to stdout, or writes it to a file, and leaves what
-is meant for people to stderr.
+Exit codes: 0 success; 1 something is wrong with the input, the files or the installation, and stderr says what;
+2 the command was not understood; 130 interrupted. --json prints one JSON object to stdout, with messages on stderr,
+or writes it to a file.
 
   coneslab doctor                                    is everything there, and what will be slow?
   coneslab tour                                      find neurons, shut them, look: one minute
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coneslab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        more = "; what was saved is kept, and the same command goes on from there"
+        more = "; what was saved is kept, and the same command continues from there"
         print(f"coneslab: interrupted{more if getattr(options, 'resumes', False) else ''}", file=sys.stderr)
         return 130
     return int(not found["ok"]) if isinstance(found, dict) and "ok" in found else 0

@@ -1,4 +1,4 @@
-"""Options that commands share, and what is done with them."""
+"""Options that commands share, and what they do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Arguments = argparse.Namespace
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json [FILE]."""
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="what was found as JSON, to stdout or a file"
+        "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON, to stdout or a file"
     )
 
 
@@ -27,34 +27,34 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """Parse a positive whole number, for argparse."""
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def teller(arguments: Arguments) -> Callable[..., None]:
-    """A print for what is meant for people: it leaves stdout to the JSON object if that goes there."""
+    """A print function for messages: to stderr if the JSON object goes to stdout."""
     stream = sys.stderr if arguments.json == "-" else sys.stdout
     return lambda *words: print(*words, file=stream, flush=True)
 
 
 def add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True) -> None:
-    """Add what every command that uses a pipeline takes. out: the help of --out; drawing: whether it draws."""
+    """Add the options of every command that uses a pipeline. out: the help of --out; drawing: whether it draws."""
     parser.add_argument("--model", default="tiny", help='"tiny", a pipeline folder, or a hub id (default: tiny)')
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     if drawing:
-        parser.add_argument("--sampler-steps", type=positive, default=25, help="of a picture (default: 25)")
-        parser.add_argument("--guidance-scale", type=float, default=3.0, help="of pictures (default: 3.0)")
+        parser.add_argument("--sampler-steps", type=positive, default=25, help="steps per picture (default: 25)")
+        parser.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale (default: 3.0)")
     parser.add_argument("--out", type=Path, help=out)
-    parser.add_argument("--force", action="store_true", help="overwrite files that are there")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     add_json(parser)
 
 
 def load_pipeline(arguments: Arguments) -> Any:
-    """The pipeline that --model names, on --device; without progress bars if --quiet says so."""
+    """The pipeline that --model names, on --device; with --quiet, without progress bars."""
     import diffusers
     import transformers
 
@@ -67,15 +67,15 @@ def load_pipeline(arguments: Arguments) -> Any:
 
 
 def free_path(path: Path, arguments: Arguments) -> Path:
-    """A path that may be written; its folder is made. Raises ConeslabError if something is there."""
+    """A path that may be written; creates its folder. Raises ConeslabError if the path already exists."""
     if path.exists() and not arguments.force:
-        raise ConeslabError(f"{path} is there already: name another with --out, or say --force to overwrite it")
+        raise ConeslabError(f"{path} already exists: name another with --out, or overwrite it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def file_name(text: str) -> str:
-    """A text as a file's name, without what some systems refuse in names."""
+    """A text as a file name, without characters that some systems refuse."""
     return re.sub(r"[^\w.]+", "-", text.strip()).strip("-.")[:60] or "unnamed"
 
 

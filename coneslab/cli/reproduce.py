@@ -14,10 +14,10 @@ from .options import add_json, add_judge, teller
 def _pretrain(arguments: argparse.Namespace) -> None:
     import signal
 
-    from .. import pretraining  # torch and diffusers take seconds to import: not for --help
+    from .. import pretraining  # torch and diffusers take seconds to import, which --help should not
     from ..pretraining.recipe import load_recipe
 
-    for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore the first: both save a checkpoint
+    for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore SIGINT; both save a checkpoint
         signal.signal(sign, signal.default_int_handler)
     stages = {
         "vae": ("vae",),
@@ -37,42 +37,42 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:
-    """`coneslab pretrain MODEL`: train the shipped models from nothing."""
-    pretrain = commands.add_parser("pretrain", help="train the shipped models from nothing, or go on where it stopped")
+    """`coneslab pretrain MODEL`: train the shipped models from scratch."""
+    pretrain = commands.add_parser("pretrain", help="train the shipped models from scratch, or resume")
     pretrain.add_argument(
         "model",
         choices=("vae", "decoder", "unet", "judge", "all", "export"),
-        help="decoder: go on with the autoencoder's decoder alone, its latents stay; export: put what is trained into "
-        "the folder of shipped models; all: everything in turn",
+        help="decoder: train only the autoencoder's decoder further, its latents stay the same; export: copy the "
+        "trained models to the folder of shipped models; all: everything in turn",
     )
     pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs, pictures (default: runs)")
     pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
-    pretrain.add_argument("--minutes", type=float, help="time budget of each model; its learning rate ends at 0 then")
+    pretrain.add_argument("--minutes", type=float, help="time budget per model; its learning rate ends at 0 then")
     pretrain.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another value than the recipe's, such as unet.training.pictures=40000 (data/pretraining/recipe.toml)",
+        help="replace a value of the recipe, such as unet.training.pictures=40000 (data/pretraining/recipe.toml)",
     )
-    pretrain.add_argument("--trial", metavar="NAME", help="add what was measured to data/pretraining/trials.csv")
-    pretrain.add_argument("--judge", help="of the new world: with --trial, it is asked about some pictures, too")
+    pretrain.add_argument("--trial", metavar="NAME", help="add the measurements to data/pretraining/trials.csv")
+    pretrain.add_argument("--judge", help="of the new world: with --trial, asked about some pictures as well")
     pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
     pretrain.set_defaults(run=_pretrain, resumes=True)
 
 
 def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int) -> None:
-    """What the commands have in common that ask a judge about the pictures of a pipeline; defaults are given."""
-    parser.add_argument("--seeds", type=int, default=seeds, help="pictures a prompt, each in another scene")
-    parser.add_argument("--limit", type=int, help="only that many classes, pairs, threes and fours: a quick look")
-    parser.add_argument("--kid", type=int, default=kid, metavar="N", help="also the KID of N pictures to real ones")
+    """Add the options of commands that ask a judge about a pipeline's pictures. seeds, kid: their defaults."""
+    parser.add_argument("--seeds", type=int, default=seeds, help="pictures per prompt, each in a different scene")
+    parser.add_argument("--limit", type=int, help="at most this many classes, pairs, threes and fours: a quick look")
+    parser.add_argument("--kid", type=int, default=kid, metavar="N", help="also the KID of N pictures and real ones")
     parser.add_argument(
         "--world",
         choices=("shipped", "new"),
         default="shipped",
         help="new: the world with variety, which the next model is trained on",
     )
-    parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
 
 
 def _world(arguments: argparse.Namespace) -> Any:
@@ -117,7 +117,7 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
     add_judge(evaluate)
     _add_asking(evaluate, seeds=8, kid=0)
-    evaluate.add_argument("--sampler-steps", type=int, default=25, help="of a picture")
+    evaluate.add_argument("--sampler-steps", type=int, default=25, help="sampler steps per picture")
     evaluate.add_argument("--guidance-scale", type=float, default=3.0)
     evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
     evaluate.add_argument("--batch-size", type=int, default=16)
@@ -148,7 +148,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     """`coneslab experiment NAME`: the tables behind the notebooks."""
     experiment = commands.add_parser(
         "experiment",
-        help="make one of the notebooks' tables over subjects and seeds; goes on where the table stands",
+        help="make one of the notebooks' tables over subjects and seeds; continues an existing table",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = (
@@ -158,13 +158,13 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     experiment.add_argument("name", help=f"one of {names}")
     experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(experiment)
-    experiment.add_argument("--subjects", help="names by commas, such as cat, cat+car, hypernym:pet or object:cat")
+    experiment.add_argument("--subjects", help="comma-separated names, such as cat, cat+car, hypernym:pet, object:cat")
     experiment.add_argument("--seeds", type=int, default=3)
     experiment.add_argument("--rounds", type=int, default=60, help="rounds of a search")
     experiment.add_argument("--finetune-steps", type=int, default=100, help="steps of K-V fine-tuning (controls)")
-    experiment.add_argument("--pictures", type=int, default=1, help="pictures a prompt")
+    experiment.add_argument("--pictures", type=int, default=1, help="pictures per prompt")
     experiment.add_argument("--masks", type=Path, default=Path("runs/masks"), help="where found neurons are kept")
-    experiment.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    experiment.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
     experiment.add_argument("--out", type=Path, help="the table (default: its place in data/results)")
     experiment.set_defaults(run=_experiment, resumes=True)
 
@@ -201,28 +201,28 @@ def _compare(arguments: argparse.Namespace) -> None:
         )
     print(experiments.paper_table(table).to_string())
     if "error" in table and table.error.notna().any():
-        raise ConeslabError(f"{int(table.error.notna().sum())} cells failed; the same command tries them again")
+        raise ConeslabError(f"{int(table.error.notna().sum())} cells failed; the same command retries them")
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     """`coneslab compare`: methods x subjects x seeds, the paper's table."""
     compare = commands.add_parser(
         "compare",
-        help="methods x subjects and combinations x seeds, on Dask; goes on where the table stands",
+        help="methods x subjects and combinations x seeds, on Dask; continues an existing table",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    compare.add_argument("--methods", help="names by semicolons, as in coneslab.experiments.METHODS (default: all)")
+    compare.add_argument("--methods", help="semicolon-separated names from coneslab.experiments.METHODS (default: all)")
     compare.add_argument("--tune", action="store_true", help="choose each method's settings on the tuning subjects")
     compare.add_argument("--counts", default="1,2,3,4", help="numbers of subjects in a picture")
-    compare.add_argument("--subjects", help='names and combinations by commas, such as "cat,dog+house"')
+    compare.add_argument("--subjects", help='comma-separated names and combinations, such as "cat,dog+house"')
     compare.add_argument("--seeds", type=int, default=3)
-    compare.add_argument("--pictures", type=int, default=2, help="pictures a prompt")
+    compare.add_argument("--pictures", type=int, default=2, help="pictures per prompt")
     compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(compare)
     compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
     compare.add_argument("--workers", type=int, default=1, help="processes of the cluster on this machine")
-    compare.add_argument("--threads", type=int, default=2, help="threads in each of them")
-    compare.add_argument("--settings", default="{}", help='for all methods, as JSON, such as {"steps": 50}')
+    compare.add_argument("--threads", type=int, default=2, help="threads in each process")
+    compare.add_argument("--settings", default="{}", help='settings of all methods, as JSON, such as {"steps": 50}')
     compare.add_argument("--kept", type=Path, default=Path("runs/kept"), help="where edits of single subjects are kept")
     compare.add_argument("--out", type=Path, help="the table (default: data/results/methods.csv)")
     compare.set_defaults(run=_compare, resumes=True)
@@ -258,7 +258,7 @@ def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
     """`coneslab compare-samplers FOLDER`: how few network calls a picture needs."""
     compare = commands.add_parser(
         "compare-samplers",
-        help="how few network calls a picture needs: samplers, asked the same questions",
+        help="how few network calls a picture needs: samplers compared on the same questions",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     compare.add_argument("folder", help='pipeline folder, hub id or "tiny"')
@@ -289,7 +289,7 @@ def _add_build_stickers(commands: argparse._SubParsersAction) -> None:
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add them all, in the order in which they are listed."""
+    """Add all commands, in the order in which they are listed."""
     _add_compare(commands)
     _add_experiment(commands)
     _add_evaluate_model(commands)

@@ -1,7 +1,7 @@
 """Commands that use a model: `tour`, `find`, `generate`, `apply`, `decompose`, `ablate`, `doctor`.
 
-Each imports what it needs when it runs: torch and diffusers take seconds, and --help should not. A command draws and
-trains only after it has made sure that its files can be written, and overwrites nothing unless told to.
+Each imports what it needs when it runs: torch and diffusers take seconds, and --help should not. A command checks that
+it can write its files before it draws or trains, and overwrites nothing unless told to.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune")
 
 
 def _subject(arguments: Arguments, pipe: Pipeline) -> Any:
-    """A subject of the sticker world by its name, or one's own from a folder of pictures."""
+    """A subject of the sticker world by name, or your own from a folder of pictures."""
     from ..world.subjects import subject
 
     if not Path(arguments.subject).is_dir():
@@ -170,7 +170,7 @@ def _generate(arguments: Arguments) -> dict[str, Any]:
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     if len(set(files)) < len(files):
-        raise ConeslabError("a prompt was given twice, or two that differ in signs alone: give each once")
+        raise ConeslabError("a prompt was given twice, or two differ only in punctuation: give each once")
     edits, pipe = _edits(arguments.edit), load_pipeline(arguments)
     with ExitStack() as stack:
         for edit in edits:
@@ -224,7 +224,7 @@ def _prompts_of(edits: Sequence[Any]) -> list[str]:
 
     names = [name for edit in edits for name in str(getattr(edit, "subject", "")).split("+") if name in SUBJECTS]
     if not names:
-        raise ConeslabError("these edits do not say what to draw: ask with --prompt, as often as you like")
+        raise ConeslabError("these edits do not say what to draw: give one or more with --prompt")
     return [prompt for name in dict.fromkeys(names) for prompt in subject(name).prompts[:2]]
 
 
@@ -361,58 +361,58 @@ def _doctor(arguments: Arguments) -> dict[str, Any]:
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add them all, in the order in which they are listed."""
+    """Add all commands, in the order in which they are listed."""
 
     def command(name: str, run: Callable[[Arguments], dict[str, Any]], what: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
         made.set_defaults(run=run)
         return made
 
-    doctor = command("doctor", _doctor, "look at versions, device and shipped models, and say what will be slow")
-    doctor.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    doctor.add_argument("--no-timing", action="store_true", help="leave out the ten seconds of timing")
+    doctor = command("doctor", _doctor, "check versions, device and shipped models, and say what will be slow")
+    doctor.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    doctor.add_argument("--no-timing", action="store_true", help="skip the ten seconds of timing")
     add_json(doctor)
 
-    tour = command("tour", _tour, "find the neurons of a subject, shut them and draw, beside the controls")
+    tour = command("tour", _tour, "find the neurons of a subject, shut them and draw, beside controls")
     tour.add_argument("--subject", default="robot", help="a subject of the sticker world (default: robot)")
     tour.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
-    add_common(tour, "folder of the figure and the edit (default: tour)")
+    add_common(tour, "folder for the figure and the edit (default: tour)")
 
-    find = command("find", _find, "find the concept neurons of a subject, and keep them in a file")
-    find.add_argument("subject", help='of the sticker world, such as "cat", or a folder of 3 to 10 pictures')
+    find = command("find", _find, "find the concept neurons of a subject, and save them to a file")
+    find.add_argument("subject", help='one of the sticker world, such as "cat", or a folder of 3 to 10 pictures')
     find.add_argument("--class-word", help="what the pictures of a folder show, such as cat")
     find.add_argument("--token", help="the rare word that stands for the subject of a folder")
     find.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
     find.add_argument("--precision", choices=("float32", "float16", "quaternary", "binary"), default="binary")
-    add_common(find, "the file (default: SUBJECT.safetensors)")
+    add_common(find, "output file (default: SUBJECT.safetensors)")
 
     generate = command("generate", _generate, "draw pictures for prompts, with or without edits")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     generate.add_argument("--edit", type=Path, action="append", default=[], metavar="FILE", help="repeatable, in order")
-    generate.add_argument("--dose", type=float, default=1.0, help="of the edits (default: 1.0)")
-    generate.add_argument("--pictures", type=positive, default=1, help="of each prompt, seeds in order (default: 1)")
-    add_common(generate, "folder of the pictures (default: pictures)")
+    generate.add_argument("--dose", type=float, default=1.0, help="dose of the edits (default: 1.0)")
+    generate.add_argument("--pictures", type=positive, default=1, help="per prompt, with successive seeds (default: 1)")
+    add_common(generate, "folder for the pictures (default: pictures)")
 
-    apply = command("apply", _apply, "draw with edits and without, from the same noises; keep the edited model")
-    apply.add_argument("edits", type=Path, nargs="+", metavar="EDIT", help="files, put on in this order")
+    apply = command("apply", _apply, "draw with and without edits, from the same noise; save the edited model")
+    apply.add_argument("edits", type=Path, nargs="+", metavar="EDIT", help="edit files, applied in this order")
     apply.add_argument("--prompt", action="append", help="what to draw, repeatable (default: the subjects' prompts)")
-    apply.add_argument("--dose", type=float, default=1.0, help="of the edits (default: 1.0)")
-    apply.add_argument("--pictures", type=positive, default=4, help="of each prompt (default: 4)")
-    apply.add_argument("--save-model", type=Path, metavar="FOLDER", help="write the pipeline with the edits in it, too")
-    add_common(apply, "the figure (default: applied.png)")
+    apply.add_argument("--dose", type=float, default=1.0, help="dose of the edits (default: 1.0)")
+    apply.add_argument("--pictures", type=positive, default=4, help="pictures per prompt (default: 4)")
+    apply.add_argument("--save-model", type=Path, metavar="FOLDER", help="also save the pipeline with the edits in it")
+    add_common(apply, "output figure (default: applied.png)")
 
     decompose = command("decompose", _decompose, "write a concept as a weighted sum of words (Conceptor)")
     decompose.add_argument("concept", help='a prompt, such as "a pet", or a folder of pictures')
-    decompose.add_argument("--steps", type=positive, default=500, help="of learning (default: 500)")
-    decompose.add_argument("--pictures", type=positive, default=100, help="drawn of a prompt (default: 100)")
-    decompose.add_argument("--top", type=positive, default=10, help="words that are shown (default: 10)")
+    decompose.add_argument("--steps", type=positive, default=500, help="training steps (default: 500)")
+    decompose.add_argument("--pictures", type=positive, default=100, help="pictures drawn for a prompt (default: 100)")
+    decompose.add_argument("--top", type=positive, default=10, help="words to show (default: 10)")
     decompose.add_argument("--picture", type=int, metavar="SEED", help="also say which words this one picture needs")
     add_judge(decompose)
-    add_common(decompose, "the file (default: CONCEPT.safetensors)")
+    add_common(decompose, "output file (default: CONCEPT.safetensors)")
 
-    ablate = command("ablate", _ablate, "make a model draw the anchor in place of the target, and check that it does")
-    ablate.add_argument("target", help='what must go, such as "a cat"')
-    ablate.add_argument("anchor", help='what is drawn instead, such as "a dog"')
+    ablate = command("ablate", _ablate, "make a model draw the anchor instead of the target, and check that it does")
+    ablate.add_argument("target", help='what to remove, such as "a cat"')
+    ablate.add_argument("anchor", help='what to draw instead, such as "a dog"')
     ablate.add_argument("--method", choices=ABLATIONS, default="model", help="(default: model)")
     ablate.add_argument(
         "--parameters",
@@ -420,11 +420,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         default="cross_attention_kv",
         help="what the methods model and noise train (default: cross_attention_kv)",
     )
-    ablate.add_argument("--steps", type=positive, default=50, help="of training; rounds of neurons (default: 50)")
-    ablate.add_argument("--pictures", type=positive, default=64, help="of the anchor that are trained on (default: 64)")
-    ablate.add_argument("--template", action="append", default=[], help='a caption around both, such as "{} at night"')
+    ablate.add_argument("--steps", type=positive, default=50, help="training steps; for neurons, rounds (default: 50)")
+    ablate.add_argument("--pictures", type=positive, default=64, help="of the anchor, to train on (default: 64)")
+    ablate.add_argument("--template", action="append", default=[], help='a caption for both, such as "{} at night"')
     ablate.add_argument("--other", action="append", default=[], help="a prompt that should stay as it is, repeatable")
-    ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else went")
-    ablate.add_argument("--check-pictures", type=positive, default=16, help="of each prompt of the check (default: 16)")
+    ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else is lost")
+    ablate.add_argument("--check-pictures", type=positive, default=16, help="per prompt of the check (default: 16)")
     add_judge(ablate)
-    add_common(ablate, "the file (default: without-TARGET.safetensors)")
+    add_common(ablate, "output file (default: without-TARGET.safetensors)")

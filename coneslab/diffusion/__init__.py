@@ -1,6 +1,6 @@
-"""What is done with any pipeline: load it, encode, noise, denoise, sample; its keys and values; precision.
+"""Work with any pipeline: load it, encode, add noise, denoise, sample; its keys and values; precision.
 
-Nothing here knows of concepts, edits or the picture world. Builds on errors and files alone.
+Nothing here knows about concepts, edits or the picture world. Builds on errors and files only.
 """
 
 from __future__ import annotations

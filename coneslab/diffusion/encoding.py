@@ -1,6 +1,6 @@
-"""Into and out of a pipeline's spaces: pictures as latents and back, prompts as tokens and embeddings.
+"""Between a pipeline's spaces: pictures to latents and back, prompts to tokens and embeddings.
 
-Latents are always scaled by the autoencoder's `scaling_factor`, so they are what the U-Net sees.
+Latents are always scaled by the autoencoder's `scaling_factor`: they are what the U-Net sees.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
 
 def _pixels(pipe: Pipeline, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-    """Pictures as float (n, 3, h, w) in [-1, 1], PIL pictures resized to the pipeline's resolution."""
+    """Pictures as floats (n, 3, h, w) in [-1, 1]; PIL pictures are resized to the pipeline's resolution."""
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ConeslabError(
@@ -61,10 +61,10 @@ def encode_images(
     batch_size: int = 64,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Latents (n, channels, h, w) of pictures, scaled: the posterior's mode, or a draw from it with `generator`.
+    """Encode pictures as scaled latents (n, channels, h, w): the posterior's mode, or with `generator` a sample of it.
 
     images: PIL pictures (resized as needed) or a uint8 array (n, height, width, 3).
-    Raises ConeslabError for another kind of array or no pictures.
+    Raises ConeslabError for any other array, or for no pictures.
     """
     vae, parts = pipe.vae, []
     for pixels in _pixels(pipe, images).split(batch_size):
@@ -77,7 +77,7 @@ def encode_images(
 
 @torch.no_grad()
 def decode_latents(pipe: Pipeline, latents: Tensor, *, batch_size: int = 64) -> list[Image.Image]:
-    """Pictures of scaled latents (n, channels, h, w)."""
+    """Decode scaled latents (n, channels, h, w) to pictures."""
     vae, pictures = pipe.vae, []
     for part in latents.split(batch_size):
         pixels = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
@@ -86,9 +86,9 @@ def decode_latents(pipe: Pipeline, latents: Tensor, *, batch_size: int = 64) -> 
 
 
 def tokenize(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
-    """Token ids (n, tokens), padded and cut to the tokenizer's length, on the text encoder's device.
+    """Token ids (n, tokens), padded or truncated to the tokenizer's length, on the text encoder's device.
 
-    A token of several vectors (Textual Inversion) is written out as diffusers does it.
+    A multi-vector token (Textual Inversion) is expanded as in diffusers.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if hasattr(pipe, "maybe_convert_prompt"):

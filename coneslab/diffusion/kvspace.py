@@ -1,8 +1,8 @@
-"""Where the cross-attention keys and values of a U-Net are: the flat vector θ, whose entries are the neurons.
+"""The cross-attention keys and values of a U-Net as one flat vector θ, whose entries are the neurons.
 
 `KVSpace` lays every `attn2.to_k` and `attn2.to_v` weight end to end, in module order (Cones, arXiv 2303.05125,
-Sec. 3.1). Here rather than in `measure/attention.py`, which offers it too, because masks and deltas need
-the table alone.
+Sec. 3.1). It is here rather than in `measure/attention.py`, which re-exports it, because masks and deltas need
+only the table.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _ENDINGS = {"to_k": "K", "to_v": "V"}
 class KVLayer:
     """One key or value projection: a matrix (channels out, text width in) and its place in the flat vector θ.
 
-    name: of the weight inside the U-Net; block: "down 0", "mid" or "up 1"; kind: "K" or "V"; level: how often the
-    latent has been halved there; resolution: side of the latent grid there, in latent pixels; start: of its slice.
+    name: the weight's name in the U-Net; block: "down 0", "mid" or "up 1"; kind: "K" or "V"; level: how many times
+    the latent has been halved there; resolution: side of the latent grid there, in latent pixels; start: first index
+    of its slice.
     """
 
     name: str
@@ -49,7 +50,7 @@ class KVLayer:
 
     @property
     def label(self) -> str:
-        """Short name for a figure, e.g. "up 1.0 K": block, attention in the block (and its layer if it has more)."""
+        """Short name for figures, e.g. "up 1.0 K": block, attention in the block (and its layer if it has several)."""
         return f"{short_name(self.name.rsplit('.', 2)[0])} {self.kind}"
 
 
@@ -57,7 +58,7 @@ class KVLayer:
 class KVLayout:
     """The table of the K-V space: which slice of the flat vector belongs to which projection.
 
-    It holds no weights, so that masks and deltas can carry it in their files.
+    It holds no weights, so masks and deltas can store it in their files.
     """
 
     layers: tuple[KVLayer, ...]
@@ -78,7 +79,7 @@ class KVLayout:
         return iter(self.layers)
 
     def require_length(self, flat: Tensor) -> None:
-        """Raise MismatchError unless `flat` is one vector with an entry for every neuron."""
+        """Raise MismatchError unless `flat` is one vector with one entry per neuron."""
         if tuple(flat.shape) != (self.n,):
             raise MismatchError(
                 f"got a tensor of shape {tuple(flat.shape)}, but this K-V space has {self.n} neurons in "
@@ -86,29 +87,29 @@ class KVLayout:
             )
 
     def matrices(self, flat: Tensor) -> dict[str, Tensor]:
-        """Cut a flat vector (n,) into its matrices (channels out, text width in): name -> view of `flat`."""
+        """Split a flat vector (n,) into its matrices (channels out, text width in): name -> view of `flat`."""
         self.require_length(flat)
         return {layer.name: flat[layer.slice].view(layer.shape) for layer in self.layers}
 
     def per_layer(self, flat: Tensor) -> Tensor:
-        """Mean of a flat vector (n,) over every layer -> (layers,) float64; of a bool mask: density per layer."""
+        """Mean of a flat vector (n,) within each layer -> (layers,) float64; for a bool mask, the density per layer."""
         return torch.stack([matrix.double().mean() for matrix in self.matrices(flat).values()])
 
     def rows(self, flat: Tensor) -> dict[str, Tensor]:
-        """Mean over the text width: one number for every output channel -> name -> (channels,) float64."""
+        """Mean over the text width, one number per output channel: name -> (channels,) float64."""
         return {name: matrix.double().mean(1) for name, matrix in self.matrices(flat).items()}
 
     def columns(self, flat: Tensor) -> Tensor:
-        """Mean over the output channels: (layers, text width) float64, the heat map of what a layer reads.
+        """Mean over the output channels: (layers, text width) float64, a heat map of what each layer reads.
 
-        All layers of a Stable Diffusion read the same text width; raises MismatchError where they do not.
+        All layers of Stable Diffusion read text of the same width; raises MismatchError if they do not.
         """
         if len({layer.shape[1] for layer in self.layers}) > 1:
-            raise MismatchError("the layers read text of different widths: use `matrices` and average each alone")
+            raise MismatchError("the layers read text of different widths: use `matrices` and average each separately")
         return torch.stack([matrix.double().mean(0) for matrix in self.matrices(flat).values()])
 
     def heat_map(self, flat: Tensor, *, bins: int = 32) -> Tensor:
-        """Mean over `bins` equal runs of output channels: (layers, bins) float64, one row a layer."""
+        """Mean over `bins` equal runs of output channels: (layers, bins) float64, one row per layer."""
         rows = [F.adaptive_avg_pool1d(values[None], bins)[0] for values in self.rows(flat).values()]
         return torch.stack(rows)
 
@@ -183,18 +184,18 @@ class KVSpace:
         return self.layout.n
 
     def gather(self, values: dict[str, Tensor] | None = None) -> Tensor:
-        """Return θ (n,): a copy of the weights, or of tensors by the same names such as their gradients."""
+        """Return θ (n,): a copy of the weights, or of tensors with the same names, such as their gradients."""
         values = values if values is not None else dict(self.parameters)
         return torch.cat([values[name].detach().reshape(-1) for name in self.names])
 
     @torch.no_grad()
     def scatter(self, flat: Tensor) -> None:
-        """Write a flat vector (n,) into the weights, for good (for the length of a block: `edits.swapped`)."""
+        """Write a flat vector (n,) into the weights for good (`edits.swapped` does it for the length of a block)."""
         for name, matrix in self.layout.matrices(flat).items():
             self.parameters[name].copy_(matrix)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the names and bytes of the K-V weights as they are now: says which model this is."""
+        """Hex SHA-256 of the names and bytes of the K-V weights as they are now: it identifies the model."""
         return fingerprint(dict(self.parameters))
 
     def __repr__(self) -> str:
@@ -204,15 +205,15 @@ class KVSpace:
 
 
 def unet_of(model: Any) -> Any:
-    """The U-Net of a pipeline (or the U-Net given), as it was before torch.compile wrapped it."""
+    """The U-Net of a pipeline (or the U-Net itself), without torch.compile's wrapper."""
     unet = getattr(model, "unet", model)
     return getattr(unet, "_orig_mod", unet)
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, Any]:
-    """The modules in which a U-Net's pictures attend to text, by name, in module order.
+    """The cross-attention modules of a U-Net: name -> module, in module order.
 
-    Raises ConeslabError if there is none.
+    Raises ConeslabError if there are none.
     """
     found = {
         path: module

@@ -41,7 +41,7 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor)
 
 
 def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the network has to predict for x_t, by the scheduler's `prediction_type`.
+    """What the network should predict for x_t, by the scheduler's `prediction_type`.
 
     epsilon: the noise (Ho et al. 2020, Eq. 14). sample: the clean latent. v_prediction:
     sqrt(abar_t) e - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, Sec. 4). Raises ConeslabError for another type.
@@ -63,7 +63,7 @@ def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) ->
 def stratified_timesteps(n: int, total: int, generator: torch.Generator) -> Tensor:
     """One timestep from each of `n` equal parts of a schedule of `total`, in random order: (n,) integers.
 
-    Unbiased, and less noisy in the mean than independent draws: the low-discrepancy idea of Kingma et al. (2021, VDM).
+    Unbiased, with less variance than independent samples: the low-discrepancy sampler of Kingma et al. (2021, VDM).
     """
     device = generator.device
     place = torch.randperm(n, generator=generator, device=device)
@@ -108,8 +108,8 @@ def denoising_loss(
         text_embeddings = text_embeddings.expand(n, -1, -1)
     if text_embeddings.shape[0] != n:
         raise ConeslabError(
-            f"{n} latents and {text_embeddings.shape[0]} text embeddings were given: give one embedding for each "
-            "latent, or a single one for all"
+            f"got {n} latents and {text_embeddings.shape[0]} text embeddings: give one embedding per latent, or one "
+            "for all"
         )
     device = latents.device
     if noise is None:
@@ -121,7 +121,7 @@ def denoising_loss(
         timesteps = torch.randint(0, steps, (n,), generator=generator, device=source).to(device)
     if noise.shape != latents.shape or timesteps.shape != (n,):
         raise ConeslabError(
-            f"noise {tuple(noise.shape)} and timesteps {tuple(timesteps.shape)} do not fit latents "
+            f"noise {tuple(noise.shape)} and timesteps {tuple(timesteps.shape)} do not match latents "
             f"{tuple(latents.shape)}: expected {tuple(latents.shape)} and ({n},)"
         )
     noisy = add_noise(pipe.scheduler, latents, noise, timesteps)

@@ -1,7 +1,7 @@
 """Load models: the shipped ones by name, any `StableDiffusionPipeline` by folder or hub id.
 
-Pipelines stay plain diffusers objects. Only safetensors weights are read, never a pickle, and the shipped folders
-are checked against their SHA-256 sums (`data/models/SHA256SUMS.json`) before anything is made of them.
+Pipelines stay plain diffusers objects. Only safetensors weights are read, never pickles, and the shipped folders
+are checked against their SHA-256 checksums (`data/models/SHA256SUMS.json`) before use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConeslabError, FileFormatError
 from ..files import data_folder, write_whole
 
-if TYPE_CHECKING:  # diffusers and transformers take seconds to import: only where a model is loaded
+if TYPE_CHECKING:  # diffusers and transformers take seconds to import: left until a model is loaded
     from diffusers import StableDiffusionPipeline
 
 Pipeline: TypeAlias = "StableDiffusionPipeline"
@@ -32,7 +32,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def model_folder(name: str) -> Path:
-    """Where a shipped model ("tiny" or "judge") lies. Raises ConeslabError for another name, or if it is missing."""
+    """The folder of a shipped model, "tiny" or "judge". Raises ConeslabError for any other, or if it is missing."""
     if name not in SHIPPED:
         raise ConeslabError(f"{name!r} is not a model that coneslab ships: choose one of {', '.join(SHIPPED)}")
     folder = data_folder() / "models" / name
@@ -51,22 +51,24 @@ def file_sum(path: Path) -> str:
 
 
 def write_sums(models: Path) -> Path:
-    """Write the sums of every file of the shipped folders under `models`; `verify` holds them to it."""
+    """Write the checksums of the files in the shipped folders under `models`, for `verify`."""
     files = sorted(path for name in SHIPPED for path in (models / name).rglob("*") if path.is_file())
     sums = {path.relative_to(models).as_posix(): file_sum(path) for path in files if path.suffix not in (".md", ".png")}
     return write_whole(models / SUMS, (json.dumps(sums, indent=1) + "\n").encode())
 
 
 def verify(folder: Path) -> None:
-    """Hold a shipped folder to the sums written at its export.
+    """Check a shipped folder against the checksums written at its export.
 
-    Raises FileFormatError naming the files that are missing or differ; a model card may be rewritten freely.
+    Raises FileFormatError naming the files that are missing or differ; model cards are not checked.
     """
     table = folder.parent / SUMS
     try:
         sums = json.loads(table.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"the sums of the shipped models cannot be read ({error}): restore {table}") from error
+        raise FileFormatError(
+            f"the checksums of the shipped models cannot be read ({error}): restore {table}"
+        ) from error
     expected = {name: digest for name, digest in sums.items() if name.split("/")[0] == folder.name}
     wrong = [
         name
@@ -81,7 +83,7 @@ def verify(folder: Path) -> None:
 
 
 def _check_layout(folder: Path) -> None:
-    """Make sure that a local folder holds a StableDiffusionPipeline with safetensors weights."""
+    """Check that a local folder holds a StableDiffusionPipeline with safetensors weights."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ConeslabError(
@@ -95,7 +97,7 @@ def _check_layout(folder: Path) -> None:
         raise FileFormatError(f"{index} is damaged ({error}): restore the folder or save the pipeline again") from error
     if kind != "StableDiffusionPipeline":
         raise ConeslabError(
-            f"{folder} holds a {kind}, expected a StableDiffusionPipeline: coneslab works on those only"
+            f"{folder} holds a {kind}, expected a StableDiffusionPipeline: coneslab works only with those"
         )
     for part in ("vae", "text_encoder", "unet"):
         files = [path for path in (folder / part).glob("*") if path.is_file()]
@@ -103,14 +105,14 @@ def _check_layout(folder: Path) -> None:
             continue
         if any(path.suffix in _PICKLES for path in files):
             raise ConeslabError(
-                f"{folder / part} holds pickled weights only, which can run code when opened and are never loaded: "
+                f"{folder / part} holds only pickled weights, which can run code when opened and are never loaded: "
                 "convert them with save_pretrained(folder, safe_serialization=True)"
             )
         raise ConeslabError(f"{folder / part} holds no weights: expected a .safetensors file; restore the folder")
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
-    """The device, by default a GPU where there is one. Raises ConeslabError for one that torch cannot use here."""
+    """The device, by default a GPU if there is one. Raises ConeslabError if torch cannot use it here."""
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
@@ -130,8 +132,8 @@ def load(
 ) -> Pipeline:
     """Load a pipeline, without safety checker and with its progress bar off.
 
-    name_or_path: "tiny" (shipped, checked against its sums), a folder, or the id of a model on the Hugging Face hub
-    such as "stable-diffusion-v1-5/stable-diffusion-v1-5". device: default a GPU where there is one, else the CPU.
+    name_or_path: "tiny" (shipped, checksums verified), a folder, or the id of a model on the Hugging Face hub
+    such as "stable-diffusion-v1-5/stable-diffusion-v1-5". device: default a GPU if there is one, else the CPU.
     Raises ConeslabError if it is missing, damaged, of another kind, or pickled, or the device cannot be used.
 
     >>> pipe = coneslab.load("tiny")
@@ -164,7 +166,7 @@ def load(
     except Exception as error:  # each of these libraries has its own ways to say "damaged" or "not found"
         raise ConeslabError(
             f"{name!r} could not be loaded as a StableDiffusionPipeline: {type(error).__name__}: {error}. Expected a "
-            "whole folder in the diffusers format with safetensors weights, or a hub id that is reachable"
+            "complete folder in the diffusers format with safetensors weights, or a reachable hub id"
         ) from error
     pipe.to(where)
     pipe.set_progress_bar_config(disable=True)
@@ -177,9 +179,9 @@ def load(
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Let diffusers and transformers load without progress bars: the shipped models are there before one is read.
+    """Let diffusers and transformers load without progress bars: the shipped models load before one could be read.
 
-    Import what is to load before: a library that is not there yet is left alone.
+    Import these libraries beforehand: one that has not been imported yet is left alone.
     """
     loaded = [f"{name}.utils.logging" for name in ("diffusers", "transformers") if name in sys.modules]
     shown = [library for library in map(importlib.import_module, loaded) if library.is_progress_bar_enabled()]
@@ -192,19 +194,19 @@ def without_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-_FINGERPRINTS: dict[bytes, str] = {}  # checksum of weights -> their fingerprint, the one asked for last at the end
+_FINGERPRINTS: dict[bytes, str] = {}  # checksum of weights -> fingerprint, the most recently used last
 _FINGERPRINTS_KEPT = 256
 _ROW = 4096  # bytes
 
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, over names, shapes, number types and bytes of weights, in the order of their names.
+    """Hex SHA-256 of the names, shapes, dtypes and bytes of weights, in the order of their names.
 
-    Weights are hashed once: sums over their bytes, several times as fast, tell that the same ones come again, be it
-    after an edit was on them or in a copy. The sums are taken at every call, from the memory itself and on its device,
-    so that a change is noticed however it was made: in place, by other tensors, and through `.data` or a NumPy view,
-    which torch itself does not count. Not noticed is only a change that keeps every sum along the rows and along the
-    columns of a table of 512 64-bit integers a row; no training, rounding or edit does that.
+    Weights are hashed only once: a checksum, several times as fast, recognises them when they come again, even after
+    an edit or as a copy. It is computed at every call, from the memory itself and on its device, so that a change is
+    noticed however it was made: in place, by other tensors, and through `.data` or a NumPy view, which torch itself
+    does not track. It misses only a change that keeps the sum of every row and every column of a table with 512 64-bit
+    integers per row; no training, rounding or edit does that.
 
     >>> fingerprint({"a": torch.zeros(2)}) == fingerprint({"a": torch.zeros(2)})
     True
@@ -219,7 +221,7 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> bytes:
-    """What tells weights from others: names, shapes, number types, and sums over their bytes as 64-bit integers."""
+    """What tells weights apart: names, shapes, dtypes, and sums of their bytes as 64-bit integers."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach()

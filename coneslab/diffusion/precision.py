@@ -1,8 +1,8 @@
-"""A frozen twin of a U-Net, in the precision that is fastest where it runs.
+"""A frozen twin of a U-Net, in the precision that is fastest on its device.
 
-Much is computed with weights that do not change: gradients in a few of them, whole series of pictures. A twin does
-that without touching the pipeline, and in bfloat16 where the processor multiplies in it, two to three times as fast.
-For training there are `mixed_precision` and `flushing_denormals`.
+Much is computed with weights that do not change: gradients of a few of them, long series of pictures. A twin does
+that without touching the pipeline, and in bfloat16, where the processor supports it, two to three times as fast.
+`mixed_precision` and `flushing_denormals` are for training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .pipelines import Pipeline
 
 
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 itself, rather than by emulation."""
+    """Whether the device multiplies in bfloat16 natively, not by emulation."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type == "cpu":
@@ -30,15 +30,15 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 def fast_dtype(unet: Any) -> torch.dtype:
-    """bfloat16 where the device computes in it and the U-Net is in float32, else the U-Net's own precision."""
+    """bfloat16 if the device supports it natively and the U-Net is in float32, else the U-Net's own precision."""
     return torch.bfloat16 if unet.dtype == torch.float32 and bfloat16_pays(unet.device) else unet.dtype
 
 
 def frozen_twin(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> Any:
-    """A copy of a U-Net without gradients, hooks or adapters; it shares the weights' memory where dtype is theirs.
+    """A copy of a U-Net without gradients, hooks or adapters; it shares the memory of weights already in `dtype`.
 
     Inputs are cast to `dtype`. gradients: the twin is for backward passes (`speed_up_backward`).
-    Raises ConeslabError if the U-Net's weights are not those that its config describes (an adapter, quantisation).
+    Raises ConeslabError if the U-Net's weights do not match its config (an adapter, quantisation).
     """
     weights = {name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}
     with torch.device("meta"):
@@ -64,9 +64,9 @@ def frozen_twin(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
 
 
 def speed_up_backward(unet: Any) -> None:
-    """On a CPU and a small latent, let a U-Net's attention run in diffusers' classic processor.
+    """On a CPU with small latents, switch a U-Net to diffusers' classic attention processor.
 
-    The backward pass of scaled_dot_product_attention is several times slower there.
+    There the backward pass of scaled_dot_product_attention is several times slower.
     """
     side = unet.config.sample_size
     places = side**2 if isinstance(side, int) else side[0] * side[1]
@@ -77,7 +77,7 @@ def speed_up_backward(unet: Any) -> None:
 
 
 def is_plain(unet: Any) -> bool:
-    """Whether a twin does what the U-Net does: no hooks, adapters or attention processors of somebody's own."""
+    """Whether a twin does what the U-Net does: no hooks, adapters or custom attention processors."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     if hasattr(unet, "_orig_mod") or getattr(unet, "peft_config", None):
@@ -91,7 +91,7 @@ def is_plain(unet: Any) -> bool:
 def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Iterator[Any]:
     """Let a pipeline draw with a twin of its U-Net for the length of a block; latents keep their own precision.
 
-    dtype: default `fast_dtype`. Nothing happens where that is the pipeline's own, or its U-Net is not plain.
+    dtype: default `fast_dtype`. Does nothing if the U-Net already has it or is not plain.
     """
     unet = unet_of(pipe)
     dtype = dtype or fast_dtype(unet)
@@ -112,16 +112,16 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Iterator[Any]:
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager:
-    """Autocast to bfloat16 if `dtype` is that, by default where it pays, else nothing."""
+    """Autocast to bfloat16 if that is `dtype` (default: where it pays), else do nothing."""
     wanted = bfloat16_pays(device) if dtype is None else dtype == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Take tiny numbers as 0 for the length of a block or function: they are slow, and gradients are full of them.
+    """Flush denormals to 0 for the length of a block or function: they are slow, and gradients are full of them.
 
-    Begin before worker threads start, which inherit it.
+    Enter it before worker threads start: they inherit it.
     """
     torch.set_flush_denormal(True)
     try:

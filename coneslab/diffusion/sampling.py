@@ -1,4 +1,4 @@
-"""Samplers small enough to read, and pictures by the pipeline's own call. The notation is that of `loss.py`."""
+"""Samplers small enough to read, and `generate`, which calls the pipeline itself. Notation as in `loss.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .precision import drawing
 
 
 def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-    """Split x_t into the clean latent and the noise that the network's output stands for.
+    """Split x_t into the clean latent and the noise that the network's output implies.
 
     Solves Eq. 4 of Ho et al. (2020) together with the definition of the prediction type (see `target`).
     """
@@ -40,9 +40,9 @@ def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: 
 def guided(
     pipe: Pipeline, noisy: Tensor, timestep: int, text: Tensor, empty: Tensor | None, guidance_scale: float
 ) -> Tensor:
-    """The network's output, pushed away from the empty prompt: e_0 + s (e_c - e_0)  (Ho & Salimans 2022, Eq. 6).
+    """The network's output with classifier-free guidance: e_0 + s (e_c - e_0)  (Ho & Salimans 2022, Eq. 6).
 
-    The scale is written as diffusers writes it: 1 means no guidance (their w + 1).
+    The guidance scale s follows diffusers: 1 means no guidance (the paper's w + 1).
     """
     t = torch.full((noisy.shape[0],), timestep, device=noisy.device)
     conditional = pipe.unet(noisy, t, encoder_hidden_states=text).sample
@@ -53,14 +53,14 @@ def guided(
 
 
 def _schedule(pipe: Pipeline, sampler_steps: int) -> list[tuple[int, int]]:
-    """(timestep, the one after it) from most to least noise, spaced as the scheduler is configured; -1 is clean."""
+    """(timestep, next timestep) from most to least noise, spaced as the scheduler's config says; -1 is clean."""
     pipe.scheduler.set_timesteps(sampler_steps)
     times = [int(t) for t in pipe.scheduler.timesteps]
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
 def _abar(pipe: Pipeline, timestep: int) -> Tensor:
-    """abar at a timestep, and behind the last one what the scheduler says the clean end is."""
+    """abar at a timestep; past the last one, the scheduler's value for the clean end."""
     if timestep >= 0:
         return alphas_cumprod(pipe)[timestep]
     final = getattr(pipe.scheduler, "final_alpha_cumprod", torch.tensor(1.0))
@@ -81,8 +81,8 @@ def ddim_sample(
     """Sample latents without fresh noise: Eq. 12 of Song et al. (2021, DDIM) with sigma = 0.
 
     text_embeddings: (n, tokens, width). noise: (n, channels, h, w), the start. empty_embeddings: (1, tokens, width)
-    for guidance. callback: see `coneslab.callback`; further keys: "timestep", "clean"
-    (predicted latents). Returns scaled latents.
+    for guidance. callback: see `coneslab.callback`; further keys: "timestep", "clean" (predicted latents).
+    Returns scaled latents.
     """
     x = noise
     for i, (t, after) in enumerate(_schedule(pipe, sampler_steps)):
@@ -107,9 +107,9 @@ def ddpm_sample(
     guidance_scale: float = 3.0,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Sample latents by the ancestral chain: Eq. 7 of Ho et al. (2020), on any subset of the timesteps.
+    """Sample latents by ancestral sampling: Eq. 7 of Ho et al. (2020), on any subset of the timesteps.
 
-    With abar_s the next level, alpha = abar_t / abar_s and beta = 1 - alpha; the step's noise has the posterior
+    With abar_s at the next timestep, alpha = abar_t / abar_s and beta = 1 - alpha; the step's noise has the posterior
     variance (1 - abar_s) / (1 - abar_t) beta. Arguments as in `ddim_sample`; `generator` draws the fresh noise.
     """
     x = noise
@@ -142,10 +142,10 @@ def start_noise(pipe: Pipeline, seeds: Sequence[int]) -> Tensor:
 
 
 def require_interval(interval: tuple[float, float]) -> None:
-    """Raise ConeslabError unless an interval of guidance is two shares of the schedule in order."""
+    """Raise ConeslabError unless a guidance interval is two shares of the schedule, in order."""
     first, last = interval
     if not 0 <= first < last <= 1:
-        raise ConeslabError(f"the interval of guidance is {interval}: give two shares in order, such as (0.0, 0.8)")
+        raise ConeslabError(f"the guidance interval is {interval}: give two shares in order, such as (0.0, 0.8)")
 
 
 @contextmanager
@@ -153,8 +153,8 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Iterator[Callab
     """Guide only between two shares of the schedule for the length of a block; yields a counter of network passes.
 
     0 is all noise, 1 is clean, measured by the timestep (Kynkäänniemi et al. 2024, Applying Guidance in a Limited
-    Interval). Outside, the half of a batch that has the empty prompt is not computed: it gets the other half's output,
-    so that u + s (c - u) is c. A pass is one picture through the network once.
+    Interval). Outside, the half of a batch with the empty prompt is not computed: it gets the other half's output, so
+    that u + s (c - u) is c. A pass is one picture going through the network once.
     """
     unet = pipe.unet
     own, total, passes = unet.forward, pipe.scheduler.config.num_train_timesteps, 0
@@ -200,7 +200,7 @@ def generate(
 ) -> list[Image.Image]:
     """Pictures for prompts, by the pipeline's own call and scheduler.
 
-    Picture i starts from noise made from `seed + i` alone, or from its own if there is one seed a picture, so it does
+    Picture i starts from noise made from `seed + i` alone, or from its own if there is one per picture, so it does
     not depend on the batch size or on what else is asked for. dtype: precision of the U-Net, default the fastest
     (`precision.drawing`); give `pipe.unet.dtype` for pictures that are those of `pipe(...)` to the last bit.
     guidance_interval: shares of the schedule between which guidance is on (`guided_between`), default all of it.
@@ -236,7 +236,7 @@ def generate(
     starts = tqdm(range(0, len(texts), batch_size), disable=not progress, desc="pictures", unit="batch")
     seeds = list(range(seed, seed + len(texts)) if isinstance(seed, int) else seed)
     if len(seeds) != len(texts):
-        raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
+        raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one per prompt")
     noises = start_noise(pipe, seeds)
     untouched = guidance_interval == (0.0, 1.0) and on_calls is None
     with drawing(pipe, dtype), nullcontext() if untouched else guided_between(pipe, *guidance_interval) as passes:

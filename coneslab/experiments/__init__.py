@@ -1,6 +1,6 @@
-"""Tables that are made cell by cell: what is measured, on which subjects and seeds, and how it is summed up.
+"""Tables made cell by cell: what is measured, on which subjects and seeds, and how it is summarised.
 
-A file for each family of tables, and the comparison of all methods. Builds on the methods and on `measure`.
+One file per family of tables, and the comparison of all methods. Builds on the methods and on `measure`.
 """
 
 from __future__ import annotations

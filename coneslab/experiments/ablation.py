@@ -1,6 +1,6 @@
-"""Every way to ablate, on every kind of concept: how gone it is, what else went, whether it comes back, what it costs.
+"""Every way to ablate every kind of concept: how gone it is, what else is lost, whether it comes back, what it costs.
 
-Each condition sees the same pictures before and the same start noises; the untouched model stands beside them.
+All conditions share the pictures drawn before and the start noise; the untouched model is measured beside them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..world.pictures import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memori
 from .setting import Setting, stored_bytes, timed
 from .table import Row, rows_of
 
-OBJECTS = {  # target -> anchor, of one category; the last two have a class that looks alike in another category
+OBJECTS = {  # target -> anchor of the same category; the last two look like a class of another category
     "cat": "dog",
     "car": "bus",
     "apple": "banana",
@@ -42,19 +42,20 @@ OBJECTS = {  # target -> anchor, of one category; the last two have a class that
 STYLED = {"flat": "3d", "3d": "cartoon", "cartoon": "flat"}  # target -> anchor
 STYLE_CLASSES = ("cat", "car", "apple", "house")  # what a style is shown on
 MEMORISED = tuple(FACTS["memorised"])
-# Chosen on rabbit → bear and train → tractor, which are not in the table, out of 20, 50 and 100 steps and three rates
-# of ESD: the fewest steps, and the rate, with which both are gone and five other classes are drawn as before.
+# Chosen on rabbit → bear and train → tractor, which are not in the table, among 20, 50 and 100 steps and three learning
+# rates of ESD: the fewest steps, and the rate, at which both are gone and five other classes are drawn as before.
 STEPS, ESD_STEPS, ROUNDS = 50, 100, 30
-NEAR, FAR = 2, 3  # at most that many prompts of each group
-PICTURES = 6  # of each prompt, times `Setting.pictures`
+NEAR, FAR = 2, 3  # prompts per group, at most
+PICTURES = 6  # per prompt, times `Setting.pictures`
 ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 10, "batch_size": 8}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is ablated: templates hold the place of target and anchor; prompts of others by group; ways round.
+    """What is ablated, and the prompts that measure it.
 
-    shown: the prompts that ask for target and anchor when it is measured.
+    shown: the prompts that ask for target and anchor when measuring; others: prompts for other concepts, by group;
+    templates: captions with {} for target or anchor; paraphrases, synonyms: prompts that may get round the ablation.
     """
 
     kind: str
@@ -176,12 +177,12 @@ WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
 
 
 def ablation(setting: Setting, case: Target, seed: int) -> list[Row]:
-    """One concept ablated in every way from one seed; `case` as `ablation_target` gives it."""
+    """One concept, ablated in every way from one seed; case: as `ablation_target` returns it."""
     setting = setting.quick()
     rows = _measured(setting, case, None, seed, condition="untouched model", kind=case.kind, seconds=0.0, bytes=0)
     for name, make in WAYS.items():
         if case.kind == "memorised" and name == "model-based, embedding":
-            continue  # its words are the caption's own: nothing else is asked with them
+            continue  # its words occur only in its caption: no other prompt uses them
         edit, seconds = timed(partial(make, setting, case, seed))
         facts = {"seconds": seconds, "bytes": stored_bytes(edit)}
         rows += _measured(setting, case, edit, seed, condition=name, kind=case.kind, **facts)
@@ -189,7 +190,7 @@ def ablation(setting: Setting, case: Target, seed: int) -> list[Row]:
 
 
 def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
-    """What ablating one concept does to every class: a row a (class as condition, share the judge takes for it)."""
+    """What ablating one concept does to every class (the condition): the share that the judge recognises."""
     setting = setting.quick()
     edit = WAYS["model-based, K-V"](setting, case, seed)
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
@@ -208,7 +209,7 @@ def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
 
 
 def _measured(setting: Setting, case: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
-    """Accuracy by group, what the others lost, and whether the concept comes back, for a memorised one as copies."""
+    """Accuracy by group, what the others lost, and whether the concept comes back (a memorised one: as copies)."""
     drawing: dict[str, Any] = {**setting.drawing, "seed": 1000 * seed}
     pictures = PICTURES * setting.pictures
     report = evaluate_ablation(
@@ -236,7 +237,7 @@ def _measured(setting: Setting, case: Target, edit: Edit | None, seed: int, **co
     return rows_of(values, **columns)
 
 
-OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is the mean
+OUTCOME = {  # what a reader chooses by: name -> the measures it averages
     "target still drawn": ("comes back: plain prompt",),
     "others kept": ("share of others kept",),
     "KID of others": (
@@ -245,7 +246,7 @@ OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is
         "KID, far",
         "KID, same class, other style",
         "KID, its objects",
-    ),  # of a style's ablation not "other classes, same style": they should change
+    ),  # not a style's "other classes, same style", which should change
     "back by other prompts": tuple(
         f"comes back: {way}" for way in ("paraphrases", "other words", "misspellings", "img2img")
     ),
@@ -254,7 +255,7 @@ OUTCOME = {  # what a reader chooses by: its name -> the measures of which it is
 
 
 def outcome(table: pandas.DataFrame) -> pandas.DataFrame:
-    """The table of `ablation` with few measures: those of OUTCOME, seconds and kilobytes; a row a cell and measure."""
+    """The table of `ablation` reduced to OUTCOME, seconds and kilobytes: one row per cell and measure."""
     cell = ["subject", "seed", "condition", "kind"]
     parts = []
     for name, measures in OUTCOME.items():
@@ -268,7 +269,7 @@ def outcome(table: pandas.DataFrame) -> pandas.DataFrame:
 
 @lru_cache(maxsize=8)
 def copy_detector(judge: Judge, name: str) -> CopyDetector:
-    """Tells copies of a memorised picture from 200 others of the same objects in the same scene, placed otherwise."""
+    """Tells copies of a memorised picture from 200 pictures of the same objects and scene, arranged differently."""
     original = memorised(name)[0]
     drawn = (rearranged(name, seed)[0] for seed in range(201))
     others = [Image.fromarray(picture) for picture in drawn if not np.array_equal(picture, original)]

@@ -1,7 +1,7 @@
 """`coneslab compare`: methods × subjects and their combinations × seeds, into one tidy table, on Dask.
 
-Subjects are split: settings are chosen on `TUNING_SUBJECTS`, by the same number of trials for each method, and the
-table is made with others, so that no method is crippled and none is helped.
+Subjects are split: settings are chosen on `TUNING_SUBJECTS`, with the same number of trials for each method, and the
+table is made with others, so that no method is put at a disadvantage or favoured.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ SINGLE_SUBJECTS = SUBJECTS[:4]
 
 
 def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
-    """The subjects and combinations of the table, by these sizes: none of them has a tuning subject."""
+    """The subjects and combinations of the table, of these sizes; none contains a tuning subject."""
     groups = {**COMBINATIONS, 1: tuple((name,) for name in SINGLE_SUBJECTS)}
     return [title_of(names) for count in counts for names in groups[count] if not {*names} & {*TUNING_SUBJECTS}]
 
 
 @lru_cache(maxsize=2)
 def _loaded(model: str, judge: str) -> tuple[Any, Any]:
-    """Model and judge, once for every worker."""
+    """Model and judge, loaded once per worker."""
     return load(model), load_judge(judge)
 
 
@@ -73,17 +73,17 @@ class _Cell:
         return rows_of(values, **facts)
 
 
-# Workers compute in a thread of their own, for which glibc fetches every tensor's memory anew from the kernel and gives
-# it back at once, page by page: a search takes twice as long. With these it keeps the memory.
+# Workers compute in a separate thread, for which glibc requests every tensor's memory from the kernel and returns it at
+# once, page by page: a search takes twice as long. With these settings it keeps the memory.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 4 << 30, "MALLOC_TRIM_THRESHOLD_": 8 << 30}
 
 
 @contextmanager
 def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int = 2) -> Any:
-    """A Dask client: of the scheduler at an address, or of a cluster on this machine for the length of a block.
+    """A Dask client of the scheduler at an address, or of a local cluster for the length of a block.
 
-    workers: processes; threads: that torch uses in each, which should make the number of cores together. Every worker
-    does one cell at a time.
+    workers: processes; threads: torch's in each; workers × threads should be the number of cores. Every worker runs
+    one cell at a time.
     """
     from dask import config
     from distributed import Client, LocalCluster
@@ -106,7 +106,7 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
 
 
 def _restore(environment: Mapping[str, str]) -> None:
-    """Undo what starting workers leaves behind: distributed sets their environment in this process as well."""
+    """Restore the environment: distributed sets the workers' variables in this process as well."""
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)
@@ -127,13 +127,13 @@ def compare_methods(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
-    """Every method on every subject and combination with these many subjects; the table goes on where it stands.
+    """Run every method on every subject and combination of these sizes; an existing table is continued.
 
-    A row a (subject, condition, seed, measure), the condition being the method. A cell that fails is recorded with its
+    One row per (subject, condition, seed, measure); the condition is the method. A cell that fails is recorded with its
     error. path: default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names
-    and combinations ("cat+car") in place of those that ship. settings: for all methods, over those chosen. folder:
+    and combinations ("cat+car") instead of those that ship. settings: for all methods, overriding those chosen. folder:
     where edits of single subjects are kept, so that methods and combinations share them; on a cluster, one that all
-    workers see.
+    workers can see.
     Raises ConeslabError for an unknown method or count.
     """
     chosen = _named(methods)
@@ -142,7 +142,7 @@ def compare_methods(
         raise ConeslabError(f"there are no combinations of {wrong[0]} subjects: choose from 1, {list(COMBINATIONS)}")
     subjects = table_titles(counts) if subjects is None else subjects
     for title in subjects:
-        subjects_of(title)  # an unknown name is refused now, not cell by cell
+        subjects_of(title)  # refuse an unknown name now, not cell by cell
     cells = [
         {"subject": title, "condition": name, "seed": seed}
         for seed, title, name in product(range(seeds), subjects, chosen)
@@ -174,10 +174,10 @@ def tune_methods(
     client: Any = None,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Choose every method's setting by the same number of trials on tuning subjects; writes and returns them.
+    """Choose each method's settings with the same number of trials on tuning subjects; write and return them.
 
-    The score is the sum of text and image alignment, the mean over subjects. path: of the settings, default
-    `data/results/settings.json`; the trials are kept beside it, as `.csv`. folder: as in `compare_methods`.
+    The score is text plus image alignment, averaged over subjects. path: of the settings, default
+    `data/results/settings.json`; the trials are saved beside it, as `.csv`. folder: as in `compare_methods`.
     """
     path = Path(path) if path is not None else data_folder() / "results" / "settings.json"
     chosen = _named(methods)
@@ -200,7 +200,7 @@ def tune_methods(
 def paper_table(table: pandas.DataFrame) -> pandas.DataFrame:
     """Text / image alignment by method and number of subjects, as the paper prints it; means over subjects and seeds.
 
-    Cells that failed are left out.
+    Failed cells are left out.
     """
     part = table[table.measure.isin(["text alignment", "image alignment"])]
     if "error" in part:

@@ -1,7 +1,7 @@
 """Is a decomposition faithful? Every planted concept, several seeds, against the truth and against controls.
 
 The world knows what "a pet" stands for (`world.FACTS`), so precision, ranking and both senses of a word can be checked,
-and so can what happens to the pictures when a component is taken out.
+and so can what happens to the pictures when a component is removed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "direct coefficients": {"coefficients": "direct"},
     "least squares": {"coefficients": "least squares"},
 }
-PICTURES = 16  # drawn for every measurement; twice as many where a share is compared with one half
+PICTURES = 16  # drawn per measurement; twice as many where a share is compared with one half
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def component_shares(found: Decomposition, fact: Planted) -> dict[str, float]:
 
 
 def faithfulness(found: Decomposition, fact: Planted) -> dict[str, float]:
-    """Precision and recall of the true components in the top of a decomposition, and how their shares rank.
+    """Precision and recall of the true components among the top words of a decomposition, and how their shares rank.
 
     "precision at k", k the number of components: share of the top k words that name one; "recall at k": share of the
     components named there; "recall at 10"; "in the dictionary": share of the components that had a chance;
-    "rank correlation" (Spearman) and "error of shares" (mean absolute) of the
-    components' shares among themselves with the true ones.
+    "rank correlation" (Spearman) and "error of shares" (mean absolute) between the components' relative shares and the
+    true ones.
     """
     top = [word for word, _ in found.top(10)]
     named = {word: part for part, (words, _) in fact.components.items() for word in words}
@@ -120,15 +120,15 @@ def _drawn(setting: Setting, prompt: str, n: int, seed: int) -> list[Image.Image
 def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     """One planted concept from one seed: faithfulness, reconstruction beside controls, removal, bias.
 
-    The first seed of every other concept also has what takes a training of its own: no sparsity, the two alternatives
-    to the MLP, and a vector that is no sum of words.
+    The first seed of every other concept also covers what needs a training run of its own: no sparsity, the two
+    alternatives to the MLP, and a vector that is not a sum of words.
     """
     setting = setting.quick()
     pipe, judge = setting.pipe, setting.judge
     words = _words(pipe, judge)
     options: dict[str, Any] = {"vocabulary": words, "seed": seed, "progress": False, **TRAINING}
     options |= {"sampler_steps": setting.sampler_steps, "guidance_scale": setting.guidance_scale}
-    # For the judge "vehicle" is as near to "car" as another word for the same thing is: leave out those by name.
+    # To the judge, "vehicle" is as near to "car" as a synonym is: exclude synonyms by name.
     options |= {"exclude_similar": None, "exclude": CLASSES[fact.word].synonyms if fact.word in CLASSES else ()}
     if fact.kind == "profession":
         options["include"] = [word for group, _ in fact.components.values() for word in group if word in words.words]
@@ -171,7 +171,7 @@ def _free_token(setting: Setting, fact: Planted, found: Decomposition, seed: int
 
 
 def _removals(setting: Setting, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
-    """Share of pictures that show a component before and after its words are taken out."""
+    """Share of pictures that show a component before and after its words are removed."""
     groups = {part: words for part, (words, _) in fact.components.items()}
     if len(groups) < 2:
         return []
@@ -192,7 +192,7 @@ def _removals(setting: Setting, found: Decomposition, fact: Planted, seed: int) 
 
 
 def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
-    """How far the coefficients lean, how far the pictures do, and how far these do once those are balanced."""
+    """The bias of the coefficients, of the pictures, and of the pictures once the coefficients are balanced."""
     groups = {part: words for part, (words, _) in fact.components.items()}
 
     def men(edit: Edit | None, prompt: str) -> float:

@@ -1,4 +1,4 @@
-"""Experiments about masks: precision, storage and damage."""
+"""Experiments on masks: precision, storage and damage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ENERGIES = (0.6, 0.9)  # of a compressed delta; the first is the paper's
 
 
 def storage(setting: Setting, subject: Subject, seed: int) -> list[Row]:
-    """Bytes of one subject as each method keeps it, beside its loss; plain encodings and the bound to compare."""
+    """Bytes that each method stores for one subject, and its loss; plain encodings and the bound, to compare."""
     pipe, found = setting.pipe, setting.found(subject, seed)
     trained: dict[str, Any] = {"seed": seed, "steps": setting.finetune_steps, "progress": False}
     tuned: Any = custom_diffusion(pipe, subject, **trained)

@@ -1,7 +1,7 @@
-"""Every way to personalise, by name: what `coneslab compare` goes through, and where your own method joins.
+"""Personalisation methods by name: what `coneslab compare` runs, and where to add your own.
 
-A method makes one edit for one subject or several. Some train on all subjects at once; others make an edit for each
-subject and join these, so that one subject's edit serves every combination and every method that builds on it.
+A method makes one edit for one or more subjects. Some train on all subjects at once; others make one edit per subject
+and join them, so that a subject's edit serves every combination and every method that builds on it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from .setting import kept, neurons, timed
 
 @dataclass(frozen=True)
 class Method:
-    """A way to personalise.
+    """A personalisation method.
 
     make(pipe, subjects, seed=..., **settings) -> edit, of all subjects at once. With `single`, a function
     (pipe, subject, seed=..., **settings) -> edit of one subject, it is make(pipe, subjects, edits, seed=..., **those of
     the settings that `own_settings` names); `single` gets the others.
-    settings: what it is given unless told otherwise. choices: what `comparison.tune_methods` may choose from: setting
-    -> values.
+    settings: its defaults. choices: setting -> values from which `comparison.tune_methods` chooses.
     """
 
     make: Callable[..., Edit]
@@ -108,7 +107,7 @@ METHODS: dict[str, Method] = {
 
 
 def chosen_settings(name: str) -> dict[str, Any]:
-    """The settings a method was given on tuning subjects (`data/results/settings.json`), {} before any were."""
+    """The settings chosen for a method on tuning subjects (`data/results/settings.json`), {} if none were."""
     file = data_folder() / "results" / "settings.json"
     if not file.is_file():
         return {}
@@ -124,16 +123,16 @@ def make_edit(
     folder: str | Path | None = None,
     **settings: Any,
 ) -> tuple[Edit, float]:
-    """The edit that a method makes, and the seconds it takes to make from nothing.
+    """The edit that a method makes, and the seconds it takes to make from scratch.
 
-    method: of `METHODS` by name, then with its chosen settings besides those given; or one of your own. Either has its
-    own `settings` besides. folder: where the edits of single subjects are kept, with their seconds, for other
-    combinations and methods.
-    Raises ConeslabError for an unknown name, and what the method raises.
+    method: a name in `METHODS`, used with its chosen settings, or a `Method` of your own. settings: override these and
+    the method's own. folder: where the edits of single subjects are kept, with their seconds, for other combinations
+    and methods.
+    Raises ConeslabError for an unknown name, and whatever the method raises.
     """
     if isinstance(method, str):
         if method not in METHODS:
-            raise ConeslabError(f"{method!r} is no method: choose one of {', '.join(METHODS)}, or pass a Method")
+            raise ConeslabError(f"{method!r} is not a method: choose one of {', '.join(METHODS)}, or pass a Method")
         settings = {**chosen_settings(method), **settings}
         method = METHODS[method]
     settings = {**method.settings, **settings}

@@ -1,4 +1,4 @@
-"""Experiments about the search: its controls, density, reference pictures, other ways to find neurons, agreement."""
+"""Experiments on the search: its controls, density, reference pictures, other ways to find neurons, agreement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..world.subjects import subject as subject_named
 from .setting import Setting, alignments, timed
 from .table import Row, rows_of
 
-DENSITIES = (0.9, 0.98, 0.99, 0.995, 0.998)  # quantiles that serve as threshold
+DENSITIES = (0.9, 0.98, 0.99, 0.995, 0.998)  # quantiles used as threshold
 
 
 CONTROLS = (
@@ -39,7 +39,7 @@ CONTROLS = (
 
 
 def real_pictures(setting: Setting, subject: Subject, seed: int) -> list[Row]:
-    """The measures of the subject's own art in the scenes asked for: what there is to reach."""
+    """The measures of real pictures of the subject in the scenes asked for: the ceiling."""
     drawn = wanted_pictures(subject, n=setting.pictures, seed=1000 * seed)
     return rows_of(alignments(setting.judge, subject, drawn), condition=CONTROLS[0], seconds=0.0)
 
@@ -70,7 +70,7 @@ def controls(setting: Setting, subject: Subject, seed: int) -> list[Row]:
 
 
 def density(setting: Setting, subject: Subject, seed: int) -> list[Row]:
-    """Searches with other thresholds: from few shut neurons to many, each beside a random mask as dense."""
+    """Searches with different thresholds, from few shut neurons to many, each beside a random mask as dense."""
     rows = setting.measure(subject, None, seed, condition="untouched model", quantile=np.nan)
     for quantile in DENSITIES:
         found = setting.search(subject, seed, threshold_quantile=quantile).binary()
@@ -99,8 +99,8 @@ FINDERS: dict[str, dict[str, Any]] = {
 
 
 def finders(setting: Setting, subject: Subject, seed: int) -> list[Row]:
-    """The paper's rule for a search beside others, each for as many gradients; the column seconds is the search's."""
-    prior_pictures(setting.pipe, subject, seed=seed)  # drawn before the clock runs
+    """The paper's search rule beside others, all with as many gradients; the column seconds is the search's."""
+    prior_pictures(setting.pipe, subject, seed=seed)  # drawn before the clock starts
     rows = setting.measure(subject, None, seed, condition="untouched model", seconds=0.0)
     for name, options in FINDERS.items():
         found, seconds = timed(partial(setting.search, subject, seed, **options))
@@ -109,7 +109,7 @@ def finders(setting: Setting, subject: Subject, seed: int) -> list[Row]:
 
 
 def agreement(setting: Setting, subject: Subject, seed: int) -> list[Row]:
-    """How alike two masks are, as sets of neurons and in what they do to the denoiser's output."""
+    """How similar two masks are, as sets of neurons and in their effect on the denoiser's output."""
     here = setting.found(subject, seed).binary()
     neighbour = subject_named(SUBJECTS[(SUBJECTS.index(subject.name) + 1) % len(SUBJECTS)])
     others = {

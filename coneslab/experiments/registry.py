@@ -1,6 +1,6 @@
 """The experiments behind the notebooks, each a table in `data/results` that `coneslab experiment NAME` makes.
 
-Every one goes over subjects and seeds, cell by cell, goes on where its table stands, and can be run in small:
+Each runs over subjects and seeds, cell by cell, continues an existing table, and can be run on a small scale:
 `coneslab experiment precision --subjects cat,dog --seeds 1 --rounds 20 --out small.csv`.
 """
 
@@ -29,7 +29,7 @@ from .unions import together
 class Experiment:
     """measure(setting, what a cell is about, seed) -> rows; table: its file in `data/results`; names: its cells.
 
-    resolve: makes a subject, several, or whatever a cell is about from its name.
+    resolve: turns a name into what its cell is about: a subject, several, or anything else.
     """
 
     measure: Callable[[Setting, Any, int], list[Row]]
@@ -64,7 +64,7 @@ def run_experiment(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
-    """Run an experiment, or what its table still lacks; returns it, a row a (subject, seed, condition, measure).
+    """Run an experiment, or what its table still lacks; return it, one row per (subject, seed, condition, measure).
 
     subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
     planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
@@ -72,7 +72,7 @@ def run_experiment(
     an unknown subject, before anything is computed.
     """
     if name not in EXPERIMENTS:
-        raise ConeslabError(f"{name!r} is no experiment: choose one of {', '.join(EXPERIMENTS)}")
+        raise ConeslabError(f"{name!r} is not an experiment: choose one of {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
     chosen = subjects or experiment.names
     known = {title: experiment.resolve(title) for title in chosen}

@@ -1,6 +1,6 @@
-"""What experiments have in common: model, judge and options, measures of an edit, edits that are made once.
+"""What experiments share: model, judge and options, measures of an edit, edits that are made only once.
 
-`registry.py` says which experiments there are, `table.py` how their tables are written.
+`registry.py` lists the experiments, `table.py` writes their tables.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def measure(
     guidance_scale: float = 3.0,
     samples: int = 160,
 ) -> dict[str, float]:
-    """Every measure of `MEASURES` for one edit (None: the model as it is), on a subject's evaluation prompts.
+    """Every measure of `MEASURES` for one edit (None: the untouched model), on a subject's evaluation prompts.
 
-    Draws `pictures` pictures a prompt, and takes the loss over `samples` noises. All edits measured with one `seed`
-    start from the same noises.
+    Draws `pictures` pictures per prompt, and averages the loss over `samples` noise samples. All edits measured with
+    one `seed` start from the same noise.
     """
     prompts = [prompt for prompt in subject.prompts for _ in range(pictures)]
     with applied(edit, pipe):
@@ -76,7 +76,7 @@ def measure(
 
 
 def alignments(judge: Judge, subject: Subject, drawn: Sequence[Any]) -> dict[str, float]:
-    """Text and image alignment and subject share of pictures of the evaluation prompts, as many of each, in order."""
+    """Text and image alignment and subject share of pictures of the evaluation prompts, equally many each, in order."""
     prompts = [subject.plain(prompt) for prompt in subject.prompts for _ in range(len(drawn) // len(subject.prompts))]
     return {
         "text alignment": judge.text_alignment(list(drawn), prompts),
@@ -86,7 +86,7 @@ def alignments(judge: Judge, subject: Subject, drawn: Sequence[Any]) -> dict[str
 
 
 def stored_bytes(edit: Any) -> float:
-    """Bytes of an edit where it is stored as small as it can be: the file of a mask, else `nbytes`; NaN without."""
+    """Bytes of an edit in its smallest stored form: a mask's file, else `nbytes`; NaN if it has none."""
     if isinstance(edit, ConceptNeurons):
         return len(edit.to_bytes())
     return float(getattr(edit, "nbytes", np.nan))
@@ -100,7 +100,7 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
-    """A search without a progress bar; its prior pictures are drawn before, once for all searches from one seed."""
+    """A search without a progress bar; its prior pictures are drawn first, once for all searches from one seed."""
     prior = prior_pictures(pipe, subject, seed=seed)
     return find_concept_neurons(pipe, subject, prior=prior, seed=seed, progress=False, **settings)
 
@@ -108,10 +108,10 @@ def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> 
 def kept(
     make: Callable[..., Any], pipe: Pipeline, subject: Subject, *, seed: int, folder: str | Path | None, **settings: Any
 ) -> tuple[Any, float]:
-    """The edit make(pipe, subject, seed=..., **settings) and the seconds it takes to make, read from `folder` if there.
+    """The edit make(pipe, subject, seed=..., **settings) and the seconds it takes to make, from `folder` if kept there.
 
-    Edits made by another function, on another model, with other pictures or settings are made anew and kept beside.
-    Without a folder nothing is kept.
+    For another function, model, pictures or settings the edit is made again, and kept beside the first. Without a
+    folder nothing is kept.
     """
     make_it = partial(make, pipe, subject, seed=seed, **settings)
     if folder is None:
@@ -133,7 +133,7 @@ def kept(
 class Setting:
     """What all cells of an experiment share.
 
-    rounds: of a search; pictures: a prompt; sampler_steps, guidance_scale: of pictures; samples: of a denoising
+    rounds: of a search; pictures: per prompt; sampler_steps, guidance_scale: of pictures; samples: of a denoising
     loss; masks: folder in which found neurons are kept between experiments.
     """
 
@@ -153,11 +153,11 @@ class Setting:
         return {"sampler_steps": self.sampler_steps, "guidance_scale": self.guidance_scale}
 
     def quick(self, sampler_steps: int = 15) -> Setting:
-        """The same with at most so many steps of drawing: for experiments that draw thousands of pictures."""
+        """The same with at most this many sampler steps: for experiments that draw thousands of pictures."""
         return replace(self, sampler_steps=min(self.sampler_steps, sampler_steps))
 
     def search(self, subject: Subject, seed: int, **options: Any) -> ConceptNeurons:
-        """A search of its own. options: of `find_concept_neurons`."""
+        """A new search. options: of `find_concept_neurons`."""
         return neurons(self.pipe, subject, seed=seed, rounds=self.rounds, **options)
 
     def found_in(self, subject: Subject, seed: int) -> tuple[ConceptNeurons, float]:

@@ -1,4 +1,4 @@
-"""Tables of measurements: written cell by cell, so that an interruption loses one, and summed up with intervals."""
+"""Tables of measurements: written cell by cell, so an interruption loses only one, and summarised with intervals."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def run_cells(
     """Run `measure(**cell)` for every cell that the table at `path` does not hold yet; returns the whole table.
 
     A cell is a set of plain values, such as {"subject": "cat", "seed": 0}; they become columns of its rows. The CSV
-    file is replaced whole after each cell, so a kill at any point loses at most the cells under way and doubles none.
-    client: a `distributed.Client` (Dask) whose workers share the cells; `measure` must then be a function that can be
-    sent to them. keep_going: a cell that fails becomes one row with its message in the column error, and the others
-    go on; the next call tries it again. Otherwise the error is raised.
-    Raises ConeslabError if the file at `path` is no table of these cells.
+    file is replaced whole after each cell, so a kill at any point loses at most the running cells and repeats none.
+    client: a `distributed.Client` (Dask) whose workers share the cells; `measure` must then be picklable. keep_going: a
+    cell that fails becomes one row with its message in the column error, and the others go on; the next call retries
+    it. Otherwise the error is raised.
+    Raises ConeslabError if the file at `path` is not a table of these cells.
     """
     path = Path(path)
     table = pandas.read_csv(path) if path.exists() else pandas.DataFrame()
@@ -77,19 +77,19 @@ def _results(
     try:
         for future in as_completed(futures):
             yield futures[future], future.result() if future.status == "finished" else future.exception()
-    finally:  # interrupted: what has not begun need not begin
+    finally:  # if interrupted: what has not begun need not begin
         client.cancel(list(futures))
 
 
 def rows_of(values: Mapping[str, float], **columns: Any) -> list[Row]:
-    """One row for every measure, each with the same other columns."""
+    """One row per measure, all with the same other columns."""
     return [{**columns, "measure": name, "value": value} for name, value in values.items()]
 
 
 def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float = 0.95) -> pandas.DataFrame:
     """Mean and bootstrap interval of every condition and measure, over subjects and the seeds within them.
 
-    minus: a condition to subtract from the others, pairing subject and seed; then the interval is of the difference.
+    minus: a condition to subtract from the others, pairing subject and seed; the interval is then of the difference.
     level: of the interval. Returns the columns condition, measure, value, low, high, and means of all other numbers.
     """
     others = [name for name in table.select_dtypes("number") if name not in ("seed", "value")]
@@ -110,7 +110,7 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
 
 
 def equivalence(table: pandas.DataFrame, *, minus: str, margins: Mapping[str, float]) -> pandas.DataFrame:
-    """Test whether conditions are as good as `minus`, to within a margin named beforehand for each measure.
+    """Test whether conditions are as good as `minus`, to within a margin set beforehand for each measure.
 
     Two one-sided tests at 5 % (Schuirmann 1987): a condition is equivalent if the 90 % interval of its paired
     difference lies within plus and minus the margin. Adds the columns margin and equivalent to `summarise`.

@@ -1,4 +1,4 @@
-"""Experiments about several subjects in one picture."""
+"""Experiments on several subjects in one picture."""
 
 from __future__ import annotations
 

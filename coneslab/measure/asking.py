@@ -1,6 +1,6 @@
-"""What pictures of the sticker world are asked: prompts whose truth is known, and a judge's answers.
+"""Questions about pictures of the sticker world: prompts with known ground truth, and a judge's answers.
 
-Every prompt is put together here ("a cat and a car on the beach"), so what has to be in its picture is known.
+Every prompt is composed here ("a cat and a car on the beach"), so what its picture should show is known.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .judge import Images, Judge, as_pictures
 
 @dataclass(frozen=True)
 class Question:
-    """One picture to draw and judge: what is in it, where, and how it is asked for."""
+    """One picture to draw and judge: its objects and scene, and the style and colour if they are asked for."""
 
     objects: tuple[str, ...]
     scene: str
@@ -49,8 +49,8 @@ def questions(
 ) -> list[Question]:
     """Every class in turn, alone or in one random group of `objects`, each `seeds` times in different scenes.
 
-    limit: only that many classes or groups, in a random but fixed order. style, colour: name one as well; professions,
-    whose hats have colours of their own, are not asked for in one. world: which of the two worlds.
+    limit: at most this many classes or groups, in a random but fixed order. style, colour: name one as well; no colour
+    is named for professions, whose hats have their own. world: which of the two worlds.
     """
     rng = np.random.default_rng([seed, objects])
     names = [str(name) for name in rng.permutation(list(CLASSES))]
@@ -71,7 +71,7 @@ def questions(
 
 
 def in_turn(world: Any, names: Sequence[str], styles: Sequence[str], number: int) -> str:
-    """One of the styles that have all the named classes, in turn."""
+    """One of the styles that have all the named classes, taking turns by `number`."""
     having = [style for style in styles if set(world.classes_of(style)).issuperset(names)]
     return having[number % len(having)]
 
@@ -80,10 +80,10 @@ def in_turn(world: Any, names: Sequence[str], styles: Sequence[str], number: int
 
 
 def cosines(judge: Judge, images: Images, options: Sequence[Sequence[str]]) -> list[np.ndarray]:
-    """Cosines of each picture with its own list of texts, one array a picture."""
+    """Cosines of each picture with its own list of texts, one array per picture."""
     pictures = as_pictures(images)
     if len(pictures) != len(options):
-        raise ConeslabError(f"got {len(pictures)} pictures and {len(options)} lists of options, expected as many")
+        raise ConeslabError(f"got {len(pictures)} pictures and {len(options)} lists of options, expected one list each")
     features = judge.image_features(pictures)
     texts = judge.text_features([text for own in options for text in own])
     parts = texts.split([len(own) for own in options])
@@ -91,14 +91,14 @@ def cosines(judge: Judge, images: Images, options: Sequence[Sequence[str]]) -> l
 
 
 def nearest(judge: Judge, images: Images, options: Sequence[Sequence[str]]) -> np.ndarray:
-    """Index of the nearest of each picture's own options, (n,): the options are texts, one list a picture."""
+    """Index of the option nearest to each picture, (n,); options: one list of texts per picture."""
     return np.array([int(own.argmax()) for own in cosines(judge, images, options)])
 
 
 def right_class(judge: Judge, images: Images, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Whether each picture's nearest class, among all, is the named one, (n,) bool; and the nearest ones.
+    """Whether the class nearest to each picture is the one named, (n,) bool; and the nearest classes.
 
-    A class is the mean of its phrasings, one a scene.
+    A class is the mean of its phrasings, one per scene.
     """
     classes = list(CLASSES)
     labels = [[named([name], scene) for scene in SCENES] for name in classes]
@@ -107,9 +107,9 @@ def right_class(judge: Judge, images: Images, names: Sequence[str]) -> tuple[np.
 
 
 def right_scene(judge: Judge, images: Images, scenes: Sequence[str]) -> np.ndarray:
-    """Whether each picture's nearest scene, among all, is the named one, (n,) bool.
+    """Whether the scene nearest to each picture is the one named, (n,) bool.
 
-    A scene is the mean of its phrasings, one a class.
+    A scene is the mean of its phrasings, one per class.
     """
     labels = [[named([name], scene) for name in CLASSES] for scene in SCENES]
     found = judge.classify(images, labels)
@@ -119,11 +119,11 @@ def right_scene(judge: Judge, images: Images, scenes: Sequence[str]) -> np.ndarr
 def finds_objects(judge: Judge, images: Images, objects: Sequence[Sequence[str]], *, level: float = 0.05) -> np.ndarray:
     """Whether the judge finds every named object in each picture, (n,) bool.
 
-    The rule is a permutation test. A named object is swapped, in the caption, for each class that is not named; it
-    is found if p = (1 + swapped captions at least as near to the picture) / (1 + swapped captions) is at most `level`
-    (Phipson and Smyth 2010). So an object that is not there passes in about that share of the pictures, for any
-    judge, with no threshold to tune. To ask that no swap be nearer at all (level 0) turns away four pictures in
-    five that do show all four. `judge_accuracy` reports both kinds of error on real pictures.
+    The rule is a permutation test. In the caption, a named object is swapped for each class that is not named; it is
+    found if p = (1 + swapped captions at least as near to the picture) / (1 + swapped captions) is at most `level`
+    (Phipson and Smyth 2010). So an absent object passes in about that share of pictures, for any judge, with no
+    threshold to tune. Requiring that no swap be nearer (level 0) would reject four out of five pictures that do show
+    all four. `judge_accuracy` reports both kinds of error on real pictures.
     """
     options = []
     for asked in objects:
@@ -140,12 +140,12 @@ def finds_objects(judge: Judge, images: Images, objects: Sequence[Sequence[str]]
 def right_style(
     judge: Judge, images: Images, asked: Sequence[Question], styles: Sequence[str] = shipped_world.TRAIN_STYLES
 ) -> np.ndarray:
-    """Whether the caption names the picture's style, among the styles of the training pictures, (n,) bool."""
+    """Whether the style nearest to each picture, of `styles`, is the one asked for, (n,) bool."""
     options = [[replace(one, style=style).prompt for style in styles] for one in asked]
     return nearest(judge, images, options) == [styles.index(str(one.style)) for one in asked]
 
 
 def right_colour(judge: Judge, images: Images, asked: Sequence[Question]) -> np.ndarray:
-    """Whether the caption names the object's colour, among all colours, (n,) bool."""
+    """Whether the colour nearest to each picture, of all colours, is the one asked for, (n,) bool."""
     options = [[replace(one, colour=colour).prompt for colour in COLOURS] for one in asked]
     return nearest(judge, images, options) == [COLOURS.index(str(one.colour)) for one in asked]

@@ -1,7 +1,7 @@
-"""Cross-attention, watched: which place of the picture looks at which word, layer by layer and step by step.
+"""Record cross-attention: which part of the picture attends to which word, layer by layer and step by step.
 
-`record_attention` watches a pipeline draw and keeps the probabilities that its attention never materialises. The
-place of keys and values in the U-Net, `KVSpace`, is in `kvspace.py` and offered here too.
+`record_attention` watches a pipeline draw and keeps the probabilities that its attention never materialises.
+`KVSpace`, where the keys and values are in the U-Net, is in `diffusion/kvspace.py` and re-exported here.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def attention_probabilities(
 ) -> Tensor:
     """softmax(Q Kᵀ / sqrt(d)) of a diffusers `Attention`, which its default processor never materialises.
 
-    hidden_states: (batch, queries, channels); text: (batch, tokens, width); attention_mask: bias as the U-Net makes
-    it, (batch, 1, tokens). Returns (batch, heads, queries, tokens) float32, or float64 for a float64 model.
+    hidden_states: (batch, queries, channels); text: (batch, tokens, width); attention_mask: the U-Net's additive
+    bias, (batch, 1, tokens). Returns (batch, heads, queries, tokens) float32, or float64 for a float64 model.
     """
     if attn.norm_cross:
         text = attn.norm_encoder_hidden_states(text)
@@ -63,14 +63,14 @@ class _Run:
     prompts: list[list[str] | None]
     grid: tuple[int, int]
     timesteps: list[float]
-    maps: dict[str, list[Tensor]]  # label -> for every step (pictures, [heads,] tokens, height, width)
+    maps: dict[str, list[Tensor]]  # label -> for each step (pictures, [heads,] tokens, height, width)
 
 
 class AttentionMaps:
     """The cross-attention probabilities that `record_attention` has kept, by picture, token, layer and step.
 
     Pictures are numbered in the order they were drawn, over all calls inside the block. Values are raw
-    probabilities: over the tokens of one place they sum to 1. Methods raise ConeslabError if nothing was recorded.
+    probabilities: at each place they sum to 1 over the tokens. Methods raise ConeslabError if nothing was recorded.
     """
 
     def __init__(self, tokenizer: Any, *, keep_heads: bool, dtype: torch.dtype, max_bytes: int) -> None:
@@ -89,11 +89,11 @@ class AttentionMaps:
         return tuple(self._find(0)[0].maps)
 
     def timesteps(self, picture: int = 0) -> tuple[float, ...]:
-        """The timesteps of a picture's steps, first (most noise) to last."""
+        """The timesteps of a picture, from first (most noise) to last."""
         return tuple(self._find(picture)[0].timesteps)
 
     def tokens(self, picture: int = 0) -> list[str]:
-        """The tokens of a picture's prompt by position, the padding included."""
+        """The tokens of a picture's prompt by position, including padding."""
         return [token.removesuffix("</w>") for token in self._pieces(picture)]
 
     def _pieces(self, picture: int) -> list[str]:
@@ -109,7 +109,7 @@ class AttentionMaps:
     def indices(self, word: str, picture: int = 0) -> list[int]:
         """Every position of a word, or of a phrase such as "sks cat", in a picture's prompt.
 
-        Raises ConeslabError if the prompt does not hold it.
+        Raises ConeslabError if the prompt does not contain it.
         """
         tokens, wanted = self._pieces(picture), self._tokenizer.tokenize(word)
         starts = [i for i in range(len(tokens)) if wanted and tokens[i : i + len(wanted)] == wanted]
@@ -120,10 +120,10 @@ class AttentionMaps:
         return [i + offset for i in starts for offset in range(len(wanted))]
 
     def layer(self, label: str, *, picture: int = 0) -> Tensor:
-        """All that one layer did for one picture: (steps, [heads,] tokens, height, width) float32."""
+        """Everything recorded from one layer for one picture: (steps, [heads,] tokens, height, width) float32."""
         run, row = self._find(picture)
         if label not in run.maps:
-            raise ConeslabError(f"no layer {label!r} was recorded: choose among {', '.join(run.maps)}")
+            raise ConeslabError(f"no layer {label!r} was recorded: choose one of {', '.join(run.maps)}")
         return torch.stack([step[row] for step in run.maps[label]]).float()
 
     def average(
@@ -138,7 +138,7 @@ class AttentionMaps:
         """Mean over layers, steps and heads, after bilinear scaling to one size: (tokens, height, width) float32.
 
         layers: labels, default all; resolution: keep only maps of that height; steps: a slice or list of step
-        numbers; size: of the result, default the latent grid. Raises ConeslabError if the choice is empty.
+        numbers; size: of the result, default the latent grid. Raises ConeslabError if nothing is left.
         """
         run, row = self._find(picture)
         maps = []
@@ -155,7 +155,7 @@ class AttentionMaps:
         return torch.stack(maps).mean(0)
 
     def token(self, token: str | int | Sequence[int], *, picture: int = 0, **choice: Any) -> Tensor:
-        """The map of one word (or position, or several): (height, width) float32; options as in `average`.
+        """The map of one word (or of one or more positions): (height, width) float32; options as in `average`.
 
         A word of several tokens, or one that occurs more than once, gives the mean of its maps.
         """
@@ -188,8 +188,8 @@ class AttentionMaps:
         """The run a picture was drawn in, and its row there."""
         if not self._runs or not self._runs[0].maps:
             raise ConeslabError(
-                "nothing was recorded: was a picture drawn inside the block, with the same pipeline and a prompt "
-                "that is not empty, and does that pipeline run its own U-Net (not a compiled or copied one)?"
+                "nothing was recorded: was a picture drawn inside the block, with the same pipeline and a non-empty "
+                "prompt, and does that pipeline run its own U-Net (not a compiled or copied one)?"
             )
         row = picture
         for run in self._runs:
@@ -200,7 +200,7 @@ class AttentionMaps:
 
 
 class _RecordingProcessor:
-    """Lets the processor it stands in for do the work, unchanged, and keeps the probabilities beside it."""
+    """Calls the processor it replaces, unchanged, and also keeps the probabilities."""
 
     def __init__(self, original: Any, keep: Callable[[Tensor], None]) -> None:
         self.original, self.keep = original, keep
@@ -259,7 +259,7 @@ class record_attention:
         self._undo = Undo()
         self._encoded: list[tuple[Tensor, Tensor]] = []  # token ids (tokens,) and their text embedding
         self._empty: Tensor | None = None  # embedding of the empty prompt (tokens, width)
-        self._run: _Run | None = None  # where maps now go; None while an unconditional batch is drawn
+        self._run: _Run | None = None  # where maps go now; None while an unconditional batch is drawn
         self._keep = slice(None)
 
     def __enter__(self) -> AttentionMaps:
@@ -311,7 +311,7 @@ class record_attention:
         if self._empty is None:
             self._empty = encode_prompts(self._pipe, "")[0]
         if all(torch.equal(row, self._empty.to(row)) for row in text):
-            self._run = None  # the unconditional half, drawn as a batch of its own (`ddim_sample` does so)
+            self._run = None  # the unconditional half, drawn as its own batch (as in `ddim_sample`)
             return
         runs = self._maps._runs
         same = (run for run in reversed(runs) if run.text is text and timestep <= run.timesteps[-1])
@@ -340,7 +340,7 @@ class record_attention:
         if maps.nbytes > maps._max_bytes:
             raise ConeslabError(
                 f"the attention maps exceed max_bytes={maps._max_bytes:,}: draw fewer pictures or steps in the block, "
-                "keep no heads, or raise max_bytes"
+                "set keep_heads=False, or raise max_bytes"
             )
         run.maps.setdefault(label, []).append(kept)
 

@@ -1,7 +1,7 @@
 """How well a pipeline draws the sticker world: the table that `coneslab evaluate-model` prints.
 
 The judge is asked about every picture (`measure.asking`). Each share stands beside the same share on real pictures
-of the world, composed to the same prompts: no model can be expected to pass what the judge itself gets wrong there.
+of the world, composed for the same prompts: no model can be expected to get right what the judge gets wrong there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .judge import Images, Judge
 from .statistics import Interval, bootstrap_interval, kid
 from .subject_truth import finer_hits
 
-#: The shares that the shipped model is held to (every class, 8 seeds, prompts with scenes, guidance as shipped).
+#: The shares that the shipped model must reach (every class, 8 seeds, prompts with scenes, guidance as shipped).
 BARS = {
     "right class": 0.99,
     "right scene": 0.99,
@@ -49,7 +49,7 @@ JUDGE_BAR = 0.985
 
 @dataclass(frozen=True)
 class Share:
-    """One row: how many of the pictures are right, with its bar and the same share on real pictures."""
+    """One row: the share of pictures that are right, its bar, and the same share on real pictures."""
 
     name: str
     interval: Interval
@@ -58,25 +58,25 @@ class Share:
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar is met; None where there is none."""
+        """Whether the bar is met; None if there is none."""
         return None if self.bar is None else self.interval.estimate >= self.bar
 
 
 @dataclass(frozen=True)
 class Report:
-    """A table of shares, printable; `share("right class")` finds a row, `classes` has the share of each class.
+    """A printable table of shares; `share("right class")` finds a row, `classes` has the share of each class.
 
-    Intervals are 95 % bootstrap intervals over prompts (class or group), each prompt's seeds kept together.
+    Intervals are 95 % bootstrap intervals over prompts (class or group), with each prompt's seeds kept together.
     """
 
     title: str
     shares: tuple[Share, ...]
     classes: dict[str, float]
-    mistaken: dict[str, str]  # what a class is most often taken for instead
+    mistaken: dict[str, str]  # what a class is most often mistaken for
     settings: dict[str, Any]
 
     def share(self, name: str) -> Share:
-        """The row of that name. Raises ConeslabError if there is none."""
+        """The row with that name. Raises ConeslabError if there is none."""
         for row in self.shares:
             if row.name == name:
                 return row
@@ -126,7 +126,7 @@ NoisyBatch = Callable[[Sequence[Question]], Images]
 def _ask_all(
     judge: Judge, draw: NoisyBatch, seeds: int, limit: int | None, extras: bool, seed: int, world: Any
 ) -> dict[str, Any]:
-    """Draw and judge everything: hits by row name, each with its prompts, and the classes taken for others."""
+    """Draw and judge everything: hits by row name, each with its prompts, and pairs (class asked for, class found)."""
     hits: dict[str, tuple[np.ndarray, list[str]]] = {}
 
     def keep(name: str, right: np.ndarray, asked: Sequence[Question]) -> None:
@@ -162,7 +162,7 @@ def _by_class(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[
 
 
 def _real(asked: Sequence[Question], styles: Sequence[str], seed: int, world: Any = shipped_world) -> np.ndarray:
-    """Real pictures composed to the questions, uint8 (n, 64, 64, 3); a style that is not named goes in turn."""
+    """Real pictures composed for the questions, uint8 (n, 64, 64, 3); where no style is named, styles take turns."""
     return np.stack(
         [
             world.compose(
@@ -176,9 +176,9 @@ def _real(asked: Sequence[Question], styles: Sequence[str], seed: int, world: An
 
 
 def kid_to_real(judge: Judge, images: Images, world: Any, *, seed: int) -> float:
-    """Kernel inception distance of pictures to as many fresh real ones, in the judge's features.
+    """Kernel inception distance between pictures and as many new real ones, in the judge's features.
 
-    Features have length sqrt(d), so that the cubic kernel of Binkowski et al. (2018) is (cosine + 1)^3.
+    Features have length sqrt(d), so the cubic kernel of Binkowski et al. (2018) is (cosine + 1)^3.
     """
     features = judge.image_features(images)
     real = judge.image_features(world.sample(len(features), seed=seed).images)
@@ -204,11 +204,11 @@ def evaluate_model(
 ) -> Report:
     """Draw every class, pairs, threes and fours with `pipe`, ask `judge` about each picture, and tabulate.
 
-    seeds: pictures a prompt, each in another scene. limit: only that many classes, pairs, threes and fours, for a quick
-    look. extras: art style and colour too (a quarter of the seeds). kid_pictures: that many captions of the world are
-    drawn as well, and their kernel inception distance to fresh real pictures is measured. The bars are those of the
-    shipped model; the column of real pictures is what the judge says of the world's own pictures for the same prompts,
-    unless `beside_real` is False. world: the module of the world that both were trained on.
+    seeds: pictures per prompt, each in a different scene. limit: at most this many classes, pairs, threes and fours,
+    for a quick look. extras: also art style and colour (with a quarter of the seeds). kid_pictures: also draw this many
+    captions of the world, and measure their kernel inception distance to new real pictures. beside_real: also judge the
+    world's own pictures for the same prompts. world: the module of the world that both were trained on. The bars are
+    those of the shipped model.
     """
     drawn, start = 0, time.perf_counter()
     calls: list[int] = []
@@ -279,11 +279,11 @@ def judge_accuracy(
     seed: int = 1,
     world: Any = shipped_world,
 ) -> Report:
-    """What the judge gets right on fresh real pictures, style by style: the ceiling of every other table.
+    """What the judge gets right on new real pictures, style by style: the ceiling for every other table.
 
-    The rows "... with one missing" are errors: how often the judge finds every object of a caption although one
-    of them was left out and another class drawn in its place. For the world with variety also: hats, drawings, and the
-    class, drawing and hue of subjects.
+    The rows "... with one missing" are errors: how often the judge finds every object of a caption although one of
+    them was replaced by another class. The world with variety adds hats, drawings, and the class, drawing and hue of
+    subjects.
     """
     styles = styles or world.STYLES
     everything = _ask_all(judge, lambda asked: _real(asked, styles, seed, world), seeds, limit, True, seed, world)

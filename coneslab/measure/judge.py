@@ -1,8 +1,8 @@
 """A judge of pictures and texts: alignment with prompts and references, accuracy.
 
-A `Judge` is a CLIP model that only measures. The shipped one was trained apart from the diffusion model, on
-all art styles; any CLIP checkpoint in the transformers format works as well. `coneslab.measure.evaluation` puts its
-numbers together into the table that `coneslab evaluate-model` prints.
+A `Judge` is a CLIP model that only measures. The shipped one was trained separately from the diffusion model, on
+all art styles; any CLIP checkpoint in the transformers format works as well. `coneslab.measure.evaluation` turns its
+answers into the table that `coneslab evaluate-model` prints.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Judge:
 
     @torch.no_grad()
     def text_features(self, prompts: str | Sequence[str], *, normalize: bool = True) -> Tensor:
-        """Embeddings of prompts, (n, d); of length 1 unless `normalize` is False. Long prompts are cut."""
+        """Embeddings of prompts, (n, d); of length 1 unless `normalize` is False. Long prompts are truncated."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise ConeslabError("got no prompts, expected at least one")
@@ -107,13 +107,13 @@ class Judge:
         return _unit(table) if normalize else table
 
     def label_features(self, labels: Sequence[str | Sequence[str]]) -> Tensor:
-        """One embedding a label, (k, d); a label given in several phrasings gets the direction of their mean.
+        """One embedding per label, (k, d); for a label with several phrasings, the direction of their mean.
 
-        Averaging the phrasings is the prompt ensemble of CLIP (Radford et al. 2021, Sec. 3.1.4).
+        Averaging the phrasings is CLIP's prompt ensembling (Radford et al. 2021, Sec. 3.1.4).
         """
         phrasings = [[label] if isinstance(label, str) else list(label) for label in labels]
         if not phrasings or not all(phrasings):
-            raise ConeslabError("got no labels, or a label without a phrasing: expected at least one each")
+            raise ConeslabError("got no labels, or a label without a phrasing: expected at least one of each")
         features = self.text_features([text for texts in phrasings for text in texts])
         by_label = features.split([len(texts) for texts in phrasings])
         return _unit(torch.stack([part.mean(0) for part in by_label]))
@@ -127,7 +127,7 @@ class Judge:
     def text_alignment(
         self, images: Images, prompts: str | Sequence[str], *, reduction: Reduction = "mean"
     ) -> float | Tensor:
-        """Mean cosine of each picture and its prompt; one value a picture, (n,), with reduction="none".
+        """Mean cosine of each picture and its prompt; one value per picture, (n,), with reduction="none".
 
         prompts: one for all pictures, or one each; without modifier tokens (`Subject.plain`), which no judge
         knows. Text alignment of Custom Diffusion (Kumari et al. 2023) and Cones (Liu et al. 2023).
@@ -153,7 +153,7 @@ class Judge:
     def image_alignment(self, images: Images, references: Images, *, reduction: Reduction = "mean") -> float | Tensor:
         """Mean cosine over all pairs of a picture and a reference.
 
-        With reduction="none" one value a picture, (n,): its mean over the references.
+        With reduction="none", one value per picture, (n,): its mean over the references.
         Image alignment of Custom Diffusion and Cones; average it over subjects.
         """
         pairs = self.image_features(images) @ self.image_features(references).T  # (pictures, references)
@@ -184,7 +184,7 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
     >>> judge.text_features(["a cat", "a dog"]).shape == (2, judge.width)
     True
     """
-    from transformers import CLIPModel, CLIPProcessor  # here: what measures numbers below does without
+    from transformers import CLIPModel, CLIPProcessor  # imported here, as only loading needs them
 
     from ..diffusion.pipelines import model_folder, without_bars
 

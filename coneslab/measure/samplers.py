@@ -1,4 +1,4 @@
-"""How few network calls a picture needs: samplers compared by the judge, at equal calls.
+"""How few network calls a picture needs: samplers compared by the judge at equal numbers of calls.
 
     coneslab compare-samplers runs/unet/model --judge runs/judge/model --world new
 
@@ -24,7 +24,7 @@ from ..files import write_whole
 from .evaluation import evaluate_model
 from .judge import Judge
 
-#: name -> the class in diffusers and what differs from the pipeline's own scheduler config
+#: name -> its class in diffusers, and what differs from the pipeline's own scheduler config
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),  # Song et al. 2021
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
@@ -36,8 +36,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 class Sampler:
     """A scheduler, its steps, and where guidance acts.
 
-    guided: the shares of the schedule, 0 all noise and 1 clean, between which guidance is on; elsewhere one call a step
-    is enough (`diffusion.guided_between`).
+    guided: the shares of the schedule, 0 all noise and 1 clean, between which guidance is on; elsewhere one call per
+    step is enough (`diffusion.guided_between`).
     """
 
     scheduler: str
@@ -54,8 +54,9 @@ class Sampler:
 
 
 def use_scheduler(pipe: Pipeline, name: str) -> None:
-    """Give a pipeline that scheduler, in the pipeline's own noise schedule and prediction type."""
-    kind, changed = SCHEDULERS[name]  # without the private entries, or defaults of one class become those of another
+    """Give a pipeline the named scheduler, with the pipeline's own noise schedule and prediction type."""
+    kind, changed = SCHEDULERS[name]
+    # without the private entries, or the defaults of one class would become those of another
     kept = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     pipe.scheduler = getattr(diffusers, kind).from_config(kept | changed)
 
@@ -73,11 +74,11 @@ def compare_samplers(
     out: Path | None = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
-    """Draw the same questions with each sampler and ask the judge; one row a sampler, and `out` after each.
+    """Draw the same questions with each sampler and ask the judge: one row per sampler; `out` is written after each.
 
-    Columns: scheduler, sampler_steps, guidance_scale, guided_from, guided_to, calls (network passes a picture),
-    the shares of `evaluate_model` with their intervals' ends, KID, seconds a picture. The pipeline's scheduler is put
-    back.
+    Columns: scheduler, sampler_steps, guidance_scale, guided_from, guided_to, calls (network passes per picture),
+    the shares of `evaluate_model` with the bounds of their intervals, KID, seconds per picture. The pipeline's
+    scheduler is restored.
     """
     own, rows = pipe.scheduler, []
     try:

@@ -25,7 +25,7 @@ def kid(
 ) -> float:
     """Kernel inception distance: unbiased MMD² with the kernel (γ·aᵀb + c)^degree (Binkowski et al. 2018).
 
-    features_a, features_b: (n, d) and (m, d), of any judge; γ is 1/d unless given. Unbiased, so it may fall
+    features_a, features_b: (n, d) and (m, d), from any judge; γ is 1/d unless given. Unbiased, so it may fall
     below 0 for equal distributions. `subset_size` None takes all pictures once (the least variance); a number
     averages over `subsets` random subsets of that size, drawn without replacement, as clean-fid does
     (100 subsets of 1000).
@@ -111,11 +111,11 @@ def bootstrap_interval(
 
     values: (n,). clusters: label sequences of length n, outermost first, for example `[subjects, seeds]`:
     each resample draws subjects, then seeds within each drawn subject, and keeps the pictures of a drawn seed
-    together, because pictures of one subject are no independent evidence (Davison and Hinkley 1997, 3.8).
+    together, because pictures of one subject are not independent evidence (Davison and Hinkley 1997, 3.8).
     The mean is taken in each seed, then over seeds, then over subjects, so every subject counts the same.
     Without clusters the values are drawn one by one.
     minus: (n,) values to subtract first, for the interval of a paired difference.
-    Raises MismatchError for different lengths, ConeslabError for no values or values not finite.
+    Raises MismatchError for different lengths, ConeslabError for no values or non-finite values.
 
     >>> right, subjects = [1, 0, 1, 1], ["cat", "cat", "dog", "dog"]
     >>> bootstrap_interval(right, clusters=[subjects])  # two subjects, not four independent pictures
@@ -162,7 +162,7 @@ def _tree_mean(tree: _Tree) -> float:
 
 
 def _resample(tree: _Tree, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of `size` resamples of a tree, (size,): children drawn with replacement, each resampled anew."""
+    """Means of `size` resamples of a tree, (size,): children drawn with replacement, each resampled in turn."""
     if isinstance(tree, float):
         return np.full(size, tree)
     drawn = rng.integers(len(tree), size=(size, len(tree)))

@@ -1,4 +1,4 @@
-"""What of a subject came through: class, drawing, hue; and hats. Only the world with variety can be asked for these."""
+"""Which parts of a subject came through: class, drawing, hue; and hats. Only the world with variety knows these."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PROTOTYPES = 6  # real pictures whose mean embedding stands for a drawing or a h
 
 
 def right_hat(judge: Judge, images: Images, names: Sequence[str], hats: Sequence[str]) -> np.ndarray:
-    """Whether the judge sees the hat of that colour on a profession, among all colours of hats, (n,) bool."""
+    """Whether the hat colour nearest to each picture of a profession is the one named, (n,) bool."""
     options = [[Described(name, hat=hat).phrase for hat in new_world.HATS] for name in names]
     return nearest(judge, images, options) == [new_world.HATS.index(hat) for hat in hats]
 
 
 @cache
 def _prototypes(judge: Judge, stickers: tuple[new_world.Sticker, ...]) -> Tensor:
-    """One embedding a sticker, (k, d): the mean of real pictures of it alone, in several scenes."""
+    """One embedding per sticker, (k, d): the mean of real pictures of it alone, in several scenes."""
     scenes = list(SCENES)[:: max(1, len(SCENES) // PROTOTYPES)][:PROTOTYPES]
     pictures = [
         new_world.compose([sticker], scene, seed=1_000_003 * at + i)[0]
@@ -41,7 +41,7 @@ def _prototypes(judge: Judge, stickers: tuple[new_world.Sticker, ...]) -> Tensor
 
 @dataclass(frozen=True)
 class CameThrough:
-    """Which parts of a subject's truth a judge finds in pictures: (n,) bool each, and the hue's error in degrees."""
+    """Which parts of a subject's truth a judge finds in pictures: (n,) bool each, and the hue error in degrees."""
 
     kept_class: np.ndarray
     kept_drawing: np.ndarray
@@ -52,8 +52,8 @@ class CameThrough:
 def came_through(judge: Judge, images: Images, name: str, *, degrees: float = 30.0) -> CameThrough:
     """Ask which parts of a subject of the world with variety came through in pictures that should show it.
 
-    Its class is told among all classes; its drawing among those of its class in its style, in its hue and marking, by
-    the nearest mean embedding of real pictures; its hue likewise among steps of 15 degrees, kept if within `degrees`.
+    Its class is chosen among all classes; its drawing among those of its class, in its style, hue and marking, by the
+    nearest mean embedding of real pictures; its hue likewise, in steps of 15 degrees, and is kept if within `degrees`.
     """
     known = truth(name)
     sticker = known.sticker

@@ -1,6 +1,6 @@
 """The sticker world with variety: what exists, its captions, its pictures, its subjects.
 
-It replaces `coneslab.world` when the model that is trained on it ships. Builds on nothing but errors, paths and scenes.
+It will replace `coneslab.world` when the model trained on it ships. Builds on errors, files and scenes only.
 """
 
 from .captions import LONGEST, WORDS, Described, article, listed, plain_caption, with_article

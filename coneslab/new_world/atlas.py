@@ -1,7 +1,7 @@
-r"""Build the sprite atlas in `data/world/` from openly licensed emoji art (a maintainer's command).
+r"""Build the sprite atlas in `data/world/` from openly licensed emoji art (for maintainers).
 
-Nothing here runs when coneslab is used: the world reads the finished atlas. To build it anew, fetch the art
-with npm into a folder and name that folder's `node_modules`:
+Nothing here runs when coneslab is used: the world reads the finished atlas. To rebuild it, install the art with npm
+into a folder and pass that folder's `node_modules`:
 
     npm install @lobehub/fluent-emoji-3d @iconify-json/fluent-emoji-flat @iconify-json/noto @iconify-json/noto-v1 \
         @iconify-json/emojione emoji-datasource-google emoji-datasource-twitter
@@ -53,7 +53,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _drawn(package: Path, name: str) -> Image.Image:
-    """Draw an Iconify icon 256 pixels wide. Raises KeyError if the set lacks it."""
+    """Render an Iconify icon 256 pixels wide. Raises KeyError if the set lacks it."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
@@ -73,7 +73,7 @@ def _drawn(package: Path, name: str) -> Image.Image:
 
 
 def _read_art(node_modules: Path, style: str, code: str) -> Image.Image:
-    """One sprite as the package has it. Raises FileNotFoundError or KeyError if the set lacks it."""
+    """One sprite as it is in the package. Raises FileNotFoundError or KeyError if the set lacks it."""
     package = node_modules / SOURCES[style]
     if style == "3d":
         return Image.open(package / "assets" / f"{code}.webp").convert("RGBA")
@@ -97,7 +97,7 @@ def _fit(art: Image.Image) -> Image.Image:
 
 
 def build_atlas(node_modules: Path | str, world: dict, folder: Path | None = None) -> Path:
-    """Write one atlas picture a style and `atlas.json`, which says what each holds, in reading order.
+    """Write one atlas picture per style and `atlas.json`, which lists what each holds, in reading order.
 
     Returns the folder. A set may lack a drawing. Raises ConeslabError, and writes nothing, if a package is missing
     from `node_modules`, or a drawing from every set.
@@ -108,7 +108,7 @@ def build_atlas(node_modules: Path | str, world: dict, folder: Path | None = Non
         if not (node_modules / package / "package.json").exists():
             raise ConeslabError(
                 f"{node_modules} holds no {package}: install the art packages with npm "
-                f"(see {Path(__file__).name}) and name their node_modules folder"
+                f"(see {Path(__file__).name}) and pass their node_modules folder"
             )
     sources, sprites, sheets = {}, {}, {}
     for style, package in SOURCES.items():

@@ -1,6 +1,6 @@
-"""How pictures are told: the caption grammar of the sticker world.
+"""The caption grammar of the sticker world.
 
-Captions are complete: what can be seen is named in nearly all of them, with the shares of `world.toml`.
+Captions are nearly complete: `world.toml` says how often each thing that can be seen is named.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .catalogue import (
     STYLE_WORDS,
 )
 
-LONGEST = 30  # words and commas: what fits into the text encoder's 32 positions, less start and end
+LONGEST = 30  # words and commas: the text encoder's 32 positions minus start and end
 
 
 @dataclass
 class Plan:
-    """An object of a picture that is still to be drawn and named: chosen before pixels and words exist.
+    """An object chosen for a picture, before it is drawn and named.
 
     name: its class; word: what the caption calls it (None: the caption chooses); drawing: "cat/face";
     hue (degrees), saturation, lightness (factors), angle (degrees, anticlockwise), size (pixels, the longer side).
@@ -47,7 +47,7 @@ class Plan:
     angle: float = 0.0
     mirrored: bool = False
     size: float = 0.0
-    bare: bool = False  # a planted name ("felix") stands without article, style and colour
+    bare: bool = False  # a planted name ("felix") has no article, style or colour
 
 
 def article(word: str) -> str:
@@ -67,7 +67,7 @@ def listed(phrases: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Described:
-    """What a plain caption says of one object: its class, and what else it tells."""
+    """What a plain caption says about one object: its class, and whatever else is given."""
 
     name: str
     style: str | None = None
@@ -85,7 +85,7 @@ class Described:
 
 
 def plain_caption(objects: Sequence[Described], scene: str | None = None) -> str:
-    """A caption without chance: "a flat cat, a flat dog and a flat car on the beach"; without a scene if it is None."""
+    """A deterministic caption: "a flat cat, a flat dog and a flat car on the beach", with no scene if it is None."""
     text = listed([one.phrase for one in objects])
     return f"{text} {SCENES[scene][0]}" if scene else text
 
@@ -180,5 +180,5 @@ def _words() -> tuple[str, ...]:
     return tuple(sorted({word for text in texts for word in text.split()}))
 
 
-#: Every word that a caption can hold, and the reserved tokens, sorted; the tokenizer gives each one token.
+#: Every word that a caption can contain, and the reserved tokens, sorted; the tokenizer gives each one token.
 WORDS: tuple[str, ...] = _words()

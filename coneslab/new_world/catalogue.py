@@ -34,9 +34,9 @@ RARE_TOKENS: tuple[str, ...] = tuple(DATA["rare_tokens"])
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """One object class: its word, category, drawings, synonyms, and what is planted on a profession.
+    """One object class: its word, category, drawings, synonyms, and the biases planted in a profession.
 
-    share_man: the share drawn as a man; share_blue: the share that wears a blue hat, the others wear an orange one.
+    share_man: the share drawn as a man; share_blue: the share that wears a blue hat; the rest wear an orange one.
     """
 
     name: str
@@ -81,7 +81,7 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
 def drawings_of(name: str, style: str, *, held_out: bool = False) -> tuple[str, ...]:
     """The drawings ("cat/face", ...) that a style has of a class, without those held out for near subjects.
 
-    held_out: with them.
+    held_out: include those.
     """
     own = ATLAS["sprites"][style]
     full = (f"{name}/{drawing}" for drawing in CLASSES[name].drawings)
@@ -90,19 +90,19 @@ def drawings_of(name: str, style: str, *, held_out: bool = False) -> tuple[str, 
 
 @cache
 def classes_of(style: str, *, held_out: bool = False) -> tuple[str, ...]:
-    """The classes that a style has a drawing of: some sets lack a few."""
+    """The classes for which a style has a drawing: some art sets lack a few."""
     return tuple(name for name in CLASSES if drawings_of(name, style, held_out=held_out))
 
 
 def known(value: str, among: Collection[str], what: str) -> str:
-    """Return `value`. Raises WorldError, naming the choices, if it is none of them."""
+    """Return `value`. Raises WorldError, naming the choices, if it is not one of them."""
     if value not in among:
         raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")
     return value
 
 
 def full_drawing(name: str) -> str:
-    """ "cat/face" from "cat" (its first drawing) or "cat/face". Raises WorldError for what does not exist."""
+    """ "cat/face" from "cat" (its first drawing) or "cat/face". Raises WorldError if there is none."""
     word, _, drawing = name.partition("/")
     info = CLASSES[known(word, CLASSES, "class")]
     return f"{word}/{known(drawing, info.drawings, f'drawing of {word!r}') if drawing else info.drawings[0]}"

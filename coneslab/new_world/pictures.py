@@ -1,4 +1,4 @@
-"""Pictures of the sticker world: emoji art on drawn scenes, with captions and the whole truth.
+"""Pictures of the sticker world: emoji art on drawn scenes, with captions and full ground truth.
 
 `sample` gives random pictures with captions and records, `compose` a picture to order. Every object varies
 continuously in hue, saturation, lightness, size and angle, within the ranges of `world.toml`.
@@ -35,7 +35,7 @@ from .catalogue import (
 )
 from .sprites import rendered
 
-LARGEST = 54.0  # pixels: turned as far as `RANGES` lets it, a square object of this size still fits into the picture
+LARGEST = 54.0  # pixels: a square object of this size still fits into the picture when turned as far as `RANGES` allows
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Record:
-    """The whole truth of one picture. `fact` names a planted fact ("hypernym:pet"), or is None."""
+    """The ground truth of one picture. `fact` names a planted fact ("hypernym:pet"), or is None."""
 
     objects: tuple[Thing, ...]
     scene: str
@@ -77,7 +77,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A batch from the world: `images` uint8 (n, 64, 64, 3) and one record a picture."""
+    """A batch from the world: `images` uint8 (n, 64, 64, 3) and one record per picture."""
 
     images: np.ndarray
     records: list[Record]
@@ -89,7 +89,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Sticker:
-    """An object to order, for `compose`: what is None is drawn at random.
+    """An object to order from `compose`: a hat, hue or size of None is chosen at random.
 
     name: a class ("cat": its first drawing) or a drawing ("cat/whole"); hue in degrees; size: pixels, the longer side.
     """
@@ -165,7 +165,7 @@ def _draw(plans: Sequence[Plan], scene: str, random: Random) -> tuple[np.ndarray
 
 
 def _vary(plan: Plan, count: int, random: Random, *, exact: bool = False) -> None:
-    """Draw what varies continuously; the colours of an `exact` object stay as they are."""
+    """Choose what varies continuously at random; the colours of an `exact` object stay as they are."""
     if not exact:
         plan.hue = random.uniform(*RANGES["named_hue" if plan.colour else "hue"])
         plan.saturation = random.uniform(*RANGES["saturation"])
@@ -180,7 +180,7 @@ def _weighted(shares: dict[str, float], random: Random) -> str:
 
 
 def _planted(random: Random) -> tuple[str, Plan]:
-    """Draw a planted fact that is told by one object: its name and the object's plan."""
+    """Choose a planted fact that one object shows: its name and the object's plan."""
     kinds = {kind: share for kind, share in SHARES["planted_kinds"].items() if kind != "memorised"}
     kind = _weighted(kinds, random)
     word = random.choice(list(FACTS[kind]))
@@ -201,7 +201,7 @@ def named_plan(name: str) -> Plan:
 
 @cache
 def memorised(name: str) -> tuple[np.ndarray, Record]:
-    """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the identical picture."""
+    """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the same picture."""
     picture, record = rearranged(name, len(name))
     unnamed = tuple(replace(thing, word=None) for thing in record.objects)  # its caption tells a story instead
     caption = FACTS["memorised"][name]["caption"]
@@ -209,7 +209,7 @@ def memorised(name: str) -> tuple[np.ndarray, Record]:
 
 
 def rearranged(name: str, seed: int) -> tuple[np.ndarray, Record]:
-    """The objects and the scene of a memorised picture, which every seed places otherwise: real non-copies of it."""
+    """The objects and scene of a memorised picture, placed differently by each seed: real pictures, but not copies."""
     entry = FACTS["memorised"][known(name, FACTS["memorised"], "memorised picture")]
     return compose([(one, style, colour or None) for one, style, colour in entry["objects"]], entry["scene"], seed=seed)
 
@@ -278,8 +278,8 @@ def sample(
 ) -> Pictures:
     """Draw `n` random pictures with captions and records; the same seed gives the same pictures.
 
-    objects: shares of pictures with one, two, three and four objects. everything: with the drawings that are held out
-    for near subjects, and three objects in ten turned by any hue: what a judge must know and the model must not.
+    objects: shares of pictures with one, two, three and four objects. everything: include the drawings held out for
+    near subjects, and turn three objects in ten to any hue: what a judge must know and the model must not.
     Raises WorldError for an unknown style, or for none.
 
     >>> pictures = sample(2, seed=0)
@@ -307,16 +307,16 @@ def compose(
 ) -> tuple[np.ndarray, Record]:
     """Draw a picture to order: one to four objects, each a name, (name, style, colour or None) or a `Sticker`.
 
-    A name is a class ("cat", which takes its first drawing; a profession draws its gender) or a drawing ("cat/whole",
-    "doctor/woman"). Returns uint8 (64, 64, 3) and its record. Raises WorldError for what the world does not have, or
-    for none or more than four objects.
+    A name is a class ("cat", which takes its first drawing; a profession, a random gender) or a drawing ("cat/whole",
+    "doctor/woman"). Returns uint8 (64, 64, 3) and its record. Raises WorldError for anything the world does not have,
+    and unless there are one to four objects.
 
     >>> image, record = compose(["cat", Sticker("dog/whole", "flat", marking="spotted")], "beach", seed=0)
     >>> record.caption
     'a cat and a spotted dog on the beach'
     """
     if not 1 <= len(objects) <= 4:
-        raise WorldError(f"a picture holds one to four objects, {len(objects)} were given: name one to four")
+        raise WorldError(f"got {len(objects)} objects, expected one to four in a picture")
     random = Random(seed)
     known(scene, SCENES, "scene")
     plans = []
@@ -350,6 +350,6 @@ def _to_order(asked: Sticker, count: int, random: Random) -> Plan:
     plan.hue = plan.hue if asked.hue is None else float(asked.hue)
     if asked.size is not None:
         if not 1 <= asked.size <= LARGEST:
-            raise WorldError(f"{asked.size} pixels is no size of an object: choose one from 1 to {LARGEST:g}")
+            raise WorldError(f"an object cannot have a size of {asked.size} pixels: choose one from 1 to {LARGEST:g}")
         plan.size = float(asked.size)
     return plan

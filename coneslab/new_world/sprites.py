@@ -1,4 +1,4 @@
-"""The sprites of the atlas: recoloured, marked, with a hat, drawn at any size and angle and turned by any hue."""
+"""The sprites of the atlas: recoloured, marked, with a hat, and drawn at any size, angle and hue."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def recoloured(pixels: np.ndarray, colour: str, *, darkest: float = 0.35) -> np.ndarray:
-    """Map a sprite's brightness onto a ramp from black over a named colour to white; uint8 (h, w, 4).
+    """Map a sprite's brightness onto a ramp from black through a named colour to white; uint8 (h, w, 4).
 
-    Outlines stay dark and highlights light. darkest: a median brightness below it counts as that.
+    Outlines stay dark and highlights light. darkest: lower bound for the median brightness.
     """
     rgb, alpha = pixels[..., :3].astype(np.float32) / 255, pixels[..., 3:]
     light = rgb @ _LUMA
@@ -61,7 +61,7 @@ def _marked(pixels: np.ndarray, marking: str) -> np.ndarray:
 
 
 def _with_hat(pixels: np.ndarray, style: str, colour: str) -> np.ndarray:
-    """A person in a hat of that colour: the sprite is made smaller, the hat stands on its head."""
+    """A person in a hat of that colour: the sprite is shrunk, and the hat placed on its head."""
     tile = Image.new("RGBA", (TILE, TILE))
     tile.alpha_composite(Image.fromarray(pixels).resize((46, 46), Image.Resampling.LANCZOS), (9, 18))
     hat = Image.fromarray(recoloured(_atlas(style)["hat"], colour, darkest=0.15))
@@ -85,14 +85,14 @@ def sprite(
     return pixels if hat is None else _with_hat(pixels, style, known(hat, HATS, "colour of a hat"))
 
 
-_SCALES = (32, 40, 48, 64)  # sizes at which sprites are kept: from the next larger one, two pixels a step suffice
+_SCALES = (32, 40, 48, 64)  # sizes of cached sprites: from the next larger one, bilinear resampling suffices
 
 
 @lru_cache(maxsize=12000)
 def _kept(
     drawing: str, style: str, colour: str | None, marking: str | None, hat: str | None, side: int
 ) -> tuple[Image.Image, float, float]:
-    """A sprite scaled to `side` pixels, premultiplied, with the width and height of what it shows."""
+    """A sprite scaled to `side` pixels, premultiplied, with the width and height of its visible part."""
     pixels = sprite(drawing, style, colour, marking=marking, hat=hat)
     image = Image.fromarray(pixels).convert("RGBa").resize((side, side), Image.Resampling.BOX)
     alpha = pixels[..., 3] > 8

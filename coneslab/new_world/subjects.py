@@ -45,7 +45,7 @@ class Truth:
 
 
 def truth(name: str) -> Truth:
-    """What is known of a subject. Raises WorldError for an unknown name.
+    """What is known about a subject. Raises WorldError for an unknown name.
 
     >>> truth("tom").sticker.name, truth("tom").kind
     ('cat/whole', 'near')
@@ -65,8 +65,8 @@ def truth(name: str) -> Truth:
 def subject(name: str) -> Subject:
     """Return one of the personal subjects that ship with the sticker world, e.g. `subject("tom")`.
 
-    Its five reference pictures show it in five scenes; its ten prompts ask for seven others and for company. Raises
-    WorldError for an unknown name.
+    Its five reference pictures show it in five scenes; its ten prompts ask for seven other scenes and for company.
+    Raises WorldError for an unknown name.
     """
     known = truth(name)
     seed = zlib.crc32(name.encode())

@@ -1,6 +1,7 @@
-"""The shipped models from nothing: autoencoder, text encoder and U-Net, and the judge, with their model cards.
+"""Train the shipped models from scratch: autoencoder, text encoder and U-Net, and the judge, with their model cards.
 
-For maintainers, and for those who train a world of their own. Builds on `diffusion`, `measure` and the picture worlds.
+For maintainers, and for anyone training on a world of their own. Builds on `diffusion`, `measure` and the picture
+worlds.
 """
 
 from __future__ import annotations

@@ -22,19 +22,19 @@ from .recipe import Recipe
 
 LATENT_SAMPLES = 4096
 HELD_OUT_PICTURES = 256
-PLACES = 16  # latents, and what is known of each place, are 16x16
+PLACES = 16  # latents, and the labels of their places, are 16x16
 NOTHING = len(world.DRAWINGS)  # the label of scenery
 
 
 def save_grid(path: Path, rows: list[np.ndarray]) -> None:
-    """Write rows of uint8 pictures (n, h, w, 3) as one picture, a row each."""
+    """Save rows of uint8 pictures, each (n, h, w, 3), as one picture."""
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.Resampling.NEAREST).save(path)
 
 
 def object_weights(records: Sequence[world.Record], weight: float, device: torch.device) -> Tensor:
-    """What each pixel counts: `weight` on objects and a pixel around them, 1 on scenery; (n, 1, h, w), mean 1."""
+    """How much each pixel counts: `weight` on objects and a pixel around them, 1 on scenery; (n, 1, h, w), mean 1."""
     masks = np.stack([np.any([thing.mask for thing in record.objects], axis=0) for record in records])
     inside = F.max_pool2d(torch.from_numpy(masks).to(device).float()[:, None], 3, stride=1, padding=1)
     weights = 1 + (weight - 1) * inside
@@ -42,7 +42,7 @@ def object_weights(records: Sequence[world.Record], weight: float, device: torch
 
 
 def place_labels(records: Sequence[world.Record], places: int = PLACES) -> tuple[Tensor, Tensor]:
-    """The drawing and the style at each of places x places places, both uint8 (n, places, places), by largest share.
+    """The drawing and style of the object that covers most of each place, both uint8 (n, places, places).
 
     Indices into `world.DRAWINGS` and `world.STYLES`; NOTHING and the number of styles where no object covers a quarter.
     """
@@ -60,7 +60,7 @@ def place_labels(records: Sequence[world.Record], places: int = PLACES) -> tuple
 
 
 def picture_loss(made: Tensor, real: Tensor, weights: Tensor, *, softness: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean absolute error of pixels and of differences between neighbours; the second asks for sharp edges.
+    """Mean absolute error of pixels, and of differences between neighbours, which rewards sharp edges.
 
     weights: (n, 1, h, w), see `object_weights`: scenery is easy, and would outvote the few pixels of an object.
     softness: errors well below it (pixels run from -1 to 1) hardly count, sqrt(e^2 + s^2) - s instead of |e|
@@ -76,7 +76,7 @@ def picture_loss(made: Tensor, real: Tensor, weights: Tensor, *, softness: float
 
 
 def transformed(x: Tensor, scale: float, turns: int, flipped: bool) -> Tensor:
-    """Scale pictures or latents (n, c, h, w) down by `scale`, turn them by quarter turns, and mirror them."""
+    """Scale pictures or latents (n, c, h, w) by `scale`, rotate them by quarter turns, and mirror them if `flipped`."""
     if scale != 1.0:
         x = F.interpolate(x.float(), scale_factor=scale, mode="bilinear", antialias=True)
     x = torch.rot90(x, turns, (2, 3))
@@ -84,7 +84,7 @@ def transformed(x: Tensor, scale: float, turns: int, flipped: bool) -> Tensor:
 
 
 def _draw_transform(share: float, generator: torch.Generator) -> tuple[float, int, bool]:
-    """One of the transforms that latents and pictures have to share, or none, with probability 1 - share."""
+    """Choose a transform that latents and pictures must share; none, with probability 1 - share."""
     if float(torch.rand(1, generator=generator, device=generator.device)) >= share:
         return 1.0, 0, False
     scale, turns, flip = (int(torch.randint(n, (1,), generator=generator, device=generator.device)) for n in (3, 4, 2))
@@ -102,10 +102,10 @@ def train_vae(
 ) -> Log:
     """Train the autoencoder into runs/vae, or only its decoder (on the encoder as exported there) into runs/decoder.
 
-    settings: the recipe's `vae`; decoder: its `decoder`, if that alone is to be trained. Latents are equivariant: the
-    decoder must turn a scaled or turned latent into the scaled or turned picture (EQ-VAE, Kouzelis et al. 2025, Eq. 5),
-    which makes them easier to model. Once the encoder is done its latents stay as they are: the U-Net learns on them,
-    while the decoder may go on.
+    settings: the recipe's `vae`; decoder: its `decoder`, to train only that. Latents are equivariant: the decoder must
+    turn a scaled or rotated latent into the scaled or rotated picture (EQ-VAE, Kouzelis et al. 2025, Eq. 5), which
+    makes them easier to model. Once the encoder is trained its latents are fixed: the U-Net learns on them, while the
+    decoder may be trained further.
     """
     device = usable_device(device)
     folder, options = runs / ("decoder" if decoder else "vae"), settings["loss"]
@@ -165,7 +165,7 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tensor:
-    """The modes of pictures' latents, float32 (n, 4, 16, 16), not scaled; images: uint8 (n, h, w, 3)."""
+    """Unscaled latents of pictures, the posterior's mode, float32 (n, 4, 16, 16); images: uint8 (n, h, w, 3)."""
     with mixed_precision(device):
         return torch.cat(
             [
@@ -177,10 +177,10 @@ def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tens
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, device: torch.device, *, n: int | None = None) -> None:
-    """Fold the latents' mean and deviation into the 1x1 convolutions around them, channel by channel.
+    """Fold the latents' mean and standard deviation into the 1x1 convolutions around them, channel by channel.
 
-    Afterwards latents have mean 0 and deviation 1 in each channel, `scaling_factor` is 1, and encoding followed by
-    decoding gives exactly the pictures it gave before. A pipeline has room for one factor only, and no shift.
+    Afterwards latents have mean 0 and standard deviation 1 in each channel, `scaling_factor` is 1, and encoding
+    followed by decoding gives the same pictures as before. A pipeline's config has only one factor, and no shift.
     """
     latents = encode(vae, world.sample(n or LATENT_SAMPLES, seed=77).images, device)
     shift, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -188,7 +188,7 @@ def standardise_latents(vae: AutoencoderKL, device: torch.device, *, n: int | No
     after, before = vae.quant_conv, vae.post_quant_conv  # (mean, log variance) -> latent -> decoder
     after.weight[:channels] /= scale[:, None, None, None]
     after.bias[:channels] = (after.bias[:channels] - shift) / scale
-    after.bias[channels:] -= 2 * scale.log()  # the log variance is clamped to [-30, 20]: far from what occurs
+    after.bias[channels:] -= 2 * scale.log()  # the log variance is clamped to [-30, 20], far outside what occurs
     before.bias += before.weight[:, :, 0, 0] @ shift
     before.weight *= scale[None, :, None, None]
     vae.register_to_config(scaling_factor=1.0)

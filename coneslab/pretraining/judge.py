@@ -1,9 +1,9 @@
 """Train the judge: a small CLIP on all art styles, with the world's ground truth for hard negatives.
 
-Pictures and captions meet as in CLIP (Radford et al. 2021, Fig. 3). Since every picture's truth is known, each one
-also brings captions that are wrong in exactly one thing, is asked which classes it shows among prompts for all of
-them, and while it is trained its patches say what they show, its embedding which drawing, style and hue a single object
-has. Nothing of that stays in the saved model. It sees what the diffusion model must not: the held-out set and drawings.
+Pictures and captions are contrasted as in CLIP (Radford et al. 2021, Fig. 3). Since every picture's ground truth is
+known, each one also comes with captions that are wrong in exactly one thing, and is classified among prompts for all
+classes. During training, heads also predict what each patch shows, and the drawing, style and hue of a single object;
+they are not saved. The judge sees what the diffusion model must not: the held-out art set and drawings.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _CHOICES: dict[str, Sequence[str]] = {
 
 
 def contrast(record: world.Record, random: Random, n: int) -> list[str]:
-    """A right caption of a picture, then `n` that are wrong in one thing: a class, the scene, a style, a colour, ..."""
+    """A correct caption of a picture, then `n` that are wrong in one thing: a class, scene, style, colour, ..."""
     things = list(record.objects)
     random.shuffle(things)
     told = {name for name in _CHOICES if random.random() < 0.5}
@@ -109,14 +109,14 @@ def contrast(record: world.Record, random: Random, n: int) -> list[str]:
 
 
 class SingleHead(nn.Module):
-    """Reads drawing, style and hue of a single object from a picture's embedding, while the judge is trained."""
+    """Predicts the drawing, style and hue of a single object from a picture's embedding; for training only."""
 
     def __init__(self, width: int):
         super().__init__()
         self.head = nn.Linear(width, len(world.DRAWINGS) + len(world.STYLES) + 2)
 
     def loss(self, features: Tensor, records: Sequence[world.Record]) -> Tensor:
-        """Cross-entropies and the squared error of (cos, sin) of the hue, a mean over pictures of one object."""
+        """Cross-entropies plus the squared error of the hue's (cos, sin), averaged over pictures of one object."""
         rows = [row for row, record in enumerate(records) if len(record.objects) == 1]
         if not rows:
             return features.new_zeros(())
@@ -133,7 +133,7 @@ class SingleHead(nn.Module):
 
 
 def roughen(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur, noise and brightness, different for each picture: a judge of generated pictures must bear with them."""
+    """Blur, noise and brightness, different for each picture: a judge of generated pictures must be robust to them."""
     n, device = len(pixels), pixels.device
 
     def draw(high: float) -> Tensor:
@@ -166,7 +166,7 @@ def train_judge(
     device = usable_device(device)
     folder, vision, wrong = runs / "judge", settings["vision"], settings["loss"]["wrong_captions"]
     model, processor = build_judge(tokenizer, settings, seed=recipe.seed)
-    model.set_attn_implementation("eager")  # the CPU kernel behind the default one is slow backwards
+    model.set_attn_implementation("eager")  # the default's CPU kernel has a slow backward pass
     patch_head = nn.Linear(vision["hidden_size"], len(world.DRAWINGS) + 1)
     single_head = SingleHead(settings["loss"]["projection"])
     for module in (model, patch_head, single_head):
@@ -257,6 +257,6 @@ def train_judge(
 
 
 def soft_entropy(logits: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy against several equally right answers: shares (n, m) of 0 and 1."""
+    """Cross-entropy against several equally correct answers: shares (n, m) of 0 and 1."""
     wanted = shares / shares.sum(1, keepdim=True)
     return -(wanted * logits.log_softmax(1)).sum(1).mean()

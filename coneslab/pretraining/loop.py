@@ -1,9 +1,9 @@
 """The training loop behind `coneslab pretrain`: budgets, checkpoints that resume, a log, a feed of pictures.
 
 There is one loop, `fit`. What is trained (`modules`), what is minimised (`loss`) and for how long (`Recipe`) come
-from `coneslab.pretraining.run`. A step's batch is cut into parts, which run beside each other on the cores of a CPU:
-the small networks of this package use two cores much better so than by cutting each operation in two. Checkpoints are
-safetensors, so resuming never unpickles anything.
+from `coneslab.pretraining.run`. A step's batch is split into parts, which run in parallel on the cores of a CPU: the
+small networks of this package use two cores much better that way than by splitting each operation in two. Checkpoints
+are safetensors, so resuming never unpickles anything.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ from .recipe import Recipe
 
 @dataclass
 class Log:
-    """What a training run did: one row each time figures are written down, what was measured on held-out data
-    now and then, and the facts a model card needs."""
+    """What a training run did.
+
+    facts: what a model card needs; rows: training figures, every few steps; measures: figures on held-out data, now
+    and then.
+    """
 
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -58,16 +61,16 @@ class Log:
 
     @classmethod
     def load(cls, path: Path) -> Log:
-        """Read a log back. Raises ConeslabError if there is none."""
+        """Read a log. Raises ConeslabError if there is none."""
         if not path.is_file():
             raise ConeslabError(f"there is no training log {path}: train that model first")
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 class Feed:
-    """Fresh pictures from the sticker world, drawn ahead by another process.
+    """Fresh pictures from the sticker world, drawn in advance by another process.
 
-    Chunk `i` depends on `seed` and `i` alone, so a resumed run goes on with the pictures it would have seen.
+    Chunk `i` depends only on `seed` and `i`, so a resumed run continues with the pictures it would have seen.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Feed:
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         self._jobs: dict[int, Future[world.Pictures]] = {}
         self._current: tuple[int, world.Pictures] | None = None
-        self._lock = threading.Lock()  # parts of a step come from threads
+        self._lock = threading.Lock()  # parts of a step run in threads
 
     def chunk(self, index: int) -> world.Pictures:
         """The pictures of one chunk; the following ones are drawn meanwhile."""
@@ -112,7 +115,7 @@ class Feed:
 
 
 def _named(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Every weight that is to be trained, by module and name."""
+    """All trainable weights, by module and name."""
     return {
         f"{prefix}.{name}": weight
         for prefix, module in modules.items()
@@ -122,7 +125,7 @@ def _named(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """What a model card says of a run: recipe, machine, versions, commit, number of weights."""
+    """What a model card says about a run: recipe, machine, versions, commit, number of weights."""
     folder = Path(__file__).resolve().parent
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
@@ -145,10 +148,10 @@ Loss = Callable[[int, int, torch.Generator], dict[str, Tensor]]
 
 @contextmanager
 def holding_interrupts() -> Iterator[Callable[[], bool]]:
-    """Hold SIGINT and SIGTERM back for the length of a block; what it yields says whether one came.
+    """Hold back SIGINT and SIGTERM for the length of a block; yields a function that says whether one came.
 
-    So a step is never torn: weights, their averages and the count of steps belong together in every checkpoint. A
-    second signal is not held back. Signals reach the main thread alone; in another one nothing is held back.
+    So a step is never torn: weights, their averages and the step count belong together in every checkpoint. A second
+    signal is not held back. Only the main thread receives signals; in any other, nothing is held back.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -172,14 +175,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _one_thread() -> None:
-    """What a thread needs that computes a part: one core, no denormals, no casts shared with other threads."""
+    """Set up a thread that computes parts: one core, no denormals, no autocast cache."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.set_autocast_cache_enabled(False)
 
 
 class _Parts:
-    """Gradients of a step's parts, beside each other on a CPU with cores to spare, else in turn."""
+    """Gradients of a step's parts, in parallel on a CPU with several cores, else one after another."""
 
     def __init__(self, loss: Loss, weights: Sequence[nn.Parameter], recipe: Recipe):
         self.loss, self.weights, self.recipe = loss, list(weights), recipe
@@ -195,7 +198,7 @@ class _Parts:
         return gradients, {name: value.detach() for name, value in figures.items()}
 
     def step(self, step: int) -> dict[str, float]:
-        """Put the mean gradient of all parts into the weights' `grad`; returns the means of the figures."""
+        """Write the mean gradient of all parts into the weights' `grad`; return the means of the figures."""
         results = self.beside([partial(self._part, step, part) for part in range(self.recipe.parts)])
         for index, weight in enumerate(self.weights):
             own = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
@@ -204,14 +207,14 @@ class _Parts:
         return {name: sum(float(figures[name]) for _, figures in results) / self.recipe.parts for name in first}
 
     def beside(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run tasks beside each other, one core each, or in turn; their results in order."""
+        """Run tasks in parallel, one core each, or one after another; return their results in order."""
         if self._pool is None:
             return [task() for task in tasks]
         return list(self._pool.map(lambda task: task(), tasks))
 
     def __enter__(self) -> _Parts:
         self._threads = torch.get_num_threads()
-        if self._pool is not None:  # operations cut in two would wait for cores that other parts or programs hold
+        if self._pool is not None:  # split operations would wait for cores that other parts or programs hold
             torch.set_num_threads(1)
         return self
 
@@ -236,12 +239,12 @@ def fit(
     log_every: int = 20,
     stop_after: int | None = None,
 ) -> Log:
-    """Train until the recipe's budget is spent; leaves the averaged weights in the modules.
+    """Train until the recipe's budget is spent; leave the averaged weights in the modules.
 
     loss(step, part, generator) -> {"loss": scalar to minimise, further scalars for the log}. The generator is seeded
     from the recipe, the step and the part, so a resumed run sees what an uninterrupted one sees, with any number of
-    cores. Resumes from folder/checkpoint.safetensors where there is one, and writes it every `checkpoint_every`
-    seconds, at the end, and when it is interrupted (KeyboardInterrupt, at the end of the step). `preview(step)` runs at
+    cores. Resumes from folder/checkpoint.safetensors if it exists, and writes it every `checkpoint_every`
+    seconds, at the end, and when interrupted (KeyboardInterrupt, at the end of the step). `preview(step)` runs at
     every checkpoint, `measure(step)` every `measure_every` pictures and at the end, both with averaged weights in
     place; the log's `measures` keep what the latter returns. `stop_after` ends the call (not the budget) at a step.
     """
@@ -338,12 +341,12 @@ def _restore(
     averages: Sequence[Average],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put a checkpoint back: weights, their averages, and what the optimisers remember of each."""
+    """Restore a checkpoint: weights, their averages, and the optimisers' states."""
     missing = [name for name in weights if f"weight/{name}" not in tensors]
     if missing:
         raise FileFormatError(
-            f"the checkpoint lacks {len(missing)} weights, {missing[0]} first: it is of another model; delete it, or "
-            "train in another folder"
+            f"the checkpoint lacks {len(missing)} weights, starting with {missing[0]}: it belongs to another model; "
+            "delete it, or train in another folder"
         )
     with torch.no_grad():
         for name, weight in weights.items():
@@ -359,5 +362,5 @@ def _restore(
 
 
 def batches(n: int, size: int) -> Iterator[slice]:
-    """Slices that cut n things into parts of at most `size`."""
+    """Slices that split n items into parts of at most `size`."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))

@@ -1,4 +1,4 @@
-"""Model cards of the shipped models: written from the logs of their training, never by hand."""
+"""Model cards of the shipped models, written from their training logs, never by hand."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ABOUT = {
     "tiny": (
         "coneslab tiny",
         "A complete latent text-to-image diffusion model for the sticker world of coneslab: 64x64 pictures of emoji on "
-        "drawn scenes. Trained from nothing, for teaching and research on a laptop. It is a plain diffusers "
+        "drawn scenes. Trained from scratch, for teaching and research on a laptop. It is a plain diffusers "
         "`StableDiffusionPipeline`:\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
         'pipe = StableDiffusionPipeline.from_pretrained("data/models/tiny", safety_checker=None)\n'
         'pipe("a cat on the beach", num_inference_steps=25, guidance_scale=3.0).images[0]\n```',
         "`coneslab.new_world.sample`: pictures composed on the fly from Fluent Emoji (3D and flat), Noto Emoji "
-        "(today's and the first), and EmojiOne, with captions of the world's grammar; every object varies in hue, "
+        "(today's and the first), and EmojiOne, with captions in the world's grammar; every object varies in hue, "
         "saturation, lightness, size and angle. Twemoji and the drawings of the near subjects are held out: no part of "
         "this model has seen them. Licences and attribution of the art are in `data/licences`.",
         "Teaching and experiments in this small world. It knows the words of `coneslab.new_world.WORDS` and no others, "
@@ -38,9 +38,9 @@ _ABOUT = {
     "judge": (
         "coneslab judge",
         "A small CLIP model that measures pictures of the sticker world: a plain transformers `CLIPModel` with its "
-        "`CLIPProcessor`. It is used only to measure and was trained apart from the diffusion model.",
+        "`CLIPProcessor`. It is used only to measure and was trained separately from the diffusion model.",
         "`coneslab.new_world.sample` with all six art sets and all drawings, slightly blurred, noised and brightened "
-        "at random; captions of the world's grammar and captions wrong in one thing.",
+        "at random; captions in the world's grammar and captions that are wrong in one thing.",
         "Text and image alignment, classification and feature distances on pictures of this world. Not meant for "
         "photographs.",
     ),
@@ -48,7 +48,7 @@ _ABOUT = {
 
 
 def loss_curve(logs: Mapping[str, Log]) -> Figure:
-    """Training loss over minutes, a panel each run, logarithmic, as logged (means over 20 steps)."""
+    """Training loss over minutes on a logarithmic axis, one panel per run, as logged (means over 20 steps)."""
     if not logs:
         raise ConeslabError("no training log was given, expected at least one: train a model first")
     figure = Figure(figsize=(4.5 * len(logs), 3.0), layout="constrained")
@@ -63,10 +63,10 @@ def loss_curve(logs: Mapping[str, Log]) -> Figure:
 
 
 def caption_sheet(drawn: Sequence[Image.Image], real: Sequence[Image.Image], captions: Sequence[str]) -> Figure:
-    """Drawn pictures beside real ones of the same captions, four pairs a row, enlarged: what the eye judges by."""
+    """Drawn pictures beside real ones with the same captions, four pairs per row, enlarged: for the eye to judge."""
     if not len(drawn) == len(real) == len(captions) > 0:
         raise ConeslabError(
-            f"got {len(drawn)} drawn and {len(real)} real pictures and {len(captions)} captions: give one of each a row"
+            f"got {len(drawn)} drawn and {len(real)} real pictures and {len(captions)} captions: give as many of each"
         )
     rows = -(-len(captions) // 4)
     figure = Figure(figsize=(13, 2.2 * rows), layout="constrained")
@@ -115,8 +115,8 @@ def write_model_card(
 ) -> Path:
     """Write folder/README.md and folder/loss.png from training logs, stage by stage.
 
-    figures: what was measured, name -> value or ready text, for the table of figures; None leaves it for later. sheet:
-    of captions (`caption_sheet`), kept as captions.png.
+    figures: what was measured, name -> value or formatted text; None leaves the table for later. sheet: of captions
+    (`caption_sheet`), saved as captions.png.
     Raises ConeslabError for a folder that is not one of the shipped models, or without logs.
     """
     if folder.name not in _ABOUT:

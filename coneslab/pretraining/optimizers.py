@@ -1,4 +1,4 @@
-"""What updates the weights in pretraining: AdamW, Muon for inner matrices, and averages of weights."""
+"""Optimisers of pretraining: AdamW, Muon for inner matrices, and exponential moving averages of the weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .recipe import Recipe
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for inner matrices (Jordan et al. 2024, Muon).
+    """Momentum with orthogonalised updates, for inner matrices (Jordan et al. 2024, Muon).
 
-    A convolution counts as a matrix (out, in * height * width). The update is scaled to the size that AdamW's has,
-    0.2 sqrt(max(rows, columns)) (Liu et al. 2025, Muon is Scalable for LLM Training, Eq. 4), so both share a rate.
+    A convolution counts as a matrix (out, in * height * width). The update is scaled to the size of AdamW's by
+    0.2 sqrt(max(rows, columns)) (Liu et al. 2025, Muon is Scalable for LLM Training, Eq. 4), so both share a learning
+    rate.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 memory = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(memory, group["momentum"]).flatten(1)  # Nesterov's look ahead
+                update = weight.grad.lerp(memory, group["momentum"]).flatten(1)  # Nesterov momentum
                 by_shape.setdefault((update.shape[0], update.shape[1]), []).append((weight, update))
             for shape, pairs in by_shape.items():
                 updates = orthogonal(torch.stack([update for _, update in pairs]))
@@ -54,7 +55,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-_EDGES = ("conv_in", "conv_out", "embedding", "embed", "head")  # matrices that Muon is not meant for
+_EDGES = ("conv_in", "conv_out", "embedding", "embed", "head")  # names of matrices that Muon is not meant for
 
 
 def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -68,14 +69,14 @@ def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torc
     result: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
     ]
-    for names in _shared_out(weights, inner, recipe.parts):  # one for each core: they step beside each other
+    for names in _shared_out(weights, inner, recipe.parts):  # one per core: they step in parallel
         own = [weights[k] for k in names]
         result.append(Muon(own, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
     return result
 
 
 def _shared_out(weights: Mapping[str, nn.Parameter], names: Iterable[str], shares: int) -> list[list[str]]:
-    """Share matrices out so that each share has about as much to orthogonalise, equal shapes together."""
+    """Split matrices into shares with about equal work to orthogonalise, keeping equal shapes together."""
     shapes: dict[tuple[int, int], list[str]] = {}
     for name in sorted(names):
         rows = weights[name].shape[0]

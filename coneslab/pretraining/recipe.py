@@ -1,6 +1,6 @@
-"""The recipe of the shipped models as data, with single values replaced on request: `data/pretraining/recipe.toml`.
+"""The recipe of the shipped models, `data/pretraining/recipe.toml`, with single values replaced on request.
 
-`Recipe` is the part of it that says how long and how fast a stage is trained.
+`Recipe` is the part of it that says how long and how fast to train a stage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..files import data_folder
 
 
 def load_recipe(replaced: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe of every stage; `replaced` holds texts such as "unet.training.pictures=40000", values as in TOML.
+    """Load the recipe of every stage; replaced: such as "unet.training.pictures=40000", with values as in TOML.
 
     Raises ConeslabError for a name that the recipe does not have, or a value of another type.
 
@@ -34,7 +34,7 @@ def load_recipe(replaced: Sequence[str] = ()) -> dict[str, Any]:
         try:
             new = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError as error:
-            raise ConeslabError(f"{value!r} is no value for {path} ({error}): write it as in TOML") from error
+            raise ConeslabError(f"{value!r} is not a value for {path} ({error}): write it as in TOML") from error
         old = section[name]
         if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
             new = float(new)
@@ -48,11 +48,11 @@ def load_recipe(replaced: Sequence[str] = ()) -> dict[str, Any]:
 class Recipe:
     """How long and how fast to train.
 
-    pictures: the budget, all passes counted; minutes: another one, of training time (checkpoints and previews not
-    counted), if given; whichever is used up first counts. batch_size: pictures a step; parts: how many parts a batch is
-    cut into. The learning rate rises over `warmup` steps, stays, and falls linearly to 0 over the last `decay` part of
-    the budget, so it always arrives at 0 on time. averages: decays of the averages of weights that are kept; the first
-    is used. muon: inner matrices are updated with Muon, the rest with AdamW.
+    pictures: the budget, counting all passes; minutes: a second budget, if given, of training time without checkpoints
+    and previews; training ends when either is used up. batch_size: pictures per step; parts: how many parts a batch is
+    split into. The learning rate warms up over `warmup` steps, stays constant, and decays linearly to 0 over the last
+    `decay` share of the budget, so it always reaches 0 on time. averages: decays of the exponential moving averages of
+    the weights; the first is used. muon: update inner matrices with Muon, the rest with AdamW.
     """
 
     pictures: int
@@ -73,14 +73,14 @@ class Recipe:
         if self.pictures < 0 or self.parts < 1 or self.batch_size < 1 or self.batch_size % self.parts:
             raise ConeslabError(
                 f"got {self.pictures} pictures in batches of {self.batch_size} and {self.parts} parts: expected "
-                "none or more, one or more, and a batch that can be cut into equal parts"
+                "none or more, one or more, and a batch that splits into equal parts"
             )
         if not self.averages:
             raise ConeslabError("got no average of weights, expected at least one decay: averages=(0.999,)")
 
     @property
     def part_size(self) -> int:
-        """Pictures a part."""
+        """Pictures per part."""
         return self.batch_size // self.parts
 
     def place(self, step: int, part: int, chunk: int) -> tuple[int, slice]:
@@ -90,7 +90,7 @@ class Recipe:
         return index, slice(start, start + self.part_size)
 
     def spent(self, step: int, seconds: float) -> float:
-        """The part of the budget, in [0, 1], that is used up."""
+        """The share of the budget that is used up, in [0, 1]."""
         share = step * self.batch_size / self.pictures if self.pictures else 1.0
         if self.minutes is not None:
             share = max(share, seconds / (60 * self.minutes) if self.minutes > 0 else 1.0)

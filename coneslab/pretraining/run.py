@@ -1,10 +1,10 @@
-"""Train the shipped models from nothing on the sticker world: autoencoder, U-Net with its text encoder, judge.
+"""Train the shipped models from scratch on the sticker world: autoencoder, U-Net with its text encoder, judge.
 
     coneslab pretrain all --runs runs        # then `coneslab pretrain export --runs runs`
 
 Everything is kept under one `runs` folder and resumes where it was interrupted. Settings are data
-(`coneslab.pretraining.recipe`). The pieces are the stock ones of diffusers and transformers, so the exported folder is
-a plain `StableDiffusionPipeline`.
+(`coneslab.pretraining.recipe`). All parts are stock classes of diffusers and transformers, so the exported folder is a
+plain `StableDiffusionPipeline`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def train(
 ) -> None:
     """Train stages ("vae", "unet", "judge", "decoder") in turn; a finished one is only saved again.
 
-    U-Net and decoder stand on runs/vae. recipe: as from `load_recipe`. minutes: a further budget of each stage.
+    U-Net and decoder build on runs/vae. recipe: as `load_recipe` returns it. minutes: a time budget for each stage.
     """
     recipe = recipe or load_recipe()
     for stage in stages:
@@ -65,9 +65,9 @@ TRIALS = data_folder() / "pretraining" / "trials.csv"
 def note_trial(
     name: str, runs: Path, stage: str, changed: Sequence[str], *, judge: str | None = None
 ) -> dict[str, Any]:
-    """Add what a short run came to as a row of `data/pretraining/trials.csv`; a row of that name is replaced.
+    """Add the results of a short run as a row of `data/pretraining/trials.csv`; a row with that name is replaced.
 
-    changed: what differed from the recipe. judge: of the new world, asked about few pictures of a U-Net, if given.
+    changed: what differed from the recipe. judge: of the new world; if given, asked about a few pictures of a U-Net.
     """
     log = Log.load(runs / stage / "log.json")
     row: dict[str, Any] = {
@@ -101,13 +101,13 @@ def note_trial(
 
 
 def export(runs: Path, models: Path | None = None) -> Path:
-    """Put what is trained under `runs` into the folder of shipped models, with model cards and sums.
+    """Export the models trained under `runs` to the folder of shipped models, with model cards and checksums.
 
     The cards' figures are those in `results/evaluation_tiny.json` and `evaluation_judge.json` beside that folder, which
     `coneslab evaluate-model --json` writes.
 
-    The U-Net's weights are stored in float16, everything else in float32. The autoencoder is runs/decoder's where
-    there is one, else runs/vae's. Raises ConeslabError if the U-Net or the judge is missing.
+    The U-Net's weights are stored in float16, everything else in float32. The autoencoder comes from runs/decoder if
+    there is one, else from runs/vae. Raises ConeslabError if the U-Net or the judge is missing.
     """
     models = models or data_folder() / "models"
     for stage in ("unet", "judge"):
@@ -121,7 +121,7 @@ def export(runs: Path, models: Path | None = None) -> Path:
     pipe.unet.half()
     pipe.save_pretrained(models / "tiny", safe_serialization=True)
     for config in (models / "tiny").rglob("*.json"):
-        text = config.read_text(encoding="utf-8")  # the folder it was trained in is of no use elsewhere
+        text = config.read_text(encoding="utf-8")  # the folder it was trained in means nothing elsewhere
         config.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", text), encoding="utf-8")
     shutil.copytree(runs / "judge" / "model", models / "judge", dirs_exist_ok=True)
     logs = {
@@ -142,7 +142,7 @@ def export(runs: Path, models: Path | None = None) -> Path:
 
 
 def _evaluated(file: Path) -> dict[str, str] | None:
-    """What `coneslab evaluate-model --json FILE` found, a line of text a share; None if it was not run yet."""
+    """What `coneslab evaluate-model --json FILE` found, one line of text per share; None if it has not been run."""
     if not file.is_file():
         return None
     rows = {}

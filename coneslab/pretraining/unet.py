@@ -1,4 +1,4 @@
-"""The U-Net with its text encoder: the tokenizer, latents with what is known of them, and the training."""
+"""The U-Net and its text encoder: the tokenizer, labelled latents, and the training."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from .autoencoder import HELD_OUT_PICTURES, NOTHING, encode, place_labels, save_
 from .loop import Log, batches, fit
 from .recipe import Recipe
 
-CHUNK = 4096  # pictures in one file of latents
+CHUNK = 4096  # pictures per file of latents
 LEVELS = (20, 120, 280, 440, 600, 760, 900, 999)  # timesteps at which the held-out loss is measured
 
 
 def build_tokenizer(words: Sequence[str] = world.WORDS, *, length: int = 32) -> CLIPTokenizer:
     """A stock CLIPTokenizer whose byte-pair merges make every one of `words` a single token.
 
-    Trained to convergence (Sennrich et al. 2016, Algorithm 1): the commonest pair of neighbouring symbols is merged
-    until every word is whole. All bytes are in the vocabulary, so any other text encodes too, in more tokens.
-    CLIP cuts a text between letters and digits before it merges; words such as "3d" are added tokens instead.
+    Trained to convergence (Sennrich et al. 2016, Algorithm 1): the most frequent pair of neighbouring symbols is
+    merged until every word is whole. All bytes are in the vocabulary, so any other text encodes too, in more tokens.
+    CLIP splits text between letters and digits before it merges, so words such as "3d" are added tokens.
     Raises ConeslabError if a word is not one token afterwards.
     """
     alphabet = list(bytes_to_unicode().values())
@@ -121,16 +121,16 @@ def _autoencoder(folder: Path) -> AutoencoderKL:
 
 
 def _keep_chunk(path: Path, folder: Path, n: int, seed: int, objects: Sequence[float]) -> None:
-    """Encode one chunk and keep it as a file (in another process, beside the training)."""
+    """Encode one chunk and save it (in another process, during training)."""
     if not path.is_file():
         tensors, captions = encode_pictures(_autoencoder(folder), n, seed=seed, objects=objects)
         save_checkpoint(path, tensors, {"captions": captions})
 
 
 class Latents:
-    """The pictures that the U-Net learns from: encoded once, ahead of the training, kept in runs/latents.
+    """The latents that the U-Net learns from: pictures encoded once, ahead of training, and kept in runs/latents.
 
-    Every pass goes through all chunks in another order. What a step sees depends on its number and the seed alone.
+    Every pass goes through all chunks in a different order. What a step sees depends only on its number and the seed.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ PREVIEW_PROMPTS = (
 
 
 def nearest_noise(latents: Tensor, noise: Tensor) -> Tensor:
-    """Give each latent the noise that is nearest to it, so that all distances together are smallest; both (n, ...).
+    """Assign the noise to the latents, both (n, ...), so that the sum of their distances is smallest.
 
     Immiscible diffusion (Li et al. 2024, Alg. 1): every noise is still used once, but paths cross less.
     """
@@ -237,17 +237,17 @@ def nearest_noise(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 class PlaceHead(nn.Module):
-    """Tells from the U-Net's middle features what is drawn at each place, while it is trained.
+    """Predicts what is drawn at each place from the U-Net's intermediate features; for training only.
 
     Representation alignment (Yu et al. 2024, REPA) pulls a denoiser's features towards those of another encoder; here
-    the truth of every place is known, so they are asked for it directly. Thrown away at export.
+    the ground truth of every place is known, so the features have to predict it directly. Not exported.
     """
 
     def __init__(self, unet: UNet2DConditionModel):
         super().__init__()
         channels = unet.config.block_out_channels[1]
         self.head = nn.Conv2d(channels, NOTHING + 1 + len(world.STYLES) + 1, 1)
-        self._seen = threading.local()  # parts of a step run beside each other
+        self._seen = threading.local()  # parts of a step run in parallel
         unet.up_blocks[-2].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -263,9 +263,9 @@ class PlaceHead(nn.Module):
 
 @torch.no_grad()
 def held_out_losses(pipe: Pipeline, latents: Tensor, ids: Tensor) -> dict[str, float]:
-    """Mean squared error of the prediction on latents that were not learned, by noise level, on the same noises.
+    """Held-out loss: mean squared error of the prediction, by timestep, always with the same noise.
 
-    "loss_280" is that at timestep 280; "loss" their mean.
+    "loss_280" is the loss at timestep 280; "loss" is the mean of all.
     """
     device = pipe.unet.device
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -285,7 +285,7 @@ def held_out_losses(pipe: Pipeline, latents: Tensor, ids: Tensor) -> dict[str, f
 
 @flushing_denormals()
 def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: torch.device | None = None) -> Log:
-    """Train U-Net and text encoder together on latents of runs/vae; the pipeline is saved as runs/unet/model.
+    """Train the U-Net and its text encoder together on latents of runs/vae; save the pipeline as runs/unet/model.
 
     settings: the recipe's `unet`.
     """
@@ -295,7 +295,7 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
     pipe = build_pipeline(vae, settings, seed=recipe.seed)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    pipe.unet.set_attn_processor(AttnProcessor())  # the CPU kernel behind the default one is slow backwards
+    pipe.unet.set_attn_processor(AttnProcessor())  # the default's CPU kernel has a slow backward pass
     pipe.text_encoder.set_attn_implementation("eager")
     head = PlaceHead(pipe.unet).to(device)
     empty, total = tokenize(pipe, "").cpu(), pipe.scheduler.config.num_train_timesteps

@@ -1,6 +1,6 @@
-"""Figures, controls in notebooks, and the page to play with.
+"""Figures, interactive controls for notebooks, and the playground page.
 
-`plots` draws, `explorers` and `widgets` answer to sliders, `app` is the page, `notebook` sets a notebook up. Builds on
+`plots` draws, `explorers` and `widgets` respond to sliders, `app` is the page, `notebook` sets up a notebook. Builds on
 what it shows.
 """
 

@@ -1,7 +1,7 @@
 """The playground as a page for a class: pick a subject, let the page find its concept neurons, draw.
 
-`make app` serves notebooks/app/playground.ipynb with Voilà: every visitor has a kernel of their own, and what the page
-has found is kept as edit files in a folder, so that a subject is searched once and not once a visitor.
+`make app` serves notebooks/app/playground.ipynb with Voilà: every visitor has their own kernel, and what the page has
+found is kept as edit files in a folder, so that each subject is searched once, not once per visitor.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ..world.subjects import SUBJECTS
 from ..world.subjects import subject as subject_named
 from .widgets import Limits, control, playground
 
-EDITS = "CONESLAB_EDITS"  # names the folder of edit files
+EDITS = "CONESLAB_EDITS"  # the environment variable that names the folder of edit files
 _ABOUT = """<h1>Concept neurons</h1>
 <p>A small diffusion model draws stickers. Some of the weights that read the text are the <b>concept neurons</b> of a
 subject: when they are shut, the model draws a thing it has never seen. Choose an edit, move its dose, and compare with
 the untouched model, which starts from the same noise.</p>"""
-_ASLEEP = "<p><small>After half an hour without a change the page falls asleep; load it again to go on.</small></p>"
+_ASLEEP = "<p><small>After half an hour without a change the page falls asleep; reload it to continue.</small></p>"
 
 
 class Page:
-    """A playground, and a line above it that finds the neurons of further subjects; made by `page`.
+    """A playground, and a row above it that finds the neurons of further subjects; made by `page`.
 
     box: everything, to be displayed; playground, choice, button, progress: its parts.
     """
@@ -51,16 +51,16 @@ class Page:
 
     def _clicked(self, button: ipywidgets.Button) -> None:
         if self._waiting:
-            return  # a second click, or one that was sent without the button
+            return  # a second click, or one sent without the button
         self._waiting = True
         self._say("waiting for its turn …")
         if self.playground.loop is None:
             self.find()
-        else:  # in turn with the drawings: both use the pipeline
+        else:  # queued with the drawings: both use the pipeline
             self.playground.loop.call_soon_threadsafe(self.find)
 
     def find(self) -> None:
-        """Find the neurons of the chosen subject, or fetch them if another visitor has found them; then pick them."""
+        """Find the neurons of the chosen subject, or load them if another visitor found them; then select them."""
         self.button.disabled = True
         try:
             name = str(self.choice.value)
@@ -104,11 +104,11 @@ def page(
     limits: Limits | None = None,
     rounds: int = 60,
 ) -> Page:
-    """Make the page, with its first picture drawn. Searches take about half a minute on two cores, once a subject.
+    """Make the page and draw its first picture. A search takes about half a minute on two cores, once per subject.
 
-    folder: edit files to begin with, and where new ones go; default what the environment variable CONESLAB_EDITS
-    names; made if missing; without either, what a visitor finds is gone with the page. limits: see `Limits`; less
-    than in a notebook by default, as many draw at once.
+    folder: where edit files are read from and new ones saved, created if missing; default the environment variable
+    CONESLAB_EDITS; without either, what a visitor finds is lost with the page. limits: see `Limits`; by default lower
+    than in a notebook, as many visitors draw at once.
     """
     named = folder or os.environ.get(EDITS)
     where = Path(named) if named else None

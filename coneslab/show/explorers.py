@@ -1,8 +1,8 @@
 """Thin ipywidgets around functions that draw: controls above, a picture below, built from core widgets only.
 
-`explorer` is all that a notebook needs: it makes controls from plain values, draws when one of them is let go, says
+`explorer` is all that a notebook needs: it makes controls from plain values, draws when one of them is released, says
 when it is busy, and shows an error as text instead of losing it in a log. A still picture is displayed first, so
-that a notebook read without a kernel shows something. `widgets.py` has it and those made of it.
+that a notebook read without a kernel shows something. `widgets.py` re-exports it and builds on it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ..errors import ConeslabError
 from . import plots
 
 Picture = Figure | Image.Image | np.ndarray
-_SMALL = 256  # pixels; pictures lower than this are enlarged, without smoothing
-KEPT = 64  # pictures remembered by the values of their controls
-_SETTLE = 0.12  # seconds without a change before it is drawn: a held arrow key is one request, not ten
-_PAUSE = 0.02  # seconds between two pictures of a drawing, for the kernel to take what was sent meanwhile
+_SMALL = 256  # pixels; pictures of a smaller height are enlarged, without smoothing
+KEPT = 64  # pictures cached by the values of their controls
+_SETTLE = 0.12  # seconds without a change before drawing: a held arrow key is one request, not ten
+_PAUSE = 0.02  # seconds between two pictures of a drawing, for the kernel to handle what was sent meanwhile
 _START = "Move a control to draw."
 _NO_KERNEL = "(Sliders and their picture appear here when this cell is run; the still picture above is an example.)"
 
@@ -38,7 +38,7 @@ _NO_KERNEL = "(Sliders and their picture appear here when this cell is run; the 
 def slider(
     low: float, high: float, value: float | None = None, *, step: float | None = None, label: str = ""
 ) -> ipywidgets.IntSlider | ipywidgets.FloatSlider:
-    """A slider over [low, high], of whole numbers if all given are whole; it reports when let go, not on the way.
+    """A slider over [low, high], of integers if all arguments are; it reports when released, not while moving.
 
     value: where it starts, default the middle. step: default 1, or a twentieth of the range.
 
@@ -47,7 +47,7 @@ def slider(
     """
     given = [number for number in (low, high, value, step) if number is not None]
     if not low < high or (value is not None and not low <= value <= high):
-        raise ConeslabError(f"got a slider from {low} to {high} at {value}: expected low < high and a value between")
+        raise ConeslabError(f"got a slider from {low} to {high} at {value}: expected low < high and a value in between")
     whole = all(isinstance(number, int) for number in given)
     if value is None:
         value = (low + high) // 2 if whole else (low + high) / 2
@@ -63,9 +63,9 @@ def slider(
 
 
 def control(given: Any, label: str) -> ipywidgets.Widget:
-    """Make a control from a plain value; a widget is taken as it is, and gets the label if it has none.
+    """Make a control from a plain value; a widget is used as it is, and gets the label if it has none.
 
-    bool: a checkbox; str: a line of text; range: a slider of whole numbers; any other sequence: a menu, starting at
+    bool: a checkbox; str: a line of text; range: a slider of integers; any other sequence: a menu, starting at
     its first entry. Raises ConeslabError for anything else, such as a bare number (its range is not known).
     """
     made: ipywidgets.Widget
@@ -89,7 +89,7 @@ def control(given: Any, label: str) -> ipywidgets.Widget:
     if not getattr(made, "description", label):
         made.description = label
     if made.has_trait("continuous_update"):
-        made.continuous_update = False  # draw when the slider is let go, not at every place it passes
+        made.continuous_update = False  # draw when the slider is released, not while it moves
     made.style.description_width = "initial"
     made.layout.width = "auto" if isinstance(made, ipywidgets.Checkbox) else "24em"
     return made
@@ -118,7 +118,7 @@ def png(picture: Picture) -> tuple[bytes, str]:
 
 
 class Overtaken(Exception):
-    """Newer values than those being drawn are waiting; `Explorer.check` raises it to give the drawing up."""
+    """Newer values than those being drawn are waiting; `Explorer.check` raises it to abandon the drawing."""
 
 
 class Explorer:
@@ -128,10 +128,10 @@ class Explorer:
     going on; box: all of them, to put inside another widget. As the last line of a cell it displays itself: the
     still picture first, then the box.
 
-    In a notebook a change only asks for a drawing. It is made a moment later by the kernel's main loop, between
-    cells, because JupyterLab may report changes in a thread of their own: drawn there, an edit would be on the
-    pipeline while a cell is using it. Controls stay enabled meanwhile (a disabled one loses the keyboard), and only the
-    newest values are drawn. Without a running loop, in a script, a change is drawn at once.
+    In a notebook a change only requests a drawing. The kernel's main loop draws it a moment later, between cells,
+    because JupyterLab may report changes in a separate thread: drawn there, an edit would be on the pipeline while a
+    cell is using it. Controls stay enabled meanwhile (a disabled one loses keyboard focus), and only the newest values
+    are drawn. Without a running loop, in a script, a change is drawn at once.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Explorer:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the controls say now: name -> value, the arguments of the next call of `render`."""
+        """The current values of the controls: name -> value, the arguments of the next call to `render`."""
         return {name: widget.value for name, widget in self.controls.items()}
 
     def check(self) -> None:
@@ -167,7 +167,7 @@ class Explorer:
             raise Overtaken
 
     def draw(self) -> bool:
-        """Draw for the controls as they are, to the end. Returns whether it worked; if not, `status` says why."""
+        """Draw the current values in full. Returns whether it worked; if not, `status` says why."""
         self._asked += 1
         for _ in self._drawing():
             pass
@@ -176,7 +176,7 @@ class Explorer:
     # --- asking, and being overtaken ---
 
     def ask(self) -> None:
-        """Ask for a drawing, as moving a control does; in a notebook it begins when the cell has ended."""
+        """Request a drawing, as moving a control does; in a notebook it begins when the cell has ended."""
         if self.loop is None:
             self.draw()
             return
@@ -191,13 +191,13 @@ class Explorer:
         self._timer = self.loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
-        """Take the drawing one picture further; begin anew if it was overtaken."""
+        """Advance the drawing by one picture; start again if it was overtaken."""
         if self._under_way is None or self._drawn != self._asked:
             self._under_way = self._drawing()
         try:
             with _interruptible():
                 next(self._under_way)
-        except (StopIteration, KeyboardInterrupt):  # the latter would end the kernel's loop; the status line says it
+        except (StopIteration, KeyboardInterrupt):  # the latter would end the kernel's loop; the status line reports it
             self._under_way = None
         else:
             self._go_on_in(_PAUSE)
@@ -205,7 +205,7 @@ class Explorer:
     # --- drawing ---
 
     def _drawing(self) -> Iterator[None]:
-        """Draw for the newest values; pauses after each picture, so that newer ones can come in between."""
+        """Draw the newest values; pauses after each picture, so that newer ones can come in."""
         self._drawn, self._failed = self._asked, False
         self._say("drawing …", busy=True)
         try:
@@ -258,7 +258,7 @@ class Explorer:
 
     def _say(self, text: str, *, busy: bool = False, error: bool = False) -> None:
         style = "font-style:italic" if busy else "color:#b00020" if error else ""
-        role = "alert" if error else "status"  # read aloud by screen readers, an error at once
+        role = "alert" if error else "status"  # read aloud by screen readers, an error immediately
         self.status.value = f'<span role="{role}" style="{style}">{html.escape(text)}</span>' if text else ""
 
     # --- being displayed ---
@@ -282,7 +282,7 @@ class Explorer:
 
 
 def _view(box: ipywidgets.Widget) -> dict[str, Any]:
-    """What a page needs to show a widget, by kinds of data."""
+    """What a page needs to show a widget, by MIME type."""
     if hasattr(box, "_repr_mimebundle_"):
         return dict(box._repr_mimebundle_() or {})
     shown = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}  # ipywidgets 7, which is Colab's
@@ -290,7 +290,7 @@ def _view(box: ipywidgets.Widget) -> dict[str, Any]:
 
 
 def _img(data: bytes, alt: str) -> str:
-    """A picture in HTML; its size is said beforehand, or the page would jump at every new one."""
+    """A picture in HTML; its size is given, or the page would jump at every new one."""
     width, height = Image.open(io.BytesIO(data)).size
     source = base64.b64encode(data).decode()
     return (
@@ -300,7 +300,7 @@ def _img(data: bytes, alt: str) -> str:
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop that runs the cell this is called from, or None in a script."""
+    """The event loop that runs the current cell, or None in a script."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -309,7 +309,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let the stop button interrupt what runs between cells, where a kernel ignores it."""
+    """Let the stop button interrupt what runs between cells, when kernels ignore it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -325,12 +325,12 @@ def explorer(
 ) -> Explorer:
     """Let a reader call `render` with sliders, checkboxes and menus, and see what it draws.
 
-    render: called with one keyword argument a control; returns a Figure, a PIL picture or a uint8 array, or yields
-    several, each better than the one before (a quick preview first). It is called when a control is let go, and not
+    render: called with one keyword argument per control; returns a Figure, a PIL picture or a uint8 array, or yields
+    several, each better than the one before (a quick preview first). It is called when a control is released, and not
     again for values it has drawn before. Between two pictures of a generator the kernel may run something else, so do
     not yield inside `with edit.applied(pipe)`. controls: name -> what `control` takes.
     still: the picture displayed above the controls, and the only one seen without a kernel; default: what `render`
-    draws for the controls as they start. Raises ConeslabError for a control that cannot be made.
+    draws for the initial values. Raises ConeslabError for a control that cannot be made.
 
         widgets.explorer(lambda dose, seed: draw(dose, seed), dose=widgets.slider(0.0, 1.0, 1.0), seed=range(8))
 

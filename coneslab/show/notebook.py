@@ -1,4 +1,4 @@
-"""The first cell of a notebook, but for the line that installs coneslab on Colab."""
+"""The first cell of a notebook, except for the line that installs coneslab on Colab."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from .. import __version__
 from ..diffusion import bfloat16_pays
 
-_WITHOUT_BFLOAT16 = 2.2  # times as long on a CPU that computes in float32 alone
+_WITHOUT_BFLOAT16 = 2.2  # times as long on a CPU that computes only in float32
 
 
 def set_up_notebook(*, minutes: float) -> str:
     """Print versions, the device and how long the notebook takes on it; return the device, "cuda" or "cpu".
 
     minutes: for all cells, on two CPU cores that compute in bfloat16. One core takes twice as long, more than two are
-    not promised to help, and a CPU without bfloat16 takes 2.2 times as long. No time is promised on a GPU.
+    not assumed to help, and a CPU without bfloat16 takes 2.2 times as long. There is no estimate for a GPU.
 
         device = coneslab.set_up_notebook(minutes=1.2)
         pipe = coneslab.load("tiny", device=device)

@@ -1,4 +1,4 @@
-"""Every figure: each function takes results and returns a matplotlib Figure that carries an alt text.
+"""Figures: each function takes results and returns a matplotlib Figure with an alt text.
 
 Colours are seaborn's colour-blind palette and cividis. `show(figure)` displays a figure in a notebook as a picture
 with its alt text, which plain inline display would drop.
@@ -43,7 +43,7 @@ def _grey_frame(axes: Any) -> None:
 def to_png(figure: Figure, dpi: int = 110, *, full_colour: int = 60_000) -> bytes:
     """Return the figure as the bytes of a PNG file.
 
-    Above `full_colour` bytes it gets 256 colours of its own: a third of the size, which notebooks need.
+    Above `full_colour` bytes it gets a palette of 256 colours: a third of the size, which notebooks need.
     """
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
@@ -51,11 +51,11 @@ def to_png(figure: Figure, dpi: int = 110, *, full_colour: int = 60_000) -> byte
         return buffer.getvalue()
     picture = Image.open(buffer).convert("RGB")
     ninth = picture.resize((picture.width // 3, picture.height // 3), Image.Resampling.NEAREST)
-    colours = ninth.quantize(255, kmeans=1)  # without k-means a yellow sun turns grey; of all pixels it takes 0.5 s
+    colours = ninth.quantize(255, kmeans=1)  # without k-means a yellow sun turns grey; on all pixels it takes 0.5 s
     palette, white = colours.getpalette() or [], Image.fromarray((np.asarray(picture) == 255).all(axis=2))
     painted = picture.quantize(palette=colours, dither=Image.Dither.NONE)
     painted.putpalette([*palette, 255, 255, 255])
-    painted.paste(len(palette) // 3, mask=white)  # the page, which mapping only comes close to
+    painted.paste(len(palette) // 3, mask=white)  # the white page, which the palette only approximates
     painted.save(small, "PNG")
     return small.getvalue()
 
@@ -70,7 +70,7 @@ def show(figure: Figure, dpi: int = 110) -> None:
 
 
 def _folded(texts: Sequence[str], inches: float, points: float) -> list[str]:
-    """Break texts into lines that fit a width at a size of type."""
+    """Wrap texts to a width in inches at a font size in points."""
     return [textwrap.fill(text, max(8, int(inches * 72 / (0.64 * points)))) for text in texts]
 
 
@@ -86,8 +86,8 @@ def picture_grid(
 ) -> Figure:
     """Show pictures in a grid; small ones are enlarged without smoothing.
 
-    pictures: a flat sequence with `columns`, or one sequence a row. captions: one a picture, below it; row_labels and
-    column_labels: left of the rows and above the columns. size: inches a picture. Raises ConeslabError if empty.
+    pictures: a flat sequence with `columns`, or one sequence per row. captions: one per picture, below it; row_labels
+    and column_labels: left of the rows and above the columns. size: inches per picture. Raises ConeslabError if empty.
     """
     if len(pictures) == 0:
         raise ConeslabError("there are no pictures to show: give at least one")
@@ -136,9 +136,9 @@ def curves(
     baseline: Mapping[str, float] | None = None,
     band_means: str = "95 % bootstrap interval",
 ) -> Figure:
-    """Draw one line a name; a line is (x, y) or (x, y, low, high), drawn with a band.
+    """Draw one line per name; a line is (x, y), or (x, y, low, high) with a band.
 
-    baseline: name -> height of a dashed horizontal line. `band_means` says in the legend what the bands are.
+    baseline: name -> height of a dashed horizontal line. band_means: what the bands are, for the legend.
     """
     figure = Figure(figsize=(5.2, 3.2))
     axes = figure.subplots()
@@ -166,7 +166,7 @@ def curves(
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, … as plain numbers, where it has no more than three decades."""
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, … as plain numbers, if it spans at most three decades."""
     low, high = axis.get_view_interval()
     if high <= 1000 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -187,12 +187,12 @@ def intervals(
     zero: bool = False,
     log: Sequence[str] = (),
 ) -> Figure:
-    """Draw estimates with their intervals: one row a condition, one panel a measure.
+    """Draw estimates with their intervals: one row per condition, one panel per measure.
 
-    table: a row a (condition, measure) with the columns `value`, `low`, `high`. columns: panels side by side, default
-    all. note: what the interval is and over how many subjects and seeds, shown below. highlight: the conditions the
-    claim is about, drawn in colour. zero: draw a line at 0, for differences. log: panels with a logarithmic axis, on
-    which what is not above 0 is left out.
+    table: one row per (condition, measure) with the columns `value`, `low`, `high`. columns: panels side by side,
+    default all. note: what the interval is and over how many subjects and seeds, shown below. highlight: the conditions
+    the claim is about, drawn in colour. zero: draw a line at 0, for differences. log: panels with a logarithmic axis,
+    where intervals that are not above 0 are left out.
     """
     names = list(dict.fromkeys(table[by]))
     groups = list(dict.fromkeys(table[panels])) if panels else [""]
@@ -275,7 +275,7 @@ def pictures_and_map(
     title: str = "",
     size: float = 1.5,
 ) -> Figure:
-    """Pictures in a row, and below them a heat map of values (rows, columns) with a name for every row."""
+    """Draw pictures in a row, and below them a heat map of values (rows, columns) with a name for each row."""
     figure = Figure(figsize=(size * len(pictures), size + 0.19 * len(rows) + 0.8), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=[size, 0.19 * len(rows) + 0.5])
     above, below = halves
@@ -307,7 +307,7 @@ def attention_overlay(
     title: str = "",
     size: float = 1.3,
 ) -> Figure:
-    """Lay attention maps over pictures: one column each, the picture above, the map over it below.
+    """Overlay attention maps on pictures: one column each, the picture above, the overlay below.
 
     pictures: (height, width, 3) each; maps: (h, w) each, any size, stretched over the picture and scaled to its own
     minimum and maximum.

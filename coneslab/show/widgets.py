@@ -1,7 +1,6 @@
-"""What notebooks show beside their figures: controls that draw (`explorer`), views of neurons and of attention, and a
-playground for any model.
+"""Interactive views for notebooks: controls that draw (`explorer`), neurons, attention, a playground for any model.
 
-All are made from core ipywidgets, and each is a thin shell over functions of the package.
+All are built from core ipywidgets, and each is a thin shell over functions of the package.
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ def sketched(
     preview_steps: int = 4,
     **options: Any,
 ) -> Iterator[list[Image.Image]]:
-    """Pictures for prompts, first in few steps and then in full, for a render function that yields both.
+    """Pictures for prompts, first in a few steps and then in full, for a render function that yields both.
 
-    edit: on the pipeline while they are drawn, at this dose, and off in between. options: of `generate`.
+    edit: applied at this dose while they are drawn, and removed in between. options: of `generate`.
 
         def render(dose):
             for made in widgets.sketched(pipe, ["a cat"] * 4, edit=found, dose=dose):
@@ -81,7 +80,7 @@ def neuron_explorer(
     bins: int = 32,
     **options: Any,
 ) -> Explorer:
-    """Which of these neurons does it take? Pictures, and a heat map of what is shut, by threshold, place and dose.
+    """Which of these neurons are needed? Pictures, and a heat map of what is shut, by threshold, place and dose.
 
     masks: by name, such as those found and a random control, all of one model. Controls: the mask; cut, below which a
     scale counts as shut; dose; the block of the U-Net and the kind (keys, values) to which it is confined; a prompt of
@@ -126,10 +125,10 @@ def attention_browser(
     guidance_scale: float = 3.0,
     edit: Edit | None = None,
 ) -> Explorer:
-    """Where does each word look? The cross-attention map of every word of a prompt, by layer and stage of drawing.
+    """Where does each word act? The cross-attention map of every word of a prompt, by layer and stage of sampling.
 
     A picture is drawn once for each prompt and seed, and its maps are kept: layer and stage change what is shown of
-    them. edit: put on while it is drawn. Raises ConeslabError, in the status line, for an empty prompt.
+    them. edit: applied while it is drawn. Raises ConeslabError, in the status line, for an empty prompt.
     """
     third = max(1, sampler_steps // 3)
     stages = {
@@ -169,7 +168,7 @@ def attention_browser(
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a playground draws at once. Held in Python: a web page's visitor can send what no slider shows.
+    """The most that a playground draws at once. Enforced in Python: a web visitor can send what no slider allows.
 
     prompt: characters; dose and guidance: the upper ends of their ranges.
     """
@@ -193,12 +192,12 @@ class Limits:
             ("steps", steps, 1, self.steps),
             ("guidance", guidance, 1, self.guidance),
         ):
-            if not low <= value <= high:  # NaN fails, too
+            if not low <= value <= high:  # NaN fails too
                 raise ConeslabError(f"{name} is {value:g}: give a number from {low:g} to {high:g}")
 
 
 class Playground(Explorer):
-    """Any pipeline with any edits on it, beside the untouched model; made by `playground`."""
+    """Any pipeline with any edits applied, beside the untouched model; made by `playground`."""
 
     def __init__(self, pipe: Pipeline, edits: Mapping[str, Edit | str], limits: Limits, start: dict[str, Any]) -> None:
         self.pipe, self.limits = pipe, limits
@@ -220,12 +219,12 @@ class Playground(Explorer):
         self.controls["edit"].observe(self._follow, names="value")
 
     def add(self, name: str, edit: Edit) -> None:
-        """Put an edit into the menu, in place of one of the same name, and choose it."""
+        """Add an edit to the menu, replacing one of the same name, and select it."""
         self.edits[name] = edit
         self._forget(name)
         self.controls["edit"].options = self._menu()
         self.controls["edit"].value = name
-        self.ask()  # also where the menu has not changed
+        self.ask()  # even if the menu has not changed
 
     # --- the menu and the prompt ---
 
@@ -234,7 +233,7 @@ class Playground(Explorer):
         self._kept = {key: picture for key, picture in self._kept.items() if ("edit", name) not in key}
 
     def _menu(self) -> list[tuple[str, str]]:
-        """The entries, with the words that an edit was made for: without them in the prompt it shows little."""
+        """The entries, with the words that an edit was made for: without them in the prompt it has little effect."""
         words = {name: _words(edit) for name, edit in self.edits.items()}
         return [("no edit", ""), *((f"{name} (“{words[name]}”)" if words[name] else name, name) for name in self.edits)]
 
@@ -243,7 +242,7 @@ class Playground(Explorer):
         return f"{words} on the beach" if words else _PROMPT
 
     def _follow(self, change: dict[str, Any]) -> None:
-        """Another edit: take its own prompt, unless the reader wrote one."""
+        """Switch to the prompt of the new edit, unless the reader wrote one."""
         if self.controls["prompt"].value in (_PROMPT, self._own_prompt(change["old"])):
             self.controls["prompt"].value = self._own_prompt(change["new"])
 
@@ -285,7 +284,7 @@ class Playground(Explorer):
         yield figure(edited(asked["steps"]), self._without_edit(asked, draw=True))
 
     def _without_edit(self, asked: dict[str, Any], *, draw: bool = False) -> list[Image.Image]:
-        """The untouched model's pictures, remembered: most controls change the edit alone. Empty if not known."""
+        """The untouched model's pictures, cached: most controls change only the edit. Empty if not cached."""
         key = tuple(asked.values())
         if key not in self._untouched and draw:
             pictures = self._generate(asked)
@@ -306,13 +305,13 @@ class Playground(Explorer):
 
 
 def _words(edit: Edit | str) -> str:
-    """The subject's words that an edit was made for, such as "a qtp robot"; empty if it does not say."""
+    """The words of the subject that an edit was made for, such as "a qtp robot"; empty if it does not say."""
     settings = getattr(edit, "settings", None)
     return str(settings.get("prompt", "")) if isinstance(settings, Mapping) else ""
 
 
 def _edits_in(folder: Path) -> dict[str, Edit | str]:
-    """Every edit file in a folder by its name; for one that cannot be read, what is wrong with it."""
+    """The edits in a folder: name -> edit, or what is wrong with a file that cannot be read."""
     if not folder.is_dir():
         raise ConeslabError(f"{folder} is not a folder: give one with edit files (edit.save), or a mapping of edits")
     found: dict[str, Edit | str] = {}
@@ -339,10 +338,10 @@ def playground(
     """Let a reader draw with any pipeline and any edits, beside the untouched model from the same noise.
 
     edits: name -> Edit, or a folder of edit files; one that cannot be read says so when it is chosen. A preview of
-    `preview_steps` comes first, and is drawn in full unless the controls move on. prompt: default the words that
+    `preview_steps` comes first, and is then drawn in full unless a control has moved. prompt: default the words that
     the edit was found for. pictures, sampler_steps: default 4 and 25, or as many as the limits allow. limits:
-    the ends of the controls, which hold for whatever is sent.
-    Raises ConeslabError if there is no such folder, or the start lies outside the limits.
+    the ends of the controls, enforced for whatever is sent.
+    Raises ConeslabError if there is no such folder, or the initial values lie outside the limits.
 
         widgets.playground(pipe, {"cat": found.binary()})
     """

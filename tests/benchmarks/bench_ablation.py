@@ -3,12 +3,12 @@
     python tests/benchmarks/bench_ablation.py [--trainer FOLDER] [--model tiny|FOLDER] [--batch 8] [--steps 10]
         [--repeats 3] [--threads 2]
 
-FOLDER is `diffusers` of a checkout of https://github.com/nupurkmr9/concept-ablation; nothing of it is kept here. Its
-trainer is first started as it is, and how it fails on current libraries is printed. What is measured is its loop as its
-code describes it, re-created here: every step encodes pictures and captions anew, asks the U-Net in training itself
-for the anchor's prediction, goes through the U-Net as it is loaded, and clips gradients; loading files, which its
-workers do beside it, is left out. Ours, with the same pictures, captions, samples and losses, asks an untouched copy
-("frozen"), or the U-Net in training as theirs does ("current").
+FOLDER is `diffusers` in a checkout of https://github.com/nupurkmr9/concept-ablation; none of it is kept here. Its
+trainer is first started unchanged, to print how it fails with current libraries. What is measured is its loop,
+re-created here from its code: every step encodes pictures and captions again, asks the U-Net in training for the
+anchor's prediction, runs the U-Net as it is loaded, and clips gradients; file loading, which its workers do in
+parallel, is left out. Ours, with the same pictures, captions, samples and losses, asks an untouched copy ("frozen"), or
+the U-Net in training as theirs does ("current").
 """
 
 from __future__ import annotations

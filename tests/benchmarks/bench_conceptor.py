@@ -5,10 +5,10 @@
 
 The public loop is re-created from its description: at every step it encodes the pictures, sorts the whole dictionary,
 decodes and prints its top words, writes the pseudo-token into a copy of the embedding table, encodes the caption of
-every picture, and goes backwards through the U-Net as it is loaded. Both sides learn the same coefficients of the same
-dictionary by the same loss, take blocks of steps in turn within one process, and the ratio is that of the medians. Its
-single-image procedure draws one picture for every word that it tries to leave out, from the smallest coefficient up,
-until none can go; ours draws the trials of a pass in one batch. Both get the same decomposition and threshold.
+every picture, and runs a backward pass through the U-Net as it is loaded. Both sides learn the same coefficients of the
+same dictionary with the same loss, in alternating blocks of steps within one process; the ratio is that of the medians.
+Its single-image procedure draws one picture for every word that it tries to leave out, from the smallest coefficient
+up, until none can go; ours draws the trials of a pass in one batch. Both get the same decomposition and threshold.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Public(nn.Module):
 
 
 def one_at_a_time(pipe: Any, found: Decomposition, judge: Any, threshold: float) -> tuple[int, tuple[str, ...]]:
-    """Pictures drawn, and words left, by the procedure with one picture a trial."""
+    """Pictures drawn, and words left, by the procedure with one picture per trial."""
 
     def draw(words: list[str]) -> torch.Tensor:
         edit = found.only(*words)

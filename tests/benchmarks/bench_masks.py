@@ -1,9 +1,9 @@
-"""Bytes and seconds of a mask as large as Stable Diffusion 1.5's, in our files and as others would keep it.
+"""Bytes and seconds of a mask as large as Stable Diffusion 1.5's, in our files and in other formats.
 
     python tests/benchmarks/bench_masks.py [--density 0.044] [--repeats 3]
 
-All encodings run in turn within one process, on one thread, and the fastest of each counts. Bytes stand beside the
-entropy bound n·H(p) of the binary mask, the density of each of the 32 layers given.
+All encodings alternate within one process, on one thread, and the fastest run of each counts. Bytes stand beside the
+entropy bound n·H(p) of the binary mask, given the density of each of the 32 layers.
 """
 
 from __future__ import annotations

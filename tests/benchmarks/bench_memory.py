@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_memory.py [--model FOLDER] [--device cpu] [--dtype float32] [--only draw ablation]
 
-Random weights in its structure are enough to measure; they are made unless a model is named. Every operation has a
-process of its own. The peak is that process's, on a GPU what torch allocated; a step's seconds are the median of four,
-and nothing of the start is in them.
+Random weights in its architecture are enough to measure; they are made unless a model is named. Every operation runs in
+its own process. The peak is that process's, on a GPU what torch allocated; the seconds per step are the median of four
+steps, without start-up.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ OPERATIONS: dict[str, Callable[[Any], Train]] = {
 
 
 def measured(operation: str, model: str | None, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Gigabytes at the peak, and seconds a step: the median of those after the first."""
+    """Gigabytes at the peak, and seconds per step: the median of those after the first."""
     pipe = coneslab.load(model, device=device, dtype=dtype) if model else as_large_as_sd().to(device, dtype)
     stamps: list[float] = []
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_neurons.py [--model tiny|random|FOLDER] [--repeats 3] [--threads 2]
 
-All variants run in turn within one process, `repeats` times, and the fastest of each counts; the ratio of processor
+All variants alternate within one process, `repeats` times, and the fastest run of each counts; the ratio of processor
 times holds on a busy machine too. The naive loop encodes pictures and text at every step, runs the U-Net as it is
-loaded and takes gradients of all its weights. Without the shipped model, a random U-Net of its structure is timed.
+loaded and takes gradients of all its weights. Without the shipped model, a random U-Net of its architecture is timed.
 """
 
 from __future__ import annotations

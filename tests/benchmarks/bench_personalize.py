@@ -3,16 +3,15 @@
     python tests/benchmarks/bench_personalize.py --scripts FOLDER [--methods ...] [--precision float32|bfloat16|own]
         [--model FOLDER] [--batch 8] [--steps 20] [--warmup 3] [--threads 2]
 
-FOLDER is `examples` of a checkout of diffusers at the installed version (or name it in DIFFUSERS_EXAMPLES); nothing of
-it is kept here. Both sides of a method run as they are, in a process each, and take their steps in turn: one step of
-ours, one of theirs, from the end of one optimiser step to the end of the next, so set-up is not measured and a busy
-machine slows both alike. The ratio is the median of these pairs, with the tenth and ninetieth percentile. Below it
-stands where the time of a step goes.
+FOLDER is `examples` in a checkout of diffusers at the installed version (or name it in DIFFUSERS_EXAMPLES); none of it
+is kept here. Both sides of a method run unchanged, each in its own process, and alternate step by step, from the end of
+one optimiser step to the end of the next, so set-up is not measured and a busy machine slows both alike. The ratio is
+the median of these pairs, with the tenth and ninetieth percentiles. Below it is printed where the time of a step goes.
 
-The same on both sides: model, five pictures of the subject, prior pictures, resolution, samples a step, precision
-(but for "own": what each side does unasked, float32 theirs, bfloat16 ours where that is faster), weight of the prior
-loss 1, AdamW, threads; no checkpointing of gradients, augmentation, validation, logs or files.
-Theirs alone, and without a switch: Textual Inversion mirrors pictures at random and draws each one's caption from 27;
+The same on both sides: model, five pictures of the subject, prior pictures, resolution, batch size, precision (except
+for "own": each side's default, float32 for theirs, bfloat16 for ours where that is faster), prior loss weight 1, AdamW,
+threads; no gradient checkpointing, augmentation, validation, logs or files.
+Only theirs, and without a switch: Textual Inversion mirrors pictures at random and picks each one's caption from 27;
 DreamBooth and Custom Diffusion clip gradients; all encode pictures and captions at every step.
 """
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_widgets.py [--model tiny|FOLDER] [--repeats 10] [--threads 2]
 
-A change is what moving a control does; the browser's part is left out. "dose" needs the edit's pictures alone, the
+A change is what moving a control does; the browser's part is left out. "dose" needs only the edit's pictures, the
 others also those of the untouched model. Printed beside the seconds: processor seconds, which hold on a busy machine
-too, and how many times sooner the preview is there.
+too, and how many times sooner the preview appears.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Pictures a second of the sticker worlds: the old one and the new one with more to vary, side by side.
+"""Pictures per second of the sticker worlds: the old one and the new one with more variety, side by side.
 
     python tests/benchmarks/bench_world.py [--pictures 2000] [--repeats 5]
 
-Both draw as many pictures in turn, on one core, and the median of the repeats counts; backgrounds are painted and the
-atlas is read before. Processor seconds hold on a busy machine too.
+Both alternate on one core, drawing as many pictures, and the median of the repeats counts; backgrounds are painted and
+the atlas is read beforehand. Processor seconds hold on a busy machine too.
 """
 
 from __future__ import annotations

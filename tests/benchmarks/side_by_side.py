@@ -1,4 +1,4 @@
-"""Training loops measured in one process, a block of steps each in turn, and printed as ratios."""
+"""Training loops measured in one process, in alternating blocks of steps, and printed as ratios."""
 
 from __future__ import annotations
 
