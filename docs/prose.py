@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.ext.autodoc.preserve_defaults import update_default_value
 
 import coneslab
 
@@ -148,6 +149,15 @@ def _from_the_longest(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
+def defaults_as_written(app: Sphinx, thing: Any, bound_method: bool) -> None:
+    """What `autodoc_preserve_defaults` does, but for functions that say themselves what their signature is.
+
+    Their source lacks some of its parameters (`coneslab.settings.takes`), where Sphinx would look for the defaults.
+    """
+    if not hasattr(thing, "__signature__"):
+        update_default_value(thing, bound_method)
+
+
 def readable_defaults(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, arguments: str | None, result: str | None
 ) -> tuple[str | None, str | None]:
@@ -157,5 +167,6 @@ def readable_defaults(
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", rewrite)
+    app.connect("autodoc-before-process-signature", defaults_as_written)
     app.connect("autodoc-process-signature", readable_defaults)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,6 +3,7 @@
 Every check of the built pages is a function of a folder, and is shown here to find what is wrong in a broken one.
 """
 
+import inspect
 import json
 import re
 import subprocess
@@ -30,7 +31,6 @@ import overview  # noqa: E402
 import prose  # noqa: E402
 import result_tables as tables  # noqa: E402
 
-import build  # noqa: E402
 import notebooks  # noqa: E402
 
 # --- the checks -----------------------------------------------------------------------------------------
@@ -335,8 +335,9 @@ def test_the_glossary_is_in_the_order_of_the_alphabet():
 
 def test_the_reference_lists_every_module_and_no_other():
     text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
-    listed = [name for group in build.MODULES.findall(text) for name in group.split()]
-    assert sorted(listed) == build.modules()
+    groups = re.findall(r"(?m)^```\{modules\}\n([^`]+)```$", text)
+    listed = [f"coneslab.{name}" for group in groups for name in group.split()]
+    assert sorted(listed) == sorted(prose.modules())
 
 
 def test_the_overview_is_as_drawn():
@@ -360,6 +361,19 @@ def test_docstrings_become_what_they_say():
         "::",
         "    x = f(1)",
     ]
+
+
+def test_defaults_are_shown_as_written_and_no_path_of_the_machine():
+    def plain(folder=ROOT, *, seed=0):
+        pass
+
+    def says_so_itself(folder=ROOT, **settings):
+        pass
+
+    says_so_itself.__signature__ = inspect.signature(plain)
+    for function in (plain, says_so_itself):
+        prose.defaults_as_written(None, function, False)
+    assert str(inspect.signature(plain)) == "(folder=ROOT, *, seed=0)"
 
 
 def test_a_table_of_methods_joins_when_it_is_there(tmp_path):
