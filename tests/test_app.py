@@ -42,7 +42,7 @@ def test_finds_once_and_keeps_it_for_the_next_visitor(v_pipe: Any, searches: lis
     first.button.click()
     assert searches == ["dog"] and "found: dog" in first.progress.value
     assert first.playground.controls["edit"].value == "dog"
-    assert first.playground.controls["prompt"].value == app.subject("dog").prompts[0]
+    assert first.playground.controls["prompt"].value == app.subject_named("dog").prompts[0]
     assert load_edit(folder / "dog.safetensors") == first.playground.edits["dog"]
     second.button.click()
     first.button.click()

@@ -148,7 +148,7 @@ pipe = coneslab.load("tiny")
 cat = coneslab.subject("cat")
 found = coneslab.find_concept_neurons(pipe, cat, rounds=2)
 with found.applied(pipe):
-    images = coneslab.generate(pipe, cat.prompts[:2], seed=0, steps=2)
+    images = coneslab.generate(pipe, cat.prompts[:2], seed=0, sampler_steps=2)
 judge = coneslab.load_judge()
 print(coneslab.__file__, [image.size for image in images])
 print(judge.text_alignment(images, [cat.plain(prompt) for prompt in cat.prompts[:2]]))

@@ -105,7 +105,7 @@ def main() -> None:
         TARGET,
         ANCHOR,
         images=pictures,
-        batch=batch,
+        batch_size=batch,
         preserve_batch_size=batch,
         learning_rate=1e-6,
         progress=False,
