@@ -1,10 +1,10 @@
-"""What a callback sees: one dictionary, with the same keys whatever is going on."""
+"""What a callback gets: one dictionary, with the same keys for every method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-#: Called after each step with a dictionary. "step" (from 0) and "steps" (how many there will be, None if nobody knows)
-#: are always in it, "loss" wherever one is minimised; further keys are named where the callback is taken.
+#: Called after each step with a dictionary. "step" (from 0) and "steps" (how many in all, None if unknown) are always
+#: in it, "loss" wherever one is minimised; functions that take a callback name further keys.
 Callback: TypeAlias = Callable[[Mapping[str, Any]], object]

@@ -1,4 +1,4 @@
-"""Where coneslab's own data lies, in a checkout and in an installed wheel; files written whole or not at all."""
+"""Where coneslab's data is, in a checkout and in an installed wheel; atomic writes."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from .errors import ConeslabError
 def data_folder() -> Path:
     """The folder with `stickers/` and `models/`: inside the package in a wheel, beside it in a checkout.
 
-    Raises ConeslabError if neither is there, which means the installation is incomplete.
+    Raises ConeslabError if neither exists: the installation is incomplete.
     """
     package = Path(__file__).resolve().parent
     checkout = package.parent
@@ -25,7 +25,7 @@ def data_folder() -> Path:
             return folder
     raise ConeslabError(
         f"coneslab's data folder is missing: looked for {' and '.join(str(folder) for folder in candidates)}. "
-        "Install coneslab from its wheel or from a whole checkout (data/ lies beside the package there)."
+        "Install coneslab from its wheel or from a complete checkout (where data/ is beside the package)."
     )
 
 
@@ -45,9 +45,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:
-    """Write a file in one go: an interruption leaves the old one, or none, but no half-written one.
+    """Write a file atomically: an interruption leaves the old file, or none, never half of a new one.
 
-    Folders on the way are made.
+    Missing folders are created.
     """
     path = Path(path)
     with replacing(path) as unfinished:

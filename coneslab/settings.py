@@ -2,7 +2,7 @@
 
 A method takes them whole, or field by field, or both: `custom_diffusion(pipe, subject, steps=100)` is short for
 `custom_diffusion(pipe, subject, CustomDiffusionSettings(steps=100))`, and `custom_diffusion(pipe, other,
-edit.settings)` repeats on another subject what made an edit.
+edit.settings)` repeats for another subject what made an edit.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Settings:
     method: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense; bases are asked as well (`super().__post_init__()`)."""
+        """Refuse values that make no sense; a subclass also calls `super().__post_init__()`."""
 
     def record(self) -> dict[str, Any]:
-        """The fields by name, with the method's name under "method": what an edit keeps, and what JSON can hold."""
+        """The fields by name, and the method's name under "method": what an edit stores, as JSON can hold it."""
         return {"method": self.method, **asdict(self)}
 
     @classmethod
     def chosen(cls, given: Self | Mapping[str, Any] | None, changes: Mapping[str, Any]) -> Self:
-        """Settings as a caller gave them: whole, as the record of an earlier run, or not at all; then the changes.
+        """Settings as the caller gave them (whole, as the record of an earlier run, or None), with the changes applied.
 
-        Raises ConeslabError for a field that the method does not have, or a record of another method.
+        Raises ConeslabError for a field that the method does not have, or for the record of another method.
         """
         if isinstance(given, Settings) and not isinstance(given, cls):
-            raise ConeslabError(f"got {type(given).__name__}, expected {cls.__name__}: each method has its own")
+            raise ConeslabError(f"got {type(given).__name__}, expected {cls.__name__}: each has settings of its own")
         if isinstance(given, Mapping):
             made_by = given.get("method", cls.method)
             if made_by != cls.method:
@@ -58,14 +58,14 @@ class Settings:
     def _names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
 
-    def _require(self, ok: bool, name: str, wanted: str) -> None:
-        """Raise ConeslabError, with the field's value, unless it is as wanted."""
+    def _require(self, ok: bool, name: str, expected: str) -> None:
+        """Raise ConeslabError, with the field's value, unless `ok`."""
         if not ok:
-            raise ConeslabError(f"{name} is {getattr(self, name)!r}: give {wanted}")
+            raise ConeslabError(f"{name} is {getattr(self, name)!r}: give {expected}")
 
 
 def takes(settings: type[Settings]) -> Callable[[Function], Function]:
-    """Show a method's settings in its signature, so that `help` and completion know what `**changes` may be."""
+    """Show a method's settings in its signature, so that `help` and completion list what `**changes` may be."""
 
     def documented(function: Function) -> Function:
         signature = inspect.signature(function)

@@ -98,7 +98,7 @@ def test_float_masks_take_their_values_and_the_places():
     for precision, width in (("float16", 2), ("float32", 4)):
         values = quantised(scales, precision)
         assert abs(len(encode(indices, values, sizes, **ABOUT)) - places - width * len(indices)) <= 8
-    with pytest.raises(ConeslabError, match="round it first"):
+    with pytest.raises(ConeslabError, match="round this one first"):
         entropy_bound(indices, scales, sizes)
 
 
@@ -180,7 +180,7 @@ def test_foreign_files_and_later_versions_are_refused():
     indices, scales, sizes = realistic("binary", n=400, layers=4)
     whole = encode(indices, scales, sizes, **ABOUT)
     for data in (b"", b"PK\x03\x04" * 100, b"\x80\x04pickle" * 40):
-        with pytest.raises(FileFormatError, match="no mask file of coneslab"):
+        with pytest.raises(FileFormatError, match="not a mask file of coneslab"):
             decode(data, sizes)
     later = bytearray(whole)
     later[8] = 9
@@ -188,7 +188,7 @@ def test_foreign_files_and_later_versions_are_refused():
         decode(bytes(later), sizes)
     with pytest.raises(FileFormatError, match="400 neurons, the model has 100 in 1"):
         decode(whole, [100])
-    with pytest.raises(FileFormatError, match="or other layers: load the model"):
+    with pytest.raises(FileFormatError, match="layers of its own: load the model"):
         decode(whole, [200, 100, 50, 50])
     with pytest.raises(ConeslabError, match="64 hexadecimal digits"):
         encode(indices, scales, sizes, fingerprint="abc", subject="", cut=0.5)

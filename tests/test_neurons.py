@@ -399,7 +399,7 @@ def test_chance_is_what_random_masks_overlap_by(found):
         ([1, 1], [0, 0], "each once"),
         ([-1, 2], [0, 0], r"\[0, 46\)"),
         ([1, 46], [0, 0], "run from 1 to 46"),
-        ([1, 2], [0], "one length"),
+        ([1, 2], [0], "equal length"),
         ([[1], [2]], [[0], [0]], "two vectors"),
         ([1.0, 2.0], [0, 0], "integers"),
         ([1, 2], [0, float("nan")], "numbers in"),

@@ -262,7 +262,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, 
     first, second = ([part._pack()[0] for part in getattr(edit, "edits", [edit])] for edit in (whole, again))
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
-    with pytest.raises(MismatchError, match="of another run.*seed was 0, now 5"):
+    with pytest.raises(MismatchError, match="to another run.*seed was 0, now 5"):
         method(v_pipe, pictured, resume=file, seed=5, **options)
     with pytest.raises(MismatchError, match="holds 4 steps, more than the 3 asked for"):
         method(v_pipe, pictured, resume=file, **options | {"steps": 3})
@@ -334,7 +334,7 @@ def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both):
     assert max(moved) < 0.1
     with pytest.raises(ConeslabError, match="token of its own"):
         merge(v_pipe, [edits[0], edits[0]], both)
-    with pytest.raises(ConeslabError, match="no Custom Diffusion edit"):
+    with pytest.raises(ConeslabError, match="not a Custom Diffusion edit"):
         merge(v_pipe, [edits[0].edits[1], edits[1]], both)
     with pytest.raises(ConeslabError, match="1 edits and 2 subjects"):
         merge(v_pipe, edits[:1], both)

@@ -166,7 +166,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
     remembered = {"step", "exp_avg", "exp_avg_sq"}
     assert {name.split("/")[0] for name in tensors} == {"weight", "average 0.9", "average 0.1"} | remembered
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(FileFormatError, match="not a whole coneslab checkpoint"):
+    with pytest.raises(FileFormatError, match="not a complete coneslab checkpoint"):
         fit_small(tmp_path)
     checkpoints.save_checkpoint(path, {k: v for k, v in tensors.items() if "net.0" not in k}, facts)
     with pytest.raises(FileFormatError, match="lacks 2 weights"):

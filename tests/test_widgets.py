@@ -574,7 +574,7 @@ def test_a_folder_of_edits_is_a_menu_and_a_damaged_file_says_so_when_it_is_chose
     assert labels == ["no edit", "broken", "cat (“a sks cat”)"]
     assert view.controls["edit"].value == "broken" and view.controls["prompt"].value == "a cat on the beach"
     view.draw()
-    assert "broken.safetensors is not a whole safetensors file" in view.status.value
+    assert "broken.safetensors is not a complete safetensors file" in view.status.value
     view.controls["edit"].value = "cat"
     assert view.controls["prompt"].value == "a sks cat on the beach"
     assert view.image.value and view.status.value == ""

@@ -1,6 +1,6 @@
-"""Edits: anything that can be put on a pipeline for the length of a `with` block, and stored in a file.
+"""Edits: anything that can be applied to a pipeline inside a `with` block, and stored in a file.
 
-What all of them share, the kinds that are no method's own, and other programs' files. Builds on `diffusion`.
+What all of them share, the kinds that belong to no single method, and other programs' files. Builds on `diffusion`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Edits: anything that can be put on a pipeline for the length of a `with` block, and stored in a file.
+"""Edits: anything that can be applied to a pipeline inside a `with` block, and stored in a file.
 
-`Edit` is the base of every kind, with the file format that all share; `Combined` makes one of several, and `load_edit`
-reads any of them.
+`Edit` is the base class of every kind, with the file format that all share; `Combined` makes one edit of several, and
+`load_edit` reads any of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..errors import ConeslabError, FileFormatError
 from ..files import write_whole
 
 FORMAT = "coneslab.edit/1"
-_KINDS: dict[str, type[Edit]] = {}  # by the name of the class, which is what a file holds
+_KINDS: dict[str, type[Edit]] = {}  # by class name, which is what a file stores
 # Rooms above this one that define kinds. No module here needs them; they are imported when a file holds such a kind.
 _ROOMS_WITH_KINDS = ("coneslab.neurons", "coneslab.methods")
 
@@ -35,11 +35,11 @@ class Edit(ABC):
     """What every edit can do; methods differ in how they make one, not in how it is used.
 
     A subclass is a kind of edit, known to `load_edit` by the name of its class from the moment it is defined. It says
-    how it is put on (`applied`) and how large it is (`nbytes`), packs itself into tensors and a description that JSON
-    can hold (`_pack`), and makes itself from them again (`_unpack`). All kinds share one file format, in safetensors,
-    with a SHA-256 of the contents in the metadata, so that a damaged file is never taken for another edit.
-    Defining one raises ConeslabError if another module has a kind of that name; in its own module, as in a notebook's
-    cell that is run again, a class takes the place of the one before.
+    how it is applied (`applied`) and how large it is (`nbytes`), packs itself into tensors and a description that JSON
+    can hold (`_pack`), and restores itself from them (`_unpack`). All kinds share one file format, in safetensors, with
+    a SHA-256 of the contents in the metadata, so that a damaged file is never taken for another edit.
+    Defining one raises ConeslabError if another module has a kind of that name; within one module, as when a notebook
+    cell is run again, the new class replaces the old.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -48,7 +48,7 @@ class Edit(ABC):
         if known.__module__ != cls.__module__:
             raise ConeslabError(
                 f"{cls.__module__} defines a kind of edit named {cls.__name__}, as {known.__module__} does: rename one "
-                "of the two, for a file names its kind by the class alone"
+                "of them, because a file stores nothing but the name"
             )
         _KINDS[cls.__name__] = cls
 
@@ -61,9 +61,9 @@ class Edit(ABC):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """Put the edit on for the length of a `with` block; dose 0 changes nothing, 1 is the whole edit.
+        """Apply the edit inside a `with` block; dose 0 changes nothing, 1 is the whole edit.
 
-        check_model=False tries it on another model than the one it was made for.
+        check_model=False allows another model than the one it was made for.
         Raises MismatchError, with the pipeline untouched, for another model.
         """
 
@@ -74,10 +74,10 @@ class Edit(ABC):
     @classmethod
     @abstractmethod
     def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> Self:
-        """The inverse of `_pack`; both arguments may be taken apart."""
+        """The inverse of `_pack`; both arguments may be modified."""
 
     def save(self, path: str | Path) -> Path:
-        """Write the edit to a safetensors file, in one go: an interruption leaves no half-written file."""
+        """Write the edit to a safetensors file, atomically: an interruption leaves no half-written file."""
         tensors, description = self._pack()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(description, sort_keys=True)
@@ -95,7 +95,7 @@ class Edit(ABC):
 
 
 def applied(edit: Edit | None, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
-    """The edit put on for the length of a block, or for None the pipeline as it is."""
+    """Apply an edit inside a `with` block; None leaves the pipeline as it is."""
     return nullcontext(pipe) if edit is None else edit.applied(pipe, dose)
 
 
@@ -106,10 +106,10 @@ def require_dose(dose: float) -> None:
 
 
 def load_edit(path: str | Path) -> Edit:
-    """Read whatever edit a file holds: concept neurons, a weight delta, several edits combined.
+    """Read any edit from its file: concept neurons, a weight delta, several edits combined.
 
-    A kind of your own is known once the module that defines it was imported.
-    Raises FileFormatError if the kind is not known, or the file is truncated, damaged, of another make, or a pickle
+    A kind of your own is known once the module that defines it has been imported.
+    Raises FileFormatError if the kind is not known, or the file is truncated, damaged, of another format, or a pickle
     (never loaded), and FileNotFoundError if there is none.
 
     >>> from coneslab.methods import closed_form_edit
@@ -127,7 +127,7 @@ def load_edit(path: str | Path) -> Edit:
 
 
 def _unpacked(kind: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> Edit:
-    """The edit of a kind, which its name finds whether or not the package's own rooms were imported before."""
+    """An edit of the kind named; imports the package's own rooms if the kind is not known yet."""
     for room in _ROOMS_WITH_KINDS:
         if kind not in _KINDS:
             importlib.import_module(room)
@@ -146,9 +146,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise
-    except Exception as error:  # safetensors raises several kinds, by what is damaged
+    except Exception as error:  # safetensors raises different errors for different damage
         raise FileFormatError(
-            f"{path} is not a whole safetensors file ({error}): it may be truncated, or of another format; "
+            f"{path} is not a complete safetensors file ({error}): it may be truncated, or of another format; "
             "pickle files (.pt, .bin, .ckpt) are never loaded"
         ) from error
     if metadata.get("format") != FORMAT:
@@ -158,7 +158,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     checksum = metadata.pop("checksum", "")
     if {"kind", "description"} - set(metadata) or checksum != _checksum(tensors, metadata):
-        raise FileFormatError(f"{path} is damaged: its contents do not match their checksum; fetch or make it again")
+        raise FileFormatError(f"{path} is damaged: its contents do not match their checksum; download or make it again")
     return tensors, metadata
 
 
@@ -173,7 +173,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 @dataclass(frozen=True, eq=False)
 class Combined(Edit):
-    """Several edits put on one after the other, the first one first; itself an edit."""
+    """Several edits applied one after the other, in order; itself an edit."""
 
     edits: tuple[Edit, ...]
 
@@ -186,7 +186,7 @@ class Combined(Edit):
 
     @contextmanager
     def applied(self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True) -> Iterator[Any]:
-        """Put all edits on for the length of a block, each at this dose. Raises what any of them raises."""
+        """Apply all edits inside a `with` block, each at this dose. Raises what any of them raises."""
         with ExitStack() as stack:
             for edit in self.edits:
                 stack.enter_context(edit.applied(pipe, dose, check_model=check_model))

@@ -1,4 +1,4 @@
-"""To and from the files of diffusers: Textual Inversion embeddings, Custom Diffusion weights. Only safetensors."""
+"""Files of diffusers, read and written: Textual Inversion embeddings, Custom Diffusion weights. Only safetensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .base import Combined
 from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from .weights import WeightDelta, model_fingerprint
 
-WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # the name that diffusers' own training script gives
+WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # as diffusers' own training script names it
 
 
 def export_tokens(
     edit: TokenEdit, pipe: Pipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
 ) -> list[Path]:
-    """Write a file for every token, for `pipe.load_textual_inversion(file)`; returns the files.
+    """Write one file per token, for `pipe.load_textual_inversion(file)`; returns the files.
 
-    names: the token's name in the file, where it is to be another one. diffusers refuses a word that the tokenizer
-    has already, as rare words like "sks" are. Raises ConeslabError for such a name.
+    names: token -> its name in the file, if it is to differ. diffusers refuses a word that the tokenizer already has,
+    such as the rare word "sks". Raises ConeslabError for such a name.
     """
     folder, written = Path(folder), []
     chosen = [dict(names or {}).get(token, token) for token in edit.tokens]
@@ -35,7 +35,7 @@ def export_tokens(
     taken = [name for name in chosen if name in words or f"{name}</w>" in words]
     if taken:
         raise ConeslabError(
-            f"diffusers loads no token that the tokenizer has already ({', '.join(taken)}): give another name, "
+            f"diffusers does not load a token that the tokenizer already has ({', '.join(taken)}): give another name, "
             f'for example names={{"{taken[0]}": "<{taken[0]}>"}}, and use it in prompts'
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,10 +46,10 @@ def export_tokens(
 
 
 def import_tokens(pipe: Pipeline, file: str | Path, *, token: str | None = None) -> TokenEdit:
-    """Read a Textual Inversion file as diffusers or AUTOMATIC1111 write it; an embedding of several vectors too.
+    """Read a Textual Inversion file of diffusers or AUTOMATIC1111, also one with several vectors.
 
     token: its name in prompts, default the one in the file. Several vectors become the tokens "name", "name_1", …,
-    which diffusers puts in for "name" wherever a prompt has it.
+    which diffusers substitutes for "name" in prompts.
     Raises FileFormatError for any other file, MismatchError for a text encoder of another width.
     """
     tensors = _read(file)
@@ -73,11 +73,11 @@ def import_tokens(pipe: Pipeline, file: str | Path, *, token: str | None = None)
 def export_custom_diffusion(
     edit: Combined, pipe: Pipeline, folder: str | Path, *, names: Mapping[str, str] | None = None
 ) -> list[Path]:
-    """Write what `custom_diffusion` or `merge` made, for `unet.load_attn_procs` and `load_textual_inversion`.
+    """Write what `custom_diffusion` or `merge` returned, for `unet.load_attn_procs` and `load_textual_inversion`.
 
-    The file of weights holds the tuned keys and values themselves, not their change. names: see `export_tokens`.
-    Read them with `pipe.unet.load_attn_procs(folder, weight_name=WEIGHTS, _pipeline=pipe)`: without the last argument
-    diffusers 0.42 reads the file and then does nothing with it.
+    The file of weights holds the tuned keys and values themselves, not their change. names: see `export_tokens`. Read
+    them with `pipe.unet.load_attn_procs(folder, weight_name=WEIGHTS, _pipeline=pipe)`: without the last argument
+    diffusers 0.42 reads the file and then ignores it.
     """
     token, delta = custom_diffusion_parts(edit)
     tensors: dict[str, Tensor] = {name: torch.zeros(0) for name in unet_of(pipe).attn_processors}  # untouched ones
@@ -94,7 +94,7 @@ def export_custom_diffusion(
 def import_custom_diffusion(pipe: Pipeline, folder: str | Path, *, weights: str = WEIGHTS) -> Combined:
     """Read Custom Diffusion weights, and every token file beside them, as one edit.
 
-    Raises FileFormatError if they are missing or of another kind, MismatchError if they are of another model's shape.
+    Raises FileFormatError if they are missing or of another kind, MismatchError for a model of another shape.
     """
     folder, space, deltas = Path(folder), KVSpace(pipe), {}
     tensors = _read(folder / weights)
@@ -121,7 +121,7 @@ def _read(file: str | Path) -> dict[str, Tensor]:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise FileFormatError(
-            f"{file} is no safetensors file ({error}); files of pickles (.bin, .pt) are never loaded: convert it first"
+            f"{file} is not a safetensors file ({error}); pickle files (.bin, .pt) are never loaded: convert it first"
         ) from error
 
 
@@ -129,5 +129,5 @@ def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:
     """The tokens' vectors and the weights' change. Raises ConeslabError if the edit is not made of these two."""
     kinds = {type(part): part for part in getattr(edit, "edits", ())}
     if set(kinds) != {TokenEdit, WeightDelta}:
-        raise ConeslabError(f"{type(edit).__name__} is no Custom Diffusion edit: give what `custom_diffusion` returns")
+        raise ConeslabError(f"{type(edit).__name__} is not a Custom Diffusion edit: give one of `custom_diffusion`")
     return kinds[TokenEdit], kinds[WeightDelta]

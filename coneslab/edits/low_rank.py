@@ -1,4 +1,4 @@
-"""A change of weights in little space: each matrix as its largest singular directions (Custom Diffusion, Sec. 3.1)."""
+"""A weight change in compact form: each matrix as its largest singular directions (Custom Diffusion, Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .weights import WeightDelta
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankDelta(Edit):
-    """A change of weights as products of thin matrices: name -> (left (out, rank), right (rank, in)); an edit."""
+    """A weight change as products of thin matrices: name -> (left (out, rank), right (rank, in)); an edit."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     fingerprint: str
@@ -45,7 +45,7 @@ class LowRankDelta(Edit):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """As `WeightDelta.applied`."""
+        """See `WeightDelta.applied`."""
         return self.dense().applied(pipe, dose, check_model=check_model)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,7 +64,7 @@ def compress(edit: WeightDelta, *, energy: float = 0.6, dtype: torch.dtype = tor
     """Keep the leading singular values of every ΔW up to a share of their energy (Custom Diffusion, Sec. 4.3).
 
     energy: share of the sum of squared singular values, in (0, 1]. dtype: of the stored factors.
-    Raises ConeslabError for an energy out of range, or a delta of weights that are no matrices.
+    Raises ConeslabError for an energy out of range, or a delta of weights that are not matrices.
     """
     if not 0 < energy <= 1:
         raise ConeslabError(f"energy is {energy}: give a share in (0, 1]")

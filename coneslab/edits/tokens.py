@@ -1,7 +1,7 @@
-"""Tokens of one's own: put learned vectors into a text encoder for a while, and learn them.
+"""Tokens of your own: learned vectors in a text encoder, put there temporarily, and how they are learned.
 
-A token is either a word that the tokenizer has ("sks"), whose row is replaced, or a new one ("<cat*>"), which is
-added. The embedding table and the tokenizer of the pipeline are never written to: a copy of each takes their place.
+A token is either a word that the tokenizer has ("sks"), whose row is replaced, or a new one ("<cat*>"), which is added.
+The pipeline's embedding table and tokenizer are never modified: copies take their place.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def embedding_of(pipe: Pipeline) -> nn.Embedding:
 
 
 def vocabulary_fingerprint(pipe: Pipeline) -> str:
-    """Hex SHA-256 of the table of token embeddings: says which text encoder a token was learned for."""
+    """Hex SHA-256 of the table of token embeddings: identifies the text encoder a token was learned for."""
     return fingerprint({"token_embedding": embedding_of(pipe).weight})
 
 
 def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[Any, list[int]]:
-    """A tokenizer that knows `tokens` as one token each, and their ids; the one given stays as it is.
+    """A tokenizer that knows `tokens` as one token each, and their ids; the one given is not changed.
 
-    Raises ConeslabError for an empty, doubled or special token.
+    Raises ConeslabError for an empty, repeated or special token.
     """
     if len(set(tokens)) != len(tokens) or not all(token.strip() for token in tokens):
         raise ConeslabError(f"the tokens are {list(tokens)}: give words, each once")
@@ -56,7 +56,7 @@ def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[Any, list[int]]:
 
 
 def start_vector(pipe: Pipeline, word: str) -> Tensor:
-    """The embedding (width,) of a word, in the mean over its tokens; of all tokens for an empty word."""
+    """The embedding (width,) of a word: the mean over its tokens, or over all tokens for an empty word."""
     table = embedding_of(pipe).weight.detach().float()
     ids = pipe.tokenizer(word, add_special_tokens=False).input_ids if word else []
     return table[ids].mean(0) if ids else table.mean(0)
@@ -66,8 +66,8 @@ def start_vector(pipe: Pipeline, word: str) -> Tensor:
 class TokenEdit(Edit):
     """Learned vectors for one or more tokens; an edit.
 
-    tokens: as they are written in prompts; vectors: (tokens, width) float32; fingerprint: of the embedding table
-    they were learned with; initial: the word that a new token starts from, which is what dose 0 gives it.
+    tokens: as they are written in prompts; vectors: (tokens, width) float32; fingerprint: of the embedding table they
+    were learned with; initial: the word that each new token starts from, whose vector it has at dose 0.
     Raises ConeslabError unless there is a finite vector for every token.
     """
 
@@ -99,9 +99,9 @@ class TokenEdit(Edit):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """Give the tokens their learned vectors for the length of a block; tokenizer and table come back as they were.
+        """Give the tokens their learned vectors inside a `with` block; tokenizer and table are restored afterwards.
 
-        dose: between where the token started (0) and where it arrived (1).
+        dose: 0 is the vector a token started from, 1 the learned one.
         Raises MismatchError, with the pipeline untouched, if text encoder or width differ.
         """
         require_dose(dose)
@@ -152,7 +152,7 @@ class TokenEdit(Edit):
 class LearnedText:
     """Text embeddings of fixed captions, as a function of the vectors of a few tokens.
 
-    Only the vectors get gradients; every other row of the table is left alone.
+    Only the vectors get gradients; every other row of the table is frozen.
     Raises ConeslabError if a token occurs in none of the captions: it would never be learned.
     """
 

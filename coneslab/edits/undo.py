@@ -1,4 +1,4 @@
-"""Putting things back, all of them, whatever happens on the way."""
+"""Undo every change, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 class Undo:
-    """Steps that put something back; `run` does every one of them, the latest first.
+    """Steps that each undo a change; `run` takes all of them, the latest first.
 
-    A step must be safe to repeat: an interruption (Ctrl-C) in the middle of one repeats it, and is raised when all
-    is done. An error in one step does not keep the others from running; the first error is raised at the end.
+    A step must be safe to repeat: one that is interrupted (Ctrl-C) is repeated, and the interruption raised at the end.
+    An error in one step does not keep the others from running; the first error is raised at the end.
     """
 
     def __init__(self) -> None:

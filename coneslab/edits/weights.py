@@ -1,6 +1,6 @@
-"""Weights changed for the length of a block, and the dense change of weights.
+"""Weights changed inside a `with` block, and the dense weight change.
 
-`swapped` puts every weight back bit for bit, whatever ends the block; fingerprints say which model an edit belongs to.
+`swapped` restores every weight bit for bit, whatever ends the block; fingerprints say which model an edit belongs to.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _ACTIVE: list[swapped] = []  # the blocks now open, outermost first
 
 
 class swapped:
-    """Give parameters other values for the length of a block, and put the old ones back bit for bit.
+    """Give parameters other values inside a `with` block, and restore the old ones bit for bit.
 
-    changes: pairs of a parameter and its new values of the same shape, or a function that returns them. The function
-    is called on entering, so that it sees the weights as they then are; what it refuses leaves nothing touched.
-    value: what `with ... as` gives. Weights are restored on normal exit, errors and KeyboardInterrupt, also when
-    entering fails or is interrupted halfway. Blocks nest, and may even be left in another order than they were
-    entered. Values are copied in place, so that optimisers, aliases and compiled modules see them.
+    changes: pairs of a parameter and its new values of the same shape, or a function that returns them. The function is
+    called on entry, so that it sees the weights as they are then; if it raises, nothing has changed. value: what `with
+    ... as` gives. Weights are restored on normal exit, errors and KeyboardInterrupt, even if entry fails or is
+    interrupted halfway. Blocks nest, and may even be left in another order than they were entered. Values are copied in
+    place, so that optimisers, aliases and compiled modules see them.
     Raises MismatchError for a shape that does not fit.
     """
 
@@ -59,7 +59,7 @@ class swapped:
             _ACTIVE.append(self)
             for parameter, new in changes:
                 parameter.detach().copy_(new)
-            return self._value  # in here: an interruption on this line, too, must restore
+            return self._value  # in here: an interruption on this line must restore, too
         except BaseException:
             self._undo.run()
             raise
@@ -83,7 +83,7 @@ class swapped:
 
 
 def untouched(parameter: Tensor) -> Tensor:
-    """The values a parameter had before any block now open changed it (itself where none did)."""
+    """The values a parameter had before any open block changed it (the parameter itself if none did)."""
     for block in _ACTIVE:
         if id(parameter) in block._saved:
             return block._saved[id(parameter)][1]
@@ -91,12 +91,12 @@ def untouched(parameter: Tensor) -> Tensor:
 
 
 def model_fingerprint(pipe: Pipeline) -> str:
-    """Fingerprint of a pipeline's K-V weights without the edits now on it: says which model an edit belongs to."""
+    """Fingerprint of a pipeline's K-V weights without the edits now applied: says which model an edit belongs to."""
     return fingerprint_of({name: untouched(weight) for name, weight in KVSpace(pipe).parameters.items()})
 
 
 def require_model(expected: str, pipe: Pipeline, what: str) -> None:
-    """Raise MismatchError unless `expected` is the fingerprint of the pipeline's model, edits left aside."""
+    """Raise MismatchError unless `expected` is the fingerprint of the pipeline's model, ignoring edits."""
     given = model_fingerprint(pipe)
     if given != expected:
         raise MismatchError(
@@ -124,7 +124,7 @@ class WeightDelta(Edit):
         deltas = {name: delta.detach().to("cpu", torch.float32) for name, delta in self.deltas.items()}
         for name, delta in deltas.items():
             if not delta.isfinite().all():
-                raise ConeslabError(f"the delta of {name} holds NaN or infinity: tune with a lower learning rate")
+                raise ConeslabError(f"the delta of {name} contains NaN or infinity: tune with a lower learning rate")
         object.__setattr__(self, "deltas", deltas)
 
     @property
@@ -139,9 +139,9 @@ class WeightDelta(Edit):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """Add dose · ΔW to the weights for the length of a block (`with delta.applied(pipe): ...`).
+        """Add dose · ΔW to the weights inside a block (`with delta.applied(pipe): ...`).
 
-        check_model=False tries the delta on another model of the same shapes.
+        check_model=False allows another model of the same shapes.
         Raises MismatchError, with the pipeline untouched, if model or shapes differ.
         """
         require_dose(dose)

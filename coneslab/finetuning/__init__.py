@@ -1,6 +1,6 @@
 """Training of small edits: captioned pictures as latents, batches of noise, gradients of keys and values, the loop.
 
-Every method that learns by gradient steps does it with these. Builds on `diffusion` and `edits`.
+Every method that learns by gradient descent uses these. Builds on `diffusion` and `edits`.
 """
 
 from __future__ import annotations

@@ -17,26 +17,26 @@ from ..files import replacing
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and facts as one safetensors file, all or nothing."""
+    """Write tensors and facts as one safetensors file, atomically."""
     with replacing(path) as unfinished:
         kept = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         save_file(kept, unfinished, {"facts": json.dumps(facts)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote. Raises FileFormatError if the file is damaged or foreign."""
+    """Read what `save_checkpoint` wrote. Raises FileFormatError if the file is damaged, or not a checkpoint."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise FileFormatError(
-            f"{path} is not a whole coneslab checkpoint ({error}): delete it to start that model again"
+            f"{path} is not a complete coneslab checkpoint ({error}): delete it to start again"
         ) from error
 
 
 def training_state(weights: Mapping[str, Tensor], optimisers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Weights as "weight/name", and what the optimisers remember of each as "its key/name"."""
+    """Weights as "weight/name", and the optimisers' state of each as "key/name"."""
     tensors = {f"weight/{name}": weight for name, weight in weights.items()}
     for optimiser in optimisers:
         for name, weight in weights.items():
@@ -46,9 +46,9 @@ def training_state(weights: Mapping[str, Tensor], optimisers: Iterable[torch.opt
 
 
 class TuningCheckpoint:
-    """Weights, what the optimiser remembers of them, and the history, in one safetensors file.
+    """Weights, the optimiser's state and the history, in one safetensors file.
 
-    identity: all that the state depends on, by name; a file with another one is refused.
+    identity: everything that the state depends on, by name; a file with another one is refused.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class TuningCheckpoint:
         save_checkpoint(self.path, training_state(self.weights, [self.optimiser]), facts)
 
     def load(self, *, at_most: int) -> tuple[int, dict[str, list[float]]]:
-        """Put the state back; returns the number of steps done, and the history.
+        """Restore the state; return the number of steps done, and the history.
 
-        Raises MismatchError if the file is of another run, or holds more than `at_most` steps.
+        Raises MismatchError if the file belongs to another run, or holds more than `at_most` steps.
         """
         if self.path is None or not self.path.is_file():
             return 0, {}
@@ -81,11 +81,11 @@ class TuningCheckpoint:
         other = [name for name in names if kept.get(name) != self.identity.get(name)]
         if other:
             said = ", ".join(f"{name} was {kept.get(name)!r}, now {self.identity.get(name)!r}"[:120] for name in other)
-            raise MismatchError(f"{self.path} is of another run ({said}): name another file, or delete it")
+            raise MismatchError(f"{self.path} belongs to another run ({said}): name another file, or delete it")
         if facts["step"] > at_most:
             raise MismatchError(
-                f"{self.path} holds {facts['step']} steps, more than the {at_most} asked for: ask for as many, or name "
-                "another file"
+                f"{self.path} holds {facts['step']} steps, more than the {at_most} asked for: ask for at least that "
+                "many, or name another file"
             )
         with torch.no_grad():
             for name, weight in self.weights.items():

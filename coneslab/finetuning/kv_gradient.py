@@ -1,8 +1,8 @@
 """The concept-implanting loss of Cones and its gradient in the K-V weights, as fast as the hardware allows.
 
-L_con(θ) = L(subject pictures, "a V* class") + λ L(prior pictures, "a class") (arXiv 2303.05125, Sec. 3.1). What does
-not depend on θ is computed once: latents, text embeddings, prior pictures. The gradient is taken on a frozen twin of
-the U-Net, so that the pipeline itself is never touched, whatever interrupts the work.
+L_con(θ) = L(subject pictures, "a V* class") + λ L(prior pictures, "a class") (arXiv 2303.05125, Sec. 3.1). Whatever
+does not depend on θ is computed once: latents, text embeddings, prior pictures. The gradient is computed on a frozen
+twin of the U-Net, so the pipeline itself is never touched, whatever interrupts the work.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .samples import CaptionedLatents, NoisyBatch
 
 
 class KVGradient:
-    """L_con and its gradient in θ, for any θ, at a fraction of the cost of a training step.
+    """L_con and its gradient in θ, at any θ, for a fraction of the cost of a training step.
 
     The U-Net is rebuilt once as a frozen twin that shares its weights, or holds them in a faster precision. Only the
-    cross-attention keys and values come from outside: as text does not depend on θ, K = W c is computed once a step
-    for every distinct caption, in the precision of θ, and not once for every sample. Nothing before the first
-    cross-attention and no other weight gets a gradient.
+    cross-attention keys and values come from outside: as the text does not depend on θ, K = W c is computed once per
+    step and distinct caption, in the precision of θ, rather than for every sample. No other weight gets a gradient, and
+    nothing before the first cross-attention.
 
     data: see `concept_latents`; dtype: of the twin, default bfloat16 where the device computes in it and the pipeline
-    is float32, else the pipeline's own; chunk: samples at a time, for models that do not fit in memory otherwise.
+    is float32, else the pipeline's own; chunk: samples at a time, for models that would not fit in memory otherwise.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class KVGradient:
         return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
     def deltas(self, theta: Tensor) -> dict[str, Tensor]:
-        """By how much θ differs from the pipeline's weights: parameter name -> matrix on the CPU."""
+        """How θ differs from the pipeline's weights: parameter name -> matrix on the CPU."""
         change = theta.detach() - self.theta()
         return {name: part.cpu() for name, part in self.space.layout.matrices(change).items()}
 
@@ -77,7 +77,7 @@ class KVGradient:
 
     @torch.no_grad()
     def losses(self, theta: Tensor, batch: NoisyBatch) -> list[float]:
-        """Mean loss of every caption alone, at a third of the cost."""
+        """Mean loss of every caption without the gradient, at a third of the cost."""
         sums = [self._loss(theta, self._text, batch, rows, counts)[1] for rows, counts in self._chunks()]
         return self._means(torch.stack(sums).sum(0))
 
@@ -90,13 +90,13 @@ class KVGradient:
     ) -> tuple[list[float], Tensor | None, Tensor | None]:
         """Mean loss of every caption, and the gradients of their weighted sum in θ and in the text, where asked for.
 
-        text: (captions, tokens, width), one embedding a caption, or None for those of `data`; the gradient in it has
+        text: (captions, tokens, width), one embedding per caption, or None for those of `data`; the gradient in it has
         its shape. Raises ConeslabError if a gradient is not finite.
         """
         text = self._text if text is None else text
         gradients = [torch.zeros_like(point) for point, of in ((theta, of_theta), (text, of_text)) if of]
         losses = torch.zeros(len(self.data), dtype=torch.float64)
-        lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # float16 would lose the small gradients
+        lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # small gradients underflow in float16
         for rows, counts in self._chunks():
             at_theta = theta.detach().clone().requires_grad_(of_theta)
             at_text = text.detach().clone().requires_grad_(of_text)
@@ -131,7 +131,7 @@ class KVGradient:
 
     @torch.no_grad()
     def outputs(self, theta: Tensor, text: Tensor, batch: NoisyBatch) -> Tensor:
-        """What the U-Net predicts for a batch, (as its latents), under text embeddings (captions, tokens, width)."""
+        """The U-Net's predictions for a batch, (as its latents), given text embeddings (captions, tokens, width)."""
         made = []
         for rows, counts in self._chunks():
             samples = self._project(theta, text, counts)
@@ -140,7 +140,7 @@ class KVGradient:
         return torch.cat(made)
 
     def _project(self, theta: Tensor, text: Tensor, counts: list[int]) -> Tensor:
-        """Give every attention its keys and values; returns texts for the U-Net, which wants some, one a sample."""
+        """Set the keys and values of every attention; return the texts that the U-Net requires, one per sample."""
         matrices, text = self.space.layout.matrices(theta), text.to(theta.dtype)
         for path, module, processor in self._attentions:
             own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
@@ -150,7 +150,7 @@ class KVGradient:
         return torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
 
     def _chunks(self) -> Iterator[tuple[slice, list[int]]]:
-        """Runs of samples, and how many of each caption are in a run."""
+        """Slices of the samples, and how many of each caption are in a slice."""
         ends = np.cumsum([part.batch_size for part in self.data])
         starts = ends - [part.batch_size for part in self.data]
         step = self.chunk or int(ends[-1])
@@ -165,7 +165,7 @@ def _like(bias: Tensor | None, theta: Tensor) -> Tensor | None:
 
 
 class _Twin:
-    """The pipeline as the loss sees it: everything its own, but for the U-Net."""
+    """The pipeline as the loss sees it: its own in everything but the U-Net."""
 
     def __init__(self, pipe: Pipeline, unet: nn.Module) -> None:
         self._pipe, self.unet = pipe, unet
@@ -175,9 +175,9 @@ class _Twin:
 
 
 class _ProjectedText:
-    """Cross-attention on keys and values computed beforehand, one of each a caption: (captions, tokens, channels).
+    """Cross-attention on precomputed keys and values, one of each per caption: (captions, tokens, channels).
 
-    Samples of one caption lie together, `counts` of each; all their queries go through one product a head.
+    Samples of one caption are contiguous, `counts` of each; their queries share one product per head.
     """
 
     key: Tensor

@@ -1,7 +1,7 @@
-"""One loop for everything that is tuned on a concept: steps, histories, checkpoints, bars.
+"""One loop for everything that is tuned on a concept: steps, histories, checkpoints, progress bars.
 
 `tune` takes the steps. `tune_kv` and `tune_unet` say what a step is: for keys and values, or text, through frozen
-layers, and for weights of the U-Net itself. Training the shipped models from nothing is another matter:
+layers, and for weights of the U-Net itself. Training the shipped models from nothing has its own loop:
 `pretraining/loop.py`.
 """
 
@@ -52,17 +52,17 @@ class TuningSettings(Settings):
 
     @property
     def rate(self) -> float:
-        """The learning rate, also where the method chooses it."""
+        """The learning rate, whether given or chosen by the method."""
         assert self.learning_rate is not None, "a method that chooses the rate overrides this"
         return self.learning_rate
 
 
 class RunOptions(TypedDict, total=False):
-    """How a run shows itself and goes on after a stop; nothing of it changes the result.
+    """How a run reports progress and resumes after a stop; none of it changes the result.
 
-    progress: show a bar. callback: see `coneslab.callback`; its further keys are what the history keeps, and
-    "weights", copies by name. resume: a file in which the state is kept every half minute and at the end, and from
-    which a later call with the same settings goes on.
+    progress: show a bar. callback: see `coneslab.callback`; its further keys are what the history keeps, and "weights",
+    copies by name. resume: a file to which the state is saved every half minute and at the end, and from which a later
+    call with the same settings continues.
     """
 
     progress: bool
@@ -83,14 +83,13 @@ def tune(
     callback: Callback | None = None,
     resume: str | Path | None = None,
 ) -> dict[str, list[float]]:
-    """Minimise with AdamW; returns the history, name -> one number a step.
+    """Minimise with AdamW; returns the history, name -> one number per step.
 
-    weights: name -> leaf tensors, changed in place. step(number) sets their `.grad` and returns numbers to keep, with
-    "loss" among them. rates: learning rates by name, where they differ from that of the settings. identity: what a
-    file to resume from must have been written for, besides the settings and what the weights start from; step must
-    then depend on its number alone. progress, callback, resume: see `RunOptions`. A file may hold fewer steps than
-    are asked for, from which it goes on.
-    Raises ConeslabError if the loss is no longer finite; MismatchError if the file is of other settings, or holds
+    weights: name -> leaf tensors, changed in place. step(number) sets their `.grad` and returns numbers to keep,
+    including "loss". rates: learning rates by name, where they differ from that of the settings. identity: what else a
+    file to resume from must match, besides the settings and the initial weights; step must then depend on its number
+    alone. progress, callback, resume: see `RunOptions`. A file with fewer steps than asked for is continued.
+    Raises ConeslabError if the loss is no longer finite; MismatchError if the file belongs to other settings, or holds
     more steps; FileFormatError if it is damaged.
     """
     learning_rates = dict.fromkeys(weights, settings.rate) | dict(rates or {})
@@ -129,10 +128,10 @@ def tune(
 
 @dataclass(frozen=True)
 class Point:
-    """Where a step takes the loss; each tensor is computed from the weights that are tuned, or left as it is.
+    """Where a step evaluates the loss; each tensor is computed from the tuned weights, or None to leave it as it is.
 
-    theta: keys and values, (n,); text: embeddings of the captions, (captions, tokens, width); penalty: a scalar that
-    is added to the loss, kept in the history under "penalty".
+    theta: keys and values, (n,); text: embeddings of the captions, (captions, tokens, width); penalty: a scalar added
+    to the loss, recorded in the history as "penalty".
     """
 
     batch: NoisyBatch
@@ -152,7 +151,7 @@ def tune_kv(
     rates: Mapping[str, float] | None = None,
     **run: Unpack[RunOptions],
 ) -> dict[str, list[float]]:
-    """Minimise the weighted losses of `gradient.data` in whatever the keys and values, or the text, come from.
+    """Minimise the weighted losses of `gradient.data` in the weights that keys and values, or text, are computed from.
 
     weights: name -> leaf tensors that require a gradient, changed in place; point(number) computes θ or the text
     from them. Only what it computes gets a gradient. title, identity, rates and run: see `tune`.
@@ -197,7 +196,7 @@ def tune_unet(
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """Minimise the captions' weighted losses in weights of the U-Net itself; returns their change, and the history.
 
-    Trains a copy in float32, its passes in bfloat16 where that is faster. batch_at(step, the copy) -> the samples;
+    Trains a copy in float32, with passes in bfloat16 where that is faster. batch_at(step, the copy) -> the samples;
     only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16. title, identity and run: see
     `tune`. Raises ConeslabError for another dtype.
     """
@@ -237,7 +236,7 @@ def tune_unet(
 
 
 def _facts(data: Sequence[CaptionedLatents], dtype: torch.dtype) -> dict[str, Any]:
-    """What a state depends on besides settings and start: the samples, their shares, the precision of the passes."""
+    """What a state depends on besides settings and start: samples, their shares, the precision of the passes."""
     parts = enumerate((part.latents, part.text, part.mask) for part in data)
     tensors = {f"{number} {at}": x for number, own in parts for at, x in enumerate(own) if x is not None}
     shares = [[part.batch_size, part.weight] for part in data]

@@ -1,7 +1,7 @@
-"""What the losses are taken on: pictures with their captions, latents and embeddings computed once, noises by seed.
+"""What losses are computed on: captioned pictures as latents and embeddings, computed once, and noises by seed.
 
-The prior pictures of Cones (arXiv 2303.05125, Sec. 3.1) are drawn by the pipeline itself, once a process. Every loss
-and every method takes its samples from here, so that equal seeds mean equal noises.
+The prior pictures of Cones (arXiv 2303.05125, Sec. 3.1) are drawn by the pipeline itself, once per process. Every loss
+and every method takes its samples from here, so equal seeds mean equal noises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DRAWN_SETS = 64
 
 
 class ConceptSubject(Protocol):
-    """What a concept is learnt from; `coneslab.subject(...)` is one, any object with these will do."""
+    """What a concept is learned from: `coneslab.subject(...)`, or any object with these attributes."""
 
     @property
     def name(self) -> str: ...
@@ -41,7 +41,7 @@ class ConceptSubject(Protocol):
 
 
 class TokenSubject(ConceptSubject, Protocol):
-    """A concept that has a word of its own: `token` stands in its prompt, before `class_word`."""
+    """A concept with a word of its own: its prompt has `token` before `class_word`."""
 
     @property
     def token(self) -> str: ...
@@ -56,7 +56,7 @@ def several(subjects: Subject | Sequence[Subject]) -> list[Subject]:
     """One subject or several, as a list. Raises ConeslabError if there is none."""
     found = list(subjects) if isinstance(subjects, Sequence) else [subjects]
     if not found:
-        raise ConeslabError("there is no subject: give one, or a list of them")
+        raise ConeslabError("got no subject: give one, or a list of them")
     return found
 
 
@@ -81,15 +81,15 @@ class SamplerSettings(Settings):
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """What `generate_once` needs to know of them."""
+        """These settings as arguments of `generate_once`."""
         return {"seed": self.seed, "sampler_steps": self.sampler_steps, "guidance_scale": self.guidance_scale}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptSettings(SamplerSettings):
-    """What the loss of a concept is taken on: `SamplerSettings`, and
+    """What the loss of a concept is computed on: `SamplerSettings`, and
 
-    batch_size, prior_batch_size: samples a step of each subject, and of its class; prior_weight: λ of the prior's
+    batch_size, prior_batch_size: samples per step of each subject, and of its class; prior_weight: λ of the prior's
     loss, 0 for none; prior_images: how many pictures of the class the pipeline draws, unless they are given.
     """
 
@@ -114,7 +114,7 @@ class ConceptSettings(SamplerSettings):
 
 @dataclass(frozen=True)
 class CaptionedLatents:
-    """Latents that share one caption, and their part in a loss: weight · mean loss over `batch_size` of them a step.
+    """Latents that share one caption, and their part in a loss: weight · mean loss over `batch_size` of them per step.
 
     latents: (pictures, channels, height, width); text: (tokens, width); mask: (pictures, 1, height, width), where a
     picture counts, or None for everywhere. name: of its loss in a history, such as "subject_loss".
@@ -130,7 +130,7 @@ class CaptionedLatents:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """One step's samples, those of all captions end to end: latents, noise (samples, c, h, w); timesteps (samples,).
+    """One step's samples, all captions end to end: latents, noise (samples, c, h, w); timesteps (samples,).
 
     mask: (samples, 1, h, w), or None if everything counts everywhere. regression_target: what the network must predict
     (as latents), or None for what the scheduler's prediction type says.
@@ -160,8 +160,8 @@ def prior_pictures(
 ) -> tuple[Image.Image, ...]:
     """Pictures of the subject's class ("a cat") as the pipeline draws them: what the prior loss must preserve.
 
-    The sets drawn last are kept for the life of the process, by model, prompt and settings, so that several subjects
-    of one class, or several searches, share them. Call it on the untouched model, outside any `applied` block.
+    The sets drawn last are cached until the process ends, by model, prompt and settings, so that several subjects of a
+    class, or several searches, share them. Call it on the untouched model, outside any `applied` block.
     """
     prompts = [subject.prior_prompt] * n
     return generate_once(
@@ -178,7 +178,7 @@ def generate_once(
     guidance_scale: float = 3.0,
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
-    """Pictures for prompts as the pipeline draws them; the sets drawn last are kept for the life of the process."""
+    """Pictures for prompts as the pipeline draws them; the sets drawn last are cached until the process ends."""
     model = (fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae))
     seeds = seed if isinstance(seed, int) else tuple(seed)
     key = (*model, str(pipe.scheduler.config), tuple(prompts), seeds, sampler_steps, guidance_scale)
@@ -209,9 +209,9 @@ def concept_latents(
     progress: bool = False,
     **changes: Any,
 ) -> list[CaptionedLatents]:
-    """Everything of L_con that does not depend on θ: the subject's latents, then the prior's (unless it has no part).
+    """Everything in L_con that does not depend on θ: the subject's latents, then the prior's (if it has a part).
 
-    prior: pictures of the class, otherwise drawn by the pipeline (`prior_pictures`). changes: of `ConceptSettings`.
+    prior: pictures of the class, by default drawn by the pipeline (`prior_pictures`). changes: of `ConceptSettings`.
     Raises ConeslabError if the subject has no pictures or a setting is out of range.
     """
     settings = ConceptSettings.chosen(settings, changes)
@@ -245,7 +245,7 @@ def total_loss(data: Sequence[CaptionedLatents], losses: Sequence[float]) -> flo
 def loss_values(data: Sequence[CaptionedLatents], losses: Sequence[float]) -> dict[str, float]:
     """What a history keeps of a step: the weighted sum under "loss", and each caption's mean loss.
 
-    Those are named as the data are, with a number behind it ("subject_loss 1") where several share a name.
+    The latter are named like the data, with a number ("subject_loss 1") where several share a name.
     """
     names = [part.name or "loss" for part in data]
     values = {"loss": total_loss(data, losses)}
@@ -258,11 +258,11 @@ def loss_values(data: Sequence[CaptionedLatents], losses: Sequence[float]) -> di
 def sample_batches(
     pipe: Pipeline, data: Sequence[CaptionedLatents], *, seed: int, bands: int = 1
 ) -> Iterator[NoisyBatch]:
-    """Endless batches of pictures, noises and timesteps, all from one generator.
+    """Endless batches of pictures, noises and timesteps, all from one random generator.
 
-    Every picture of a caption occurs equally often, up to one. Timesteps are stratified: one in each of `batch_size`
-    equal runs of the schedule (a reading; unbiased, and less noisy than independent ones). bands: batches take turns
-    in that many equal parts of the schedule, from little noise to much.
+    In a batch, the pictures of a caption occur equally often, give or take one. Timesteps are stratified: one in each
+    of `batch_size` equal intervals of the schedule (a reading; unbiased, and less noisy than independent ones). bands:
+    batches take turns in that many equal parts of the schedule, from little noise to much.
     """
     generator = torch.Generator().manual_seed(seed)
     last = pipe.scheduler.config.num_train_timesteps
@@ -283,7 +283,7 @@ def sample_batches(
 
 
 def numbered_batches(pipe: Pipeline, data: Sequence[CaptionedLatents], seed: int) -> Callable[[int], NoisyBatch]:
-    """`sample_batches` by number, so that a resumed run sees what it would have seen; numbers must not go back."""
+    """`sample_batches` by number, so that a resumed run sees the same batches; numbers must not decrease."""
     source, coming = sample_batches(pipe, data, seed=seed), count()
 
     def batch_at(number: int) -> NoisyBatch:

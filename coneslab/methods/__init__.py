@@ -1,4 +1,4 @@
-"""The methods that concept neurons are compared with, and those for other ends, each under its paper's name.
+"""The methods that concept neurons are compared with, and methods for other ends, each under its paper's name.
 
 `personalization` teaches a model subjects, `ablation` makes it forget, `conceptor` says what a concept is made of.
 Builds on `neurons`, `finetuning`, `edits` and `measure`.

@@ -1,6 +1,6 @@
 """Concept neurons (Cones, Liu et al. 2023): masks, the search, unions of several, controls and damage.
 
-Everything of that paper but the training loop, which other methods share. Builds on `finetuning` and `edits`.
+Everything in that paper except the training loop, which other methods share. Builds on `finetuning` and `edits`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What must stand beside a neuron search: random masks, the reversed sign, naive readings, full fine-tuning.
+"""Controls for a neuron search: random masks, the reversed sign, naive readings, full fine-tuning.
 
-Apart from `search.py` so that the method and what it is compared with are each one reading.
+Separate from `search.py`, so that the method and its controls can be read on their own.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Criterion = Literal["gradient", "gradient_times_weight", "weight"]
 
 
 def random_neurons(found: ConceptNeurons, *, seed: int = 0) -> ConceptNeurons:
-    """As many neurons as `found` has, at the same scales, but at random places inside the same layers.
+    """As many neurons as `found` has, at the same scales, at random places in the same layers.
 
-    When to use it: to see what any mask of this density does, whatever its neurons. Take several seeds.
+    When to use it: to see what any mask of this density does, whichever neurons it shuts. Use several seeds.
 
     >>> space = KVSpace(coneslab.load("tiny"))
     >>> found = ConceptNeurons(space.layout, range(100), [0.0] * 100, space.fingerprint(), subject="cat")
@@ -66,7 +66,7 @@ def random_neurons(found: ConceptNeurons, *, seed: int = 0) -> ConceptNeurons:
 def reversed_neurons(pipe: Pipeline, subject: ConceptSubject, **options: Any) -> ConceptNeurons:
     """The search with the criterion's sign reversed: −θ_j ∂L_con/∂θ_j > τ. Options as in `find_concept_neurons`.
 
-    When to use it: shutting these should raise the concept's loss, if the criterion says what it claims to.
+    When to use it: shutting these should raise the concept's loss, if the criterion measures what it claims to.
     """
     return find_concept_neurons(pipe, subject, sign=-1, **options)
 
@@ -75,9 +75,9 @@ def reversed_neurons(pipe: Pipeline, subject: ConceptSubject, **options: Any) ->
 class TopKSettings(ConceptSettings):
     """Settings of `top_k_neurons`: those of `ConceptSettings`, and
 
-    criterion: what ranks a neuron, |∂L_con/∂θ|, |θ · ∂L_con/∂θ| or |θ|. density: share of neurons to shut, in every
-    layer, or over all if not `per_layer`; None if another mask's density is copied. rounds: batches over which the
-    gradient is averaged.
+    criterion: what neurons are ranked by, |∂L_con/∂θ|, |θ · ∂L_con/∂θ| or |θ|. density: share of neurons to shut, in
+    each layer, or overall if not `per_layer`; None to copy another mask's density. rounds: number of batches over which
+    the gradient is averaged.
     """
 
     method: ClassVar[str] = "top-k neurons"
@@ -109,17 +109,17 @@ def top_k_neurons(
 ) -> ConceptNeurons:
     """Shut the k neurons with the largest |∂L_con/∂θ|, |θ · ∂L_con/∂θ| or |θ| of the untouched model: binary.
 
-    The first two are readings of Cones that summaries give, without the sign and without the adaptive scale; the
-    third is magnitude alone. like: take the density, layer by layer or overall, from this mask instead of from the
-    settings. settings, changes: see `TopKSettings`; prior: see `concept_latents`; dtype, chunk: see `KVGradient`.
+    The first two are Cones as summaries describe it, without the sign and the adaptive scale; the third is magnitude
+    alone. like: take the density, layer by layer or overall, from this mask instead of from the settings. settings,
+    changes: see `TopKSettings`; prior: see `concept_latents`; dtype, chunk: see `KVGradient`.
     Raises ConeslabError unless exactly one of density and like is given, or for an unknown criterion.
     """
     settings = TopKSettings.chosen(settings, changes)
     if (settings.density is None) == (like is None):
-        raise ConeslabError("give either density, a share of the neurons, or like, a mask whose density to copy")
+        raise ConeslabError("give either density (a share of the neurons) or like (a mask whose density to copy)")
     space = KVSpace(pipe)
     if like is not None and like.layout != space.layout:
-        raise MismatchError(f"like covers {like.n:,} neurons, this pipeline has {space.n:,}: give a mask of its own")
+        raise MismatchError(f"like covers {like.n:,} neurons, this pipeline has {space.n:,}: give a mask found on it")
     theta = space.gather().float()
     score = theta.abs()
     if settings.criterion != "weight":
@@ -196,13 +196,13 @@ def finetune_kv(
     resume: str | Path | None = None,
     **changes: Any,
 ) -> WeightDelta:
-    """Fine-tune all keys and values of cross-attention on L_con, with prior preservation: the ceiling of a mask.
+    """Fine-tune all keys and values of cross-attention on L_con, with prior preservation: the ceiling for any mask.
 
-    This is Custom Diffusion's choice of weights (arXiv 2212.04488, Sec. 3.1) without its new token. The weights stay
-    in float32 whatever the precision of the passes. settings, changes: see `FinetuneSettings`; prior: see
-    `concept_latents`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
-    The pipeline is not changed; history has the losses of every step. Raises ConeslabError for settings out of range,
-    or if the loss diverges.
+    This is Custom Diffusion's choice of weights (arXiv 2212.04488, Sec. 3.1) without its new token. The weights stay in
+    float32, whatever precision the passes use. settings, changes: see `FinetuneSettings`; prior: see `concept_latents`;
+    dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
+    The pipeline is not changed; `history` holds the losses of every step. Raises ConeslabError for settings out of
+    range, or if the loss diverges.
     """
     settings = FinetuneSettings.chosen(settings, changes)
     data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)

@@ -1,7 +1,7 @@
-"""Damage to a mask: how much of it can be wrong before the concept goes?
+"""Damage to a mask: how much of it can be wrong before the concept is lost?
 
-The Cones paper claims that coarse masks do as well as fine ones; these functions ask further, entry by entry. All
-take a mask, a fraction and a seed, and return a binary mask. At a fraction of 0 it is the mask's own binary form.
+The Cones paper claims that coarse masks do as well as fine ones; these functions go further, entry by entry. Each takes
+a mask, a fraction and a seed, and returns a binary mask; at a fraction of 0, the mask's own binary form.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def flipped(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> Concept
 
 
 def dropped(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> ConceptNeurons:
-    """Open a fraction of the shut neurons again."""
+    """Reopen a fraction of the shut neurons."""
     rng, shut = _generator(fraction, seed), found.shut()
     kept = rng.choice(len(shut), size=len(shut) - round(fraction * len(shut)), replace=False)
     return _binary(found, np.sort(shut[kept]), f"{fraction:.2%} dropped")
@@ -35,8 +35,8 @@ def dropped(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> Concept
 def moved(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> ConceptNeurons:
     """Move a fraction of the shut neurons to an open neighbour in the same row of the same matrix.
 
-    The neighbour reads the next component of the text for the same output channel, so density per layer and per
-    channel stay. Neurons whose neighbours are both shut, or taken by another one, stay where they are.
+    The neighbour reads the next component of the text for the same output channel, so the density of each layer and
+    each channel stays the same. Neurons whose neighbours are both shut, or already taken, stay where they are.
     """
     rng, shut = _generator(fraction, seed), found.shut().astype(np.int64)
     mask = np.zeros(found.n, bool)

@@ -1,14 +1,14 @@
-"""Encodings of a mask: float32, float16, quaternary, binary, each with its own bytes, close to the entropy bound.
+"""Encodings of a mask: float32, float16, quaternary and binary, each close to its entropy bound.
 
-A mask is a sparse set of neurons with a scale each; here it is a pair of arrays, `indices` (k,) ascending and
-`scales` (k,) in [0, 1), beside the sizes of the layers they lie in. `ConceptNeurons.to`, `.to_bytes` and
-`.from_bytes` are built on these functions.
+A mask is a sparse set of neurons, each with a scale: here a pair of arrays, `indices` (k,) ascending and `scales` (k,)
+in [0, 1), with the sizes of the layers they lie in. `ConceptNeurons.to`, `.to_bytes` and `.from_bytes` use these
+functions.
 
 The file (little-endian): a header of 172 bytes, a stream of 32-bit words from a range coder, then, for float masks
-only, the scales as they are. The coder is that of `constriction` (Bamler 2022, arXiv 2201.01741). In every layer
-neurons count as independent with the layer's own density p, so a binary mask takes close to sum n H(p) bits. Coded
-are the runs of open neurons between shut ones, which are geometric, in steps of at most RUN: the same length as
-coding neuron by neuron, at a fraction of the time.
+only, the scales as they are. The coder is that of `constriction` (Bamler 2022, arXiv 2201.01741). In each layer,
+neurons are treated as independent with the layer's own density p, so a binary mask takes close to sum n H(p) bits. It
+codes the lengths of runs of open neurons between shut ones, which are geometrically distributed, in steps of at most
+RUN: as short as coding neuron by neuron, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from ..errors import ConeslabError, FileFormatError
 
 PRECISIONS = ("float32", "float16", "quaternary", "binary")
-LEVELS = np.array([0, 1 / 3, 2 / 3], np.float32)  # of a quaternary mask; the fourth, 1, is "not in the mask"
+LEVELS = np.array([0, 1 / 3, 2 / 3], np.float32)  # of a quaternary mask; the fourth, 1, means "not in the mask"
 RUN = 512
 _FLOATS = {"float32": "<f4", "float16": "<f2"}
 
@@ -36,7 +36,7 @@ _MODEL = constriction.stream.model
 
 
 def quantised(scales: np.ndarray, precision: str, *, cut: float = 0.5) -> np.ndarray:
-    """Round scales (k,) to a precision -> (k,) float32; where 1 comes out, the neuron leaves the mask.
+    """Round scales (k,) to a precision -> (k,) float32; a neuron whose scale becomes 1 leaves the mask.
 
     float16 rounds to nearest, quaternary to the nearest of 0, 1/3, 2/3, 1, binary to 0 below `cut` and 1 elsewhere
     (Cones, arXiv 2303.05125, Sec. 3.1). Raises ConeslabError for another precision.
@@ -58,18 +58,18 @@ def precision_of(scales: np.ndarray) -> str:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Bits that a sequence with these counts of its symbols takes at least, if they are independent: n H(counts/n)."""
+    """Least number of bits for a sequence with these symbol counts, if symbols are independent: n H(counts/n)."""
     counts = counts[counts > 0].astype(float)
     return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
 def entropy_bound(indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int]) -> float:
-    """Bytes that a binary or quaternary mask takes at least, given the densities of every layer.
+    """Least number of bytes for a binary or quaternary mask, given the density of each layer.
 
-    sizes: neurons of each layer, which lie end to end. Raises ConeslabError for scales of a finer precision.
+    sizes: neurons in each layer; layers lie end to end. Raises ConeslabError for scales of a finer precision.
     """
     if precision_of(scales) not in ("binary", "quaternary"):
-        raise ConeslabError("the bound is for binary and quaternary masks: round it first, e.g. to('quaternary')")
+        raise ConeslabError("the bound is for binary and quaternary masks: round this one first, e.g. to('quaternary')")
     bits = 0.0
     for _, part, size in _layers(indices, sizes):
         levels = np.array([(scales[part] == level).sum() for level in LEVELS])
@@ -79,7 +79,7 @@ def entropy_bound(indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int])
 
 @dataclass(frozen=True)
 class MaskFile:
-    """What a mask file says: see `ConceptNeurons` for the meaning of the fields."""
+    """The contents of a mask file; `ConceptNeurons` explains the fields."""
 
     indices: np.ndarray
     scales: np.ndarray
@@ -95,7 +95,7 @@ def encode(
     """Write a mask in the smallest precision that keeps it exactly.
 
     fingerprint: 64 hexadecimal digits; subject: its first 64 bytes are kept.
-    Raises ConeslabError if the fingerprint is none.
+    Raises ConeslabError for any other fingerprint.
     """
     try:
         model = bytes.fromhex(fingerprint)
@@ -119,19 +119,19 @@ def encode(
 
 
 def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
-    """Read what `encode` wrote. It never allocates more than the model it is for asks for, whatever the file says.
+    """Read what `encode` wrote; whatever the file claims, memory is allocated only as the model's size warrants.
 
-    sizes: neurons of each layer of that model. Raises FileFormatError for a file that is truncated, changed in any
-    bit, of another make or another model's shape.
+    sizes: neurons in each layer of that model. Raises FileFormatError for a file that is truncated, altered in any bit,
+    of another format, or for a model of another shape.
     """
     if len(data) < _HEADER.size or data[:8] != _MAGIC:
-        raise FileFormatError("this is no mask file of coneslab: it is too short, or starts otherwise")
+        raise FileFormatError("this is not a mask file of coneslab: it is too short, or begins differently")
     _, version, kind, letters, cut, n, shape, model, name, digest, words, values = _HEADER.unpack_from(data)
     if version != _VERSION:
         raise FileFormatError(f"this mask file is of version {version}, this coneslab reads {_VERSION}: update it")
     if len(data) != _HEADER.size + 4 * words + values:
         raise FileFormatError(
-            f"this mask file has {len(data)} bytes, its header speaks of {_HEADER.size + 4 * words + values}: it was "
+            f"this mask file has {len(data)} bytes, its header says {_HEADER.size + 4 * words + values}: it was "
             "truncated, or something was added; copy it again"
         )
     blank = data[: _CHECKSUM.start] + bytes(32) + data[_CHECKSUM.stop :]
@@ -139,7 +139,7 @@ def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
         raise FileFormatError("this mask file is damaged (its checksum does not match): copy it again")
     if (n, shape) != (sum(sizes), _shape(sizes)):
         raise FileFormatError(
-            f"this mask covers {n:,} neurons, the model has {sum(sizes):,} in {len(sizes)} layers, or other layers: "
+            f"this mask covers {n:,} neurons, the model has {sum(sizes):,} in {len(sizes)} layers of its own: "
             "load the model it was found on"
         )
     try:
@@ -150,18 +150,18 @@ def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
             scales = raw.astype(np.float32)
         if len(scales) != len(indices):
             raise ValueError(f"{len(indices)} neurons and {len(scales)} scales")
-    except (ValueError, IndexError, AssertionError) as error:  # a forged file: the checksum is right
+    except (ValueError, IndexError, AssertionError) as error:  # a forged file may have the right checksum
         raise FileFormatError(f"this mask file is not one that coneslab wrote ({error})") from error
     return MaskFile(indices, scales, precision, cut, model.hex(), subject)
 
 
 def _shape(sizes: Sequence[int]) -> bytes:
-    """Eight bytes that say how large each layer is."""
+    """Eight bytes that identify the sizes of the layers."""
     return hashlib.blake2b(np.array(sizes, "<u8").tobytes(), digest_size=8).digest()
 
 
 def _layers(indices: np.ndarray, sizes: Sequence[int]) -> list[tuple[int, slice, int]]:
-    """For every layer: where it starts, which of the indices lie in it, its size."""
+    """For each layer: its start, the slice of `indices` in it, its size."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     places = np.searchsorted(indices, edges)
     return [(int(edges[i]), slice(places[i], places[i + 1]), size) for i, size in enumerate(sizes)]
@@ -184,7 +184,7 @@ def _decode_words(data: bytes, precision: str, sizes: Sequence[int]) -> tuple[np
 
 
 def _encode_whole(coder: Any, value: int, most: int) -> None:
-    """A whole number in [0, most], all equally likely; 16 bits at a time."""
+    """Encode an integer in [0, most], uniformly distributed, 16 bits at a time."""
     if most >> 16:
         coder.encode(value & 0xFFFF, _MODEL.Uniform(1 << 16))
         _encode_whole(coder, value >> 16, most >> 16)
@@ -200,9 +200,9 @@ def _decode_whole(coder: Any, most: int) -> int:
 
 
 def _runs(count: int, size: int) -> Any:
-    """How long a run of open neurons is, 0 to RUN - 1, or RUN and more (which then goes on), at density count/size.
+    """Distribution of the length of a run of open neurons at density count/size: 0 to RUN - 1, or RUN and continued.
 
-    Products only: powers may differ from one processor to the next, and a decoder must see the same numbers.
+    Only by products: powers may differ between processors, and the decoder must see the same numbers.
     """
     shut = count / size
     reached = np.cumprod(np.append(1.0, np.full(RUN, 1.0 - shut)))

@@ -19,9 +19,9 @@ from ..finetuning.samples import ConceptSubject, concept_latents, sample_batches
 
 @dataclass(frozen=True, repr=False)
 class ConceptLoss:
-    """What L_con measures on held-out noise: means, and every sample's loss, in the same order for every condition.
+    """L_con on held-out noise: its means, and the loss of each sample, in the same order for every condition.
 
-    subject, prior: (samples,) float64; prior is empty where none was asked for.
+    subject_values, prior_values: (samples,) float64; the latter is empty if no prior was asked for.
     """
 
     subject_values: np.ndarray
@@ -56,11 +56,11 @@ def concept_loss(
 ) -> ConceptLoss:
     """Measure the denoising loss on a subject, and on its prior, under noises and timesteps fixed by `seed`.
 
-    Two calls with the same settings see the same samples, so that conditions are compared in pairs: the difference
-    of two edits is far less noisy than either. The default seed is far from those of searches, so the noise is held
-    out. edit: put on while measuring (an edit put on outside stays on). prior: pictures for `prior_samples`; if not
-    given the pipeline draws them before the edit is on. batch_size: samples at a time. callback: see
-    `coneslab.callback`, once a batch. Raises what the edit raises.
+    Two calls with the same settings see the same samples, so conditions can be compared in pairs: the difference of two
+    edits is far less noisy than either. The default seed is far from those of searches, so the noise is held out. edit:
+    applied while measuring (one that is already applied stays). prior: pictures for `prior_samples`; by default the
+    pipeline draws them before the edit is applied. batch_size: samples at a time. callback: see `coneslab.callback`,
+    once per batch. Raises what the edit raises.
     """
     data = concept_latents(pipe, subject, batch_size=samples, prior_batch_size=prior_samples, prior=prior)
     batch = next(sample_batches(pipe, data, seed=seed))

@@ -1,7 +1,7 @@
-"""Concept neurons: a mask on the K-V weights, to keep, to shut and to join with others (Cones, arXiv 2303.05125).
+"""Concept neurons: a mask on the K-V weights, to store, apply and combine (Cones, arXiv 2303.05125).
 
-No code was ever published for Cones; this is an independent reimplementation. Where the paper leaves room, the
-docstring says "a reading". The search that finds them is in `search.py`, what a mask file holds in `encoding.py`.
+No code was ever published for Cones; this is an independent reimplementation. Where the paper leaves a choice open, the
+docstring says "a reading". The search that finds them is in `search.py`, the format of mask files in `encoding.py`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from . import encoding
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two sets of shut neurons coincide, beside what chance would give.
+    """How far two sets of shut neurons overlap, and how far they would by chance.
 
-    Chance: two random sets with the same number of neurons in every layer as these (the random control's chance).
+    Chance: two random sets with as many neurons in each layer (as in the random control).
     """
 
     intersection: int
@@ -61,9 +61,9 @@ class ConceptNeurons(Edit):
     """The neurons of a concept: a sparse, immutable mask on the K-V weights, and an edit.
 
     layout: the K-V space, n neurons; indices: (k,) sorted, read-only, the neurons whose scale is not 1; scales: (k,)
-    float32 in [0, 1], read-only; fingerprint: of the model's K-V weights; cut: a neuron whose scale lies below it is
-    shut in the binary mask; settings: of the search; history: name -> array with one row a round.
-    Raises ConeslabError for indices that are out of range, unsorted or repeated, and scales that are not in [0, 1].
+    float32 in [0, 1], read-only; fingerprint: of the model's K-V weights; cut: a neuron whose scale is below it is shut
+    in the binary mask; settings: of the search; history: name -> array with one row per round.
+    Raises ConeslabError for indices that are out of range, unsorted or repeated, and for scales outside [0, 1].
     """
 
     layout: KVLayout
@@ -79,7 +79,7 @@ class ConceptNeurons(Edit):
         indices, scales = np.array(self.indices), np.array(self.scales, dtype=np.float32)
         if indices.ndim != 1 or scales.shape != indices.shape:
             raise ConeslabError(
-                f"got indices {indices.shape} and scales {scales.shape}: give two vectors of one length"
+                f"got indices {indices.shape} and scales {scales.shape}: give two vectors of equal length"
             )
         if len(indices) and not np.issubdtype(indices.dtype, np.integer):
             raise ConeslabError(f"indices are {indices.dtype}, expected integers")
@@ -91,7 +91,7 @@ class ConceptNeurons(Edit):
         if not ((scales >= 0) & (scales <= 1)).all():  # NaN fails both
             raise ConeslabError("scales must be numbers in [0, 1]: 1 leaves a neuron as it is, 0 shuts it")
         if not 0 < self.cut <= 1:
-            raise ConeslabError(f"cut is {self.cut}: give a scale in (0, 1], below which a neuron counts as shut")
+            raise ConeslabError(f"cut is {self.cut}: give a scale in (0, 1]; a neuron below it counts as shut")
         history = {name: _read_only(np.array(rows)) for name, rows in self.history.items()}
         small = np.int32 if self.n <= np.iinfo(np.int32).max else np.int64
         for name, value in (
@@ -104,7 +104,7 @@ class ConceptNeurons(Edit):
 
     @classmethod
     def from_scale(cls, scale: Tensor, layout: KVLayout, fingerprint: str, **facts: Any) -> ConceptNeurons:
-        """Make neurons from a scale for every neuron of the space, (n,); `facts` as in the constructor."""
+        """Make a mask from the scale of every neuron, (n,); `facts` are arguments of the constructor."""
         layout.require_length(scale)
         dense = scale.detach().to("cpu", torch.float32).numpy()
         indices = np.flatnonzero(dense != 1)
@@ -144,7 +144,7 @@ class ConceptNeurons(Edit):
         return np.diff(np.searchsorted(self.shut(cut), edges))
 
     def per_layer(self) -> list[dict[str, Any]]:
-        """A table with one row a layer: label, block, kind, resolution, neurons, shut, density."""
+        """A table with one row per layer: label, block, kind, resolution, neurons, shut, density."""
         return [
             {
                 "layer": layer.label,
@@ -162,7 +162,7 @@ class ConceptNeurons(Edit):
         """Compare the shut neurons of two masks. Raises MismatchError if their K-V spaces differ."""
         if self.layout != other.layout:
             raise MismatchError(
-                f"these masks are of K-V spaces with {self.n:,} and {other.n:,} neurons: not comparable"
+                f"these masks belong to K-V spaces of {self.n:,} and {other.n:,} neurons: compare masks of one model"
             )
         both = len(np.intersect1d(self.shut(), other.shut(), assume_unique=True))
         sizes = np.array([layer.size for layer in self.layout])
@@ -184,7 +184,7 @@ class ConceptNeurons(Edit):
         return (self if cut is None else replace(self, cut=cut)).to("binary")
 
     def within(self, *, kind: str | None = None, level: int | None = None, block: str | None = None) -> ConceptNeurons:
-        """The neurons in the layers that match (see `KVLayout.where`); all others stay as the model has them."""
+        """The mask in the layers that match (see `KVLayout.where`); elsewhere the model stays as it is."""
         kept = self.layout.where(kind=kind, level=level, block=block).numpy()[self.indices]
         return replace(self, indices=self.indices[kept], scales=self.scales[kept])
 
@@ -232,10 +232,10 @@ class ConceptNeurons(Edit):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """Scale the pipeline's K-V weights for the length of a block (Cones, Sec. 3.1); gives the pipeline.
+        """Scale the pipeline's K-V weights inside a `with` block, which gives the pipeline (Cones, Sec. 3.1).
 
         dose: 0 leaves the weights as they are, 1 is the whole mask; a scale s acts as 1 − dose · (1 − s).
-        Masks nest: their scales multiply. check_model=False tries a mask on another model of the same shape.
+        Masks nest: their scales multiply. check_model=False allows a mask on another model of the same shape.
         Raises MismatchError, with the pipeline untouched, for a mask of another model or shape.
 
         >>> pipe = coneslab.load("tiny")
@@ -289,8 +289,8 @@ class ConceptNeurons(Edit):
     def to_bytes(self) -> bytes:
         """The mask in the smallest precision that keeps it exactly, close to the entropy bound (`encoding.encode`).
 
-        It holds fingerprint, subject and cut, but neither settings nor history nor the table of layers: those of
-        the model serve to read it. `save` keeps everything.
+        It holds fingerprint, subject and cut, but no settings, history or table of layers: a reader takes the layers
+        from the model. `save` keeps everything.
         """
         sizes = [layer.size for layer in self.layout]
         facts: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
@@ -300,7 +300,7 @@ class ConceptNeurons(Edit):
     def from_bytes(cls, data: bytes, pipe: Pipeline) -> ConceptNeurons:
         """Read `to_bytes` back, for the pipeline the mask was found on or another of its shape.
 
-        Raises FileFormatError if the data are damaged or for another shape of model.
+        Raises FileFormatError if the data are damaged, or for a model of another shape.
         """
         layout = KVSpace(pipe).layout
         found = encoding.decode(data, [layer.size for layer in layout])
@@ -309,7 +309,7 @@ class ConceptNeurons(Edit):
         return cls(layout, found.indices, found.scales, found.fingerprint, settings=settings, **facts)
 
     def save_mask(self, path: str | Path) -> Path:
-        """Write `to_bytes` to a file, a small fraction of what `save` writes."""
+        """Write `to_bytes` to a file, a small fraction of the size of what `save` writes."""
         return write_whole(path, self.to_bytes())
 
     @classmethod
@@ -319,7 +319,7 @@ class ConceptNeurons(Edit):
 
     @property
     def entropy_bound(self) -> float:
-        """Bytes a binary or quaternary mask takes at least, layer densities given (`encoding.entropy_bound`)."""
+        """Least number of bytes for a binary or quaternary mask, given layer densities (`encoding.entropy_bound`)."""
         return encoding.entropy_bound(self.indices, self.scales, [layer.size for layer in self.layout])
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The search that finds concept neurons (Cones, arXiv 2303.05125, Sec. 3.1), and rules that try to do better.
 
-Apart from `mask.py`, which says what a mask is and does whoever made it. The controls that belong beside a search
-are in `controls.py`.
+Separate from `mask.py`, which says what a mask is and does, however it was made. The controls for a search are in
+`controls.py`.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ RULES: tuple[str, ...] = get_args(Rule)
 class SearchSettings(ConceptSettings):
     """Settings of `find_concept_neurons`: those of `ConceptSettings`, and
 
-    rule: "adaptive" is the paper's; the others are ours. "curvature" subtracts what the second order adds,
-    ½ (s⊙θ)² h, from the criterion; "bands" lets each of `bands` parts of the schedule of timesteps vote alike,
-    whatever the size of its gradients; "straight-through" keeps `density` of each layer shut, those whose summed
-    criterion is largest, and opens a shut neuron again when others overtake it (threshold and rate unused).
-    rounds: K. threshold: τ as an absolute value; if None, τ is the `threshold_quantile` of the criterion in each
-    layer, or over all layers if not `per_layer`, taken anew every round and never below 0 (a reading). momentum:
-    share of the running average in the gradient, 0 for none (a reading: averaging over rounds stands for a larger
-    batch). rate: ρ. cut: scale below which a neuron counts as shut. sign: −1 for the reversed control, which shuts
-    what the concept relies on.
+    rule: "adaptive" is the paper's; the others are ours. "curvature" subtracts the second-order term, ½ (s⊙θ)² h, from
+    the criterion; "bands" gives each of `bands` parts of the timestep schedule an equal vote, whatever the size of its
+    gradients; "straight-through" keeps a share `density` of each layer shut, the neurons with the largest summed
+    criterion, and reopens a neuron when others overtake it (threshold and rate are unused).
+    rounds: K. threshold: τ as an absolute value; if None, τ is the `threshold_quantile` of the criterion in each layer,
+    or over all layers if not `per_layer`, recomputed every round and never below 0 (a reading). momentum: share of the
+    running average in the gradient, 0 for none (a reading: averaging over rounds stands in for a larger batch). rate:
+    ρ. cut: scale below which a neuron counts as shut. sign: −1 for the reversed control, which shuts what the concept
+    relies on.
     """
 
     method: ClassVar[str] = "concept neurons"
@@ -96,13 +96,13 @@ def find_concept_neurons(
 ) -> ConceptNeurons:
     """Find the neurons of a concept by the adaptive search of Cones (arXiv 2303.05125, Sec. 3.1).
 
-    A neuron belongs to the concept when scaling it down lowers L_con, to first order when θ_j ∂L_con/∂θ_j > τ. Every
-    neuron has a scale s, 1 at first. Each round averages the gradient g at s⊙θ over a batch and multiplies the scale
+    A neuron belongs to the concept if scaling it down lowers L_con: to first order, if θ_j ∂L_con/∂θ_j > τ. Every
+    neuron has a scale s, initially 1. Each round averages the gradient g at s⊙θ over a batch and multiplies the scale
     of every neuron with (s⊙θ)⊙g > τ by 1 − ρ. The final s is the float32 mask.
 
-    subject: pictures, `prompt` with the rare token, `prior_prompt` without (`coneslab.subject`, or any such object).
-    settings, changes: see `SearchSettings`, such as rounds=60. prior: pictures of the class, otherwise drawn once by
-    the pipeline (`prior_pictures`). start: neurons to go on from, with new samples and a new average. dtype, chunk:
+    subject: has pictures, a `prompt` with the rare token and a `prior_prompt` without it, as `coneslab.subject` gives.
+    settings, changes: see `SearchSettings`, such as rounds=60. prior: pictures of the class, by default drawn once by
+    the pipeline (`prior_pictures`). start: neurons to continue from, with new samples and a new average. dtype, chunk:
     see `KVGradient`. callback: see `coneslab.callback`; further keys: "density", and copies on the CPU, (n,) each, of
     "scale", "gradient" (the running mean) and "hits".
     The pipeline is never changed, not even for a moment. Same seed, same neurons.
@@ -119,7 +119,7 @@ def find_concept_neurons(
     """
     settings = SearchSettings.chosen(settings, changes)
     if start is not None and settings.rule == "straight-through":
-        raise ConeslabError("the rule straight-through cannot go on from neurons found before: leave out one or other")
+        raise ConeslabError("the straight-through rule cannot continue a search: leave out start, or take another rule")
     model = model_fingerprint(pipe)
     if start is not None and (start.fingerprint != model or start.layout != KVSpace(pipe).layout):
         raise MismatchError(f"start was found on model {start.fingerprint[:8]}…, this pipeline is {model[:8]}…")
@@ -165,9 +165,9 @@ def find_concept_neurons(
 
 
 def quantiles(values: Tensor, layout: KVLayout, share: float, *, per_layer: bool = True) -> Tensor:
-    """The value that a `share` of the neurons do not exceed, in every layer: (layers,).
+    """The value that a `share` of the neurons in each layer does not exceed: (layers,).
 
-    values: (n,). Without `per_layer`, the value of all layers together, repeated.
+    values: (n,). Without `per_layer`, the value over all layers, repeated.
     """
 
     def quantile(part: Tensor) -> Tensor:
@@ -195,9 +195,9 @@ class _Mean:
 
 
 class _Scaling(ABC):
-    """How scales follow from gradients.
+    """A rule by which scales follow from gradients.
 
-    scale: of each neuron, (n,); parts: of the schedule of timesteps, which batches take in turn.
+    scale: of each neuron, (n,); parts: of the timestep schedule, which batches take in turn.
     """
 
     scale: Tensor
@@ -210,10 +210,10 @@ class _Scaling(ABC):
 
     @abstractmethod
     def update(self, gradient: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-        """Take in a round's gradient; return the neurons hit, (n,) bool, and the thresholds, (layers,).
+        """Process a round's gradient; return the neurons hit, (n,) bool, and the thresholds, (layers,).
 
-        noise: loss / (samples x elements). For residuals of that variance, independent of each other, the variance of
-        a batch's gradient is 2 noise h, where h is the diagonal of the Gauss-Newton matrix: that estimates h.
+        noise: loss / (samples x elements). For independent residuals of that variance, a batch's gradient has variance
+        2 noise h, h being the diagonal of the Gauss-Newton matrix: that gives an estimate of h.
         """
 
 
@@ -232,7 +232,7 @@ class _Adaptive(_Scaling):
         return torch.stack([mean.value for mean in self.means]).mean(0)
 
     def criterion(self, noise: float) -> Tensor:
-        """What scaling down is expected to bring, (n,), up to a factor. noise: see `_Scaling.update`."""
+        """The expected gain from scaling each neuron down, (n,), up to a factor. noise: see `_Scaling.update`."""
         weights = self.scale * self.theta
         if len(self.means) > 1:  # a root mean square of 1 for every part of the schedule
             votes = [weights * mean.value for mean in self.means if mean.count]
@@ -263,8 +263,9 @@ class _Adaptive(_Scaling):
 class _StraightThrough(_Scaling):
     """Optimise the binary mask itself, its gradient taken as if it were graded (Bengio et al. 2013, Sec. 4).
 
-    Every neuron has a latent value, the sum of its criterion so far at the mask as it then was; in each layer the
-    largest positive ones are shut, as many as the budget allows, which grows over the first half of the rounds.
+    Every neuron has a latent value: the sum of its criterion so far, each at the mask of its round. In each layer the
+    neurons with the largest positive values are shut, as many as the budget allows, which grows over the first half of
+    the rounds.
     """
 
     def __init__(self, theta: Tensor, scale: Tensor, layout: KVLayout, settings: SearchSettings) -> None:
@@ -301,7 +302,7 @@ class _History:
         self.rows: dict[str, list] = {}
 
     def add(self, values: Mapping[str, float], hits: Tensor, tau: Tensor, shut: Tensor) -> float:
-        """Note a round; return the density over all layers."""
+        """Record a round; return the density over all layers."""
         hits, density = hits.cpu(), self.layout.per_layer(shut.cpu())
         row: dict[str, Any] = {**values, "threshold": tau.float().cpu().numpy()}
         row["hits"] = np.array([int(hits[layer.slice].sum()) for layer in self.layout], np.int32)
@@ -311,7 +312,7 @@ class _History:
         return float((density * self.sizes).sum() / self.layout.n)
 
     def arrays(self, start: ConceptNeurons | None) -> dict[str, np.ndarray]:
-        """name -> (rounds,) or (rounds, layers), after those of the search it went on from."""
+        """name -> (rounds,) or (rounds, layers), appended to those of the search it continued."""
         now = {name: np.array(rows) for name, rows in self.rows.items()}
         now = {name: rows.astype(np.float32) if rows.dtype == float else rows for name, rows in now.items()}
         if start is None:

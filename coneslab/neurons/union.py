@@ -1,7 +1,7 @@
 """Several concepts at once: join their masks, see how far they overlap, tune the union (Cones, Sec. 3.2 and 3.3).
 
 `concatenate` shuts the neurons of all concepts together; nothing is trained. `finetune_together` then tunes only the
-weights inside that union for a few steps on the sum of the concepts' losses, which is what carries four subjects.
+weights inside that union for a few steps on the sum of the concepts' losses, which is what makes four subjects work.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from .mask import ConceptNeurons
 
 
 def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
-    """Join masks: the union of their shut neurons, for graded masks the smaller scale of each neuron (Cones, Sec. 3.2).
+    """Join masks: the union of their shut neurons, or the smaller scale of each in graded masks (Cones, Sec. 3.2).
 
-    The order does not matter, and a mask joined with itself stays as it is.
-    Raises ConeslabError for no mask or graded masks with different cuts, MismatchError for masks of different models.
+    The order does not matter, and joining a mask with itself changes nothing.
+    Raises ConeslabError without a mask or for graded masks with different cuts, MismatchError for different models.
 
     >>> from coneslab.diffusion import KVSpace
     >>> space = KVSpace(coneslab.load("tiny"))
@@ -65,7 +65,7 @@ def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
             )
     cuts = {mask.cut for mask in found if mask.scales.any()}
     if len(cuts) > 1:
-        raise ConeslabError(f"the masks are shut below {sorted(cuts)}: make them binary first, each at its own cut")
+        raise ConeslabError(f"the masks have different cuts {sorted(cuts)}: make each binary first (mask.binary())")
     indices, scales = found[0].indices, found[0].scales
     for other in found[1:]:
         indices, scales = _minimum(indices, scales, other)
@@ -98,10 +98,11 @@ def overlap_matrices(found: Sequence[ConceptNeurons]) -> tuple[np.ndarray, np.nd
 
 @dataclass(frozen=True)
 class Additivity:
-    """How far the change that a union makes to the denoiser's output is the sum of its parts' changes.
+    """How nearly a union's change to the denoiser's output is the sum of its parts' changes.
 
     cosine: of the two changes, 1 if they point the same way; ratio: size of the union's change over that of the sum;
-    error: size of their difference over that of the union's change, 0 if shutting is additive. Means over samples.
+    error: size of their difference over that of the union's change, 0 if shutting is additive. All are means over
+    samples.
     """
 
     cosine: float
@@ -118,10 +119,10 @@ def output_changes(
     samples: int = 32,
     seed: int = 1_000_000,
 ) -> list[Tensor]:
-    """What each edit changes in the denoiser's output, (samples, elements) float64 each.
+    """How each edit changes the denoiser's output, (samples, elements) float64 each.
 
-    On noised reference pictures of all subjects in turn, under the prompt that names them all. Noises are those of
-    `seed`, by default far from those of searches.
+    Measured on noised reference pictures of all subjects in turn, with the prompt that names them all. seed: of the
+    noises, by default far from those of searches.
     """
     data = [concept_latents(pipe, subject, prior_batch_size=0, batch_size=samples)[0] for subject in subjects]
     batch = next(sample_batches(pipe, data, seed=seed))
@@ -140,7 +141,7 @@ def output_changes(
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of each row of a with the same row of b: (n, elements) twice -> (n,)."""
+    """Cosine of each row of a with the same row of b: (n, elements) each -> (n,)."""
     return torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-12)
 
 
@@ -152,12 +153,12 @@ def additivity(
     samples: int = 32,
     seed: int = 1_000_000,
 ) -> Additivity:
-    """Compare the change of the denoiser's output under the union with the sum of the single masks' changes.
+    """Compare the union's change to the denoiser's output with the sum of the single masks' changes.
 
     Raises ConeslabError unless there are two masks or more, and a subject for each.
     """
     if len(found) != len(subjects) or len(found) < 2:
-        raise ConeslabError(f"got {len(found)} masks and {len(subjects)} subjects: give two or more, as many of each")
+        raise ConeslabError(f"got {len(found)} masks and {len(subjects)} subjects: give two or more of each, in pairs")
     whole, *parts = output_changes(pipe, [concatenate(*found), *found], subjects, samples=samples, seed=seed)
     total = torch.stack(parts).sum(0)
     size, sum_size = whole.norm(dim=1).clamp_min(1e-12), total.norm(dim=1).clamp_min(1e-12)
@@ -175,8 +176,8 @@ class TunedNeurons(Edit):
     """Neurons that were tuned instead of shut: a mask, and a value for each neuron in it; an edit.
 
     neurons: which weights; values: (k,) float32, read-only, in the order of `neurons.indices`, stored as float16.
-    history: name -> numbers, one a step.
-    Raises ConeslabError if there is not one finite value for every neuron.
+    history: name -> numbers, one per step.
+    Raises ConeslabError unless there is one finite value per neuron.
     """
 
     neurons: ConceptNeurons
@@ -185,7 +186,7 @@ class TunedNeurons(Edit):
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        with np.errstate(over="ignore"):  # too large a number becomes infinity, which is refused
+        with np.errstate(over="ignore"):  # a number too large for float16 becomes infinity, which is refused
             values = np.array(self.values, np.float16).astype(np.float32)
         if values.shape != self.neurons.indices.shape or not np.isfinite(values).all():
             raise ConeslabError(
@@ -207,7 +208,7 @@ class TunedNeurons(Edit):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """Give the neurons their tuned values for the length of a block; dose 0 is the model's own weight.
+        """Give the neurons their tuned values inside a `with` block; dose 0 keeps the model's own weights.
 
         Raises what `ConceptNeurons.applied` raises.
         """
@@ -264,7 +265,8 @@ def finetune_together(
     Starts at the shut (or scaled) weights; every weight outside `union` keeps its value. settings, changes: see
     `TogetherSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
     The pipeline is not changed.
-    Raises ConeslabError for no subject, no step, or a loss that diverges; MismatchError for a union of another model.
+    Raises ConeslabError without a subject or a step, or if the loss diverges; MismatchError for a union of another
+    model.
 
     >>> from coneslab.diffusion import KVSpace
     >>> pipe, subjects = coneslab.load("tiny"), [coneslab.subject("cat"), coneslab.subject("dog")]

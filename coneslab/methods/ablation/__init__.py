@@ -1,4 +1,4 @@
-"""Making a model forget: concept ablation (Kumari et al. 2023), its neighbours, and how to tell whether it worked.
+"""Making a model forget: concept ablation (Kumari et al. 2023), related methods, and how to tell whether it worked.
 
 Each function returns an edit. Builds on `neurons`, `finetuning`, `edits` and `measure`.
 """

@@ -1,8 +1,8 @@
 """Ablating concepts: make the model treat a target as something else (Kumari et al. 2023, arXiv 2303.13516, ICCV 2023).
 
-A target ("a cat") is drawn as its anchor ("a dog", or whatever else stands in its place) afterwards. Pictures are
-drawn once from the anchor by the untouched model, noises and targets are the same for every kind of parameter, and
-each function returns an edit. Other ways to the same end are in `ablation/neurons.py`.
+Afterwards a target ("a cat") is drawn as its anchor ("a dog", or whatever else stands in its place). The untouched
+model draws pictures of the anchor once; noises and regression targets are the same for every kind of parameter, and
+each function returns an edit. Other ways to the same end are in the files beside this one.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ Parameters = Literal["cross_attention_kv", "attention", "embedding", "all"]
 class AblationSettings(TuningSettings, SamplerSettings):
     """Settings of `ablate`: those of `TuningSettings` and `SamplerSettings`, and
 
-    objective: "model" minimises ||f_θ(x_t, t, c*) − f(x_t, t, c)||², the anchor's own prediction being the target, by
-    the untouched model (teacher "frozen") or by the one in training, without a gradient ("current"); "noise"
-    minimises the denoising loss of the anchor's pictures under the target's caption.
+    objective: "model" minimises ||f_θ(x_t, t, c*) − f(x_t, t, c)||², whose target is the anchor's own prediction, by
+    the untouched model (teacher "frozen") or, without a gradient, by the one in training ("current"); "noise" minimises
+    the denoising loss of the anchor's pictures under the target's caption.
     parameters: keys and values of cross-attention; all attention; the token embeddings of the words that the target
     has and the anchor lacks; the whole U-Net, which memorised pictures need.
-    learning_rate: None for 1e-3 for keys and values, 1e-2 for embeddings, 1e-4 for the others.
+    learning_rate: None means 1e-3 for keys and values, 1e-2 for embeddings, 1e-4 for the others.
     templates: captions with {} for target and anchor; pictures: of the anchor, drawn in all. batch_size,
-    preserve_batch_size: samples a step under the target's captions, and under the anchor's, whose denoising loss
-    counts `preserve_weight`.
+    preserve_batch_size: samples per step with the target's captions, and with the anchor's, whose denoising loss has
+    the weight `preserve_weight`.
     """
 
     method: ClassVar[str] = "concept ablation"
@@ -113,15 +113,17 @@ def ablation_data(
 ) -> AblationData:
     """Put targets and anchors into templates, and draw pictures of the anchors (concept ablation, Sec. 3.2).
 
-    images: pictures of the anchor instead, used for every entry. Several targets have an anchor each, or share one.
+    images: pictures of the anchor to use instead, for every entry. Several targets have an anchor each, or share one.
     settings, changes: see `AblationSettings`.
-    Raises ConeslabError if a target is its own anchor, numbers differ or nothing is given.
+    Raises ConeslabError if a target is its own anchor, the numbers differ, or one is empty.
     """
     settings = AblationSettings.chosen(settings, changes)
     targets, anchors = paired(target, anchor)
     same = [one for one, other in zip(targets, anchors, strict=True) if one.split() == other.split()]
     if same or not all(text.strip() for text in (*targets, *anchors)):
-        raise ConeslabError(f"target and anchor are the same or empty ({', '.join(map(repr, same))}): name two things")
+        raise ConeslabError(
+            f"target and anchor are the same or empty ({', '.join(map(repr, same))}): name different ones"
+        )
     if images is not None and not images:
         raise ConeslabError("got no pictures of the anchor: give at least one, or None to have them drawn")
     captions = tuple(template.format(one) for one in targets for template in settings.templates)
@@ -152,10 +154,10 @@ def ablate(
 ) -> Edit:
     """Ablate a concept, or several at once, onto an anchor (concept ablation, Sec. 3.2, Eq. 3 to 6).
 
-    Any prediction type. settings, changes: see `AblationSettings`; images: see `ablation_data`; dtype, chunk: see
-    `KVGradient`; progress, callback, resume: see `RunOptions`.
+    Works with any prediction type. settings, changes: see `AblationSettings`; images: see `ablation_data`; dtype,
+    chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
     Returns a `WeightDelta`, or a `TokenEdit` for embeddings.
-    Raises ConeslabError for settings that make no sense, or a target without a word of its own.
+    Raises ConeslabError for settings that make no sense, or for a target without a word of its own.
 
     >>> pipe = coneslab.load("tiny")
     >>> options = {"steps": 2, "pictures": 2, "sampler_steps": 2, "batch_size": 4, "preserve_batch_size": 4}
@@ -216,7 +218,7 @@ def _captioned(pipe: Pipeline, shown: AblationData, settings: AblationSettings) 
 
 
 class _Aim:
-    """What the network is to predict for a batch: the anchor's prediction under the target's captions, else y."""
+    """What the network must predict for a batch: the anchor's prediction for the target's captions, else y."""
 
     def __init__(
         self,
@@ -236,7 +238,7 @@ class _Aim:
     def __call__(
         self, batch: NoisyBatch, *, student: Callable[[NoisyBatch, Tensor], Tensor] | None = None
     ) -> NoisyBatch:
-        """The batch with its `regression_target`. student(batch, texts): predicts in the untouched model's place."""
+        """The batch with its `regression_target`. student(batch, texts): predicts instead of the untouched model."""
         if self.teacher is None or self.theta is None:
             return batch
         rows = slice(0, sum(self.counts))
@@ -252,7 +254,7 @@ class _Aim:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that training needs. record: what the edit keeps as its settings; run: options of `tune`."""
+    """Everything that training needs. record: what the edit stores as its settings; run: options of `tune`."""
 
     pipe: Pipeline
     shown: AblationData
@@ -280,7 +282,7 @@ def _train_kv(plan: _Plan) -> WeightDelta:
     theta = gradient.theta().requires_grad_()
 
     def student(batch: NoisyBatch, anchors: Tensor) -> Tensor:
-        assert plan.aim.teacher is not None  # the noise-based loss asks for none
+        assert plan.aim.teacher is not None  # the noise-based loss never calls this
         return plan.aim.teacher.outputs(theta, anchors, batch)
 
     def point(number: int) -> Point:
@@ -305,7 +307,7 @@ def _train_embedding(plan: _Plan) -> TokenEdit:
             f"{', '.join(long)} is not in the vocabulary as one token: ablate keys and values instead "
             "(parameters='cross_attention_kv')"
         )
-    data = plan.data[: len(captions)]  # the anchor's captions do not hold the words: nothing to preserve there
+    data = plan.data[: len(captions)]  # the anchor's captions do not contain the words: nothing to preserve there
     text = LearnedText(pipe, captions, words)
     vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
     gradient = KVGradient(pipe, data, dtype=plan.dtype, chunk=plan.chunk)

@@ -23,8 +23,8 @@ from .prompts import paired
 class ConceptPruneSettings(SamplerSettings):
     """Settings of `prune_feed_forward`: those of `SamplerSettings`, and
 
-    share: of each row's weights that may go; pictures: of target and anchor each, drawn beforehand; samples: of them,
-    noised, on which activations are measured.
+    share: of each row's weights that may be pruned; pictures: drawn beforehand of target and anchor each; samples:
+    noised pictures on which activations are measured.
     """
 
     method: ClassVar[str] = "ConceptPrune"
@@ -47,8 +47,8 @@ def prune_feed_forward(
     """ConceptPrune: set to 0 the feed-forward weights that the target needs more than its anchor (arXiv 2405.19237).
 
     The score of a weight is |W_ij| · ||A_j||, A_j the activations it reads (Wanda, Sun et al. 2024), over noised
-    pictures at all timesteps. Pruned are, in every row of the second matrix of each feed-forward layer, the `share`
-    of weights with the largest score under the target, as far as it is larger than under the anchor.
+    pictures at all timesteps. In every row of the second matrix of each feed-forward layer, the `share` of weights with
+    the largest score under the target are pruned, except where the score under the anchor is as large.
     settings, changes: see `ConceptPruneSettings`.
     """
     settings = ConceptPruneSettings.chosen(settings, changes)

@@ -23,7 +23,7 @@ from ...settings import takes
 class ESDSettings(TuningSettings, SamplerSettings):
     """Settings of `erase`: those of `TuningSettings` and `SamplerSettings`, and
 
-    eta: η, how far beyond the unguided prediction; pictures: of the target, drawn beforehand; batch_size: samples a
+    eta: η, how far beyond the unguided prediction; pictures: of the target, drawn beforehand; batch_size: samples per
     step.
     """
 
@@ -55,11 +55,12 @@ def erase(
     resume: str | Path | None = None,
     **changes: Any,
 ) -> WeightDelta:
-    """ESD-x: keys and values learn to predict, under the target's caption, the opposite of its guidance.
+    """ESD-x: keys and values learn to predict the opposite of the guidance towards the target's caption.
 
-    The aim is f(x_t, t, ∅) − η (f(x_t, t, c) − f(x_t, t, ∅)) by the untouched model (arXiv 2303.07345, Eq. 7), on
-    noised pictures of the target drawn beforehand (a reading: the paper's are half-denoised by the model in training).
-    settings, changes: see `ESDSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
+    The regression target is f(x_t, t, ∅) − η (f(x_t, t, c) − f(x_t, t, ∅)) by the untouched model (arXiv 2303.07345,
+    Eq. 7), on noised pictures of the target drawn beforehand (a reading: the paper's are half-denoised by the model in
+    training). settings, changes: see `ESDSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see
+    `RunOptions`.
     """
     settings = ESDSettings.chosen(settings, changes)
     if not target.strip():

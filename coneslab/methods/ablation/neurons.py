@@ -16,7 +16,7 @@ from .prompts import paired
 
 @dataclass(frozen=True)
 class AblationSubject:
-    """What `find_concept_neurons` takes as a subject, to ablate: pictures of the anchor, captioned as the target."""
+    """A subject for `find_concept_neurons`, to ablate: pictures of the anchor, captioned as the target."""
 
     name: str
     images: tuple[Image.Image, ...]
@@ -33,10 +33,10 @@ def ablating_neurons(
     settings: SearchSettings | None = None,
     **changes: Any,
 ) -> ConceptNeurons:
-    """The neurons whose shutting makes the target's caption draw the anchor: Cones' search on the noise-based loss.
+    """The neurons that, once shut, make the target's caption draw the anchor: Cones' search on the noise-based loss.
 
     L_con(θ) = L(anchor's pictures, target) + λ L(anchor's pictures, anchor). pictures: of the anchor, drawn beforehand.
-    settings, changes: see `SearchSettings`, and what else `find_concept_neurons` takes.
+    settings, changes: see `SearchSettings`; changes may also be other options of `find_concept_neurons`.
     """
     names = {field.name for field in fields(SearchSettings)}
     settings = SearchSettings.chosen(settings, {name: value for name, value in changes.items() if name in names})

@@ -1,7 +1,7 @@
 """Is it gone, what else went, and does it come back? The evaluation of an ablation.
 
-What users of the published code ask for most. Every share stands beside the same share of the untouched model, from
-the same start noises, and carries its interval.
+What users of the published code ask for most. Every share stands beside that of the untouched model, from the same
+start noises, and has its interval.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ..personalization.textual_inversion import textual_inversion
 
 
 def near_and_far(name: str) -> dict[str, tuple[str, ...]]:
-    """What stands near to a class of the sticker world and what far: category, looks, the rest.
+    """Which classes of the sticker world are near to one and which are far: category, looks, the rest.
 
     Keys: "same category", "looks alike" (planted pairs), "far". Raises ConeslabError for an unknown class.
     """
     if name not in CLASSES:
-        raise ConeslabError(f"{name!r} is no class of the sticker world: choose one of {', '.join(CLASSES)}")
+        raise ConeslabError(f"{name!r} is not a class of the sticker world: choose one of {', '.join(CLASSES)}")
     alike = {other for fact in FACTS["linked"] for other in fact["pair"] if name in fact["pair"]} - {name}
     own = CLASSES[name].category
     near = tuple(other for other, info in CLASSES.items() if info.category == own and other not in (name, *alike))
@@ -59,17 +59,17 @@ class CopyDetector:
     def calibrated(
         cls, judge: Judge, original: Image.Image, others: Images, *, false_alarms: float = 0.01
     ) -> CopyDetector:
-        """Set the threshold so that at most that share of `others`, real pictures that are no copies, lies above.
+        """Set the threshold so that at most that share of `others`, real pictures that are not copies, is above it.
 
-        Others that show the same things in the same place, arranged otherwise, are what it must be told from: beside
-        arbitrary pictures anything that has the content of the original looks like a copy.
-        Raises ConeslabError for so few others that the share cannot be told from 0.
+        As others, give pictures of the same things in the same place, arranged differently: beside arbitrary pictures,
+        anything with the content of the original looks like a copy.
+        Raises ConeslabError if there are too few others to tell the share from 0.
         """
         feature = judge.image_features(original)[0]
         scores = np.sort((judge.image_features(others) @ feature).numpy())
         if not 0 < false_alarms < 1 or len(scores) < 1 / false_alarms:
             raise ConeslabError(
-                f"{len(scores)} pictures cannot tell a share of {false_alarms}: give at least {1 / false_alarms:.0f}"
+                f"{len(scores)} pictures cannot resolve a share of {false_alarms}: give at least {1 / false_alarms:.0f}"
             )
         threshold = float(scores[int(np.ceil((1 - false_alarms) * len(scores))) - 1])
         return cls(judge, feature, threshold, float((scores > threshold).mean()))
@@ -100,10 +100,10 @@ def evaluate_ablation(
     """What an ablation does to its target, its anchor and other concepts (concept ablation, Sec. 4.1).
 
     target, anchor, others: prompts; others by group, e.g. {"same category": [...], "far": [...]}. Draws `pictures` of
-    each, with the edit and without, from the same noises (without it once for the life of the process).
-    Returns a row a (group, prompt, measure), with value, low, high (95 % bootstrap over pictures; NaN for KID):
-    "CLIP score": cosine of picture and prompt; "CLIP accuracy": share nearer to the prompt than to the anchor (of the
-    anchor: than to the target; of the others: than to any other prompt here); "accuracy before": the same without the
+    each, with the edit and without, from the same noises (without it once per process).
+    Returns one row per (group, prompt, measure), with value, low, high (95 % bootstrap over pictures; NaN for KID):
+    "CLIP score": cosine of picture and prompt; "CLIP accuracy": share nearer to the prompt than to the anchor (for the
+    anchor: than to the target; for the others: than to any other prompt here); "accuracy before": the same without the
     edit; "KID": to the pictures without the edit; "change": 1 − cosine of the two pictures from one noise.
     """
     prompts = {"target": [target], "anchor": [anchor], **{name: list(group) for name, group in (others or {}).items()}}
@@ -178,13 +178,13 @@ def attacks(
     sampler_steps: int = 25,
     guidance_scale: float = 3.0,
 ) -> pandas.DataFrame:
-    """Try to bring an ablated concept back; a row an attack, with the share of pictures that show the target again.
+    """Try to bring an ablated concept back: one row per attack, with the share of pictures that show the target again.
 
     A picture shows the target if it is nearer to the target's prompt than to the anchor's, or by `shows`: pictures ->
-    (n,) bool, such as `CopyDetector.copies`. paraphrases, synonyms:
-    prompts that ask for it otherwise; word: misspelled in the target's prompt. Then: img2img from pictures of the
-    target at `strength`; Textual Inversion of `token` on such pictures, on the edited model; `finetune_steps` steps of
-    K-V fine-tuning on them, both with `batch_size` samples a step. The untouched model draws the target's pictures.
+    (n,) bool, such as `CopyDetector.copies`. paraphrases, synonyms: prompts that ask for it in other words; word:
+    misspelled in the target's prompt. Then: img2img from pictures of the target at `strength`; Textual Inversion of
+    `token` on such pictures, on the edited model; `finetune_steps` steps of K-V fine-tuning on them, both with
+    `batch_size` samples per step. The untouched model draws the target's pictures.
     """
     texts = judge.text_features([target, anchor])
     options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
@@ -239,7 +239,7 @@ def _from_pictures(
 
     if not 0 < strength <= 1 or int(sampler_steps * strength) < 1:
         raise ConeslabError(
-            f"strength is {strength} of {sampler_steps} steps: give a share in (0, 1] that leaves a step to do"
+            f"strength is {strength} of {sampler_steps} steps: give a share in (0, 1] that leaves at least one step"
         )
     with drawing(pipe):
         redraw = StableDiffusionImg2ImgPipeline(

@@ -22,7 +22,7 @@ class UCESettings(Settings):
     """Settings of `closed_form_edit`.
 
     templates: captions with {} for the target, each an equation; erase_weight, preserve_weight: of a target's
-    equations, and of those of a caption that is to stay; ridge: how much every matrix wants to stay as it is.
+    equations, and of those of a caption to preserve; ridge: how strongly every matrix is held to what it was.
     """
 
     method: ClassVar[str] = "UCE"
@@ -52,9 +52,9 @@ def closed_form_edit(
 ) -> WeightDelta:
     """UCE: the keys and values of the target become those of the anchor, by one linear solve (arXiv 2308.14761, Eq. 7).
 
-    W = (ridge W0 + sum v* c^T)(ridge I + sum c c^T)^-1 for every K and V matrix: over targets with v* = W0 c_anchor
-    and `erase_weight`, over the captions `preserve` with v* = W0 c and `preserve_weight`. c: the text embedding at the
-    last word of a caption, and at the places after it. Nothing is drawn and nothing trained. settings, changes: see
+    W = (ridge W0 + sum v* c^T)(ridge I + sum c c^T)^-1 for every K and V matrix: over targets with v* = W0 c_anchor and
+    `erase_weight`, over the captions `preserve` with v* = W0 c and `preserve_weight`. c: the text embedding at the last
+    word of a caption, and at the positions after it. Nothing is drawn and nothing trained. settings, changes: see
     `UCESettings`.
 
     >>> pipe = coneslab.load("tiny")

@@ -22,7 +22,8 @@ Groups = Mapping[str, Sequence[str]]
 def bias(decomposition: Decomposition, groups: Groups) -> dict[str, float]:
     """Share of each group's words in the coefficients of all groups; NaN where none of them occurs.
 
-    groups: name -> words, e.g. {"woman": ["woman", "lady"], "man": ["man"]}. Raises ConeslabError for fewer than two.
+    groups: name -> words, e.g. {"woman": ["woman", "lady"], "man": ["man"]}. Raises ConeslabError for fewer than two
+    groups.
     """
     _require(groups)
     mass = {name: decomposition.share(words) for name, words in groups.items()}
@@ -37,11 +38,11 @@ def rebalance(
     shares: Mapping[str, float] | None = None,
     total: float | None = None,
 ) -> Decomposition:
-    """Scale the groups' coefficients to equal shares, or to those given, of what they had together.
+    """Scale the groups' coefficients to equal shares of their sum, or to the shares given.
 
-    A group whose words all have a coefficient of 0 gets its share on its first word. total: what they get together of
-    the sum over all words, for groups that had next to nothing.
-    Raises ConeslabError if a group has no word in the decomposition, shares are no distribution over the groups, or
+    If all words of a group have a coefficient of 0, its first word gets the share. total: share of all groups together
+    in the sum over all words, for groups that had next to nothing.
+    Raises ConeslabError if a group has no word in the decomposition, shares are not a distribution over the groups, or
     total is not between 0 and 1.
     """
     _require(groups)
@@ -67,7 +68,7 @@ def rebalance(
             f"no word of any group matters in {decomposition.concept!r}: there is nothing to share out, unless you "
             "give their share of the whole sum (total=)"
             if total is None
-            else f"no word outside the groups matters in {decomposition.concept!r}: its sum has no rest beside which "
+            else f"no word outside the groups matters in {decomposition.concept!r}: nothing remains beside which "
             f"they could have {total:.0%} (leave out total=)"
         )
     for name, own in rows.items():
@@ -81,7 +82,7 @@ def rebalance(
 
 
 def group_shares(judge: Judge, images: Images, groups: Groups, *, template: str = "a {}") -> dict[str, Interval]:
-    """Share of pictures that the judge takes for each group, with bootstrap intervals."""
+    """Share of pictures that the judge assigns to each group, with bootstrap intervals."""
     _require(groups)
     labels = [[template.format(word) for word in words] for words in groups.values()]
     found = judge.classify(images, labels).numpy()

@@ -41,7 +41,7 @@ class Decomposition(Edit):
 
     words, coefficients: (M,) from the largest to the smallest, not negative; explain: N, how many of them the
     pseudo-token is made of; norm: its length; fingerprint: of the table of token embeddings; validation: step ->
-    similarity of what w*_N draws to the concept's pictures; best_step: whose coefficients these are.
+    similarity of what w*_N draws to the concept's pictures; best_step: the step that these coefficients are from.
     """
 
     concept: str
@@ -61,7 +61,7 @@ class Decomposition(Edit):
         values = np.array(self.coefficients, np.float32)
         if values.shape != (len(self.words),) or not len(self.words) or not (values >= 0).all():
             raise ConeslabError(
-                f"got coefficients of shape {values.shape} for {len(self.words)} words: give a number, 0 or more, each"
+                f"got coefficients of shape {values.shape} for {len(self.words)} words: give each a number, 0 or more"
             )
         if not values.any():
             raise ConeslabError("all coefficients are 0: leave at least one word in")
@@ -107,12 +107,12 @@ class Decomposition(Edit):
         return self._changed({word: factor})
 
     def without(self, *words: str) -> Decomposition:
-        """The decomposition with these words left out."""
+        """The decomposition without these words."""
         self._require(words)
         return self._changed(dict.fromkeys(words, 0.0))
 
     def only(self, *words: str) -> Decomposition:
-        """The decomposition with these words alone."""
+        """The decomposition with only these words."""
         self._require(words)
         return self._changed({word: 0.0 for word in self.words if word not in words})
 
@@ -122,7 +122,7 @@ class Decomposition(Edit):
             raise ConeslabError(f"{', '.join(unknown)}: not among the {len(self.words)} words of {self.concept!r}")
 
     def _changed(self, factors: Mapping[str, float]) -> Decomposition:
-        """Multiply coefficients; of the words in use, others do not move up for those that go."""
+        """Multiply coefficients; no other word moves up into the place of one that is left out."""
         values = [
             float(value) * factors.get(word, 1.0) if number < self.explain else 0.0
             for number, (word, value) in enumerate(zip(self.words, self.coefficients, strict=True))
@@ -145,7 +145,7 @@ class Decomposition(Edit):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """Let the pipeline know the pseudo-token for the length of a block: see `TokenEdit.applied`."""
+        """Teach the pipeline the pseudo-token inside a `with` block: see `TokenEdit.applied`."""
         return self.token_edit(pipe).applied(pipe, dose, check_model=check_model)
 
     def token_edit(self, pipe: Pipeline) -> TokenEdit:
@@ -187,10 +187,10 @@ class DecompositionSettings(TuningSettings, SamplerSettings):
 
     pictures: of the concept, drawn if it is a prompt. dictionary: M, by default a tenth of the vocabulary, as the
     paper's 5000 are of Stable Diffusion's; explain: N, by default a hundredth of M, the paper's 50, but at least 10.
-    sparsity: weight of 1 − cos(w*_N, w*). batch_size: samples a step. coefficients: α_i = |MLP(w_i)| with one hidden
-    layer of `hidden` ("mlp", the paper's, but on vectors scaled to a standard deviation of 1, without which all α_i
-    stay alike), numbers learned themselves ("direct"), or a free vector that is then fitted with coefficients of 0 or
-    more ("least squares").
+    sparsity: weight of 1 − cos(w*_N, w*). batch_size: samples per step. coefficients: α_i = |MLP(w_i)| with one hidden
+    layer of `hidden` units ("mlp", the paper's, but on vectors scaled to a standard deviation of 1, without which all
+    α_i stay alike), numbers learned directly ("direct"), or a free vector that is then fitted with non-negative
+    coefficients ("least squares").
     include: words that are in the dictionary however far they are from the pictures, such as the groups of a bias.
     exclude: words to leave out; the words of a concept's prompt always are, and so is every word whose embedding is
     nearer than `exclude_similar` to that of the concept's own words (None: keep them).
@@ -246,11 +246,11 @@ def decompose(
     """Decompose a concept into words of the model's vocabulary (Conceptor, Sec. 3.1 and 3.2).
 
     concept: a prompt, of which the pipeline draws pictures, or pictures of your own (then give a `name`).
-    The pseudo-token is w* = sum_i α_i w_i over a dictionary of the M words whose judged embedding is nearest to the
-    mean embedding of the pictures, rescaled to the mean length of the vocabulary's vectors. Loss: denoising of the
+    The pseudo-token is w* = sum_i α_i w_i over a dictionary of the M words whose embedding by the judge is nearest to
+    the mean embedding of the pictures, rescaled to the mean length of the vocabulary's vectors. Loss: denoising of the
     pictures under the template with the pseudo-token, plus `sparsity` · (1 − cos(w*_N, w*)), w*_N being made of the N
-    largest coefficients alone. Now and then w*_N, as it is used later, draws pictures from fixed seeds; the
-    coefficients whose pictures are nearest to the concept's are kept.
+    largest coefficients alone. Every `validate_every` steps w*_N, as it is used later, draws pictures from fixed seeds;
+    the coefficients whose pictures are nearest to the concept's are kept.
     settings, changes: see `DecompositionSettings`; vocabulary: see `encode_vocabulary`; dtype: see `KVGradient`;
     callback: see `RunOptions`, with "coefficients" (M,) as a further key.
     The pipeline is not changed. Raises ConeslabError for settings out of range or an empty dictionary.
@@ -363,10 +363,10 @@ def choose_dictionary(
     exclude: Sequence[str] = (),
     exclude_similar: float | None = 0.9,
 ) -> Vocabulary:
-    """The `size` words nearest to the mean of picture features `seen` (n, d), without those excluded.
+    """The `size` words nearest to the mean of the picture features `seen` (n, d), without those excluded.
 
-    Those of `include` take the place of the farthest. Raises ConeslabError if none is left, or one to include is
-    unknown or excluded by name.
+    Those of `include` replace the farthest. Raises ConeslabError if none is left, or one to include is unknown or
+    excluded by name.
     """
     own = [word for word in prompt.lower().split() if word in words.words]
     out = {*own, *exclude}
@@ -382,7 +382,7 @@ def choose_dictionary(
         )
     wanted = words.rows(include)
     if refused := out.intersection(include):
-        raise ConeslabError(f"{', '.join(sorted(refused))}: to be included and excluded at once")
+        raise ConeslabError(f"{', '.join(sorted(refused))}: both included and excluded: choose one of the two")
     closeness = words.features @ seen.mean(0)
     ranked = [row for row in closeness.argsort(descending=True).tolist() if keep[row] and row not in wanted]
     chosen = {*ranked[: max(0, size - len(wanted))], *wanted}
@@ -417,7 +417,7 @@ class _Weights(nn.Module):
 
     @torch.no_grad()
     def coefficients(self) -> np.ndarray:
-        """(M,) float32, none negative and not all 0."""
+        """(M,) float32, non-negative and not all 0."""
         if self.kind == "least squares":
             from scipy.optimize import nnls
 

@@ -1,4 +1,4 @@
-"""What one picture of a concept is made of: words fall away until the picture would change (Conceptor, Sec. 3.3)."""
+"""What one picture of a concept is made of: words are left out until the picture would change (Conceptor, Sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .decomposition import Decomposition
 
 @dataclass(frozen=True)
 class ImageDecomposition:
-    """The words that one picture needs, and how the others went.
+    """The words that one picture needs, and how the others were removed.
 
-    words: from the largest coefficient to the smallest; target: the picture to keep; picture: what the words left
+    words: from the largest coefficient to the smallest; target: the picture to keep; picture: what the remaining words
     draw from the same noise; similarity: of the two; removed: (word, similarity at that point), in order; drawn: how
     many pictures that took, in `passes` batches.
     """
@@ -61,14 +61,14 @@ def decompose_image(
 ) -> ImageDecomposition:
     """Leave out word after word while the picture from `seed` stays like the target (Conceptor, Sec. 3.3).
 
-    target: what the pseudo-token draws from that seed, or what the concept's own prompt does ("concept", with
-    `prompt` in place of the decomposition's name if given), or a picture. A word may go while the cosine of the
-    judge's features stays at `threshold` or above. near_synonyms: groups of words that go together.
-    Words go from the smallest coefficient up, one, two, four, eight of them, ..., as many as may: the trials of such a
-    pass are drawn in one batch. A word that cannot go is passed over. At the end each of the words left is tried alone,
-    and then all that alone could go, half of them, a quarter, down to the one that matters least, until none can.
+    target: what the pseudo-token draws from that seed, or what the concept's own prompt does ("concept", with `prompt`
+    in place of the decomposition's name if given), or a picture. Words may go as long as the cosine of the judge's
+    features stays at `threshold` or above. near_synonyms: groups of words that go together.
+    Words go from the smallest coefficient up, one, two, four, eight of them, ..., as many as possible: the trials of
+    such a pass are drawn in one batch. A word that cannot go is skipped. At the end each remaining word is tried alone,
+    and then all that could go alone, half of them, a quarter, down to the one that matters least, until none can go.
     callback: see `coneslab.callback`, after each pass; a further key: "words", those left.
-    Raises ConeslabError for a threshold that is no cosine.
+    Raises ConeslabError for a threshold that is not a cosine.
     """
     if not -1 <= threshold <= 1:
         raise ConeslabError(f"threshold is {threshold}: give a cosine in [-1, 1]")
@@ -124,8 +124,8 @@ def decompose_image(
 class _Left:
     """The words that are left of a sum, from the largest coefficient to the smallest, and passes that leave some out.
 
-    groups: word -> the words that go with it; closeness: of the pictures that some lists of words draw to the target,
-    asked for no set of words twice.
+    groups: word -> the words that go with it; closeness: similarity to the target of the pictures that lists of words
+    draw, computed once for any set of words.
     """
 
     def __init__(
@@ -154,10 +154,10 @@ class _Left:
         self.words = self.without(gone)
 
     def upward(self) -> bool:
-        """Leave out as many as may go of the one, two, four, ... smallest untried words; False when all were tried.
+        """Leave out as many of the one, two, four, ... smallest untried words as possible; False once all were tried.
 
-        A word without which it does not work, once those below it are gone, is passed over. A pass has as many trials
-        as the last had successes, and twice as many if it had nothing else.
+        A word that cannot go once those below it are gone is skipped. A pass has as many trials as the last had
+        successes, or twice as many as the last if its largest one succeeded.
         """
         prefixes: list[set[str]] = []
         for word in self.untried:
@@ -182,7 +182,7 @@ class _Left:
         return bool(self.untried)
 
     def alone(self) -> bool:
-        """Try each word alone, then leave out as many of the free ones together as may go; False if none is free."""
+        """Try each word alone, then leave out as many of the free ones together as possible; False if none is free."""
         rest = {word: left for word in self.words if (left := self.without(self.groups[word]))}
         scores = dict(zip(rest, self.scores(list(rest.values())), strict=True))
         free = sorted((word for word in scores if scores[word] >= self.threshold), key=lambda word: -scores[word])

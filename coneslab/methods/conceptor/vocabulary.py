@@ -1,4 +1,4 @@
-"""The words of a text encoder: which they are, their vectors, and where a judge sees them."""
+"""The words of a text encoder: which they are, their vectors, and a judge's features of them."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Vocabulary:
         return f"Vocabulary({len(self):,} words: {', '.join(self.words[:4])}, …)"
 
     def rows(self, words: Sequence[str]) -> list[int]:
-        """Places of words in this vocabulary. Raises ConeslabError for one that it lacks."""
+        """Rows of words in this vocabulary. Raises ConeslabError for one that it lacks."""
         place = {word: number for number, word in enumerate(self.words)}
         unknown = [word for word in words if word not in place]
         if unknown:
-            raise ConeslabError(f"{', '.join(unknown)}: no word of this vocabulary of {len(self):,}")
+            raise ConeslabError(f"{', '.join(unknown)}: not in this vocabulary of {len(self):,} words")
         return [place[word] for word in words]
 
     def part(self, rows: Sequence[int]) -> Vocabulary:
-        """The words at these places, in this order."""
+        """The words in these rows, in this order."""
         chosen = torch.tensor(list(rows), dtype=torch.long)
         words = tuple(self.words[row] for row in rows)
         return replace(
@@ -82,9 +82,9 @@ def encode_vocabulary(
 ) -> Vocabulary:
     """All words of the pipeline's tokenizer with their vectors, and with a judge's features (Conceptor, Sec. 3).
 
-    words: only these. templates: with {} for the word; features are averaged over them. cache: a folder; features
-    are kept there by the judge's weights, words and templates, and read the next time.
-    Raises ConeslabError if a word is not one token, or a template has no place for it.
+    words: only these. templates: with {} for the word; features are averaged over them. cache: a folder; features are
+    stored there by the judge's weights, words and templates, and read the next time.
+    Raises ConeslabError if a word is not one token, or a template lacks {}.
     """
     if not templates or not all("{}" in template for template in templates):
         raise ConeslabError(f"the templates are {list(templates)}: give at least one, each with {{}} for the word")
@@ -112,7 +112,7 @@ def encode_vocabulary(
 
 
 def _read(file: Path | None, rows: int) -> Tensor | None:
-    """Features kept before, or None; a damaged cache counts as none."""
+    """Features stored before, or None; a damaged cache counts as none."""
     if file is None or not file.is_file():
         return None
     try:

@@ -39,9 +39,9 @@ class CustomDiffusionSettings(TuningSettings, ConceptSettings):
     """Settings of `custom_diffusion`: those of `TuningSettings` and `ConceptSettings`, and
 
     token_learning_rate: of the tokens' vectors, default `learning_rate`. augment: also show the subject smaller and
-    larger, with `small_words` and `large_words` in the caption and the loss on the pasted picture alone
-    (`scaled_latents`). initial: the word that tokens start from, default the token's own row where the tokenizer has
-    it, as with a rare word.
+    larger, with `small_words` and `large_words` in the caption and the loss restricted to the pasted picture
+    (`scaled_latents`). initial: the word that tokens start from, by default the token's own row if the tokenizer has
+    it, as for a rare word.
     """
 
     method: ClassVar[str] = "Custom Diffusion"
@@ -140,15 +140,16 @@ def scaled_latents(
 ) -> dict[str, CaptionedLatents]:
     """Caption -> pictures of the subject in other sizes (Custom Diffusion, Sec. 3.2 and its released code).
 
-    Two thirds of the samples are scaled to between 1/3 and 1 of their size and put somewhere on a grey ground, under
-    a caption with one of the `small` words below 0.6; one third is enlarged 1.2 to 1.4 times and cut, with one of the
-    `large` words. The mask leaves the ground out of the loss. `versions` of each picture are made and encoded once.
+    Two thirds of the samples are scaled to between 1/3 and 1 of their size and placed at random on a grey background,
+    with one of the `small` words in the caption below 0.6; one third is enlarged 1.2 to 1.4 times and cropped, with one
+    of the `large` words. The mask leaves the background out of the loss. `versions` of each picture are made and
+    encoded once.
     """
     generator = np.random.default_rng(seed)
     groups: dict[str, list[tuple[Image.Image, np.ndarray]]] = {}
     for picture in subject.images:
         for version in range(versions):
-            place = (version + generator.random()) / versions  # every third of the range is met
+            place = (version + generator.random()) / versions  # covers every third of the range
             scale = 1 / 3 + place if place < 2 / 3 else 1.2 + 0.6 * (place - 2 / 3)
             sized = _rescaled(picture, scale, generator)
             words = small if scale < 0.6 else large if scale > 1 else ()
@@ -165,7 +166,7 @@ def scaled_latents(
         latents = encode_images(pipe, [picture for picture, _ in made]).detach()
         mask = torch.from_numpy(np.stack([mask for _, mask in made]))[:, None].to(latents)
         mask = torch.nn.functional.adaptive_avg_pool2d(mask, (latents.shape[-2], latents.shape[-1]))
-        # each group's mean loss counts by its share of the samples, so that together they are one mean
+        # each group's mean loss is weighted by its share of the samples, so that together they are one mean
         data[caption] = CaptionedLatents(
             latents, texts[number], share, weight=share / batch_size, mask=(mask > 0.999).to(latents)
         )
@@ -173,7 +174,7 @@ def scaled_latents(
 
 
 def _rescaled(picture: Image.Image, scale: float, generator: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """The picture at another scale in a frame of its old size, and where it is: (height, width) float32."""
+    """The picture at another scale in a frame of its old size, and a mask of where it is: (height, width) float32."""
     width, height = picture.size
     size = max(1, round(width * scale)), max(1, round(height * scale))
     scaled = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -42,9 +42,9 @@ def dreambooth(
 ) -> WeightDelta:
     """Tune the whole U-Net on the subjects, with prior preservation (Ruiz et al. 2023, Eq. 2).
 
-    The text encoder stays as it is. Trains a copy of the U-Net in float32, its passes in `dtype`: float32 or
-    bfloat16, default bfloat16 where that is faster. settings, changes: see `DreamBoothSettings`; progress, callback,
-    resume: see `RunOptions`.
+    The text encoder stays as it is. Trains a copy of the U-Net in float32, with passes in `dtype`: float32 or bfloat16,
+    by default bfloat16 where that is faster. settings, changes: see `DreamBoothSettings`; progress, callback, resume:
+    see `RunOptions`.
 
     >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
     >>> tuned = coneslab.dreambooth(pipe, cat, steps=1, batch_size=2, prior_batch_size=0)

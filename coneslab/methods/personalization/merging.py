@@ -1,4 +1,4 @@
-"""Custom Diffusion afterwards: edits of single subjects merged in closed form (Kumari et al. 2023, Sec. 3.2)."""
+"""Custom Diffusion edits of single subjects, merged in closed form (Kumari et al. 2023, Sec. 3.2)."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def merge(
     """Merge Custom Diffusion edits of single subjects in closed form (Kumari et al. 2023, Sec. 3.3, Eq. 5 and 6).
 
     For each K or V matrix: minimise ||W C_reg^T − W0 C_reg^T||_F subject to W C^T = V^T, where the rows of C are the
-    text features of each subject's words in `templates`, V = C W_i^T their values under that subject's own weights,
-    and those of C_reg the features of `captions` (default 200 of the sticker world; with a few only, what they do not
-    span may change at will, and pictures fall apart) and of the class words in the templates. C_reg has every place
-    that the U-Net reads but the start token (a reading), C the words alone: the end token is much the same for all
-    captions, so that it would carry each subject into every picture. Left out are doubled rows, and of C those that
-    several subjects share (the words before their tokens), which would ask for different values at once.
+    text features of each subject's words in `templates`, V = C W_i^T their values under that subject's own weights, and
+    those of C_reg the features of `captions` (default: 200 of the sticker world; with only a few, what they do not span
+    may change freely, and pictures fall apart) and of the class words in the templates. C_reg has every position that
+    the U-Net reads except the start token (a reading), C the words alone: the end token is nearly the same for all
+    captions and would carry each subject into every picture. Duplicate rows are left out, and from C those that several
+    subjects share (the words before their tokens), which would require different values at once.
     With G = C_reg^T C_reg and D = C G^-1, W = W0 + (V^T − W0 C^T)(D C^T)^-1 D.
-    ridge: added to G's diagonal, relative to its mean; by default none if G has full rank, else 1e-6, which the
-    result's settings tell. Raises ConeslabError unless there is a subject for each of two edits or more.
+    ridge: added to G's diagonal, relative to its mean; by default none if G has full rank, else 1e-6; the result's
+    settings record it. Raises ConeslabError unless there are two or more edits, each with a subject.
 
     >>> pipe, subjects = coneslab.load("tiny"), [coneslab.subject("cat"), coneslab.subject("dog")]
     >>> options = {"steps": 2, "batch_size": 4, "prior_batch_size": 0}
@@ -50,7 +50,7 @@ def merge(
     (('sks', 'zwx'), 'cat, dog')
     """
     if len(edits) != len(subjects) or len(edits) < 2:
-        raise ConeslabError(f"got {len(edits)} edits and {len(subjects)} subjects: give two or more, as many of each")
+        raise ConeslabError(f"got {len(edits)} edits and {len(subjects)} subjects: give two or more of each, in pairs")
     space, model = KVSpace(pipe), model_fingerprint(pipe)
     parts = [custom_diffusion_parts(edit) for edit in edits]
     tokens = [token for own, _ in parts for token in own.tokens]
@@ -90,7 +90,7 @@ def merge(
 
 @cache
 def _ordinary_captions() -> Sequence[str]:
-    """Captions of the sticker world; its pictures have to be drawn for them, so this is done once a process."""
+    """Captions of the sticker world; its pictures have to be drawn for them, so this is done once per process."""
     return tuple(sample(200, seed=0).captions)
 
 
@@ -105,15 +105,15 @@ def merge_matrices(
     gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     directions = torch.linalg.solve(gram, rows.T).T  # D = C G^-1, (k, in)
     missing = values.T - base @ rows.T  # (out, k)
-    # rows that say the same twice make D C^T singular: the least-squares solution keeps what they agree on
+    # rows that say the same make D C^T singular: the least-squares solution keeps what they agree on
     weights = torch.linalg.lstsq(directions @ rows.T, missing.T, driver="gelsd").solution.T
     return base + weights @ directions, ridge
 
 
 def _features(pipe: Pipeline, captions: Sequence[str], *, words: bool) -> Tensor:
-    """Text features of captions, (rows, width) float64, without start tokens and doubles.
+    """Text features of captions, (rows, width) float64, without start tokens and duplicates.
 
-    words: of the words alone, and not of the end token and the padding.
+    words: only of the words, without end token and padding.
     """
     own = pipe.tokenizer(list(captions)).input_ids
     text = encode_prompts(pipe, list(captions)).detach().double().cpu()

@@ -23,8 +23,8 @@ from ...settings import takes
 class TextualInversionSettings(TuningSettings):
     """Settings of `textual_inversion`: those of `TuningSettings`, and
 
-    batch_size: samples a step of each subject; initial: the word, or one for each subject, that the tokens start
-    from, by default the class words; seed: of noises and timesteps.
+    batch_size: samples per step of each subject; initial: the word that the tokens start from, or one for each subject,
+    by default the class words; seed: of noises and timesteps.
     """
 
     method: ClassVar[str] = "Textual Inversion"
@@ -55,9 +55,9 @@ def textual_inversion(
 ) -> TokenEdit:
     """Learn a vector for each subject's token, everything else frozen (Gal et al. 2022, Sec. 4).
 
-    Captions are the subjects' own prompts, class word included, so that all methods here are asked with the same
-    prompts (a reading; the paper's have the token alone). settings, changes: see `TextualInversionSettings`; dtype,
-    chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
+    Captions are the subjects' own prompts, class word included, so that all methods here use the same prompts (a
+    reading; the paper's have only the token). settings, changes: see `TextualInversionSettings`; dtype, chunk: see
+    `KVGradient`; progress, callback, resume: see `RunOptions`.
     Raises ConeslabError if a caption lacks its token, or settings are out of range.
 
     >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
