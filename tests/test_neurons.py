@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coneslab.diffusion import pipelines
 from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
-from coneslab.diffusion.precision import frozen_twin
+from coneslab.diffusion.precision import frozen_copy
 from coneslab.edits.base import Edit, load_edit
 from coneslab.edits.weights import model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
@@ -139,15 +139,15 @@ def test_chunks_and_precision_do_not_change_the_gradient(v_pipe, pictured):
 def test_the_twin_computes_what_the_unet_does_and_shares_its_memory(sd_pipe):
     torch.manual_seed(0)
     unet = sd_pipe.unet
-    twin = frozen_twin(unet, torch.float32)
+    copy = frozen_copy(unet, torch.float32)
     x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 77, 12)
     with torch.no_grad():
         expected = unet(x, t, encoder_hidden_states=text).sample
-        assert torch.allclose(twin(x, t, encoder_hidden_states=text).sample, expected, atol=1e-5)
-    ours, theirs = dict(twin.named_parameters()), dict(unet.named_parameters())
+        assert torch.allclose(copy(x, t, encoder_hidden_states=text).sample, expected, atol=1e-5)
+    ours, theirs = dict(copy.named_parameters()), dict(unet.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
-    assert not any(weight.requires_grad for weight in twin.parameters())
+    assert not any(weight.requires_grad for weight in copy.parameters())
     assert all(weight.requires_grad for weight in unet.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Twins draw what the pipeline draws, faster, and leave it as it was."""
+"""Frozen copies draw what the pipeline draws, faster, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from coneslab import record_attention
 from coneslab.diffusion import precision
-from coneslab.diffusion.precision import drawing, frozen_twin, is_plain
+from coneslab.diffusion.precision import drawing, frozen_copy, is_plain
 from coneslab.diffusion.sampling import generate
 
 
@@ -42,7 +42,7 @@ def test_the_unet_is_back_after_the_block_whatever_happens(v_pipe):
 
 
 def test_edits_are_drawn_and_hooks_are_heard(own_pipe, monkeypatch):
-    """A twin is made of the weights as they are; a U-Net that somebody listens to draws itself."""
+    """A copy is made of the weights as they are; a U-Net that somebody listens to draws itself."""
     monkeypatch.setattr(precision, "bfloat16_pays", lambda device: True)
     before = pixels(generate(own_pipe, "a cat", sampler_steps=2))
     weight = next(w for name, w in own_pipe.unet.named_parameters() if name.endswith("attn2.to_v.weight"))
@@ -65,5 +65,5 @@ def test_a_twin_for_gradients_computes_the_same(v_pipe):
     with torch.no_grad():
         expected = v_pipe.unet(x, t, encoder_hidden_states=text).sample
         for gradients in (False, True):
-            made = frozen_twin(v_pipe.unet, torch.float32, gradients=gradients)(x, t, encoder_hidden_states=text).sample
+            made = frozen_copy(v_pipe.unet, torch.float32, gradients=gradients)(x, t, encoder_hidden_states=text).sample
             assert torch.allclose(made, expected, atol=1e-5)

@@ -9,7 +9,7 @@ from .encoding import decode_latents, encode_ids, encode_images, encode_prompts,
 from .kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name, unet_of
 from .loss import add_noise, alphas_cumprod, denoising_loss, snr, stratified_timesteps, target
 from .pipelines import fingerprint, load, model_folder, usable_device, verify, write_sums
-from .precision import bfloat16_pays, drawing, fast_dtype, flushing_denormals, frozen_twin, is_plain, mixed_precision
+from .precision import bfloat16_pays, drawing, fast_dtype, flushing_denormals, frozen_copy, is_plain, mixed_precision
 from .sampling import clean_and_noise, ddim_sample, ddpm_sample, generate, guided, guided_between, start_noise
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "fast_dtype",
     "fingerprint",
     "flushing_denormals",
-    "frozen_twin",
+    "frozen_copy",
     "generate",
     "guided",
     "guided_between",

@@ -1,6 +1,6 @@
-"""A frozen twin of a U-Net, in the precision that is fastest on its device.
+"""A frozen copy of a U-Net, in the precision that is fastest on its device.
 
-Much is computed with weights that do not change: gradients of a few of them, long series of pictures. A twin does
+Much is computed with weights that do not change: gradients of a few of them, long series of pictures. A copy does
 that without touching the pipeline, and in bfloat16, where the processor supports it, two to three times as fast.
 `mixed_precision` and `flushing_denormals` are for training.
 """
@@ -34,24 +34,24 @@ def fast_dtype(unet: Any) -> torch.dtype:
     return torch.bfloat16 if unet.dtype == torch.float32 and bfloat16_pays(unet.device) else unet.dtype
 
 
-def frozen_twin(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> Any:
+def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> Any:
     """A copy of a U-Net without gradients, hooks or adapters; it shares the memory of weights already in `dtype`.
 
-    Inputs are cast to `dtype`. gradients: the twin is for backward passes (`speed_up_backward`).
+    Inputs are cast to `dtype`. gradients: the copy is for backward passes (`speed_up_backward`).
     Raises ConeslabError if the U-Net's weights do not match its config (an adapter, quantisation).
     """
     weights = {name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}
     with torch.device("meta"):
-        twin = type(unet).from_config(unet.config)
+        copy = type(unet).from_config(unet.config)
     try:
-        twin.load_state_dict(weights, assign=True)
+        copy.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ConeslabError(
             f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): fuse or unload adapters first"
         ) from error
-    twin.eval().requires_grad_(False)
+    copy.eval().requires_grad_(False)
     if gradients:
-        speed_up_backward(twin)
+        speed_up_backward(copy)
 
     def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         def as_dtype(x: Any) -> Any:
@@ -59,8 +59,8 @@ def frozen_twin(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
 
         return tuple(map(as_dtype, args)), {name: as_dtype(x) for name, x in kwargs.items()}
 
-    twin.register_forward_pre_hook(cast, with_kwargs=True)
-    return twin
+    copy.register_forward_pre_hook(cast, with_kwargs=True)
+    return copy
 
 
 def speed_up_backward(unet: Any) -> None:
@@ -77,7 +77,7 @@ def speed_up_backward(unet: Any) -> None:
 
 
 def is_plain(unet: Any) -> bool:
-    """Whether a twin does what the U-Net does: no hooks, adapters or custom attention processors."""
+    """Whether a copy does what the U-Net does: no hooks, adapters or custom attention processors."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     if hasattr(unet, "_orig_mod") or getattr(unet, "peft_config", None):
@@ -89,7 +89,7 @@ def is_plain(unet: Any) -> bool:
 
 @contextmanager
 def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Iterator[Any]:
-    """Let a pipeline draw with a twin of its U-Net for the length of a block; latents keep their own precision.
+    """Let a pipeline draw with a copy of its U-Net for the length of a block; latents keep their own precision.
 
     dtype: default `fast_dtype`. Does nothing if the U-Net already has it or is not plain.
     """
@@ -98,14 +98,14 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Iterator[Any]:
     if dtype == unet.dtype or unet is not pipe.unet or not is_plain(unet):
         yield pipe
         return
-    twin, own = frozen_twin(unet, dtype), unet.dtype
+    copy, own = frozen_copy(unet, dtype), unet.dtype
 
     def cast_back(module: nn.Module, args: tuple, output: Any) -> Any:
         return tuple(x.to(own) for x in output) if isinstance(output, tuple) else type(output)(output.sample.to(own))
 
-    twin.register_forward_hook(cast_back)
+    copy.register_forward_hook(cast_back)
     try:
-        pipe.unet = twin
+        pipe.unet = copy
         yield pipe
     finally:
         pipe.unet = unet

@@ -2,7 +2,7 @@
 
 L_con(θ) = L(subject pictures, "a V* class") + λ L(prior pictures, "a class") (arXiv 2303.05125, Sec. 3.1). Whatever
 does not depend on θ is computed once: latents, text embeddings, prior pictures. The gradient is computed on a frozen
-twin of the U-Net, so the pipeline itself is never touched, whatever interrupts the work.
+copy of the U-Net, so the pipeline itself is never touched, whatever interrupts the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..diffusion.kvspace import KVSpace, cross_attentions, unet_of
 from ..diffusion.loss import add_noise, denoising_loss
 from ..diffusion.pipelines import Pipeline
-from ..diffusion.precision import fast_dtype, frozen_twin
+from ..diffusion.precision import fast_dtype, frozen_copy
 from ..errors import ConeslabError
 from .samples import CaptionedLatents, NoisyBatch
 
@@ -26,12 +26,12 @@ from .samples import CaptionedLatents, NoisyBatch
 class KVGradient:
     """L_con and its gradient in θ, at any θ, for a fraction of the cost of a training step.
 
-    The U-Net is rebuilt once as a frozen twin that shares its weights, or holds them in a faster precision. Only the
+    The U-Net is rebuilt once as a frozen copy that shares its weights, or holds them in a faster precision. Only the
     cross-attention keys and values come from outside: as the text does not depend on θ, K = W c is computed once per
     step and distinct caption, in the precision of θ, rather than for every sample. No other weight gets a gradient, and
     nothing before the first cross-attention.
 
-    data: see `concept_latents`; dtype: of the twin, default bfloat16 where the device computes in it and the pipeline
+    data: see `concept_latents`; dtype: of the copy, default bfloat16 where the device computes in it and the pipeline
     is float32, else the pipeline's own; chunk: samples at a time, for models that would not fit in memory otherwise.
     """
 
@@ -48,7 +48,7 @@ class KVGradient:
         if chunk is not None and chunk < 1:
             raise ConeslabError(f"chunk is {chunk}: give a positive number of samples, or None for all at once")
         self.space, self.data, self.dtype, self.chunk = KVSpace(pipe), tuple(data), dtype, chunk
-        self._pipe = _Twin(pipe, frozen_twin(unet, dtype, gradients=True))
+        self._pipe = _WithUNet(pipe, frozen_copy(unet, dtype, gradients=True))
         self._text = torch.stack([part.text for part in data])  # (captions, tokens, width)
         self._attentions = []
         for path, module in cross_attentions(self._pipe.unet).items():
@@ -164,7 +164,7 @@ def _like(bias: Tensor | None, theta: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(theta.dtype)
 
 
-class _Twin:
+class _WithUNet:
     """The pipeline as the loss sees it: its own in everything but the U-Net."""
 
     def __init__(self, pipe: Pipeline, unet: nn.Module) -> None:
