@@ -30,7 +30,7 @@ def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """The inverse of `to_tensor`, for any numbers: rounded as diffusers does it, those beyond [-1, 1] cut."""
+    """The inverse of `to_tensor`, for any numbers: clipped to [-1, 1] and rounded as in diffusers."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -106,7 +106,7 @@ def tokenize(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
 def encode_prompts(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
     """Text embeddings (n, tokens, width) as the pipeline itself computes them.
 
-    Carries gradients exactly if a weight of the text encoder asks for them.
+    Carries gradients if and only if a weight of the text encoder requires them.
 
     >>> pipe = coneslab.load("tiny")
     >>> text = encode_prompts(pipe, ["a cat", "a dog on the grass"])

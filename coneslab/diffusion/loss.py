@@ -91,7 +91,7 @@ def denoising_loss(
     noise, timesteps: given, or drawn from `generator` (timesteps uniformly). weights: (n,) factors on each
     picture's loss, not renormalised. mask: (n, 1, h, w), how much each place counts in the mean over a picture's
     elements; all channels of a place count alike, so a mask of ones changes nothing. regression_target: (as latents),
-    what the network has to predict, in place of y. reduction "none" returns (n,), each a mean over one picture's
+    what the network has to predict, instead of y. reduction "none" returns (n,), each a mean over one picture's
     elements.
     Raises ConeslabError if shapes do not fit together.
 

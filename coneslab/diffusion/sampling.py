@@ -206,8 +206,8 @@ def generate(
     guidance_interval: shares of the schedule between which guidance is on (`guided_between`), default all of it.
     callback: see `coneslab.callback`, after each step of each batch; further keys: "timestep", "latents", "pictures"
     (how many are finished). on_calls(number of network passes) at the end.
-    Raises ConeslabError without prompts, with another number of seeds, with less than one step, or for an interval
-    that is none.
+    Raises ConeslabError without prompts, with another number of seeds, with fewer than one step, or for an
+    invalid interval.
 
     >>> pipe = coneslab.load("tiny")
     >>> prompts = ["a cat on the beach", "a dog in the snow"]

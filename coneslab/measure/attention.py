@@ -230,7 +230,7 @@ class record_attention:
     keep_heads: keep the heads apart instead of their mean; dtype: of the maps, which are kept on the CPU;
     max_bytes: how much may be kept. guided: whether the first half of each batch is the unconditional one; default:
     recognised by its latents being those of the second half, unless the pipeline's last guidance scale says no.
-    Raises ConeslabError for a processor whose probabilities cannot be known, and when `max_bytes` are used up.
+    Raises ConeslabError for a processor whose probabilities cannot be known, and when `max_bytes` is used up.
 
     >>> pipe = coneslab.load("tiny")
     >>> with coneslab.record_attention(pipe) as maps:

@@ -164,7 +164,7 @@ class Judge:
         return self.image_features(images) @ self.label_features(labels).T
 
     def classify(self, images: Images, labels: Sequence[str | Sequence[str]]) -> Tensor:
-        """Index of the label nearest to each picture, (n,), int64. A label may be several phrasings.
+        """Index of the label nearest to each picture, (n,), int64. A label may have several phrasings.
 
         >>> judge, cat = coneslab.load_judge(), coneslab.subject("cat")
         >>> judge.classify(cat.images, ["a car", ("a cat", "a picture of a cat"), "a house"]).tolist()

@@ -29,7 +29,7 @@ def kid(
     below 0 for equal distributions. `subset_size` None takes all pictures once (the least variance); a number
     averages over `subsets` random subsets of that size, drawn without replacement, as clean-fid does
     (100 subsets of 1000).
-    Raises MismatchError for different widths, ConeslabError for fewer than two pictures or values not finite.
+    Raises MismatchError for different widths, ConeslabError for fewer than two pictures or non-finite values.
 
     >>> features = np.random.default_rng(0).normal(size=(3, 200, 4))
     >>> same, also_same, other = features[0], features[1], features[2] + 2
