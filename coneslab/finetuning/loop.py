@@ -1,7 +1,7 @@
 """One loop for everything that is tuned on a concept: steps, histories, checkpoints, progress bars.
 
 `tune` takes the steps. `tune_kv` and `tune_unet` say what a step is: for keys and values, or text, through frozen
-layers, and for weights of the U-Net itself. Training the shipped models from nothing has its own loop:
+layers, and for weights of the U-Net itself. Training the shipped models from scratch has its own loop:
 `pretraining/loop.py`.
 """
 
