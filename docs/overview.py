@@ -29,7 +29,7 @@ BOXES = [  # column, row, colour, title, lines, rooms
     (0, 2, "out", "Figures and widgets", ("in notebooks, on a page,", "from the command line"), "show, cli"),
 ]
 PIPELINE = "One plain diffusers StableDiffusionPipeline"
-PIPELINE_NOTE = "the shipped tiny model, which pretraining makes from nothing, or any other Stable Diffusion"
+PIPELINE_NOTE = "the shipped tiny model, which pretraining makes from scratch, or any other Stable Diffusion"
 
 
 def box(column: int, row: int, colour: str, title: str, lines: tuple[str, ...], rooms: str) -> str:
