@@ -31,9 +31,9 @@ def data_folder() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once the block is through, and is removed if it fails.
+    """Gives a path to write to; that file replaces `path` when the block ends, and is removed if it fails.
 
-    Folders on the way are made.
+    Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
