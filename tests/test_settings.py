@@ -7,8 +7,10 @@ import inspect
 import json
 
 import pytest
+import torch
 
 import coneslab
+from coneslab.edits import Combined, TokenEdit
 from coneslab.errors import ConeslabError
 from coneslab.finetuning import ConceptSettings, TuningSettings
 from coneslab.methods import (
@@ -115,3 +117,21 @@ def test_what_made_an_edit_makes_it_again(v_pipe, pictured):
     assert again == made and dict(again.settings) == dict(made.settings)
     other = coneslab.find_concept_neurons(v_pipe, pictured, made.settings, seed=4, progress=False)
     assert other != made
+
+
+@pytest.mark.parametrize("method", [coneslab.custom_diffusion, coneslab.textual_inversion])
+def test_an_edit_from_a_file_says_how_to_make_it_again(v_pipe, pictured, tmp_path, method):
+    quick = {"steps": 2, "batch_size": 2, "learning_rate": 2e-3, "seed": 3}
+    quick |= {"prior_batch_size": 0} if method is coneslab.custom_diffusion else {}
+    made = coneslab.load_edit(method(v_pipe, pictured, progress=False, **quick).save(tmp_path / "made"))
+    assert made.settings["steps"] == 2 and made.settings["learning_rate"] == 2e-3
+    again = method(v_pipe, pictured, made.settings, progress=False)
+    assert dict(again.settings) == dict(made.settings)
+    before, after = made._pack()[0], again._pack()[0]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_edits_of_several_methods_have_no_settings_together():
+    one, two = (TokenEdit((f"<{name}>",), torch.ones(1, 4), "ab", settings={"method": name}) for name in "ab")
+    assert Combined((one, one)).settings == {"method": "a"} and Combined((one, two)).settings == {}
+    assert Combined(()).settings == {}

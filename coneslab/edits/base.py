@@ -184,6 +184,12 @@ class Combined(Edit):
     def nbytes(self) -> int:
         return sum(edit.nbytes for edit in self.edits)
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of all parts, if they have the same, as the parts of one method do; otherwise none."""
+        first, *others = (dict(getattr(edit, "settings", {})) for edit in self.edits) if self.edits else ({},)
+        return first if all(other == first for other in others) else {}
+
     @contextmanager
     def applied(self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True) -> Iterator[Any]:
         """Apply all edits inside a `with` block, each at this dose. Raises what any of them raises."""

@@ -7,7 +7,7 @@ and every method takes its samples from here, so equal seeds mean equal noises.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle, pairwise
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -203,7 +203,7 @@ def generated_latents(pipe: Pipeline, prompts: Sequence[str], **options: Any) ->
 def concept_latents(
     pipe: Pipeline,
     subject: ConceptSubject,
-    settings: ConceptSettings | None = None,
+    settings: ConceptSettings | Mapping[str, Any] | None = None,
     *,
     prior: Sequence[Image.Image] | None = None,
     progress: bool = False,
@@ -231,7 +231,10 @@ def concept_latents(
 
 
 def joint_latents(
-    pipe: Pipeline, subjects: Sequence[ConceptSubject], settings: ConceptSettings | None = None, **changes: Any
+    pipe: Pipeline,
+    subjects: Sequence[ConceptSubject],
+    settings: ConceptSettings | Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> list[CaptionedLatents]:
     """The latents of several subjects, whose losses are minimised together: `concept_latents` of each in turn."""
     return [data for subject in subjects for data in concept_latents(pipe, subject, settings, **changes)]

@@ -6,7 +6,7 @@ Separate from `search.py`, so that the method and its controls can be read on th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -98,7 +98,7 @@ class TopKSettings(ConceptSettings):
 def top_k_neurons(
     pipe: Pipeline,
     subject: ConceptSubject,
-    settings: TopKSettings | None = None,
+    settings: TopKSettings | Mapping[str, Any] | None = None,
     *,
     like: ConceptNeurons | None = None,
     prior: Sequence[Image.Image] | None = None,
@@ -153,7 +153,7 @@ def top_k_neurons(
 def mean_gradient(
     pipe: Pipeline,
     subject: ConceptSubject,
-    settings: ConceptSettings | None = None,
+    settings: ConceptSettings | Mapping[str, Any] | None = None,
     *,
     rounds: int = 60,
     prior: Sequence[Image.Image] | None = None,
@@ -186,7 +186,7 @@ class FinetuneSettings(TuningSettings, ConceptSettings):
 def finetune_kv(
     pipe: Pipeline,
     subject: ConceptSubject,
-    settings: FinetuneSettings | None = None,
+    settings: FinetuneSettings | Mapping[str, Any] | None = None,
     *,
     prior: Sequence[Image.Image] | None = None,
     dtype: torch.dtype | None = None,

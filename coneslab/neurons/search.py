@@ -84,7 +84,7 @@ class SearchSettings(ConceptSettings):
 def find_concept_neurons(
     pipe: Pipeline,
     subject: ConceptSubject,
-    settings: SearchSettings | None = None,
+    settings: SearchSettings | Mapping[str, Any] | None = None,
     *,
     prior: Sequence[Image.Image] | None = None,
     start: ConceptNeurons | None = None,

@@ -251,7 +251,7 @@ def finetune_together(
     pipe: Pipeline,
     union: ConceptNeurons,
     subjects: Sequence[ConceptSubject],
-    settings: TogetherSettings | None = None,
+    settings: TogetherSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,

@@ -7,7 +7,7 @@ each function returns an edit. Other ways to the same end are in the files besid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -105,7 +105,7 @@ def ablation_data(
     pipe: Pipeline,
     target: Prompts,
     anchor: Prompts,
-    settings: AblationSettings | None = None,
+    settings: AblationSettings | Mapping[str, Any] | None = None,
     *,
     images: Sequence[Image.Image] | None = None,
     progress: bool = False,
@@ -142,7 +142,7 @@ def ablate(
     pipe: Pipeline,
     target: Prompts,
     anchor: Prompts,
-    settings: AblationSettings | None = None,
+    settings: AblationSettings | Mapping[str, Any] | None = None,
     *,
     images: Sequence[Image.Image] | None = None,
     dtype: torch.dtype | None = None,

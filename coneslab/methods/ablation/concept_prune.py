@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +43,11 @@ class ConceptPruneSettings(SamplerSettings):
 
 @takes(ConceptPruneSettings)
 def prune_feed_forward(
-    pipe: Pipeline, target: str, anchor: str, settings: ConceptPruneSettings | None = None, **changes: Any
+    pipe: Pipeline,
+    target: str,
+    anchor: str,
+    settings: ConceptPruneSettings | Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> WeightDelta:
     """ConceptPrune: set to 0 the feed-forward weights that the target needs more than its anchor (arXiv 2405.19237).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ class ESDSettings(TuningSettings, SamplerSettings):
 def erase(
     pipe: Pipeline,
     target: str,
-    settings: ESDSettings | None = None,
+    settings: ESDSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,7 +31,7 @@ def ablating_neurons(
     anchor: str,
     *,
     pictures: int = 32,
-    settings: SearchSettings | None = None,
+    settings: SearchSettings | Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> ConceptNeurons:
     """The neurons that, once shut, make the target's caption draw the anchor: Cones' search on the noise-based loss.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +45,7 @@ def closed_form_edit(
     pipe: Pipeline,
     target: Prompts,
     anchor: Prompts,
-    settings: UCESettings | None = None,
+    settings: UCESettings | Mapping[str, Any] | None = None,
     *,
     preserve: Sequence[str] = (),
     **changes: Any,

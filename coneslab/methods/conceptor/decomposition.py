@@ -234,7 +234,7 @@ def decompose(
     pipe: Pipeline,
     concept: str | Images,
     judge: Judge,
-    settings: DecompositionSettings | None = None,
+    settings: DecompositionSettings | Mapping[str, Any] | None = None,
     *,
     name: str = "",
     vocabulary: Vocabulary | None = None,

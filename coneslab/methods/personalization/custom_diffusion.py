@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,7 +64,7 @@ class CustomDiffusionSettings(TuningSettings, ConceptSettings):
 def custom_diffusion(
     pipe: Pipeline,
     subjects: TokenSubject | Sequence[TokenSubject],
-    settings: CustomDiffusionSettings | None = None,
+    settings: CustomDiffusionSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ class DreamBoothSettings(TuningSettings, ConceptSettings):
 def dreambooth(
     pipe: Pipeline,
     subjects: ConceptSubject | Sequence[ConceptSubject],
-    settings: DreamBoothSettings | None = None,
+    settings: DreamBoothSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
     progress: bool = True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,7 +44,7 @@ class TextualInversionSettings(TuningSettings):
 def textual_inversion(
     pipe: Pipeline,
     subjects: TokenSubject | Sequence[TokenSubject],
-    settings: TextualInversionSettings | None = None,
+    settings: TextualInversionSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
