@@ -10,11 +10,14 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+
+import coneslab
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN = sorted(
@@ -50,22 +53,18 @@ def imported(tree: ast.AST, known: dict[str, Any], wrong: list[str]) -> None:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "coneslab":
-                    importlib.import_module(alias.name)
-                    known[alias.asname or "coneslab"] = importlib.import_module(
-                        alias.name if alias.asname else "coneslab"
-                    )
+                    module = importlib.import_module(alias.name)
+                    known[alias.asname or "coneslab"] = module if alias.asname else coneslab
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "coneslab":
             module = importlib.import_module(str(node.module))
             for alias in node.names:
-                try:
-                    found = getattr(module, alias.name)
-                except AttributeError:
-                    try:
-                        found = importlib.import_module(f"{node.module}.{alias.name}")
-                    except ImportError:
-                        wrong.append(f"line {node.lineno}: {node.module} has no {alias.name}")
-                        continue
-                known[alias.asname or alias.name] = found
+                if not hasattr(module, alias.name) and hasattr(module, "__path__"):  # a room's module
+                    if find_spec(f"{node.module}.{alias.name}"):
+                        importlib.import_module(f"{node.module}.{alias.name}")
+                if hasattr(module, alias.name):
+                    known[alias.asname or alias.name] = getattr(module, alias.name)
+                else:
+                    wrong.append(f"line {node.lineno}: {node.module} has no {alias.name}")
 
 
 def misuses(sources: Iterator[str]) -> list[str]:
@@ -105,6 +104,7 @@ def test_what_is_written_calls_what_exists(path):
     ("source", "said"),
     [
         ("from coneslab.finetuning import draws", "line 1: coneslab.finetuning has no draws"),
+        ("from coneslab.finetuning.samples import Draw", "line 1: coneslab.finetuning.samples has no Draw"),
         ("import coneslab\nconeslab.generate(pipe, 'a cat', steps=2)", "coneslab.generate takes no steps"),
         ("import coneslab as lab\nlab.find_neurons(pipe)", "lab.find_neurons does not exist"),
         ("from coneslab import find_concept_neurons as find\nfind(pipe, cat, round=3)", "find takes no round"),

@@ -271,6 +271,15 @@ def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, 
         method(v_pipe, pictured, resume=file, **options)
 
 
+@pytest.mark.parametrize("method", [dreambooth, finetune_kv])
+def test_a_run_does_not_resume_on_other_pictures(v_pipe, pictured, tmp_path, method):
+    options = FAST | PRIOR | {"resume": tmp_path / "state"}
+    method(v_pipe, pictured, **options)
+    other = SimpleNamespace(**vars(pictured) | {"images": pictured.images[:1]})
+    with pytest.raises(MismatchError, match="to another run.*data was"):
+        method(v_pipe, other, **options)
+
+
 def test_every_edit_comes_back_from_its_file(v_pipe, both, tmp_path):
     edit = custom_diffusion(v_pipe, both, **FAST, **PRIOR)
     for number, one in enumerate([edit, edit.edits[0], compress(edit.edits[1], energy=0.8)]):

@@ -49,13 +49,13 @@ def _subject(arguments: Arguments, pipe: Pipeline) -> Any:
     return _from_folder(arguments.subject, arguments.class_word, pipe, **token)
 
 
-def _from_folder(folder: str, class_word: str, pipe: Pipeline, **subject: Any) -> Any:
+def _from_folder(folder: str, class_word: str, pipe: Pipeline, **options: Any) -> Any:
     """A subject with the folder's pictures in the pipeline's size."""
     from ..diffusion.encoding import latent_shape
     from ..world.subjects import subject_from_folder
 
     size = latent_shape(pipe)[1] * pipe.vae_scale_factor
-    return subject_from_folder(folder, class_word, resolution=size, **subject)
+    return subject_from_folder(folder, class_word, resolution=size, **options)
 
 
 def _edits(paths: Sequence[Path]) -> list[Any]:

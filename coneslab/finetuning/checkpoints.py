@@ -76,11 +76,10 @@ class TuningCheckpoint:
         if self.path is None or not self.path.is_file():
             return 0, {}
         tensors, facts = load_checkpoint(self.path)
-        kept = facts["identity"]
-        names = sorted(kept.keys() | self.identity.keys())
-        other = [name for name in names if kept.get(name) != self.identity.get(name)]
+        was, now = facts["identity"], self.identity
+        other = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
         if other:
-            said = ", ".join(f"{name} was {kept.get(name)!r}, now {self.identity.get(name)!r}"[:120] for name in other)
+            said = ", ".join(f"{name} was {was.get(name)!r}, now {now.get(name)!r}"[:120] for name in other)
             raise MismatchError(f"{self.path} belongs to another run ({said}): name another file, or delete it")
         if facts["step"] > at_most:
             raise MismatchError(

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypedDict, Unpack
@@ -156,13 +157,13 @@ def tune_kv(
     weights: name -> leaf tensors that require a gradient, changed in place; point(number) computes θ or the text
     from them. Only what it computes gets a gradient. title, identity, rates and run: see `tune`.
     """
-    untouched = gradient.theta()
+    untouched = cache(gradient.theta)
     if run.get("resume") is not None:
         identity = {**(identity or {}), **_facts(gradient.data, gradient.dtype)}
 
     def step(number: int) -> dict[str, float]:
         at = point(number)
-        theta = untouched if at.theta is None else at.theta
+        theta = untouched() if at.theta is None else at.theta
         losses, *slopes = gradient.gradients(
             theta.detach(),
             None if at.text is None else at.text.detach(),

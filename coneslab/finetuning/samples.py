@@ -183,12 +183,10 @@ def generate_once(
     seeds = seed if isinstance(seed, int) else tuple(seed)
     key = (*model, str(pipe.scheduler.config), tuple(prompts), seeds, sampler_steps, guidance_scale)
     if key not in _DRAWN:
-        options: dict[str, Any] = {
-            "sampler_steps": sampler_steps,
-            "guidance_scale": guidance_scale,
-            "progress": progress,
-        }
-        _DRAWN[key] = tuple(generate(pipe, prompts, seed=seed, **options))
+        made = generate(
+            pipe, prompts, seed=seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, progress=progress
+        )
+        _DRAWN[key] = tuple(made)
         while len(_DRAWN) > _DRAWN_SETS:
             _DRAWN.popitem(last=False)
     _DRAWN.move_to_end(key)

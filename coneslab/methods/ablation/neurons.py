@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
+from ...callback import Callback
 from ...diffusion.pipelines import Pipeline
 from ...finetuning.samples import generate_once
 from ...neurons.mask import ConceptNeurons
 from ...neurons.search import SearchSettings, find_concept_neurons
+from ...settings import takes
 from .prompts import paired
 
 
@@ -25,24 +28,38 @@ class AblationSubject:
     prior_prompt: str
 
 
+@takes(SearchSettings)
 def ablating_neurons(
     pipe: Pipeline,
     target: str,
     anchor: str,
+    settings: SearchSettings | Mapping[str, Any] | None = None,
     *,
     pictures: int = 32,
-    settings: SearchSettings | Mapping[str, Any] | None = None,
+    start: ConceptNeurons | None = None,
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    progress: bool = True,
+    callback: Callback | None = None,
     **changes: Any,
 ) -> ConceptNeurons:
     """The neurons that, once shut, make the target's caption draw the anchor: Cones' search on the noise-based loss.
 
     L_con(θ) = L(anchor's pictures, target) + λ L(anchor's pictures, anchor). pictures: of the anchor, drawn beforehand.
-    settings, changes: see `SearchSettings`; changes may also be other options of `find_concept_neurons`.
+    settings, changes: see `SearchSettings`; the others: see `find_concept_neurons`.
     """
-    names = {field.name for field in fields(SearchSettings)}
-    settings = SearchSettings.chosen(settings, {name: value for name, value in changes.items() if name in names})
-    options = {name: value for name, value in changes.items() if name not in names}
+    settings = SearchSettings.chosen(settings, changes)
     ((target,), (anchor,)) = paired(target, anchor)
     drawn = generate_once(pipe, [anchor] * pictures, **settings.sampler)
     subject = AblationSubject(f"{target} → {anchor}", drawn, target, anchor)
-    return find_concept_neurons(pipe, subject, settings, prior=drawn, **options)
+    return find_concept_neurons(
+        pipe,
+        subject,
+        settings,
+        prior=drawn,
+        start=start,
+        dtype=dtype,
+        chunk=chunk,
+        progress=progress,
+        callback=callback,
+    )

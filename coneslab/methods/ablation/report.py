@@ -135,14 +135,14 @@ def evaluate_ablation(
                 "accuracy before": right(before),
                 "change": 1 - (after * before).sum(1).numpy(),
             }
-            subject = {"group": group, "prompt": prompt}
+            row = {"group": group, "prompt": prompt}
             for name, values in measured.items():
                 interval = bootstrap_interval(values)
                 rows.append(
-                    {**subject, "measure": name, "value": interval.estimate, "low": interval.low, "high": interval.high}
+                    {**row, "measure": name, "value": interval.estimate, "low": interval.low, "high": interval.high}
                 )
             distance = kid(before, after)
-            rows.append({**subject, "measure": "KID", "value": distance, "low": np.nan, "high": np.nan})
+            rows.append({**row, "measure": "KID", "value": distance, "low": np.nan, "high": np.nan})
     return pandas.DataFrame(rows)
 
 

@@ -321,9 +321,7 @@ def decompose(
             drawn = generate(
                 pipe,
                 [trial.prompt] * settings.validation_pictures,
-                seed=settings.seed + 10_000,
-                sampler_steps=settings.sampler_steps,
-                guidance_scale=settings.guidance_scale,
+                **settings.sampler | {"seed": settings.seed + 10_000},
             )
         validation[done] = float((judge.image_features(drawn) @ target).mean())
         if validation[done] >= max(validation.values()):
