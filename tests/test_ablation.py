@@ -188,16 +188,18 @@ def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe):
 def test_erasure_aims_away_from_the_target(v_pipe):
     edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch_size=4, progress=False)
     from coneslab.diffusion.encoding import encode_images
-    from coneslab.finetuning.samples import generate_once
+    from coneslab.finetuning.samples import SamplerSettings, generate_once
 
-    latents = encode_images(v_pipe, list(generate_once(v_pipe, ["a cat"] * 4, sampler_steps=2)))
+    sampler = SamplerSettings(sampler_steps=2).sampler
+
+    latents = encode_images(v_pipe, list(generate_once(v_pipe, ["a cat"] * 4, **sampler)))
     pair = CaptionedLatents(latents, encode_prompts(v_pipe, ["a cat"]).detach()[0], 4)
     draw = numbered_batches(v_pipe, [pair], 0)(0)
     with torch.no_grad():
         own, none = predictions(v_pipe, draw, ["a cat"], [4]), predictions(v_pipe, draw, [""], [4])
     expected = (own - (none - 2.0 * (own - none))).square().mean()
     assert edit.history["loss"][0] == pytest.approx(float(expected), rel=1e-4)
-    longer = erase(v_pipe, "a cat", **DRAW, steps=12, batch_size=4, progress=False)
+    longer = erase(v_pipe, "a cat", **DRAW, steps=12, batch_size=4, learning_rate=1e-3, progress=False)
     assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
 
 
@@ -219,12 +221,14 @@ def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe):
             assert (weights[name][gone] == 0).all() and gone.sum(1).max() <= round(0.1 * delta.shape[1])
     # the scores by hand, for one layer
     from coneslab.diffusion.encoding import encode_images
-    from coneslab.finetuning.samples import generate_once
+    from coneslab.finetuning.samples import SamplerSettings, generate_once
+
+    sampler = SamplerSettings(sampler_steps=2).sampler
 
     layer, scores = "mid_block.attentions.0.transformer_blocks.0.ff.net.2", []
     module = v_pipe.unet.get_submodule(layer)
     for caption in ("a cat", "a dog"):
-        latents, seen = encode_images(v_pipe, list(generate_once(v_pipe, [caption] * 2, sampler_steps=2))), []
+        latents, seen = encode_images(v_pipe, list(generate_once(v_pipe, [caption] * 2, **sampler))), []
         draw = numbered_batches(
             v_pipe, [CaptionedLatents(latents, encode_prompts(v_pipe, [caption]).detach()[0], 8)], 0
         )(0)

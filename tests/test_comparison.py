@@ -36,6 +36,58 @@ def test_a_killed_run_goes_on_without_losing_or_doubling(tmp_path):
     pandas.testing.assert_frame_equal(table, pandas.read_csv(path), check_dtype=False)
 
 
+def test_rows_of_another_model_version_or_settings_are_not_continued(tmp_path):
+    path = tmp_path / "table.csv"
+    made = {"model": "0123", "version": "1.0", "options": {"rounds": 3}}
+    first = run_cells(CELLS[:2], rows_of, path, identity=made, progress=False)
+    assert set(first.model) == {"0123"} and set(first.options) == {'{"rounds": 3}'}
+    kept = path.read_bytes()
+    for other in ({"model": "0124"}, {"version": "1.1"}, {"options": {"rounds": 4}}, {"judge": "ab"}):
+        for cells in (CELLS, CELLS[2:]):
+            with pytest.raises(ConeslabError, match=rf"{next(iter(other))}(.|\n)* name another file"):
+                run_cells(cells, rows_of, path, identity=made | other, progress=False)
+            assert path.read_bytes() == kept
+    assert len(run_cells(CELLS, rows_of, path, identity=made, progress=False)) == 12
+    run_cells(CELLS, rows_of, tmp_path / "old.csv", progress=False)
+    with pytest.raises(ConeslabError, match="does not say with what model"):
+        run_cells(CELLS, rows_of, tmp_path / "old.csv", identity=made, progress=False)
+
+
+def test_each_cell_may_have_an_identity_of_its_own(tmp_path):
+    path = tmp_path / "table.csv"
+    run_cells(CELLS, rows_of, path, identity=lambda cell: {"settings": cell["subject"]}, progress=False)
+    with pytest.raises(ConeslabError, match="settings cat, not x"):
+        run_cells(CELLS, rows_of, path, identity=lambda cell: {"settings": "x"}, progress=False)
+
+
+@pytest.mark.parametrize(
+    "values", [["007", "7", "NA", "", "1e5", "True", "nan"], [0, 1, 10**12], [0.1, 1 / 3, 1e-12, 2.0], [True, False]]
+)
+def test_a_cell_is_known_again_whatever_its_values(tmp_path, values):
+    path, calls = tmp_path / "table.csv", []
+    cells = [{"name": value, "seed": seed} for value in values for seed in (0, 1)]
+
+    def measure(name, seed):
+        calls.append((name, seed))
+        return [{"measure": "m", "value": 1 / 3, "density": np.float32(0.1)}]
+
+    table = run_cells(cells, measure, path, progress=False)
+    assert len(calls) == len(cells)
+    again = run_cells(cells, measure, path, progress=False)
+    assert len(calls) == len(cells) and list(again.name) == list(table.name) == [cell["name"] for cell in cells]
+    pandas.testing.assert_frame_equal(again, table)
+    assert set(table.value) == {0.333333}
+
+
+def test_rows_come_in_the_order_of_the_cells_however_they_were_made(tmp_path):
+    whole = run_cells(CELLS, rows_of, tmp_path / "whole.csv", progress=False)
+    run_cells(CELLS[3:5], rows_of, tmp_path / "parts.csv", progress=False)
+    run_cells([CELLS[0], CELLS[0]], rows_of, tmp_path / "parts.csv", progress=False)
+    parts = run_cells(CELLS, rows_of, tmp_path / "parts.csv", progress=False)
+    pandas.testing.assert_frame_equal(whole, parts)
+    assert (tmp_path / "whole.csv").read_bytes() == (tmp_path / "parts.csv").read_bytes()
+
+
 def test_a_foreign_table_is_refused_and_kept(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("x,y\n1,2\n")
@@ -48,10 +100,34 @@ def test_summaries_are_means_over_subjects_and_paired_differences():
     table = pandas.DataFrame([{**cell, **row} for cell in CELLS for row in rows_of(**cell)])
     summary = summarise(table).set_index("condition")
     assert summary.loc["a", "value"] == pytest.approx(np.mean([1, 11]))
-    assert summary.loc["a", "low"] <= 1.0 + 1e-9 and summary.loc["a", "high"] >= 11.0 - 1e-9
-    difference = summarise(table, minus="a").set_index("condition")
-    assert list(difference.index) == ["b"]
+    assert np.isnan(summary.loc["a", "low"]) and summary.loc["a", "points"] == (1, 11)  # two subjects: no interval
+    many = pandas.concat([table.assign(subject=table.subject + str(number)) for number in range(3)])
+    summary = summarise(many).set_index("condition")
+    assert summary.loc["a", "low"] < 6 < summary.loc["a", "high"] and summary.loc["a", "points"] == ()
+    difference = summarise(many, minus="a").set_index("condition")
+    assert list(difference.index) == ["b"] and difference.loc["b", "clusters"] == 6
     assert difference.loc["b", ["value", "low", "high"]].tolist() == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_shares_in_a_table_are_never_known_exactly():
+    rows = [
+        {"subject": name, "seed": seed, "condition": "a", "measure": measure, "value": 1.0}
+        for name in "abcdef"
+        for seed in range(2)
+        for measure in ("every subject found", "comes back: img2img")
+    ]
+    found = summarise(pandas.DataFrame(rows))
+    assert (found.high == 1).all() and (found.low < 0.7).all()
+
+
+def test_equivalence_is_refused_for_fewer_than_five_subjects():
+    rows = [
+        {"subject": name, "seed": 0, "condition": condition, "measure": "m", "value": 0.0}
+        for name in "abcd"
+        for condition in ("own", "other")
+    ]
+    with pytest.raises(ConeslabError, match="at least 5"):
+        equivalence(pandas.DataFrame(rows), minus="own", margins={"m": 0.01})
 
 
 def failing(subject: str, seed: int) -> list[dict]:

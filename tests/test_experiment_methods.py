@@ -71,7 +71,7 @@ def test_single_edits_are_made_once_and_their_seconds_count_every_time(world_pip
     edit, seconds = make_edit(own, world_pipe, both, folder=tmp_path)
     again, later = make_edit(own, world_pipe, both, folder=tmp_path, **turned)
     assert (edit.subject, again.subject) == ("cat", "dog")
-    assert calls == [("cat", 0, 1.0), ("dog", 0, 1.0)] and later >= 0.5 * seconds
+    assert [(name, size) for name, _, size in calls] == [("cat", 1.0), ("dog", 1.0)] and later >= 0.5 * seconds
     make_edit(own, world_pipe, both, folder=tmp_path, seed=1)  # another seed, other settings, no folder: made anew
     make_edit(own, world_pipe, both, folder=tmp_path, size=2.0)
     make_edit(own, world_pipe, both)
@@ -131,6 +131,50 @@ def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeyp
     assert json.loads(path.read_text()) == {"own": {"size": 0.2}}
     trials = pandas.read_csv(path.with_suffix(".csv"))
     assert trials.groupby(["subject", "trial"]).ngroups == 6 and len(calls) == 6
+    monkeypatch.setitem(METHODS, "second", own)
+    best = {0.1: 0.95, 0.2: 0.9, 0.3: 0.4}
+    both = {"own": {"size": 0.2}, "second": {"size": 0.1}}  # the first one's settings are kept
+    assert comparison.tune_methods(path, **options | {"methods": ["second"]}, **folders) == both
+    assert json.loads(path.read_text()) == both
+
+
+def test_a_kept_edit_is_that_of_all_settings_defaults_included(world_pipe, tmp_path, monkeypatch):
+    from coneslab.experiments import setting
+
+    made = []
+
+    def make(pipe, about, *, seed, size=1.0):
+        made.append((about.name, seed, size))
+        name, weight = next(iter(pipe.unet.named_parameters()))
+        return WeightDelta({name: torch.full_like(weight, size)}, model_fingerprint(pipe))
+
+    (cat,) = subjects_of("cat")
+    for _ in range(2):
+        for given in ({}, {"size": 1.0}, {"size": 2.0}):
+            setting.kept(make, world_pipe, cat, seed=0, folder=tmp_path, **given)
+    assert [size for _, _, size in made] == [1.0, 2.0]
+    make.__kwdefaults__["size"] = 3.0  # as a new version would
+    edit, _ = setting.kept(make, world_pipe, cat, seed=0, folder=tmp_path)
+    assert made[-1][2] == 3.0 and float(next(iter(edit.deltas.values())).flatten()[0]) == 3.0
+    monkeypatch.setattr(setting, "__version__", "9")
+    setting.kept(make, world_pipe, cat, seed=0, folder=tmp_path)
+    assert len(made) == 4
+    assert len({seed for _, seed, _ in made}) == 1
+    filled = setting._filled(setting.neurons, {"rounds": 7})
+    assert filled["rounds"] == 7 and {"threshold_quantile", "batch_size", "prior_weight"} <= filled.keys()
+
+
+@pytest.mark.slow
+def test_a_table_is_not_continued_with_other_pictures_or_settings(folders, tmp_path):
+    path, calls = tmp_path / "table.csv", []
+    options = {"methods": {"mine": Method(first, single(calls))}, "subjects": ["cat"], "seeds": 1, "progress": False}
+    comparison.compare_methods(path, pictures=1, **options, **folders)
+    with pytest.raises(ConeslabError, match=r'"pictures": 1.*"pictures": 2'):
+        comparison.compare_methods(path, pictures=2, **options, **folders)
+    with pytest.raises(ConeslabError, match=r"settings.*size"):
+        comparison.compare_methods(path, pictures=1, settings={"size": 2.0}, **options, **folders)
+    more = options | {"methods": {"other": METHODS["untouched model"]}}
+    assert set(comparison.compare_methods(path, pictures=1, **more, **folders).condition) == {"mine", "other"}
 
 
 def test_the_table_has_no_tuning_subject_and_all_sizes():

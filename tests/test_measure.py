@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn.metrics.pairwise import cosine_similarity, polynomial_kernel
 from torchmetrics.image.kid import poly_mmd
 
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.measure.judge import Judge, load_judge
-from coneslab.measure.statistics import bootstrap_interval, kid
+from coneslab.measure.statistics import bootstrap_interval, kid, share_interval
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,51 @@ def test_kid_is_unbiased_and_grows_with_distance():
     assert 0 < near < far
 
 
+def test_kid_of_features_of_length_1_is_that_of_features_of_length_sqrt_d():
+    """k-diffusion and torchmetrics would see the cubic kernel as all but linear otherwise."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features(40, 16, 0.2, 1), features(40, 16, 0.5, 2)))
+    expected = poly_mmd(torch.from_numpy(a * 4), torch.from_numpy(b * 4)).item()
+    assert kid(a, b) == pytest.approx(expected, rel=1e-9)
+    assert kid(a.astype(np.float32), torch.from_numpy(b).float()) == pytest.approx(expected, rel=1e-4)
+    assert kid(a, b, gamma=1 / 16) == pytest.approx(poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item(), rel=1e-9)
+
+
+def gretton(x: np.ndarray, y: np.ndarray) -> float:
+    """The U-statistic of pairs (Gretton et al. 2012, Lemma 6), written out."""
+
+    def k(a, b):
+        return (a @ b / len(a) + 1) ** 3
+
+    n, total = len(x), 0.0
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                total += k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i])
+    return total / (n * (n - 1))
+
+
+def test_kid_of_pairs_is_unbiased_where_the_other_estimate_is_not():
+    rng = np.random.default_rng(0)
+    a = features(12, 8, 0, 1)
+    b = a + 0.3 * features(12, 8, 0, 2)
+    assert kid(a, b, paired=True) == pytest.approx(gretton(a, b), rel=1e-9)
+    assert kid(a, a, paired=True) == 0.0 and kid(a, a) < -0.5
+    twice = kid(a, b, paired=True, subset_size=6, subsets=3, seed=4)
+    drawn = np.random.default_rng(4)
+    rows = [drawn.choice(12, 6, replace=False) for _ in range(3)]
+    assert twice == pytest.approx(np.mean([gretton(a[own], b[own]) for own in rows]), rel=1e-9)
+    paired, apart = [], []
+    for _ in range(300):  # equal distributions, dependent pairs: both should be 0 on average
+        shared, first, second = rng.normal(size=(3, 20, 8))
+        x, y = (0.9 * shared + 0.436 * own for own in (first, second))
+        paired.append(kid(x, y, paired=True))
+        apart.append(kid(x, y))
+    error = np.std(paired) / np.sqrt(300)
+    assert abs(np.mean(paired)) < 4 * error and np.mean(apart) < -4 * error
+    with pytest.raises(MismatchError, match="pairs"):
+        kid(a, b[:5], paired=True)
+
+
 def test_kid_refuses_what_does_not_fit():
     with pytest.raises(MismatchError, match=r"\(5, 4\) and \(5, 3\)"):
         kid(np.ones((5, 4)), np.ones((5, 3)))
@@ -207,6 +253,64 @@ def test_paired_difference_removes_what_subjects_share():
     assert bootstrap_interval(treated, clusters=[subjects]).low < 0
 
 
+def test_shares_near_an_end_have_the_interval_of_wilson():
+    for hits, n in ((0, 24), (24, 24), (1, 24), (13, 24), (2, 2)):
+        expected = binomtest(hits, n).proportion_ci(0.95, "wilson")
+        for found in (bootstrap_interval([1] * hits + [0] * (n - hits)), share_interval(np.arange(n) < hits)):
+            assert (found.low, found.high) == pytest.approx((expected.low, expected.high)) and found.clusters == n
+            assert found.estimate == pytest.approx(hits / n)
+
+
+def test_a_clustered_share_counts_its_effective_number():
+    labels = np.repeat(np.arange(10), 8)
+    for value in (0, 1):  # clusters that agree are as many values as there are clusters
+        found = share_interval([value] * 80, clusters=[labels])
+        expected = binomtest(10 * value, 10).proportion_ci(0.95, "wilson")
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert (found.values, found.clusters) == (80, 10)
+    even = share_interval(np.arange(80) % 2, clusters=[labels])  # half of every cluster: no less than 80 values
+    expected = binomtest(40, 80).proportion_ci(0.95, "wilson")
+    assert (even.low, even.high) == pytest.approx((expected.low, expected.high))
+    whole = np.repeat([1, 1, 1, 1, 1, 1, 1, 0, 0, 0], 8)  # a cluster is all right or all wrong: ten values
+    found = share_interval(whole, clusters=[labels])
+    expected = binomtest(7, 10).proportion_ci(0.95, "wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):  # clusters with shares of their own around 0.97, which a bootstrap covers far too seldom
+        own = rng.beta(9.7, 0.3, size=12)
+        found = share_interval(rng.random((12, 6)).ravel() < own.repeat(6), clusters=[np.repeat(np.arange(12), 6)])
+        inside += found.low <= 0.97 <= found.high
+    assert inside / 400 > 0.93
+
+
+def test_too_few_values_have_no_interval():
+    for found in (
+        bootstrap_interval([0.3]),
+        bootstrap_interval([0.1, 0.2, 0.4, 0.3]),
+        bootstrap_interval(np.linspace(0, 1, 30), clusters=[np.arange(30) % 4]),
+        bootstrap_interval([1] * 30, clusters=[np.arange(30) % 4]),
+        bootstrap_interval([1]),
+        bootstrap_interval([1, 0, 1], minus=[0, 0, 1]),
+    ):
+        assert np.isnan(found.low) and np.isnan(found.high) and np.isfinite(found.estimate)
+        assert "no interval" in repr(found) and found.to_dict()["low"] is None
+    assert np.isfinite(bootstrap_interval([0.1, 0.2, 0.4, 0.3, 0.5]).low)
+
+
+def test_a_difference_of_shares_that_never_differ_is_not_known_exactly():
+    none = bootstrap_interval([1] * 24, minus=[1] * 24)
+    assert none.estimate == 0 and none.low < -0.05 and none.high > 0.05
+    # Agresti and Min (2005): 10 pairs (1, 0), 3 pairs (0, 1), 37 that agree
+    first, second = [1] * 10 + [0] * 3 + [1] * 37, [0] * 10 + [1] * 3 + [1] * 37
+    found = bootstrap_interval(first, minus=second)
+    n = 52
+    middle, spread = (10.5 - 3.5) / n, np.sqrt((14 / n - (7 / n) ** 2) / n)
+    assert (found.low, found.high) == pytest.approx((middle - 1.959964 * spread, middle + 1.959964 * spread))
+    clustered = bootstrap_interval([1] * 24, minus=[1] * 24, clusters=[np.arange(24) % 6])
+    assert clustered.low < none.low  # six clusters, not 24 pairs
+
+
 def test_bootstrap_refuses_what_does_not_fit():
     with pytest.raises(MismatchError, match="one length"):
         bootstrap_interval([1, 2, 3], clusters=[["a", "b"]])
@@ -218,3 +322,5 @@ def test_bootstrap_refuses_what_does_not_fit():
         bootstrap_interval([])
     with pytest.raises(ConeslabError, match="level=95"):
         bootstrap_interval([1, 2], level=95)
+    with pytest.raises(ConeslabError, match="from 0 to 1"):
+        share_interval([0.5, 1.5])

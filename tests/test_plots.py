@@ -32,6 +32,15 @@ def test_intervals_draw_the_numbers_given():
     assert figure.axes[0].get_xlabel() == "m"
 
 
+def test_a_row_without_an_interval_shows_its_points_and_a_hollow_mean():
+    rows = [("a", 0.5, 0.4, 0.6, ()), ("b", 0.5, np.nan, np.nan, (0.2, 0.8))]
+    table = pandas.DataFrame(rows, columns=["condition", "value", "low", "high", "points"]).assign(measure="m")
+    (axes,) = plots.intervals(table).axes
+    known, unknown = ([line for line in axes.lines if set(line.get_ydata()) == {place}] for place in (1, 0))
+    assert [line.get_markerfacecolor() for line in (known[-1], unknown[-1])] == ["0.45", "white"]
+    assert list(unknown[1].get_xdata()) == [0.2, 0.8] and len(known) == 2
+
+
 def test_a_logarithmic_panel_leaves_out_what_it_cannot_show():
     rows = [("a", "m", 0.0), ("b", "m", 10.0), ("a", "n", 0.0), ("b", "n", 1.0)]
     table = pandas.DataFrame([{"condition": c, "measure": m, "value": v, "low": v, "high": v} for c, m, v in rows])

@@ -220,6 +220,13 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
     return found
 
 
+def pipeline_fingerprint(pipe: Pipeline) -> str:
+    """Hex SHA-256 of everything that decides what a pipeline draws: weights, tokenizer, scheduler."""
+    parts = [fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae)]
+    words = repr(sorted(pipe.tokenizer.get_vocab().items()))
+    return hashlib.sha256("\n".join([*parts, words, str(pipe.scheduler.config)]).encode()).hexdigest()
+
+
 def _checksum(tensors: Mapping[str, Tensor]) -> bytes:
     """What tells weights apart: names, shapes, dtypes, and sums of their bytes as 64-bit integers."""
     digest = hashlib.blake2b(digest_size=16)

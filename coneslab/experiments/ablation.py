@@ -25,6 +25,7 @@ from ..methods.ablation.esd import erase
 from ..methods.ablation.neurons import ablating_neurons
 from ..methods.ablation.report import CopyDetector, attacks, evaluate_ablation, near_and_far
 from ..methods.ablation.uce import closed_form_edit
+from ..seeds import derived
 from ..world.pictures import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, rearranged, with_article
 from .setting import Setting, stored_bytes, timed
 from .table import Row, rows_of
@@ -178,7 +179,7 @@ WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
 
 def ablation(setting: Setting, case: Target, seed: int) -> list[Row]:
     """One concept, ablated in every way from one seed; case: as `ablation_target` returns it."""
-    setting = setting.quick()
+    setting, seed = setting.quick(), derived(seed, case.kind, case.name)
     rows = _measured(setting, case, None, seed, condition="untouched model", kind=case.kind, seconds=0.0, bytes=0)
     for name, make in WAYS.items():
         if case.kind == "memorised" and name == "model-based, embedding":
@@ -192,10 +193,10 @@ def ablation(setting: Setting, case: Target, seed: int) -> list[Row]:
 def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
     """What ablating one concept does to every class (the condition): the share that the judge recognises."""
     setting = setting.quick()
-    edit = WAYS["model-based, K-V"](setting, case, seed)
+    edit = WAYS["model-based, K-V"](setting, case, derived(seed, case.kind, case.name))
     names, each = list(CLASSES), PICTURES // 2 * setting.pictures
     prompts = [with_article(name) for name in names for _ in range(each)]
-    options: dict[str, Any] = {**setting.drawing, "seed": 2000 * seed}
+    options: dict[str, Any] = {**setting.drawing, "seed": derived(seed, "evaluation")}  # drawn once for all targets
     shares = {"right class before": generate_once(setting.pipe, prompts, **options)}
     with edit.applied(setting.pipe):
         shares["right class"] = tuple(generate(setting.pipe, prompts, batch_size=25, **options))
@@ -210,7 +211,7 @@ def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
 
 def _measured(setting: Setting, case: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
     """Accuracy by group, what the others lost, and whether the concept comes back (a memorised one: as copies)."""
-    drawing: dict[str, Any] = {**setting.drawing, "seed": 1000 * seed}
+    drawing: dict[str, Any] = {**setting.drawing, "seed": seed}
     pictures = PICTURES * setting.pictures
     report = evaluate_ablation(
         setting.pipe, setting.judge, edit, *case.shown, others=case.others, pictures=pictures, **drawing

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,7 @@ from ..files import data_folder, write_whole
 from ..measure.judge import load_judge
 from ..world.subjects import COMBINATIONS, SUBJECTS, subjects_of, title_of
 from .methods import METHODS, Method, chosen_settings, make_edit
-from .setting import Setting, measure, stored_bytes
+from .setting import Setting, identity_of, measure, stored_bytes
 from .table import Row, rows_of, run_cells
 from .unions import measure_together
 
@@ -55,16 +55,31 @@ class _Cell:
     pictures: int
     folder: Path | None
 
+    def settings_of(self, condition: str, trial: str = "{}") -> dict[str, Any]:
+        method, settings = self.methods[condition]
+        return {**method.settings, **settings, **json.loads(trial)}
+
+    def identity(self) -> Callable[[Row], dict[str, Any]]:
+        """What a cell's values depend on besides itself."""
+        common = identity_of(*_loaded(self.model, self.judge), pictures=self.pictures)
+
+        def of_cell(cell: Row) -> dict[str, Any]:
+            if cell["condition"] not in self.methods:  # an earlier run compared other methods as well
+                return common
+            settings = self.settings_of(cell["condition"], cell.get("trial", "{}"))
+            return common | {"settings": json.dumps(settings, sort_keys=True, default=str)}
+
+        return of_cell
+
     def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
         pipe, judge = _loaded(self.model, self.judge)
-        subjects, (method, settings) = subjects_of(subject), self.methods[condition]
-        settings = {**method.settings, **settings, **json.loads(trial)}
+        subjects, (method, _) = subjects_of(subject), self.methods[condition]
+        settings = self.settings_of(condition, trial)
         edit, seconds = make_edit(method, pipe, subjects, seed=seed, folder=self.folder, **settings)
         facts = {
             "count": len(subjects),
             "seconds": seconds,
             "bytes": stored_bytes(edit),
-            "settings": json.dumps(settings, sort_keys=True),
         }
         if len(subjects) == 1:
             values = measure(pipe, judge, subjects[0], edit, seed=seed, pictures=self.pictures)
@@ -130,10 +145,10 @@ def compare_methods(
     """Run every method on every subject and combination of these sizes; an existing table is continued.
 
     One row per (subject, condition, seed, measure); the condition is the method. A cell that fails is recorded with its
-    error. path: default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names
-    and combinations ("cat+car") instead of those that ship. settings: for all methods, overriding those chosen. folder:
-    where edits of single subjects are kept, so that methods and combinations share them; on a cluster, one that all
-    workers can see.
+    error. A table of another model, judge, version, number of pictures or settings is not continued. path: default
+    `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names and combinations
+    ("cat+car") instead of those that ship. settings: for all methods, overriding those chosen. folder: where edits of
+    single subjects are kept, so that methods and combinations share them; on a cluster, one that all workers can see.
     Raises ConeslabError for an unknown method or count.
     """
     chosen = _named(methods)
@@ -151,7 +166,7 @@ def compare_methods(
     known = {name: chosen_settings(name) if METHODS.get(name) is method else {} for name, method in chosen.items()}
     ready = {name: (method, {**known[name], **(settings or {})}) for name, method in chosen.items()}
     run = _Cell(ready, model, judge, pictures, None if folder is None else Path(folder).absolute())
-    return run_cells(cells, run, path, client=client, keep_going=True, progress=progress)
+    return run_cells(cells, run, path, identity=run.identity(), client=client, keep_going=True, progress=progress)
 
 
 def _named(methods: Sequence[str] | Mapping[str, Method]) -> dict[str, Method]:
@@ -177,7 +192,8 @@ def tune_methods(
     """Choose each method's settings with the same number of trials on tuning subjects; write and return them.
 
     The score is text plus image alignment, averaged over subjects. path: of the settings, default
-    `data/results/settings.json`; the trials are saved beside it, as `.csv`. folder: as in `compare_methods`.
+    `data/results/settings.json`, in which other methods' settings are kept; the trials are saved beside it, as `.csv`.
+    folder: as in `compare_methods`.
     """
     path = Path(path) if path is not None else data_folder() / "results" / "settings.json"
     chosen = _named(methods)
@@ -189,10 +205,15 @@ def tune_methods(
     ]
     ready: dict[str, tuple[Method, dict[str, Any]]] = {name: (method, {}) for name, method in chosen.items()}
     run = _Cell(ready, model, judge, 1, None if folder is None else Path(folder).absolute())
-    table = run_cells(cells, run, path.with_suffix(".csv"), client=client, progress=progress)
-    scored = table[table.measure.isin(["text alignment", "image alignment"])]
+    trials = path.with_suffix(".csv")
+    table = run_cells(cells, run, trials, identity=run.identity(), client=client, progress=progress)
+    tried = {(cell["subject"], cell["condition"], cell["trial"]) for cell in cells}
+    own = np.array([key in tried for key in zip(table.subject, table.condition, table.trial, strict=True)])
+    scored = table[own & table.measure.isin(["text alignment", "image alignment"])]
     score = scored.groupby(["condition", "trial"]).value.mean()
     best = {name: json.loads(score[name].idxmax()) for name, method in chosen.items() if method.choices}
+    others = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    best = {**others, **best}
     write_whole(path, (json.dumps(best, indent=1, sort_keys=True) + "\n").encode())
     return best
 

@@ -19,12 +19,13 @@ from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied
 from ..errors import ConeslabError
-from ..finetuning.samples import generate_once
+from ..finetuning.samples import SamplerSettings, generate_once
 from ..measure.statistics import kid
 from ..methods.conceptor.biases import bias, group_shares, rebalance
 from ..methods.conceptor.decomposition import Decomposition, decompose
 from ..methods.conceptor.vocabulary import Vocabulary, encode_vocabulary
 from ..methods.personalization.textual_inversion import textual_inversion
+from ..seeds import derived
 from ..world.pictures import CLASSES, FACTS, with_article
 from .setting import Setting
 from .table import Row, rows_of
@@ -123,6 +124,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     The first seed of every other concept also covers what needs a training run of its own: no sparsity, the two
     alternatives to the MLP, and a vector that is not a sum of words.
     """
+    first, seed = seed == 0, derived(seed, fact.title)
     setting = setting.quick()
     pipe, judge = setting.pipe, setting.judge
     words = _words(pipe, judge)
@@ -137,13 +139,13 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     random_words = replace(
         found, words=tuple(rng.choice(words.words, count, replace=False)), coefficients=found.coefficients[:count]
     )
-    real = judge.image_features(_drawn(setting, fact.prompt, PICTURES, seed + 20_000))
+    real = judge.image_features(_drawn(setting, fact.prompt, PICTURES, derived(seed, "likeness")))
     order = (words.features @ real.mean(0)).argsort(descending=True).tolist()
     near = tuple(words.words[i] for i in order if words.words[i] in found.words)[:count]
     nearest = replace(found, words=near, coefficients=np.ones(len(near), np.float32))
     sums = {"Conceptor": found, "random words": random_words, "nearest words": nearest}
     edits: dict[str, Edit] = {}
-    if seed == 0 and PLANTED.index(fact.title) % 2 == 0:
+    if first and PLANTED.index(fact.title) % 2 == 0:
         sums |= {name: decompose(pipe, fact.prompt, judge, **options, **own) for name, own in VARIANTS.items()}
         edits["free token"] = _free_token(setting, fact, found, seed)
     rows = []
@@ -151,7 +153,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
         rows += rows_of(faithfulness(one, fact), condition=name, kind=fact.kind)
     for name, edit in {**sums, **edits}.items():
         with edit.applied(pipe):
-            drawn = judge.image_features(_drawn(setting, found.prompt, PICTURES, seed + 30_000))
+            drawn = judge.image_features(_drawn(setting, found.prompt, PICTURES, derived(seed, "evaluation")))
         values = {"likeness": float((drawn @ real.mean(0)).mean()), "KID": kid(drawn, real)}
         rows += rows_of(values, condition=name, kind=fact.kind)
     rows += _removals(setting, found, fact, seed)
@@ -162,7 +164,8 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
 
 def _free_token(setting: Setting, fact: Planted, found: Decomposition, seed: int) -> Edit:
     """A vector trained on the same pictures without being a sum of words: the ceiling of reconstruction."""
-    shown = generate_once(setting.pipe, [fact.prompt] * TRAINING["pictures"], seed=seed, **setting.drawing)
+    settings = SamplerSettings(seed=seed, **setting.drawing)
+    shown = generate_once(setting.pipe, [fact.prompt] * TRAINING["pictures"], **settings.sampler)
     subject = SimpleNamespace(
         name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=""
     )
@@ -178,7 +181,7 @@ def _removals(setting: Setting, found: Decomposition, fact: Planted, seed: int) 
 
     def shares(one: Decomposition) -> dict[str, float]:
         with one.applied(setting.pipe):
-            drawn = _drawn(setting, one.prompt, PICTURES, seed + 40_000)
+            drawn = _drawn(setting, one.prompt, PICTURES, derived(seed, "removals"))
         return {part: share.estimate for part, share in group_shares(setting.judge, drawn, groups).items()}
 
     before, rows = shares(found), []
@@ -197,7 +200,7 @@ def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int) -
 
     def men(edit: Edit | None, prompt: str) -> float:
         with applied(edit, setting.pipe):
-            drawn = _drawn(setting, prompt, 2 * PICTURES, seed + 50_000)
+            drawn = _drawn(setting, prompt, 2 * PICTURES, derived(seed, "balance"))
         return group_shares(setting.judge, drawn, groups)["man"].estimate
 
     rows = rows_of(

@@ -13,6 +13,7 @@ from ..methods.personalization.textual_inversion import textual_inversion
 from ..neurons.damage import DAMAGES
 from ..neurons.encoding import PRECISIONS
 from ..neurons.loss import concept_loss
+from ..seeds import derived
 from ..world.subjects import Subject
 from .setting import Setting, stored_bytes
 from .table import Row, rows_of
@@ -36,7 +37,7 @@ ENERGIES = (0.6, 0.9)  # of a compressed delta; the first is the paper's
 def storage(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """Bytes that each method stores for one subject, and its loss; plain encodings and the bound, to compare."""
     pipe, found = setting.pipe, setting.found(subject, seed)
-    trained: dict[str, Any] = {"seed": seed, "steps": setting.finetune_steps, "progress": False}
+    trained: dict[str, Any] = {"seed": derived(seed, subject.name), "steps": setting.finetune_steps, "progress": False}
     tuned: Any = custom_diffusion(pipe, subject, **trained)
     vectors, delta = tuned.edits
     edits: dict[str, Edit | None] = {
@@ -70,6 +71,6 @@ def damage(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     rows += setting.measure(subject, found, seed, condition="whole mask", fraction=0.0)
     for kind, fractions in FRACTIONS.items():
         for fraction in fractions:
-            edit = DAMAGES[kind](found, fraction, seed=seed)
+            edit = DAMAGES[kind](found, fraction, seed=derived(seed, kind, subject.name))
             rows += setting.measure(subject, edit, seed, condition=f"{kind} {fraction:g}", fraction=fraction)
     return rows

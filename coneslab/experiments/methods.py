@@ -17,12 +17,14 @@ from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined, Edit
 from ..errors import ConeslabError
 from ..files import data_folder
-from ..methods.personalization.custom_diffusion import custom_diffusion
+from ..methods.personalization.custom_diffusion import CustomDiffusionSettings, custom_diffusion
 from ..methods.personalization.dreambooth import dreambooth
 from ..methods.personalization.merging import merge
 from ..methods.personalization.textual_inversion import textual_inversion
 from ..neurons.mask import ConceptNeurons
 from ..neurons.union import concatenate, finetune_together
+from ..seeds import derived
+from ..settings import takes
 from ..world.subjects import Subject
 from .setting import kept, neurons, timed
 
@@ -44,6 +46,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+@takes(CustomDiffusionSettings)
 def _customised(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> Edit:
     return custom_diffusion(pipe, subject, seed=seed, progress=False, **settings)
 
@@ -136,10 +139,11 @@ def make_edit(
         settings = {**chosen_settings(method), **settings}
         method = METHODS[method]
     settings = {**method.settings, **settings}
+    joint = derived(seed, *(subject.name for subject in subjects))
     if method.single is None:
-        return timed(partial(method.make, pipe, list(subjects), seed=seed, **settings))
+        return timed(partial(method.make, pipe, list(subjects), seed=joint, **settings))
     own = {name: value for name, value in settings.items() if name in method.own_settings}
     rest = {name: value for name, value in settings.items() if name not in own}
     made = [kept(method.single, pipe, subject, seed=seed, folder=folder, **rest) for subject in subjects]
-    edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=seed, **own))
+    edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=joint, **own))
     return edit, seconds + sum(before for _, before in made)

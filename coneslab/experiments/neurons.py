@@ -11,11 +11,9 @@ import numpy as np
 
 from ..edits.base import Edit
 from ..finetuning.samples import prior_pictures
-from ..neurons.controls import Criterion, finetune_kv, random_neurons, reversed_neurons, top_k_neurons
-from ..neurons.union import (
-    cosines,
-    output_changes,
-)
+from ..neurons.controls import Criterion, finetune_kv, reversed_neurons, top_k_neurons
+from ..neurons.union import cosines, output_changes
+from ..seeds import derived
 from ..world.subjects import SUBJECTS, Subject, wanted_pictures
 from ..world.subjects import subject as subject_named
 from .setting import Setting, alignments, timed
@@ -40,14 +38,15 @@ CONTROLS = (
 
 def real_pictures(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """The measures of real pictures of the subject in the scenes asked for: the ceiling."""
-    drawn = wanted_pictures(subject, n=setting.pictures, seed=1000 * seed)
+    drawn = wanted_pictures(subject, n=setting.pictures, seed=derived(seed, "real", subject.name))
     return rows_of(alignments(setting.judge, subject, drawn), condition=CONTROLS[0], seconds=0.0)
 
 
 def controls(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """Concept neurons beside every control; the column seconds says how long each edit took to make."""
     pipe, rounds = setting.pipe, setting.rounds
-    common: dict[str, Any] = {"prior": prior_pictures(pipe, subject, seed=seed), "seed": seed, "progress": False}
+    own = derived(seed, subject.name)
+    common: dict[str, Any] = {"prior": prior_pictures(pipe, subject, seed=own), "seed": own, "progress": False}
 
     def edits() -> Iterator[tuple[Edit | None, float]]:
         yield None, 0.0
@@ -55,7 +54,7 @@ def controls(setting: Setting, subject: Subject, seed: int) -> list[Row]:
         binary = found.binary()
         yield found, seconds
         yield binary, seconds
-        yield random_neurons(binary, seed=seed), 0.0
+        yield setting.random_mask(binary, subject, seed), 0.0
         yield timed(lambda: reversed_neurons(pipe, subject, rounds=rounds, **common).binary())
         criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
         for criterion in criteria:
@@ -74,7 +73,7 @@ def density(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     rows = setting.measure(subject, None, seed, condition="untouched model", quantile=np.nan)
     for quantile in DENSITIES:
         found = setting.search(subject, seed, threshold_quantile=quantile).binary()
-        for name, edit in (("concept neurons", found), ("random mask", random_neurons(found, seed=seed))):
+        for name, edit in (("concept neurons", found), ("random mask", setting.random_mask(found, subject, seed))):
             rows += setting.measure(subject, edit, seed, condition=f"{name} {quantile:g}", quantile=quantile)
     return rows
 
@@ -100,7 +99,7 @@ FINDERS: dict[str, dict[str, Any]] = {
 
 def finders(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """The paper's search rule beside others, all with as many gradients; the column seconds is the search's."""
-    prior_pictures(setting.pipe, subject, seed=seed)  # drawn before the clock starts
+    prior_pictures(setting.pipe, subject, seed=derived(seed, subject.name))  # drawn before the clock starts
     rows = setting.measure(subject, None, seed, condition="untouched model", seconds=0.0)
     for name, options in FINDERS.items():
         found, seconds = timed(partial(setting.search, subject, seed, **options))
@@ -113,9 +112,9 @@ def agreement(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     here = setting.found(subject, seed).binary()
     neighbour = subject_named(SUBJECTS[(SUBJECTS.index(subject.name) + 1) % len(SUBJECTS)])
     others = {
-        "same subject, other seed": setting.found(subject, seed + 1).binary(),
+        "same subject, other seed": setting.found(subject, derived(seed, "other seed")).binary(),
         "another subject": setting.found(neighbour, seed).binary(),
-        "random mask": random_neurons(here, seed=seed),
+        "random mask": setting.random_mask(here, subject, seed),
     }
     own, *changes = output_changes(setting.pipe, [here, *others.values()], [subject])
     rows = []

@@ -68,8 +68,9 @@ def run_experiment(
 
     subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
     planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
-    path: of the table, by default in `data/results`. Raises ConeslabError for an unknown experiment, WorldError for
-    an unknown subject, before anything is computed.
+    path: of the table, by default in `data/results`. A table of another model, judge, version or options is not
+    continued. Raises ConeslabError for it and for an unknown experiment, WorldError for an unknown subject, before
+    anything is computed.
     """
     if name not in EXPERIMENTS:
         raise ConeslabError(f"{name!r} is not an experiment: choose one of {', '.join(EXPERIMENTS)}")
@@ -81,4 +82,5 @@ def run_experiment(
         return experiment.measure(setting, known[subject], seed)
 
     cells = [{"subject": title, "seed": seed} for title in chosen for seed in range(seeds)]
-    return run_cells(cells, cell, path or data_folder() / "results" / experiment.table, progress=progress)
+    path = path or data_folder() / "results" / experiment.table
+    return run_cells(cells, cell, path, identity=setting.identity, progress=progress)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from ..diffusion.pipelines import Pipeline
+from .. import __version__
+from ..diffusion.pipelines import Pipeline, fingerprint, pipeline_fingerprint
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied, load_edit
-from ..edits.weights import model_fingerprint
 from ..files import write_whole
 from ..finetuning.samples import prior_pictures
 from ..measure.judge import Judge
+from ..neurons.controls import random_neurons
 from ..neurons.loss import concept_loss
 from ..neurons.mask import ConceptNeurons
-from ..neurons.search import find_concept_neurons
+from ..neurons.search import SearchSettings, find_concept_neurons
+from ..seeds import derived
+from ..settings import takes
 from ..world.pictures import STYLE_WORDS, STYLES, with_article
 from ..world.subjects import Subject
 from .table import Row, rows_of
@@ -61,13 +65,18 @@ def measure(
 ) -> dict[str, float]:
     """Every measure of `MEASURES` for one edit (None: the untouched model), on a subject's evaluation prompts.
 
-    Draws `pictures` pictures per prompt, and averages the loss over `samples` noise samples. All edits measured with
-    one `seed` start from the same noise.
+    Draws `pictures` pictures per prompt, and averages the loss over `samples` noise samples. All edits of a subject
+    measured with one `seed` start from the same noise; other subjects and seeds share none of it.
     """
     prompts = [prompt for prompt in subject.prompts for _ in range(pictures)]
     with applied(edit, pipe):
         drawn = generate(
-            pipe, prompts, seed=1000 * seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, batch_size=20
+            pipe,
+            prompts,
+            seed=derived(seed, "evaluation", subject.name),
+            sampler_steps=sampler_steps,
+            guidance_scale=guidance_scale,
+            batch_size=20,
         )
     return {
         **alignments(judge, subject, drawn),
@@ -99,6 +108,18 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
     return made, time.perf_counter() - begun
 
 
+def identity_of(pipe: Pipeline, judge: Judge, **options: Any) -> dict[str, Any]:
+    """What numbers depend on besides their cell: fingerprints of model and judge, the package's version, options."""
+    weights = fingerprint(judge.model)
+    return {
+        "model": pipeline_fingerprint(pipe)[:16],
+        "judge": weights[:16],
+        "version": __version__,
+        "options": json.dumps(options, sort_keys=True),
+    }
+
+
+@takes(SearchSettings)
 def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
     """A search without a progress bar; its prior pictures are drawn first, once for all searches from one seed."""
     prior = prior_pictures(pipe, subject, seed=seed)
@@ -110,14 +131,15 @@ def kept(
 ) -> tuple[Any, float]:
     """The edit make(pipe, subject, seed=..., **settings) and the seconds it takes to make, from `folder` if kept there.
 
-    For another function, model, pictures or settings the edit is made again, and kept beside the first. Without a
-    folder nothing is kept.
+    For another function, model, subject, version of the package or settings, defaults included, the edit is made again,
+    and kept beside the first. Without a folder nothing is kept.
     """
-    make_it = partial(make, pipe, subject, seed=seed, **settings)
+    make_it = partial(make, pipe, subject, seed=derived(seed, subject.name), **settings)
     if folder is None:
         return timed(make_it)
-    facts = [make.__qualname__, model_fingerprint(pipe), subject.prompt, sorted(settings.items())]
-    pictures = b"".join(picture.tobytes() for picture in subject.images)
+    prompts, options = [subject.prompt, subject.prior_prompt], _filled(make, settings)
+    facts = [make.__module__, make.__qualname__, pipeline_fingerprint(pipe), prompts, options, __version__]
+    pictures = b"".join(repr(picture.size).encode() + picture.tobytes() for picture in subject.images)
     key = hashlib.sha256(repr(facts).encode() + pictures).hexdigest()[:16]
     file = Path(folder) / f"{subject.name}-{seed}-{key}.safetensors"
     noted = file.with_suffix(".json")
@@ -127,6 +149,13 @@ def kept(
     edit.save(file)
     write_whole(noted, json.dumps({"seconds": seconds}).encode())
     return edit, seconds
+
+
+def _filled(make: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the defaults of those that are not given, in the order of their names."""
+    parameters = inspect.signature(make).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+    return dict(sorted({**defaults, **settings}.items()))
 
 
 @dataclass(frozen=True)
@@ -148,6 +177,12 @@ class Setting:
     masks: Path | None = None
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What every number measured in this setting depends on, as columns of its table."""
+        names = ("rounds", "finetune_steps", "pictures", "sampler_steps", "guidance_scale", "samples")
+        return identity_of(self.pipe, self.judge, **{name: getattr(self, name) for name in names})
+
+    @property
     def drawing(self) -> dict[str, Any]:
         """Options of `generate`."""
         return {"sampler_steps": self.sampler_steps, "guidance_scale": self.guidance_scale}
@@ -166,6 +201,10 @@ class Setting:
 
     def found(self, subject: Subject, seed: int) -> ConceptNeurons:
         return self.found_in(subject, seed)[0]
+
+    def random_mask(self, found: ConceptNeurons, subject: Subject, seed: int) -> ConceptNeurons:
+        """A random mask as dense as the one found, another one for every subject and seed."""
+        return random_neurons(found, seed=derived(seed, "random mask", subject.name))
 
     def measure(self, subject: Subject, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
         """The rows of one condition; `columns` go beside each measure."""

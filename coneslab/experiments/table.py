@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas
 from tqdm.auto import tqdm
 
 from ..errors import ConeslabError
 from ..files import write_whole
-from ..measure.statistics import bootstrap_interval
+from ..measure.statistics import MIN_CLUSTERS, bootstrap_interval, share_interval
 
 Row = dict[str, Any]
+
+
+Identity: TypeAlias = Mapping[str, Any] | Callable[[Row], Mapping[str, Any]]
 
 
 def run_cells(
@@ -21,43 +28,112 @@ def run_cells(
     measure: Callable[..., list[Row]],
     path: str | Path,
     *,
+    identity: Identity = MappingProxyType({}),
     client: Any = None,
     keep_going: bool = False,
     progress: bool = True,
 ) -> pandas.DataFrame:
     """Run `measure(**cell)` for every cell that the table at `path` does not hold yet; returns the whole table.
 
-    A cell is a set of plain values, such as {"subject": "cat", "seed": 0}; they become columns of its rows. The CSV
-    file is replaced whole after each cell, so a kill at any point loses at most the running cells and repeats none.
+    A cell is a set of plain values, such as {"subject": "cat", "seed": 0}; they become columns of its rows. identity:
+    what else its values depend on, such as model and settings, by name, for all cells or as a function of the cell; it
+    becomes columns too, and a table with rows of another identity is refused. The CSV file is replaced whole after each
+    cell, with rows in the order of the cells, so a kill at any point loses at most the running cells and repeats none.
+    Numbers that are measured are kept to six digits.
     client: a `distributed.Client` (Dask) whose workers share the cells; `measure` must then be picklable. keep_going: a
     cell that fails becomes one row with its message in the column error, and the others go on; the next call retries
     it. Otherwise the error is raised.
-    Raises ConeslabError if the file at `path` is not a table of these cells.
+    Raises ConeslabError if the file at `path` is not a table of these cells, or was made otherwise.
     """
     path = Path(path)
-    table = pandas.read_csv(path) if path.exists() else pandas.DataFrame()
-    todo = [dict(cell) for cell in cells]
-    names = list(todo[0]) if todo else []
-    if len(table) and not set(names) <= set(table.columns):
-        raise ConeslabError(
-            f"{path} has the columns {', '.join(table.columns)}, cells need {', '.join(names)}: name another file"
-        )
-    if len(table) and "error" in table:
-        table = table[table.error.isna()].drop(columns="error")
-    done = set(table[names].itertuples(index=False, name=None)) if len(table) and names else set()
-    todo = [cell for cell in todo if tuple(cell.values()) not in done]
-    bar = tqdm(total=len(done) + len(todo), initial=len(done), desc="cells", disable=not progress)
+    wanted: dict[tuple, Row] = {tuple(cell.values()): dict(cell) for cell in cells}
+    names = list(next(iter(wanted.values()))) if wanted else []
+    rows = _rows_of_file(path, wanted, names)
+    _require_identity(path, rows, names, identity)
+    known: dict[tuple, list[Row]] = {}
+    for row in rows:
+        known.setdefault(tuple(row[name] for name in names), []).append(row)
+    todo = [cell for key, cell in wanted.items() if key not in known]
+
+    def table() -> pandas.DataFrame:
+        others = [key for key in known if key not in wanted]
+        ordered = [row for key in (*others, *wanted) for row in known.get(key, [])]
+        return pandas.DataFrame(ordered)
+
+    bar = tqdm(total=len(known) + len(todo), initial=len(known), desc="cells", disable=not progress)
     for cell, result in _results(todo, measure, client):
         if isinstance(result, Exception):
             if not keep_going:
                 raise result
             result = [{"error": f"{type(result).__name__}: {result}"}]
-        rows = pandas.DataFrame([{**cell, **row} for row in result])
-        table = pandas.concat([table, rows], ignore_index=True)
-        write_whole(path, table.to_csv(index=False, float_format="%.6g").encode())
+        about = cell | _identity_of(cell, identity)
+        known[tuple(cell.values())] = [about | {name: _rounded(value) for name, value in row.items()} for row in result]
+        write_whole(path, table().to_csv(index=False).encode())
         bar.update()
     bar.close()
+    return table()
+
+
+_TEXT = ("subject", "condition", "measure", "kind", "component", "error", "model", "judge", "version")  # never numbers
+
+
+def read_table(path: str | Path, *, text: Iterable[str] = ()) -> pandas.DataFrame:
+    """Read a table of measurements. text: columns that are left as they are written, down to an empty name."""
+    table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+    for name in set(table.columns) - {*text}:
+        table[name] = table[name].replace("", np.nan)
+        if name not in _TEXT:
+            with suppress(ValueError):
+                table[name] = pandas.to_numeric(table[name])
     return table
+
+
+def _rows_of_file(path: Path, wanted: Mapping[tuple, Row], names: Sequence[str]) -> list[Row]:
+    """The rows of a table that was begun, without those of cells that failed; cells as plain values again."""
+    if not path.exists():
+        return []
+    table = read_table(path, text=names)
+    if not set(names) <= set(table.columns):
+        raise ConeslabError(
+            f"{path} has the columns {', '.join(table.columns)}, cells need {', '.join(names)}: name another file"
+        )
+    if "error" in table:
+        table = table[table.error.isna()].drop(columns="error")
+    for name, like in next(iter(wanted.values()), {}).items():
+        table[name] = [_like(like, text) for text in table[name]]
+    return [{name: value for name, value in row.items() if value == value} for row in table.to_dict("records")]
+
+
+def _like(value: Any, text: str) -> Any:
+    """A cell's value as it was before it was written, when values of its name are like this one."""
+    if isinstance(value, bool):
+        return text == "True"
+    if isinstance(value, int | float):
+        return float(text) if set(text.lower()) & set(".en") else int(text)
+    return text
+
+
+def _identity_of(cell: Row, identity: Identity) -> Row:
+    """The identity of one cell, as text that a table can hold."""
+    own = identity(cell) if callable(identity) else identity
+    return {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in own.items()}
+
+
+def _require_identity(path: Path, rows: Iterable[Row], names: Sequence[str], identity: Identity) -> None:
+    for row in rows:
+        cell = {name: row[name] for name in names}
+        for name, now in _identity_of(cell, identity).items():
+            was = row.get(name)
+            if str(was) != now:
+                said = "does not say" if was is None else f"was made with {name} {was}, not"
+                raise ConeslabError(
+                    f"{path} {said} {f'with what {name}' if was is None else now}: its rows cannot be continued here; "
+                    "name another file (--out), or delete it to measure everything anew"
+                )
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float | np.floating) else value
 
 
 def _results(
@@ -86,26 +162,56 @@ def rows_of(values: Mapping[str, float], **columns: Any) -> list[Row]:
     return [{**columns, "measure": name, "value": value} for name, value in values.items()]
 
 
+SHARES = (  # what measures of pictures begin with that are shares of them
+    "subject share",
+    "every subject found",
+    "CLIP accuracy",
+    "accuracy before",
+    "share of others kept",
+    "share before",
+    "share after",
+    "comes back: ",
+    "right class",
+    "precision at ",
+    "recall at ",
+    "in the dictionary",
+    "man, pictures",
+    "target still drawn",
+    "others kept",
+    "back by ",
+)
+
+
 def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float = 0.95) -> pandas.DataFrame:
-    """Mean and bootstrap interval of every condition and measure, over subjects and the seeds within them.
+    """Mean and interval of every condition and measure, over subjects and the seeds within them.
 
     minus: a condition to subtract from the others, pairing subject and seed; the interval is then of the difference.
-    level: of the interval. Returns the columns condition, measure, value, low, high, and means of all other numbers.
+    level: of the interval, which is `share_interval` for `SHARES` and `bootstrap_interval` for all else. Returns the
+    columns condition, measure, value, low, high, clusters (the number of subjects), points, and means of all other
+    numbers. With fewer than five subjects low and high are NaN, and points has each subject's mean to show instead.
     """
     others = [name for name in table.select_dtypes("number") if name not in ("seed", "value")]
     rows = []
     for (measure, condition), part in table.groupby(["measure", "condition"], sort=False):
         part = part.set_index(["subject", "seed"]).sort_index()
-        other = None
+        values, other = part.value.to_numpy(), None
         if minus is not None:
             if condition == minus:
                 continue
             base = table[(table.measure == measure) & (table.condition == minus)]
             other = base.set_index(["subject", "seed"]).sort_index().loc[part.index, "value"].to_numpy()
         clusters = [part.index.get_level_values(name).tolist() for name in ("subject", "seed")]
-        interval = bootstrap_interval(part.value.to_numpy(), clusters=clusters, minus=other, level=level)
+        if other is None and str(measure).startswith(SHARES) and ((values >= 0) & (values <= 1)).all():
+            interval = share_interval(values, clusters=clusters, level=level)
+        else:
+            interval = bootstrap_interval(values, clusters=clusters, minus=other, level=level)
+        points: tuple[float, ...] = ()
+        if interval.clusters < MIN_CLUSTERS:
+            shown = pandas.Series(values if other is None else values - other, index=part.index)
+            points = tuple(shown.groupby(["subject", "seed"]).mean().groupby("subject").mean())
         bounds = {"value": interval.estimate, "low": interval.low, "high": interval.high}
-        rows.append({"condition": condition, "measure": measure, **bounds, **part[others].mean()})
+        counted = {"clusters": interval.clusters, "points": points}
+        rows.append({"condition": condition, "measure": measure, **bounds, **counted, **part[others].mean()})
     return pandas.DataFrame(rows)
 
 
@@ -114,7 +220,13 @@ def equivalence(table: pandas.DataFrame, *, minus: str, margins: Mapping[str, fl
 
     Two one-sided tests at 5 % (Schuirmann 1987): a condition is equivalent if the 90 % interval of its paired
     difference lies within plus and minus the margin. Adds the columns margin and equivalent to `summarise`.
+    Raises ConeslabError for fewer than five subjects: so few can show no equivalence.
     """
+    count = table.subject.nunique()
+    if count < MIN_CLUSTERS:
+        raise ConeslabError(
+            f"got {count} subjects, expected at least {MIN_CLUSTERS} for a test of equivalence: measure more of them"
+        )
     result = summarise(table[table.measure.isin(list(margins))], minus=minus, level=0.9)
     result["margin"] = result.measure.map(margins)
     result["equivalent"] = (result.low > -result.margin) & (result.high < result.margin)

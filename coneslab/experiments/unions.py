@@ -22,6 +22,7 @@ from ..neurons.union import (
     finetune_together,
     joint_prompt,
 )
+from ..seeds import derived
 from ..world.pictures import SCENES
 from ..world.subjects import Subject
 from .setting import Setting
@@ -39,7 +40,8 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
     prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
     prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
     with applied(edit, pipe):
-        drawn = generate(pipe, prompts, seed=1000 * seed, batch_size=20, **setting.drawing)
+        first = derived(seed, "evaluation", *(subject.name for subject in subjects))
+        drawn = generate(pipe, prompts, seed=first, batch_size=20, **setting.drawing)
     plain = [reduce(lambda text, subject: subject.plain(text), subjects, prompt) for prompt in prompts]
     classes = [subject.class_word for subject in subjects]
     losses = [concept_loss(pipe, subject, edit=edit, samples=setting.samples).subject for subject in subjects]
@@ -58,9 +60,10 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
     """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning."""
     found = [setting.found(subject, seed) for subject in subjects]
     union = concatenate(*[mask.binary() for mask in found])
+    own_seed = derived(seed, *(subject.name for subject in subjects))
     conditions: list[tuple[str, int, Edit | None]] = [  # name, steps of tuning, edit
         ("untouched model", 0, None),
-        ("random mask", 0, random_neurons(union, seed=seed)),
+        ("random mask", 0, random_neurons(union, seed=own_seed)),
         ("union, float", 0, concatenate(*found)),
         ("union", 0, union),
     ]
@@ -71,7 +74,8 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
             tuned = TunedNeurons(union, state["weights"]["values"].cpu().numpy())
             conditions.append((f"union, {steps} steps", steps, tuned))
 
-    finetune_together(setting.pipe, union, subjects, steps=max(TUNING_STEPS), seed=seed, progress=False, callback=keep)
+    options: dict[str, Any] = {"steps": max(TUNING_STEPS), "seed": own_seed, "progress": False, "callback": keep}
+    finetune_together(setting.pipe, union, subjects, **options)
     rows = []
     for name, steps, edit in conditions:
         values = measure_together(setting, subjects, edit, seed)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..diffusion.encoding import encode_images, encode_prompts
 from ..diffusion.loss import stratified_timesteps
-from ..diffusion.pipelines import Pipeline, fingerprint
+from ..diffusion.pipelines import Pipeline, pipeline_fingerprint
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
+from ..seeds import derived
 from ..settings import Settings
 
 _DRAWN: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `generate_once`
@@ -81,8 +82,17 @@ class SamplerSettings(Settings):
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """These settings as arguments of `generate_once`."""
-        return {"seed": self.seed, "sampler_steps": self.sampler_steps, "guidance_scale": self.guidance_scale}
+        """These settings as arguments of `generate_once`, for the pictures to learn from."""
+        return {**self._steps, "seed": derived(self.seed, "pictures to learn from")}
+
+    @property
+    def validation_sampler(self) -> dict[str, Any]:
+        """The same for pictures that measure what has been learned: other noises."""
+        return {**self._steps, "seed": derived(self.seed, "validation")}
+
+    @property
+    def _steps(self) -> dict[str, Any]:
+        return {"sampler_steps": self.sampler_steps, "guidance_scale": self.guidance_scale}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +171,11 @@ def prior_pictures(
     """Pictures of the subject's class ("a cat") as the pipeline draws them: what the prior loss must preserve.
 
     The sets drawn last are cached until the process ends, by model, prompt and settings, so that several subjects of a
-    class, or several searches, share them. Call it on the untouched model, outside any `applied` block.
+    class, or several searches, share them; different seeds share no noise. Call it on the untouched model, outside any
+    `applied` block.
     """
-    prompts = [subject.prior_prompt] * n
-    return generate_once(
-        pipe, prompts, seed=seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, progress=progress
-    )
+    settings = SamplerSettings(sampler_steps=sampler_steps, guidance_scale=guidance_scale, seed=seed)
+    return generate_once(pipe, [subject.prior_prompt] * n, **settings.sampler, progress=progress)
 
 
 def generate_once(
@@ -179,9 +188,8 @@ def generate_once(
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
     """Pictures for prompts as the pipeline draws them; the sets drawn last are cached until the process ends."""
-    model = (fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae))
     seeds = seed if isinstance(seed, int) else tuple(seed)
-    key = (*model, str(pipe.scheduler.config), tuple(prompts), seeds, sampler_steps, guidance_scale)
+    key = (pipeline_fingerprint(pipe), tuple(prompts), seeds, sampler_steps, guidance_scale)
     if key not in _DRAWN:
         made = generate(
             pipe, prompts, seed=seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, progress=progress
@@ -220,7 +228,8 @@ def concept_latents(
     data = [CaptionedLatents(latents, text[0], settings.batch_size, name="subject_loss")]
     if settings.has_prior:
         if prior is None:
-            prior = prior_pictures(pipe, subject, n=settings.prior_images, **settings.sampler, progress=progress)
+            prompts = [subject.prior_prompt] * settings.prior_images
+            prior = generate_once(pipe, prompts, **settings.sampler, progress=progress)
         latents = encode_images(pipe, list(prior)).detach()
         data.append(
             CaptionedLatents(latents, text[1], settings.prior_batch_size, settings.prior_weight, name="prior_loss")

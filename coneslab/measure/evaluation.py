@@ -19,6 +19,7 @@ from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError
 from ..new_world import CLASSES
+from ..seeds import derived
 from .asking import (
     Question,
     finds_objects,
@@ -31,7 +32,7 @@ from .asking import (
     right_style,
 )
 from .judge import Images, Judge
-from .statistics import Interval, bootstrap_interval, kid
+from .statistics import Interval, kid, share_interval
 from .subject_truth import finer_hits
 
 #: The shares that the shipped model must reach (every class, 8 seeds, prompts with scenes, guidance as shipped).
@@ -66,7 +67,8 @@ class Share:
 class Report:
     """A printable table of shares; `share("right class")` finds a row, `classes` has the share of each class.
 
-    Intervals are 95 % bootstrap intervals over prompts (class or group), with each prompt's seeds kept together.
+    Intervals are 95 % intervals of shares over prompts (class or group), with each prompt's seeds kept together: see
+    `share_interval`.
     """
 
     title: str
@@ -86,12 +88,10 @@ class Report:
         lines = [self.title, f"{'':24}{'share':>7}  {'95 % interval':16}{'bar':>6}   {'real pictures':>13}{'n':>7}"]
         for row in self.shares:
             found, mark = row.interval, {None: " ", True: "+", False: "-"}[row.met]
+            bounds = "" if np.isnan(found.low) else f"[{found.low:.3f}, {found.high:.3f}]"
             bar = "" if row.bar is None else f"{row.bar:.2f}"
             real = "" if row.real is None else f"{row.real.estimate:.3f}"
-            lines.append(
-                f"{row.name:24}{found.estimate:7.3f}  [{found.low:.3f}, {found.high:.3f}] {bar:>6} {mark} "
-                f"{real:>13}{found.values:>7}"
-            )
+            lines.append(f"{row.name:24}{found.estimate:7.3f}  {bounds:16}{bar:>6} {mark} {real:>13}{found.values:>7}")
         weak = sorted((share, name) for name, share in self.classes.items() if share < 1)[:8]
         if weak:
             taken = (f"{n} {share:.2f}" + (f" ({self.mistaken[n]})" if n in self.mistaken else "") for share, n in weak)
@@ -168,7 +168,7 @@ def _real(asked: Sequence[Question], styles: Sequence[str], seed: int, world: An
             world.compose(
                 [(name, one.style or in_turn(world, [name], styles, index), one.colour) for name in one.objects],
                 one.scene,
-                seed=1_000_003 * seed + index,
+                seed=derived(seed, "real pictures") + index,
             )[0]
             for index, one in enumerate(asked)
         ]
@@ -176,13 +176,9 @@ def _real(asked: Sequence[Question], styles: Sequence[str], seed: int, world: An
 
 
 def kid_to_real(judge: Judge, images: Images, world: Any, *, seed: int) -> float:
-    """Kernel inception distance between pictures and as many new real ones, in the judge's features.
-
-    Features have length sqrt(d), so the cubic kernel of Binkowski et al. (2018) is (cosine + 1)^3.
-    """
+    """Kernel inception distance between pictures and as many new real ones, in the judge's features."""
     features = judge.image_features(images)
-    real = judge.image_features(world.sample(len(features), seed=seed).images)
-    return kid(features * features.shape[1] ** 0.5, real * real.shape[1] ** 0.5)
+    return kid(features, judge.image_features(world.sample(len(features), seed=seed).images))
 
 
 def evaluate_model(
@@ -218,7 +214,7 @@ def evaluate_model(
         images = generate(
             pipe,
             prompts,
-            seed=seed + drawn,
+            seed=derived(seed, "evaluation") + drawn,
             sampler_steps=sampler_steps,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
@@ -235,10 +231,10 @@ def evaluate_model(
     result = _ask_all(judge, draw, seeds, limit, extras, seed, world)
     distances = {}
     if kid_pictures:
-        captions = world.sample(kid_pictures, seed=seed + 90_001).captions
-        distances["KID"] = kid_to_real(judge, make(captions), world, seed=seed + 90_002)
-        real = world.sample(kid_pictures, seed=seed + 90_003).images
-        distances["KID of real pictures"] = kid_to_real(judge, real, world, seed=seed + 90_002)
+        captions = world.sample(kid_pictures, seed=derived(seed, "captions")).captions
+        distances["KID"] = kid_to_real(judge, make(captions), world, seed=derived(seed, "real"))
+        real = world.sample(kid_pictures, seed=derived(seed, "more real")).images
+        distances["KID of real pictures"] = kid_to_real(judge, real, world, seed=derived(seed, "real"))
     seconds = time.perf_counter() - start
     real_hits = {}
     if beside_real:
@@ -294,7 +290,8 @@ def judge_accuracy(
             for one in questions(1, seeds=seeds, limit=limit, seed=seed, world=world)
             if one.objects[0] in world.classes_of(style)
         ]
-        right, _ = right_class(judge, _real(asked, [style], seed + 1, world), [one.objects[0] for one in asked])
+        pictures = _real(asked, [style], derived(seed, style), world)
+        right, _ = right_class(judge, pictures, [one.objects[0] for one in asked])
         hits[f"right class, {style}"] = (right, [one.objects[0] for one in asked])
     for count, name in ((2, "pair with one missing"), (4, "four with one missing")):
         asked = questions(count, seeds=seeds, limit=limit, seed=seed, world=world)
@@ -308,13 +305,13 @@ def judge_accuracy(
     bars = {"right class": JUDGE_BAR} | {f"right class, {style}": JUDGE_BAR for style in styles} | {"right hat": 0.95}
     rows = tuple(Share(name, _interval(right, prompts), bars.get(name)) for name, (right, prompts) in hits.items())
     classes, mistaken = _by_class(everything["pairs"])
-    pictures = sum(len(right) for name, (right, _) in hits.items() if name != "right scene")
-    settings = {"styles": "/".join(styles), "seeds": seeds, "limit": limit, "seed": seed, "pictures": pictures}
+    judged = sum(len(right) for name, (right, _) in hits.items() if name != "right scene")
+    settings = {"styles": "/".join(styles), "seeds": seeds, "limit": limit, "seed": seed, "pictures": judged}
     return Report(f"{judge} on real pictures", rows, classes, mistaken, settings)
 
 
 def _interval(right: np.ndarray, prompts: Sequence[str]) -> Interval:
-    return bootstrap_interval(np.asarray(right, dtype=np.float64), clusters=[prompts], resamples=2000)
+    return share_interval(np.asarray(right, dtype=np.float64), clusters=[prompts])
 
 
 def _name(pipe: Pipeline) -> str:

@@ -13,6 +13,7 @@ from .. import new_world
 from ..new_world import SCENES, Described
 from ..new_world.catalogue import full_drawing
 from ..new_world.subjects import KINDS, SUBJECTS, truth, wanted
+from ..seeds import derived
 from .asking import nearest, right_class
 from .judge import Images, Judge
 
@@ -82,7 +83,7 @@ def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[s
     pictures = np.stack(
         [
             new_world.compose(
-                [new_world.Sticker(name, style, hat=hat)], scenes[i % len(scenes)], seed=1_000_003 * (seed + 2) + i
+                [new_world.Sticker(name, style, hat=hat)], scenes[i % len(scenes)], seed=derived(seed, "hats") + i
             )[0]
             for i, (name, hat, style) in enumerate(asked)
         ]
@@ -92,9 +93,8 @@ def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[s
     rows: dict[str, list[tuple[np.ndarray, str]]] = {}
     for kind in KINDS:
         for name in SUBJECTS[kind][:limit]:
-            images = [
-                wanted((name,), scenes[i % len(scenes)], seed=1_000_003 * (seed + 3) + i)[0] for i in range(seeds)
-            ]
+            first = derived(seed, kind, name)
+            images = [wanted((name,), scenes[i % len(scenes)], seed=first + i)[0] for i in range(seeds)]
             found = came_through(judge, images, name)
             for what, values in (
                 ("class", found.kept_class),

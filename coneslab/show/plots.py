@@ -192,7 +192,8 @@ def intervals(
     table: one row per (condition, measure) with the columns `value`, `low`, `high`. columns: panels side by side,
     default all. note: what the interval is and over how many subjects and seeds, shown below. highlight: the conditions
     the claim is about, drawn in colour. zero: draw a line at 0, for differences. log: panels with a logarithmic axis,
-    where intervals that are not above 0 are left out.
+    where intervals that are not above 0 are left out. A row whose low and high are NaN has no interval: a hollow mean,
+    with the numbers in its column `points`, such as each subject's mean, as dots.
     """
     names = list(dict.fromkeys(table[by]))
     groups = list(dict.fromkeys(table[panels])) if panels else [""]
@@ -206,10 +207,13 @@ def intervals(
         for _, row in part.iterrows():
             place = len(names) - 1 - names.index(row[by])
             colour = PALETTE[0] if row[by] in highlight else "0.45"
-            if group in log and row["low"] <= 0:
+            if group in log and (row["low"] <= 0 or row[value] <= 0):
                 continue
             axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.4, solid_capstyle="round")
-            axes.plot(row[value], place, "o", color=colour, markersize=5.5)
+            if points := row.get("points", ()):
+                axes.plot(points, [place] * len(points), ".", color=colour, markersize=4.5, alpha=0.6)
+            filled = colour if np.isfinite(row["low"]) else "white"
+            axes.plot(row[value], place, "o", color=colour, markerfacecolor=filled, markersize=5.5)
         if zero:
             axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
         axes.set_xlabel(group or value, fontsize=9)

@@ -25,6 +25,7 @@ from ...finetuning.samples import generate_once
 from ...measure.judge import Images, Judge
 from ...measure.statistics import bootstrap_interval, kid
 from ...neurons.controls import finetune_kv
+from ...seeds import derived
 from ...world.pictures import CLASSES, FACTS
 from ..personalization.textual_inversion import textual_inversion
 
@@ -101,10 +102,10 @@ def evaluate_ablation(
 
     target, anchor, others: prompts; others by group, e.g. {"same category": [...], "far": [...]}. Draws `pictures` of
     each, with the edit and without, from the same noises (without it once per process).
-    Returns one row per (group, prompt, measure), with value, low, high (95 % bootstrap over pictures; NaN for KID):
+    Returns one row per (group, prompt, measure), with value, low, high (95 % interval over pictures; NaN for KID):
     "CLIP score": cosine of picture and prompt; "CLIP accuracy": share nearer to the prompt than to the anchor (for the
     anchor: than to the target; for the others: than to any other prompt here); "accuracy before": the same without the
-    edit; "KID": to the pictures without the edit; "change": 1 − cosine of the two pictures from one noise.
+    edit; "KID": to the pictures without the edit, as pairs; "change": 1 − cosine of the two pictures from one noise.
     """
     prompts = {"target": [target], "anchor": [anchor], **{name: list(group) for name, group in (others or {}).items()}}
     everything = list(dict.fromkeys(prompt for group in prompts.values() for prompt in group))
@@ -113,7 +114,8 @@ def evaluate_ablation(
     texts = judge.text_features(everything)
     wanted = [prompt for prompt in everything for _ in range(pictures)]
     options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale, "progress": progress}
-    options["seed"] = [seed + number for number in range(pictures)] * len(everything)
+    first = derived(seed, "evaluation")
+    options["seed"] = [first + number for number in range(pictures)] * len(everything)
     untouched = judge.image_features(list(generate_once(pipe, wanted, **options))).split(pictures)
     with applied(edit, pipe):
         edited = judge.image_features(generate(pipe, wanted, **options)).split(pictures)
@@ -141,7 +143,7 @@ def evaluate_ablation(
                 rows.append(
                     {**row, "measure": name, "value": interval.estimate, "low": interval.low, "high": interval.high}
                 )
-            distance = kid(before, after)
+            distance = kid(before, after, paired=True)
             rows.append({**row, "measure": "KID", "value": distance, "low": np.nan, "high": np.nan})
     return pandas.DataFrame(rows)
 
@@ -188,7 +190,8 @@ def attacks(
     """
     texts = judge.text_features([target, anchor])
     options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
-    shown = list(generate_once(pipe, [target] * pictures, seed=seed + 7000, **options))
+    first = derived(seed, "evaluation")
+    shown = list(generate_once(pipe, [target] * pictures, seed=derived(seed, "pictures of the target"), **options))
     rows: list[dict[str, Any]] = []
 
     def nearer(drawn: Images) -> np.ndarray:
@@ -200,7 +203,7 @@ def attacks(
         rows.append({"attack": attack, "value": interval.estimate, "low": interval.low, "high": interval.high})
 
     def asked(prompts: Sequence[str]) -> list[Image.Image]:
-        return generate(pipe, [prompts[i % len(prompts)] for i in range(pictures)], seed=seed, **options)
+        return generate(pipe, [prompts[i % len(prompts)] for i in range(pictures)], seed=first, **options)
 
     with applied(edit, pipe):
         record("plain prompt", asked([target]))
@@ -210,7 +213,7 @@ def attacks(
             record("other words", asked(list(synonyms)))
         if word and word in target:
             record("misspellings", asked([target.replace(word, wrong) for wrong in misspelled(word)]))
-        record("img2img", _from_pictures(pipe, shown, target, strength, seed, sampler_steps, guidance_scale))
+        record("img2img", _from_pictures(pipe, shown, target, strength, first, sampler_steps, guidance_scale))
         subject = SimpleNamespace(
             name=target, class_word="", token=token, images=shown, prompt=f"a {token}", prior_prompt=anchor
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import ConeslabError
 from ...measure.judge import Images, Judge
-from ...measure.statistics import Interval, bootstrap_interval
+from ...measure.statistics import Interval, share_interval
 from .decomposition import Decomposition
 
 Groups = Mapping[str, Sequence[str]]
@@ -82,11 +82,11 @@ def rebalance(
 
 
 def group_shares(judge: Judge, images: Images, groups: Groups, *, template: str = "a {}") -> dict[str, Interval]:
-    """Share of pictures that the judge assigns to each group, with bootstrap intervals."""
+    """Share of pictures that the judge assigns to each group, with Wilson intervals."""
     _require(groups)
     labels = [[template.format(word) for word in words] for words in groups.values()]
     found = judge.classify(images, labels).numpy()
-    return {name: bootstrap_interval(found == number) for number, name in enumerate(groups)}
+    return {name: share_interval(found == number) for number, name in enumerate(groups)}
 
 
 def _require(groups: Groups) -> None:

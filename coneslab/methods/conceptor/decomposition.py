@@ -318,11 +318,7 @@ def decompose(
             return
         trial = made(now)
         with trial.applied(pipe):
-            drawn = generate(
-                pipe,
-                [trial.prompt] * settings.validation_pictures,
-                **settings.sampler | {"seed": settings.seed + 10_000},
-            )
+            drawn = generate(pipe, [trial.prompt] * settings.validation_pictures, **settings.validation_sampler)
         validation[done] = float((judge.image_features(drawn) @ target).mean())
         if validation[done] >= max(validation.values()):
             best, best_step = now, done
