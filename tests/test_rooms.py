@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "coneslab"
 # Ground floor first; rooms of one floor do not import each other.
 FLOORS = (
     ("errors", "callback"),
-    ("files", "lazy", "coursework", "settings"),
+    ("files", "lazy", "coursework", "settings", "seeds", "blocks"),
     ("world", "diffusion"),
     ("new_world", "edits"),
     ("measure", "finetuning"),

@@ -95,7 +95,7 @@ def test_evaluations_of_a_model_share_no_noise(world_pipe, judge, noises):
 @pytest.mark.parametrize("name", ["ablation", "collateral", "conceptor"])
 def test_replicates_of_an_experiment_share_no_noise(name, world_pipe, judge, noises, monkeypatch):
     now, seen = noises
-    setting = Setting(world_pipe, judge, rounds=1, finetune_steps=1, samples=2, **SMALL)
+    setting = Setting(world_pipe, judge, rounds=1, finetune_steps=1, samples=2, **SMALL | {"sampler_steps": 2})
     run, case = {
         "ablation": (ablation.ablation, ablation.ablation_target("object:cat")),
         "collateral": (ablation.collateral, ablation.ablation_target("object:cat")),

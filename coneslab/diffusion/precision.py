@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Block, Place, attribute
 from ..errors import ConeslabError
 from .kvspace import unet_of
 from .pipelines import Pipeline
@@ -87,28 +88,29 @@ def is_plain(unet: Any) -> bool:
     return all(type(used) in (AttnProcessor, AttnProcessor2_0) for used in unet.attn_processors.values())
 
 
-@contextmanager
-def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Iterator[Any]:
+def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Block:
     """Let a pipeline draw with a copy of its U-Net for the length of a block; latents keep their own precision.
 
-    dtype: default `fast_dtype`. Does nothing if the U-Net already has it or is not plain.
+    dtype: default `fast_dtype`. The U-Net itself draws if it already has it or is not plain. No other thread may use
+    the pipeline meanwhile.
     """
-    unet = unet_of(pipe)
-    dtype = dtype or fast_dtype(unet)
-    if dtype == unet.dtype or unet is not pipe.unet or not is_plain(unet):
-        yield pipe
-        return
-    copy, own = frozen_copy(unet, dtype), unet.dtype
 
-    def cast_back(module: nn.Module, args: tuple, output: Any) -> Any:
-        return tuple(x.to(own) for x in output) if isinstance(output, tuple) else type(output)(output.sample.to(own))
+    def changes() -> list[tuple[Place, Any]]:
+        unet = unet_of(pipe)
+        wanted = dtype or fast_dtype(unet)
+        if wanted == unet.dtype or unet is not pipe.unet or not is_plain(unet):
+            return []
+        copy, own = frozen_copy(unet, wanted), unet.dtype
 
-    copy.register_forward_hook(cast_back)
-    try:
-        pipe.unet = copy
-        yield pipe
-    finally:
-        pipe.unet = unet
+        def cast_back(module: nn.Module, args: tuple, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return tuple(x.to(own) for x in output)
+            return type(output)(output.sample.to(own))
+
+        copy.register_forward_hook(cast_back)
+        return [(attribute(pipe, "unet"), copy)]
+
+    return Block(changes, pipe, pipe=pipe)
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager:

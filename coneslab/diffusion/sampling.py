@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..blocks import Block, attribute
 from ..callback import Callback
 from ..errors import ConeslabError
 from .encoding import latent_shape
@@ -148,9 +149,8 @@ def require_interval(interval: tuple[float, float]) -> None:
         raise ConeslabError(f"the guidance interval is {interval}: give two shares in order, such as (0.0, 0.8)")
 
 
-@contextmanager
-def guided_between(pipe: Pipeline, first: float, last: float) -> Iterator[Callable[[], int]]:
-    """Guide only between two shares of the schedule for the length of a block; yields a counter of network passes.
+def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
+    """Guide only between two shares of the schedule for the length of a block, which gives a counter of network passes.
 
     0 is all noise, 1 is clean, measured by the timestep (Kynkäänniemi et al. 2024, Applying Guidance in a Limited
     Interval). Outside, the half of a batch with the empty prompt is not computed: it gets the other half's output, so
@@ -172,15 +172,7 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Iterator[Callab
             return (torch.cat([out[0], out[0]]), *out[1:])
         return type(out)(sample=torch.cat([out.sample, out.sample]))
 
-    before = unet.__dict__.get("forward")
-    unet.forward = forward
-    try:
-        yield lambda: passes
-    finally:
-        if before is None:
-            del unet.forward
-        else:
-            unet.forward = before
+    return Block([(attribute(unet, "forward"), forward)], lambda: passes)
 
 
 def generate(

@@ -15,7 +15,6 @@ from .interchange import (
 )
 from .low_rank import LowRankDelta, compress
 from .tokens import LearnedText, TokenEdit, embedding_of, start_vector, vocabulary_fingerprint, with_tokens
-from .undo import Undo
 from .weights import WeightDelta, model_fingerprint, require_model, swapped, untouched
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "LearnedText",
     "LowRankDelta",
     "TokenEdit",
-    "Undo",
     "WeightDelta",
     "applied",
     "compress",

@@ -10,8 +10,8 @@ import hashlib
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ..blocks import Nested
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError
 from ..files import write_whole
@@ -190,13 +191,11 @@ class Combined(Edit):
         first, *others = (dict(getattr(edit, "settings", {})) for edit in self.edits) if self.edits else ({},)
         return first if all(other == first for other in others) else {}
 
-    @contextmanager
-    def applied(self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True) -> Iterator[Any]:
+    def applied(
+        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+    ) -> AbstractContextManager[Pipeline]:
         """Apply all edits inside a `with` block, each at this dose. Raises what any of them raises."""
-        with ExitStack() as stack:
-            for edit in self.edits:
-                stack.enter_context(edit.applied(pipe, dose, check_model=check_model))
-            yield pipe
+        return Nested(lambda: (edit.applied(pipe, dose, check_model=check_model) for edit in self.edits), pipe)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}

@@ -7,8 +7,8 @@ The pipeline's embedding table and tokenizer are never modified: copies take the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Block, Place, attribute
 from ..diffusion.encoding import encode_ids
 from ..diffusion.pipelines import Pipeline, fingerprint
 from ..errors import ConeslabError, MismatchError
 from .base import Edit, require_dose
-from .undo import Undo
 
 
 def embedding_of(pipe: Pipeline) -> nn.Embedding:
@@ -105,10 +105,10 @@ class TokenEdit(Edit):
         Raises MismatchError, with the pipeline untouched, if text encoder or width differ.
         """
         require_dose(dose)
-        return self._applied(pipe, dose, check_model)
+        return Block(lambda: self._changes(pipe, dose, check_model), pipe, pipe=pipe)
 
-    @contextmanager
-    def _applied(self, pipe: Pipeline, dose: float, check_model: bool) -> Iterator[Any]:
+    def _changes(self, pipe: Pipeline, dose: float, check_model: bool) -> list[tuple[Place, Any]]:
+        """The embedding table with the learned vectors, and the tokenizer that knows their tokens."""
         table = embedding_of(pipe)
         if table.weight.shape[1] != self.vectors.shape[1]:
             raise MismatchError(
@@ -129,15 +129,9 @@ class TokenEdit(Edit):
             weight[token] = (1 - dose) * start + dose * vector
         edited = nn.Embedding.from_pretrained(weight, freeze=True)
         edited._edited = True
-        undo, old = Undo(), pipe.tokenizer
-        try:
-            undo.add(lambda: pipe.text_encoder.set_input_embeddings(table))
-            undo.add(lambda: setattr(pipe, "tokenizer", old))
-            pipe.text_encoder.set_input_embeddings(edited)
-            pipe.tokenizer = tokenizer
-            yield pipe
-        finally:
-            undo.run()
+        encoder = pipe.text_encoder
+        embeddings = Place(encoder, "input embeddings", encoder.get_input_embeddings, encoder.set_input_embeddings)
+        return [(embeddings, edited), (attribute(pipe, "tokenizer"), tokenizer)]
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         description = {"tokens": list(self.tokens), "fingerprint": self.fingerprint, "initial": list(self.initial)}

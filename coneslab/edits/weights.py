@@ -7,87 +7,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..blocks import Block, Place, before_blocks
 from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.pipelines import fingerprint as fingerprint_of
 from ..errors import ConeslabError, MismatchError
 from .base import Edit, require_dose
-from .undo import Undo
 
 Change = tuple[Tensor, Tensor]
 
 
-_ACTIVE: list[swapped] = []  # the blocks now open, outermost first
+def weight(parameter: Tensor) -> Place:
+    """The values of a parameter, written in place, so that optimisers, aliases and compiled modules see them."""
+    return Place(parameter, "values", lambda: parameter.detach().clone(), lambda new: parameter.detach().copy_(new))
 
 
-class swapped:
+class swapped(Block):
     """Give parameters other values inside a `with` block, and restore the old ones bit for bit.
 
-    changes: pairs of a parameter and its new values of the same shape, or a function that returns them. The function is
-    called on entry, so that it sees the weights as they are then; if it raises, nothing has changed. value: what `with
-    ... as` gives. Weights are restored on normal exit, errors and KeyboardInterrupt, even if entry fails or is
-    interrupted halfway. Blocks nest, and may even be left in another order than they were entered. Values are copied in
-    place, so that optimisers, aliases and compiled modules see them.
+    changes: pairs of a parameter and its new values of the same shape, or a function that returns them, called on
+    entry. value: what `with ... as` gives; pipe: the pipeline they belong to. See `Block`.
     Raises MismatchError for a shape that does not fit.
     """
 
-    def __init__(self, changes: Iterable[Change] | Callable[[], Iterable[Change]], value: Any = None) -> None:
-        self._changes, self._value = changes, value
-        self._saved: dict[int, Change] = {}  # id of a parameter -> the parameter, its old values
-        self._undo = Undo()
+    def __init__(
+        self,
+        changes: Iterable[Change] | Callable[[], Iterable[Change]],
+        value: Any = None,
+        *,
+        pipe: Pipeline | None = None,
+    ) -> None:
+        def places() -> Iterator[tuple[Place, Tensor]]:
+            for parameter, new in changes() if callable(changes) else changes:
+                if parameter.shape != new.shape:
+                    raise MismatchError(
+                        f"a parameter of shape {tuple(parameter.shape)} cannot take values of shape {tuple(new.shape)}"
+                    )
+                yield weight(parameter), new
 
-    def __enter__(self) -> Any:
-        if self._undo:
-            raise ConeslabError("this block is already open: call applied(...) again for a second one")
-        changes = list(self._changes() if callable(self._changes) else self._changes)
-        for parameter, new in changes:
-            if parameter.shape != new.shape:
-                raise MismatchError(
-                    f"a parameter of shape {tuple(parameter.shape)} cannot take values of shape {tuple(new.shape)}"
-                )
-        self._saved = {id(parameter): (parameter, parameter.detach().clone()) for parameter, _ in changes}
-        try:
-            self._undo.add(self._close)
-            for key in self._saved:
-                self._undo.add(lambda key=key: self._restore(key))  # type: ignore[misc]
-            _ACTIVE.append(self)
-            for parameter, new in changes:
-                parameter.detach().copy_(new)
-            return self._value  # in here: an interruption on this line must restore, too
-        except BaseException:
-            self._undo.run()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        self._undo.run()
-
-    def _restore(self, key: int) -> None:
-        parameter, old = self._saved[key]
-        later = _ACTIVE[_ACTIVE.index(self) + 1 :] if self in _ACTIVE else []
-        for block in later:
-            if key in block._saved:  # left out of order: the block opened after this one restores for both
-                block._saved[key] = (parameter, old)
-                return
-        parameter.detach().copy_(old)
-
-    def _close(self) -> None:
-        if self in _ACTIVE:
-            _ACTIVE.remove(self)
-        self._saved = {}
+        super().__init__(places, value, pipe=pipe)
 
 
 def untouched(parameter: Tensor) -> Tensor:
     """The values a parameter had before any open block changed it (the parameter itself if none did)."""
-    for block in _ACTIVE:
-        if id(parameter) in block._saved:
-            return block._saved[id(parameter)][1]
-    return parameter
+    return before_blocks(replace(weight(parameter), get=lambda: parameter))
 
 
 def model_fingerprint(pipe: Pipeline) -> str:
@@ -159,7 +128,7 @@ class WeightDelta(Edit):
                 precision = torch.promote_types(weight.dtype, torch.float32)
                 yield weights[name], weight.to(precision) + dose * delta.to(weight.device, precision)
 
-        return swapped(changes, pipe)
+        return swapped(changes, pipe, pipe=pipe)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         description = {"fingerprint": self.fingerprint, "subject": self.subject}

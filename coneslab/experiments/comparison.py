@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ def _loaded(model: str, judge: str) -> tuple[Any, Any]:
     return load(model), load_judge(judge)
 
 
+_ONE_CELL = threading.Lock()  # a worker's threads share the pipeline, which has only one state
+
+
 @dataclass(frozen=True)
 class _Cell:
     """Measures one method on one subject, or several joined by "+"; a class, so that it can be sent to a worker."""
@@ -72,6 +76,10 @@ class _Cell:
         return of_cell
 
     def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
+        with _ONE_CELL:
+            return self._measured(subject, condition, seed, trial)
+
+    def _measured(self, subject: str, condition: str, seed: int, trial: str) -> list[Row]:
         pipe, judge = _loaded(self.model, self.judge)
         subjects, (method, _) = subjects_of(subject), self.methods[condition]
         settings = self.settings_of(condition, trial)

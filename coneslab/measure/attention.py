@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks import Block, Made, Place
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
 from ..diffusion.pipelines import Pipeline
-from ..edits.undo import Undo
 from ..errors import ConeslabError
 
 __all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities", "record_attention"]
@@ -221,7 +222,7 @@ class _RecordingProcessor:
         return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
-class record_attention:
+class record_attention(Block):
     """Record every cross-attention map while a pipeline draws, and put everything back afterwards.
 
     The pictures are bit for bit those of an unrecorded run: the maps are computed beside the attention. With
@@ -254,52 +255,66 @@ class record_attention:
         max_bytes: int = 2 * 2**30,
         guided: bool | None = None,
     ) -> None:
-        self._pipe, self._guided = pipe, guided
-        self._maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes)
-        self._undo = Undo()
-        self._encoded: list[tuple[Tensor, Tensor]] = []  # token ids (tokens,) and their text embedding
-        self._empty: Tensor | None = None  # embedding of the empty prompt (tokens, width)
-        self._run: _Run | None = None  # where maps go now; None while an unconditional batch is drawn
-        self._keep = slice(None)
+        maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes)
+        self._recorder = _Recorder(pipe, maps, guided)
+        super().__init__(self._processors, maps, pipe=pipe)
 
-    def __enter__(self) -> AttentionMaps:
-        unet = self._pipe.unet
-        attentions = cross_attentions(unet)
-        for path, module in attentions.items():
-            kind = type(module.processor).__name__
+    def open(self, made: Made) -> AttentionMaps:
+        recorder, pipe = self._recorder, self._pipe
+        recorder.stopped = False
+        hooked = (
+            (pipe.unet, "forward_pre_hook", recorder.before_step),
+            (pipe.text_encoder, "forward_hook", recorder.after_text),
+        )
+        for module, kind, _ in hooked:
+            made.undo(partial(_unhook, module=module, kind=kind, recorder=recorder))
+        maps = super().open(made)
+        for module, kind, function in hooked:
+            getattr(module, f"register_{kind}")(function, with_kwargs=True)
+        return maps
+
+    def _processors(self) -> Iterator[tuple[Place, _RecordingProcessor]]:
+        """Every cross-attention's processor, and one that records around it."""
+        for path, module in cross_attentions(self._pipe.unet).items():
+            original = module.processor
+            kind = type(original).__name__
             if kind not in _RECORDABLE:
                 raise ConeslabError(
                     f"cannot record {path}: the attention inside {kind} is not known; "
                     "call pipe.unet.set_default_attn_processor() first"
                 )
-        try:
-            self._hook(unet, "register_forward_pre_hook", self._before_step)
-            self._hook(self._pipe.text_encoder, "register_forward_hook", self._after_text)
-            for path, module in attentions.items():
-                self._replace(module, short_name(path))
-            return self._maps
-        except BaseException:
-            self._undo.run()
-            raise
+            place = Place(module, "processor", partial(getattr, module, "processor"), module.set_processor)
+            yield place, _RecordingProcessor(original, partial(self._recorder.add, short_name(path)))
 
-    def __exit__(self, *exception: object) -> None:
-        self._undo.run()
 
-    def _hook(self, module: nn.Module, register: str, function: Callable) -> None:
-        self._undo.add(getattr(module, register)(function, with_kwargs=True).remove)
+def _unhook(*, module: nn.Module, kind: str, recorder: _Recorder) -> None:
+    """Remove a recorder's hook from a module, whether or not it has one, and let it record nothing more."""
+    recorder.stopped = True
+    hooks, with_arguments = getattr(module, f"_{kind}s"), getattr(module, f"_{kind}s_with_kwargs")
+    for key, function in list(hooks.items()):
+        if getattr(function, "__self__", None) is recorder:
+            with_arguments.pop(key, None)
+            hooks.pop(key, None)
 
-    def _replace(self, module: Any, label: str) -> None:
-        original = module.processor
-        self._undo.add(lambda: module.set_processor(original))
-        module.set_processor(_RecordingProcessor(original, lambda values: self._add(label, values)))
 
-    def _after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+class _Recorder:
+    """What the hooks and processors of `record_attention` share: it sorts what they see into maps."""
+
+    def __init__(self, pipe: Pipeline, maps: AttentionMaps, guided: bool | None) -> None:
+        self._pipe, self.maps, self._guided = pipe, maps, guided
+        self.stopped = True  # a recorder that was left before one that was entered later is still called by it
+        self._encoded: list[tuple[Tensor, Tensor]] = []  # token ids (tokens,) and their text embedding
+        self._empty: Tensor | None = None  # embedding of the empty prompt (tokens, width)
+        self._run: _Run | None = None  # where maps go now; None while an unconditional batch is drawn
+        self._keep = slice(None)
+
+    def after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Remember which token ids gave which embedding, to name the tokens of a picture."""
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is not None:
             self._encoded += [(row, embedding.detach()) for row, embedding in zip(ids, output[0], strict=True)]
 
-    def _before_step(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_step(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
         call = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
         sample, text = call["sample"], call["encoder_hidden_states"]
         timestep = float(torch.as_tensor(call["timestep"]).max())
@@ -313,7 +328,7 @@ class record_attention:
         if all(torch.equal(row, self._empty.to(row)) for row in text):
             self._run = None  # the unconditional half, drawn as its own batch (as in `ddim_sample`)
             return
-        runs = self._maps._runs
+        runs = self.maps._runs
         same = (run for run in reversed(runs) if run.text is text and timestep <= run.timesteps[-1])
         self._run = next(same, None)
         if self._run is None:
@@ -325,12 +340,12 @@ class record_attention:
     def _prompt(self, embedding: Tensor) -> list[str] | None:
         for ids, known in self._encoded:
             if known.shape == embedding.shape and torch.equal(known.to(embedding), embedding):
-                return self._maps._tokenizer.convert_ids_to_tokens(ids.tolist())
+                return self.maps._tokenizer.convert_ids_to_tokens(ids.tolist())
         return None
 
-    def _add(self, label: str, probabilities: Tensor) -> None:
-        maps, run = self._maps, self._run
-        if run is None:
+    def add(self, label: str, probabilities: Tensor) -> None:
+        maps, run = self.maps, self._run
+        if run is None or self.stopped:
             return
         kept = probabilities[self._keep]
         height, width = _grid(run.grid, kept.shape[2])

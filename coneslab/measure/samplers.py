@@ -17,6 +17,7 @@ import diffusers
 import pandas
 
 from .. import world as shipped_world
+from ..blocks import Block, attribute
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import require_interval
 from ..errors import ConeslabError
@@ -81,7 +82,7 @@ def compare_samplers(
     scheduler is restored.
     """
     own, rows = pipe.scheduler, []
-    try:
+    with Block([(attribute(pipe, "scheduler"), own)], pipe=pipe):
         for sampler in samplers:
             pipe.scheduler = own
             use_scheduler(pipe, sampler.scheduler)
@@ -117,6 +118,4 @@ def compare_samplers(
             rows.append(row)
             if out is not None:
                 write_whole(out, pandas.DataFrame(rows).to_csv(index=False).encode())
-    finally:
-        pipe.scheduler = own
     return pandas.DataFrame(rows)
