@@ -17,7 +17,13 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
 def interval(share: Mapping[str, float] | None) -> str:
     """A share with its interval, as everywhere in the project: 0.983 [0.971, 0.993]."""
-    return f"{share['estimate']:.3f} [{share['low']:.3f}, {share['high']:.3f}]" if share else ""
+    return told(share["estimate"], share["low"], share["high"], ".3f") if share else ""
+
+
+def told(value: float, low: float | None, high: float | None, digits: str) -> str:
+    """A number and its interval, if it has one: fewer than five subjects have none."""
+    known = low is not None and high is not None and low == low
+    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]" if known else f"{value:{digits}}"
 
 
 def evaluation(path: Path) -> str:
@@ -64,7 +70,9 @@ def experiments(folder: Path) -> str:
             table = read(path)
             about = (experiment.measure.__doc__ or "").partition("\n")[0]
             parts.append(f"### {path.stem.replace('_', ' ').capitalize()}\n\n{about}")
-            parts.append(f"Means with 95 % bootstrap intervals: {size(table)}. `coneslab experiment {name}`.")
+            parts.append(
+                f"Means with 95 % intervals over subjects, where there are five or more: {size(table)}. `coneslab experiment {name}`."
+            )
             parts += by_count(table)
     return "\n\n".join(parts) or "No table has been made yet. `coneslab experiment NAME` makes them, in `data/results`."
 
@@ -87,7 +95,7 @@ def size(table: Any) -> str:
 def mean(row: Any) -> str:
     """A mean with its interval, large numbers whole."""
     digits = ",.0f" if abs(row.value) >= 1000 else ".3f"
-    return f"{row.value:{digits}} [{row.low:{digits}}, {row.high:{digits}}]"
+    return told(row.value, row.low, row.high, digits)
 
 
 def by_count(table: Any) -> list[str]:
