@@ -70,9 +70,8 @@ def experiments(folder: Path) -> str:
             table = read(path)
             about = (experiment.measure.__doc__ or "").partition("\n")[0]
             parts.append(f"### {path.stem.replace('_', ' ').capitalize()}\n\n{about}")
-            parts.append(
-                f"Means with 95 % intervals over subjects, where there are five or more: {size(table)}. `coneslab experiment {name}`."
-            )
+            parts.append(f"Means with 95 % intervals, where there are five subjects or more: {size(table)}.")
+            parts.append(f"`coneslab experiment {name}`")
             parts += by_count(table)
     return "\n\n".join(parts) or "No table has been made yet. `coneslab experiment NAME` makes them, in `data/results`."
 
