@@ -8,6 +8,10 @@ class ConeslabError(Exception):
     """Base of all errors that coneslab raises on purpose; catch this one to catch them all."""
 
 
+class ArgumentError(ConeslabError):
+    """A value makes no sense, whatever the model and the files: out of range, empty, of another type."""
+
+
 class MismatchError(ConeslabError):
     """Two things do not belong together: a mask and another model, two K-V spaces, two widths."""
 
@@ -18,3 +22,7 @@ class FileFormatError(ConeslabError):
 
 class WorldError(ConeslabError):
     """A class, scene, style, colour or subject is not in the sticker world."""
+
+
+class ConeslabWarning(UserWarning):
+    """Something was left out or cut off: the message says what, and the work goes on without it."""

@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 
+from . import checks
+
 
 def derived(seed: int, *purpose: str) -> int:
     """A seed for one purpose of one replicate, from 0 to 2³¹ − 1; the same arguments give the same one.
@@ -21,5 +23,5 @@ def derived(seed: int, *purpose: str) -> int:
     >>> len({derived(seed, purpose) for seed in range(100) for purpose in ("evaluation", "prior")})
     200
     """
-    words = [int(seed), *(zlib.crc32(name.encode()) for name in purpose)]
+    words = [checks.seed("seed", seed), *(zlib.crc32(name.encode()) for name in purpose)]
     return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
-from .errors import ConeslabError
+from .errors import ArgumentError, ConeslabError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -31,7 +31,8 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The fields by name, and the method's name under "method": what an edit stores, as JSON can hold it."""
-        return {"method": self.method, **asdict(self)}
+        values = asdict(self).items()
+        return {"method": self.method} | {name: list(one) if isinstance(one, tuple) else one for name, one in values}
 
     @classmethod
     def chosen(cls, given: Self | Mapping[str, Any] | None, changes: Mapping[str, Any]) -> Self:
@@ -42,11 +43,15 @@ class Settings:
         if isinstance(given, Settings) and not isinstance(given, cls):
             raise ConeslabError(f"got {type(given).__name__}, expected {cls.__name__}: each has settings of its own")
         if isinstance(given, Mapping):
-            made_by = given.get("method", cls.method)
-            if made_by != cls.method:
-                raise ConeslabError(f"got settings of {made_by!r}, expected those of {cls.method!r}")
-            changes = {**{name: value for name, value in given.items() if name in cls._names()}, **changes}
+            if given.get("method", cls.method) != cls.method:
+                raise ConeslabError(f"got settings of {given['method']!r}, expected those of {cls.method!r}")
+            kept = "method" in given  # by an edit, which keeps more beside them
+            changes = {**{name: one for name, one in given.items() if not kept or name in cls._names()}, **changes}
             given = None
+        elif not (given is None or isinstance(given, cls)):
+            raise ArgumentError(
+                f"settings are {given!r}: give {cls.__name__}(...), the settings that an edit keeps, or None"
+            )
         unknown = [name for name in changes if name not in cls._names()]
         if unknown:
             raise ConeslabError(
@@ -58,10 +63,13 @@ class Settings:
     def _names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
 
-    def _require(self, ok: bool, name: str, expected: str) -> None:
-        """Raise ConeslabError, with the field's value, unless `ok`."""
-        if not ok:
-            raise ConeslabError(f"{name} is {getattr(self, name)!r}: give {expected}")
+    def _check(self, check: Callable[..., Any], *names: str, optional: bool = False, **options: Any) -> None:
+        """Replace fields by what one of the `checks` makes of them; options: its own; optional: None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if not (optional and value is None):
+                found = check(name, value, **options)
+                object.__setattr__(self, name, tuple(found) if isinstance(found, list) else found)
 
 
 def takes(settings: type[Settings]) -> Callable[[Function], Function]:

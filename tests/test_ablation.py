@@ -136,14 +136,14 @@ def test_ablations_come_back_from_files(v_pipe, tmp_path):
     ("options", "reason"),
     [
         ({"target": "a dog"}, "the same or empty"),
-        ({"target": " "}, "the same or empty"),
+        ({"target": " "}, "target is empty"),
         ({"target": ["a cat", "a car"], "anchor": ["a dog"] * 3}, "2 targets and 3 anchors"),
         ({"target": []}, "0 targets"),
         ({"templates": ("on the grass",)}, "with {}"),
         ({"images": []}, "give at least one"),
         ({"pictures": 0}, "pictures is 0: give a positive"),
-        ({"objective": "magic"}, "give one of model, noise"),
-        ({"parameters": "some"}, "give one of cross_attention_kv"),
+        ({"objective": "magic"}, "choose one of model, noise"),
+        ({"parameters": "some"}, "choose one of cross_attention_kv"),
         ({"teacher": "none"}, "frozen, current"),
         ({"steps": 0}, "positive"),
         ({"method": "model"}, "not a setting of concept ablation; these are: .*objective"),
@@ -247,7 +247,7 @@ def test_neighbours_refuse_bad_settings(v_pipe):
     for call, reason in (
         (lambda: closed_form_edit(v_pipe, "a cat", "a dog", ridge=0), "positive"),
         (lambda: closed_form_edit(v_pipe, ["a", "b"], ["c"] * 3), "2 targets and 3 anchors"),
-        (lambda: erase(v_pipe, " "), "name the concept"),
+        (lambda: erase(v_pipe, " "), "target is empty"),
         (lambda: prune_feed_forward(v_pipe, "a cat", "a dog", share=1.0), "share in"),
     ):
         with pytest.raises(ConeslabError, match=reason):

@@ -209,6 +209,7 @@ def test_averages_choose_layers_resolutions_and_steps(v_pipe):
     layer = maps.layer("up 1.0")
     assert layer.shape == (3, 12, 8, 8)
     assert torch.allclose(maps.average(layers=["up 1.0"], steps=[0, 2]), (layer[0] + layer[2]) / 2)
+    assert torch.equal(maps.average(steps=-1), maps.average(steps=[2]))
     fine = [label for label in maps.layers if maps.layer(label).shape[-1] == 8]
     assert torch.allclose(maps.average(resolution=8), maps.average(layers=fine))
     assert torch.allclose(maps.per_layer("cat")["up 1.0"], layer[:, 3])

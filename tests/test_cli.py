@@ -68,6 +68,44 @@ def test_numbers_that_count_things_must_be_positive(number, capsys):
     assert stop.value.code == 2 and "--sampler-steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("generate x --seed -1", "--seed: the value is -1: give a number from 0 to"),
+        ("generate x --seed 99999999999999999999", "--seed: the value is 99999999999999999999: give a number"),
+        ("generate x --seed 0.5", "--seed: the value is '0.5': give a whole number"),
+        ("generate x --guidance-scale nan", "--guidance-scale: the value is nan: give a number in [0, 100]"),
+        ("generate x --guidance-scale 1e30", "--guidance-scale: the value is 1e+30: give a number in [0, 100]"),
+        ("generate x --dose inf", "--dose: the value is inf: give a number in [-100, 100]"),
+        ("generate x --pictures 1000000000", "--pictures: the value is 1000000000: give a positive number, at most"),
+        ("find cat --rounds 0", "--rounds: the value is 0: give a positive number"),
+        ("find cat --token my=cat", "--token: the value is 'my cat': give one word"),
+        ("find cat --class-word =", "--class-word: the value is empty"),
+        ("decompose =", "concept: the value is empty"),
+        ("decompose x --picture -1", "--picture: the value is -1"),
+        ("ablate x =", "anchor: the value is empty"),
+        ("ablate x y --template {0}", "--template: the value is '{0}': give a text with {} for the word"),
+        ("ablate x y --template {}={}", "--template: the value is '{} {}'"),
+        ("evaluate-model tiny --seeds 0", "--seeds: the value is 0"),
+        ("evaluate-model tiny --kid -1", "--kid: the value is -1"),
+        ("compare-samplers tiny --sampler DDIM,4 --limit 0", "--limit: the value is 0"),
+        ("compare --counts 1,x", "--counts: the value is 'x': give a whole number"),
+        ("pretrain vae --minutes nan", "--minutes: the value is nan: give a positive number"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_told_before_anything_is_loaded(command, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([part.replace("=", " ") for part in command.split()])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampler", ["DDIM,0", "DDIM,2.5", "DDIM,nan", "DDIM,4,1e30", "DDIM,4,3,0.8,0.2", "magic,4"])
+def test_a_sampler_that_makes_no_sense_is_told_in_one_line(sampler, capsys):
+    assert cli.main(["compare-samplers", "tiny", "--sampler", sampler]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and ": give " in told or ": choose one of DDIM" in told
+
+
 # --- with a small model ---------------------------------------------------------------------------------
 
 
@@ -160,6 +198,47 @@ def test_apply_draws_both_and_writes_a_pipeline_with_the_edit(coneslab, tmp_path
     assert "--prompt" in coneslab("apply", "dog.safetensors", "--out", "other.png")
     assert "already exists" in coneslab("apply", "dog.safetensors", "--prompt", "a dog", "--save-model", "edited")
     assert "tiny" not in found["figure"]
+
+
+LONG = "a cat on the grass in the city and a dog on the beach and a car in the house"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ablate", LONG, "a dog", "--method", "uce"),
+        ("ablate", "a cat", "a dog", "--method", "uce", "--template", LONG + " {}"),
+        ("ablate", "a cat", "a dog", "--method", "uce", "--other", LONG),
+        ("ablate", "a cat", LONG, "--method", "model"),
+        ("ablate", LONG, "a dog", "--method", "esd"),
+        ("ablate", LONG, "a dog", "--method", "prune"),
+        ("ablate", LONG, "a dog", "--method", "neurons"),
+        ("generate", "a cat", "--sampler-steps", "1001"),
+        ("find", "mine", "--class-word", "cat", "--token", "cat"),
+        ("find", "mine", "--class-word", "cat", "--token", "dog"),
+    ],
+)
+def test_what_the_model_cannot_take_is_told_in_one_line_and_nothing_is_written(
+    model, small_judge, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    save_pictures(tmp_path / "mine")
+    assert cli.main([*command, "--model", str(model), "--device", "cpu", "--quiet"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("coneslab: ") and any(
+        end in told for end in ("shorten it", "1,000", "another one", "a rare")
+    )
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {f"{number}.png" for number in range(3)}
+
+
+def test_what_is_left_out_is_told_in_one_line(coneslab, tmp_path, capsys, model):
+    save_pictures(tmp_path / "mine")
+    (tmp_path / "mine" / "IMG_1.HEIC").write_bytes(b"no picture")
+    command = ["find", "mine", "--class-word", "cat", "--rounds", "1", "--model", str(model), "--device", "cpu"]
+    assert cli.main([*command, "--quiet", "--sampler-steps", "1"]) == 0
+    assert "coneslab: IMG_1.HEIC: left out of mine" in capsys.readouterr().err
+    assert cli.main(["generate", LONG, "--model", str(model), "--device", "cpu", "--sampler-steps", "1"]) == 0
+    assert "coneslab: the text encoder reads 20 tokens at most, which leaves out" in capsys.readouterr().err
 
 
 def test_an_edit_of_another_model_is_refused(coneslab, tmp_path, monkeypatch):

@@ -170,12 +170,14 @@ def test_errors_are_clear_and_leave_no_trace(v_pipe, judge):
     for options, reason in (
         ({"steps": 0}, "steps is 0"),
         ({"explain": 0}, "explain is 0"),
-        ({"coefficients": "magic"}, "give one of mlp, direct, least squares"),
+        ({"coefficients": "magic"}, "choose one of mlp, direct, least squares"),
         ({"exclude_similar": -1.0}, "no word is left"),
         ({"exclude": tuple(whole_words(v_pipe.tokenizer))}, "no word is left"),
     ):
         with pytest.raises(ConeslabError, match=reason):
             decompose(v_pipe, "a house", judge, **FAST | options)
+    with pytest.raises(ConeslabError, match="token is 'dog', a word of the vocabulary: give a new one"):
+        decompose(v_pipe, "a house", judge, **FAST, token="dog")
     with pytest.raises(ConeslabError, match="empty prompt"):
         decompose(v_pipe, " ", judge, **FAST)
 

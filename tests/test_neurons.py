@@ -16,7 +16,7 @@ from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from coneslab.diffusion.precision import frozen_copy
 from coneslab.edits.base import Edit, load_edit
 from coneslab.edits.weights import model_fingerprint
-from coneslab.errors import ConeslabError, FileFormatError, MismatchError
+from coneslab.errors import ConeslabError, ConeslabWarning, FileFormatError, MismatchError
 from coneslab.finetuning import samples as pairs_module
 from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.finetuning.samples import concept_latents, prior_pictures, sample_batches
@@ -382,7 +382,28 @@ def test_a_mask_is_confined_to_the_layers_that_match(found):
     place = found.layout.where(kind="V").numpy()
     assert place[values.indices].all() and not place[keys.indices].any()
     assert torch.equal(values.scale()[place], found.scale()[place]) and (values.scale()[~place] == 1).all()
-    assert len(found.within(kind="V", level=99).indices) == 0 and found.within() == found
+    assert found.within() == found
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ({"kind": "value"}, "kind is 'value': choose one of K, V"),
+        ({"kind": "V", "level": 99}, "level is 99: choose one of 0, 1"),
+        ({"block": "middle"}, "block is 'middle': choose one of down 0, "),
+        ({"block": "down 0", "level": 1}, "no layer has block='down 0' and level=1: there are down 0 at level 0"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused_by_name(found, where, reason):
+    for choose in (found.within, found.layout.where):
+        with pytest.raises(ConeslabError, match=reason):
+            choose(**where)
+
+
+def test_a_mask_of_which_nothing_is_left_says_so(found):
+    keys = found.within(kind="K")
+    with pytest.warns(ConeslabWarning, match="has no neuron in the layers asked for: nothing is left"):
+        assert len(keys.within(kind="V")) == 0
 
 
 def test_chance_is_what_random_masks_overlap_by(found):

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.diffusion.loss import denoising_loss
+from coneslab.diffusion.pipelines import fingerprint
 from coneslab.edits.base import Combined, Edit, load_edit
 from coneslab.edits.low_rank import LowRankDelta, compress
 from coneslab.edits.tokens import (
@@ -74,7 +76,12 @@ def test_a_new_token_is_there_inside_the_block_only(v_pipe):
 
 
 def test_tokens_that_cannot_be_are_refused(v_pipe):
-    for tokens, reason in ((["a", "a"], "each once"), ([" "], "give words"), (["<|endoftext|>"], "special token")):
+    for tokens, reason in (
+        (["a", "a"], "each once"),
+        ([" "], "give words"),
+        (["my cat"], "without spaces"),
+        (["<|endoftext|>"], "special token"),
+    ):
         with pytest.raises(ConeslabError, match=reason):
             with_tokens(v_pipe.tokenizer, tokens)
     wide = TokenEdit(("sks",), torch.zeros(1, 7), vocabulary_fingerprint(v_pipe))
@@ -85,6 +92,55 @@ def test_tokens_that_cannot_be_are_refused(v_pipe):
         pass
     with pytest.raises(ConeslabError, match="a finite one for each"):
         TokenEdit(("sks",), torch.full((1, 7), float("nan")), "ab" * 32)
+
+
+def their_token(folder, name="<theirs>", width=24):
+    """A Textual Inversion file of somebody else."""
+    save_file({name: torch.ones(1, width)}, folder / "theirs.safetensors")
+    return str(folder / "theirs.safetensors")
+
+
+def test_tokens_that_were_added_since_do_not_count_against_ones_own(own_pipe, tmp_path):
+    edit = TokenEdit(("<x>", "sks"), torch.randn(2, 24), vocabulary_fingerprint(own_pipe), initial=("cat", "sks"))
+    with edit.applied(own_pipe):
+        expected = encode_prompts(own_pipe, "a <x> sks cat")
+    own_pipe.load_textual_inversion(their_token(tmp_path))
+    own_pipe.tokenizer.add_tokens(["<more>"])
+    own_pipe.text_encoder.resize_token_embeddings(len(own_pipe.tokenizer), pad_to_multiple_of=64)
+    assert vocabulary_fingerprint(own_pipe) == edit.fingerprint
+    with edit.applied(own_pipe):
+        assert torch.equal(encode_prompts(own_pipe, "a <x> sks cat"), expected)
+        with TokenEdit("<y>", torch.zeros(1, 24), edit.fingerprint).applied(own_pipe):
+            assert torch.equal(encode_prompts(own_pipe, "a <x> sks cat"), expected)
+        assert (encode_prompts(own_pipe, "<theirs>") != encode_prompts(own_pipe, "<more>")).any()
+    with edit.applied(own_pipe, dose=0.0):  # a spare row of the table means nothing
+        (row,) = own_pipe.tokenizer("<x>", add_special_tokens=False).input_ids
+        assert torch.equal(embedding_of(own_pipe).weight[row], start_vector(own_pipe, "cat"))
+
+
+def test_another_text_encoder_is_refused_with_what_differs_also_inside_an_edit(own_pipe):
+    edit = TokenEdit("<x>", torch.zeros(1, 24), vocabulary_fingerprint(own_pipe))
+    inside = TokenEdit("sks", torch.zeros(1, 24), edit.fingerprint)
+    other = TokenEdit("<y>", torch.zeros(1, 24), "ab" * 32)
+    with inside.applied(own_pipe):
+        assert vocabulary_fingerprint(own_pipe) == edit.fingerprint
+        with pytest.raises(MismatchError, match="own 2.. words have other vectors .tokens added to them do not count"):
+            other.applied(own_pipe).__enter__()
+    with torch.no_grad():
+        embedding_of(own_pipe).weight[5, 0] += 1
+    with pytest.raises(MismatchError, match="load the model it was learned on"):
+        edit.applied(own_pipe).__enter__()
+    with edit.applied(own_pipe, check_model=False):
+        pass
+
+
+def test_a_token_of_an_older_file_still_belongs_to_its_model(own_pipe):
+    own_pipe.tokenizer.add_tokens(["3d"])
+    own_pipe.text_encoder.resize_token_embeddings(len(own_pipe.tokenizer))
+    whole = fingerprint({"token_embedding": embedding_of(own_pipe).weight})
+    assert whole != vocabulary_fingerprint(own_pipe)
+    with TokenEdit("<x>", torch.zeros(1, 24), whole).applied(own_pipe):
+        pass
 
 
 def test_learned_text_is_what_the_pipeline_would_encode(v_pipe):
@@ -104,6 +160,8 @@ def test_learned_text_is_what_the_pipeline_would_encode(v_pipe):
     assert (slope != 0).any(1).all()
     with pytest.raises(ConeslabError, match="<y> occurs in none"):
         LearnedText(v_pipe, captions, ["<x>", "<y>"])
+    with pytest.raises(ConeslabError, match="<x> occurs in none of the captions, .* reads 12 tokens"):
+        LearnedText(v_pipe, ["a cat " * 5 + "<x>"], ["<x>"])
 
 
 # --- gradients in the text ---
@@ -210,6 +268,33 @@ def test_augmentation_says_the_size_in_the_caption_and_masks_the_ground(v_pipe, 
     words = {"small_words": ("small",), "large_words": ("huge",)}
     edit = custom_diffusion(v_pipe, pictured, **FAST, **PRIOR, augment=True, **words)
     assert len([name for name in edit.edits[1].history if name != "loss"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"token": ""}, "token is empty"),
+        ({"token": "my cat"}, "without spaces"),
+        ({"token": "cat"}, "the token 'cat' is a word of 'a cat', which would change with it"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"name": ""}, "name is empty"),
+        ({"class_word": None}, "class_word is None"),
+        ({"images": []}, "got no pictures of the subject 'cat'"),
+    ],
+)
+def test_a_subject_that_cannot_be_learned_is_refused(v_pipe, pictured, changed, reason):
+    for method in (textual_inversion, custom_diffusion):
+        with pytest.raises(ConeslabError, match=reason):
+            method(v_pipe, SimpleNamespace(**vars(pictured) | changed), **FAST)
+
+
+def test_without_a_class_word_a_token_has_to_be_told_what_to_start_from(v_pipe, pictured):
+    about = SimpleNamespace(**vars(pictured) | {"class_word": ""})
+    with pytest.raises(ConeslabError, match="class_word is empty"):
+        textual_inversion(v_pipe, about, **FAST)
+    assert textual_inversion(v_pipe, about, initial="dog", **FAST).initial == ("dog",)
+    with pytest.raises(ConeslabError, match="got 2 initial words and 1 subjects"):
+        textual_inversion(v_pipe, about, initial=["dog", "cat"], **FAST)
 
 
 def test_bad_settings_are_refused(v_pipe, pictured):

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "coneslab"
 # Ground floor first; rooms of one floor do not import each other.
 FLOORS = (
     ("errors", "callback"),
-    ("files", "lazy", "coursework", "settings", "seeds", "blocks"),
+    ("checks",),
+    ("files", "lazy", "coursework", "settings", "pictures", "seeds", "blocks"),
     ("world", "diffusion"),
     ("new_world", "edits"),
     ("measure", "finetuning"),

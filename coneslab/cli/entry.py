@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from .. import __version__
-from ..errors import ConeslabError
+from ..errors import ArgumentError, ConeslabError, ConeslabWarning
 from . import reproduce, use
 
 _EPILOG = """\
 Exit codes: 0 success; 1 something is wrong with the input, the files or the installation, and stderr says what;
-2 the command was not understood; 130 interrupted. --json prints one JSON object to stdout, with messages on stderr,
-or writes it to a file.
+2 the command was not understood, or a value in it makes no sense; 130 interrupted. --json prints one JSON object to
+stdout, with messages on stderr, or writes it to a file.
 
   coneslab doctor                                    is everything there, and what will be slow?
   coneslab tour                                      find neurons, shut them, look: one minute
@@ -38,11 +41,28 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Tell the package's own warnings as its errors are told, without the line of code that they came from."""
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, ConeslabWarning):
+                print(f"coneslab: {message}", file=sys.stderr)
+            else:
+                before(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that coneslab raises on purpose are printed without a traceback."""
     options = parser().parse_args(arguments)
     try:
-        found = options.run(options)
+        with _warnings_in_one_line():
+            found = options.run(options)
         where = getattr(options, "json", None)
         if where:
             text = json.dumps(found, indent=1) + "\n"
@@ -53,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file.write(text)
     except (ConeslabError, OSError) as error:
         print(f"coneslab: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt:
         more = "; what was saved is kept, and the same command continues from there"
         print(f"coneslab: interrupted{more if getattr(options, 'resumes', False) else ''}", file=sys.stderr)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConeslabError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError
 
 Arguments = argparse.Namespace
 
@@ -26,11 +27,29 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
 
 
-def positive(text: str) -> int:
-    """Parse a positive whole number, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+def checked(check: Callable[..., Any], read: Callable[[str], Any] = int, **options: Any) -> Callable[[str], Any]:
+    """Parse a value for argparse, which tells what one of the `checks` says of it. options: its own."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = read(text)
+        except ValueError:
+            value = text
+        try:
+            return check("the value", value, **options)
+        except ArgumentError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+positive = checked(checks.count)
+as_seed = checked(checks.seed)
+as_guidance_scale = checked(checks.number, float, interval=checks.GUIDANCE)
+as_dose = checked(checks.dose, float)
+as_text = checked(checks.text, str)
+as_template = checked(checks.template, str)
+as_word = checked(checks.word, str)
 
 
 def teller(arguments: Arguments) -> Callable[..., None]:
@@ -43,10 +62,12 @@ def add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True) 
     """Add the options of every command that uses a pipeline. out: the help of --out; drawing: whether it draws."""
     parser.add_argument("--model", default="tiny", help='"tiny", a pipeline folder, or a hub id (default: tiny)')
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--seed", type=as_seed, default=0, help="random seed (default: 0)")
     if drawing:
         parser.add_argument("--sampler-steps", type=positive, default=25, help="steps per picture (default: 25)")
-        parser.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale (default: 3.0)")
+        parser.add_argument(
+            "--guidance-scale", type=as_guidance_scale, default=3.0, help="guidance scale (default: 3.0)"
+        )
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .. import checks
 from ..errors import ConeslabError
-from .options import add_json, add_judge, teller
+from .options import add_json, add_judge, as_guidance_scale, as_seed, checked, positive, teller
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
@@ -47,7 +48,11 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     )
     pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs, pictures (default: runs)")
     pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
-    pretrain.add_argument("--minutes", type=float, help="time budget per model; its learning rate ends at 0 then")
+    pretrain.add_argument(
+        "--minutes",
+        type=checked(checks.number, float, interval="(0, inf)"),
+        help="time budget per model; its learning rate ends at 0 then",
+    )
     pretrain.add_argument(
         "--set",
         action="append",
@@ -63,9 +68,17 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
 
 def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int) -> None:
     """Add the options of commands that ask a judge about a pipeline's pictures. seeds, kid: their defaults."""
-    parser.add_argument("--seeds", type=int, default=seeds, help="pictures per prompt, each in a different scene")
-    parser.add_argument("--limit", type=int, help="at most this many classes, pairs, threes and fours: a quick look")
-    parser.add_argument("--kid", type=int, default=kid, metavar="N", help="also the KID of N pictures and real ones")
+    parser.add_argument("--seeds", type=positive, default=seeds, help="pictures per prompt, each in a different scene")
+    parser.add_argument(
+        "--limit", type=positive, help="at most this many classes, pairs, threes and fours: a quick look"
+    )
+    parser.add_argument(
+        "--kid",
+        type=checked(checks.count, least=0),
+        default=kid,
+        metavar="N",
+        help="also the KID of N pictures and real ones",
+    )
     parser.add_argument(
         "--world",
         choices=("shipped", "new"),
@@ -117,11 +130,11 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
     add_judge(evaluate)
     _add_asking(evaluate, seeds=8, kid=0)
-    evaluate.add_argument("--sampler-steps", type=int, default=25, help="sampler steps per picture")
-    evaluate.add_argument("--guidance-scale", type=float, default=3.0)
+    evaluate.add_argument("--sampler-steps", type=positive, default=25, help="sampler steps per picture")
+    evaluate.add_argument("--guidance-scale", type=as_guidance_scale, default=3.0)
     evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
-    evaluate.add_argument("--batch-size", type=int, default=16)
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--batch-size", type=positive, default=16)
+    evaluate.add_argument("--seed", type=as_seed, default=0)
     add_json(evaluate)
     evaluate.set_defaults(run=_evaluate_model)
 
@@ -159,10 +172,10 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(experiment)
     experiment.add_argument("--subjects", help="comma-separated names, such as cat, cat+car, hypernym:pet, object:cat")
-    experiment.add_argument("--seeds", type=int, default=3)
-    experiment.add_argument("--rounds", type=int, default=60, help="rounds of a search")
-    experiment.add_argument("--finetune-steps", type=int, default=100, help="steps of K-V fine-tuning (controls)")
-    experiment.add_argument("--pictures", type=int, default=1, help="pictures per prompt")
+    experiment.add_argument("--seeds", type=positive, default=3)
+    experiment.add_argument("--rounds", type=positive, default=60, help="rounds of a search")
+    experiment.add_argument("--finetune-steps", type=positive, default=100, help="steps of K-V fine-tuning (controls)")
+    experiment.add_argument("--pictures", type=positive, default=1, help="pictures per prompt")
     experiment.add_argument("--masks", type=Path, default=Path("runs/masks"), help="where found neurons are kept")
     experiment.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
     experiment.add_argument("--out", type=Path, help="the table (default: its place in data/results)")
@@ -191,7 +204,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             return
         table = experiments.compare_methods(
             arguments.out,
-            counts=[int(count) for count in arguments.counts.split(",")],
+            counts=arguments.counts,
             seeds=arguments.seeds,
             subjects=arguments.subjects.split(",") if arguments.subjects else None,
             pictures=arguments.pictures,
@@ -204,6 +217,11 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise ConeslabError(f"{int(table.error.notna().sum())} cells failed; the same command retries them")
 
 
+def _counts(text: str) -> list[int]:
+    """Parse numbers of subjects, such as 1,2, for argparse."""
+    return [positive(one) for one in text.split(",")]
+
+
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     """`coneslab compare`: methods x subjects x seeds, the paper's table."""
     compare = commands.add_parser(
@@ -213,15 +231,15 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
     compare.add_argument("--methods", help="semicolon-separated names from coneslab.experiments.METHODS (default: all)")
     compare.add_argument("--tune", action="store_true", help="choose each method's settings on the tuning subjects")
-    compare.add_argument("--counts", default="1,2,3,4", help="numbers of subjects in a picture")
+    compare.add_argument("--counts", type=_counts, default="1,2,3,4", help="numbers of subjects in a picture")
     compare.add_argument("--subjects", help='comma-separated names and combinations, such as "cat,dog+house"')
-    compare.add_argument("--seeds", type=int, default=3)
-    compare.add_argument("--pictures", type=int, default=2, help="pictures per prompt")
+    compare.add_argument("--seeds", type=positive, default=3)
+    compare.add_argument("--pictures", type=positive, default=2, help="pictures per prompt")
     compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(compare)
     compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
-    compare.add_argument("--workers", type=int, default=1, help="processes of the cluster on this machine")
-    compare.add_argument("--threads", type=int, default=2, help="threads in each process")
+    compare.add_argument("--workers", type=positive, default=1, help="processes of the cluster on this machine")
+    compare.add_argument("--threads", type=positive, default=2, help="threads in each process")
     compare.add_argument("--settings", default="{}", help='settings of all methods, as JSON, such as {"steps": 50}')
     compare.add_argument("--kept", type=Path, default=Path("runs/kept"), help="where edits of single subjects are kept")
     compare.add_argument("--out", type=Path, help="the table (default: data/results/methods.csv)")
@@ -240,7 +258,8 @@ def _compare_samplers(arguments: argparse.Namespace) -> None:
             raise ConeslabError(
                 f"--sampler is {text!r}: give NAME,STEPS[,GUIDANCE[,FROM,TO]], such as UniPC,10,3,0,0.8"
             ) from error
-        choices.append(measure.Sampler(name, int(steps), scale, (first, last)))
+        whole: Any = int(steps) if steps.is_integer() else steps
+        choices.append(measure.Sampler(name, whole, scale, (first, last)))
     table = measure.compare_samplers(
         diffusion.load(arguments.folder, device=arguments.device),
         measure.load_judge(arguments.judge),

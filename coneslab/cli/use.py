@@ -20,6 +20,11 @@ from .options import (
     add_common,
     add_json,
     add_judge,
+    as_dose,
+    as_seed,
+    as_template,
+    as_text,
+    as_word,
     drawing_options,
     file_name,
     free_path,
@@ -380,8 +385,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
     find = command("find", _find, "find the concept neurons of a subject, and save them to a file")
     find.add_argument("subject", help='one of the sticker world, such as "cat", or a folder of 3 to 10 pictures')
-    find.add_argument("--class-word", help="what the pictures of a folder show, such as cat")
-    find.add_argument("--token", help="the rare word that stands for the subject of a folder")
+    find.add_argument("--class-word", type=as_text, help="what the pictures of a folder show, such as cat")
+    find.add_argument("--token", type=as_word, help="the rare word that stands for the subject of a folder")
     find.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
     find.add_argument("--precision", choices=("float32", "float16", "quaternary", "binary"), default="binary")
     add_common(find, "output file (default: SUBJECT.safetensors)")
@@ -389,30 +394,34 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     generate = command("generate", _generate, "draw pictures for prompts, with or without edits")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     generate.add_argument("--edit", type=Path, action="append", default=[], metavar="FILE", help="repeatable, in order")
-    generate.add_argument("--dose", type=float, default=1.0, help="dose of the edits (default: 1.0)")
+    generate.add_argument("--dose", type=as_dose, default=1.0, help="dose of the edits (default: 1.0)")
     generate.add_argument("--pictures", type=positive, default=1, help="per prompt, with successive seeds (default: 1)")
     add_common(generate, "folder for the pictures (default: pictures)")
 
     apply = command("apply", _apply, "draw with and without edits, from the same noise; save the edited model")
     apply.add_argument("edits", type=Path, nargs="+", metavar="EDIT", help="edit files, applied in this order")
-    apply.add_argument("--prompt", action="append", help="what to draw, repeatable (default: the subjects' prompts)")
-    apply.add_argument("--dose", type=float, default=1.0, help="dose of the edits (default: 1.0)")
+    apply.add_argument(
+        "--prompt", action="append", type=as_text, help="what to draw, repeatable (default: the subjects' prompts)"
+    )
+    apply.add_argument("--dose", type=as_dose, default=1.0, help="dose of the edits (default: 1.0)")
     apply.add_argument("--pictures", type=positive, default=4, help="pictures per prompt (default: 4)")
     apply.add_argument("--save-model", type=Path, metavar="FOLDER", help="also save the pipeline with the edits in it")
     add_common(apply, "output figure (default: applied.png)")
 
     decompose = command("decompose", _decompose, "write a concept as a weighted sum of words (Conceptor)")
-    decompose.add_argument("concept", help='a prompt, such as "a pet", or a folder of pictures')
+    decompose.add_argument("concept", type=as_text, help='a prompt, such as "a pet", or a folder of pictures')
     decompose.add_argument("--steps", type=positive, default=500, help="training steps (default: 500)")
     decompose.add_argument("--pictures", type=positive, default=100, help="pictures drawn for a prompt (default: 100)")
     decompose.add_argument("--top", type=positive, default=10, help="words to show (default: 10)")
-    decompose.add_argument("--picture", type=int, metavar="SEED", help="also say which words this one picture needs")
+    decompose.add_argument(
+        "--picture", type=as_seed, metavar="SEED", help="also say which words this one picture needs"
+    )
     add_judge(decompose)
     add_common(decompose, "output file (default: CONCEPT.safetensors)")
 
     ablate = command("ablate", _ablate, "make a model draw the anchor instead of the target, and check that it does")
-    ablate.add_argument("target", help='what to remove, such as "a cat"')
-    ablate.add_argument("anchor", help='what to draw instead, such as "a dog"')
+    ablate.add_argument("target", type=as_text, help='what to remove, such as "a cat"')
+    ablate.add_argument("anchor", type=as_text, help='what to draw instead, such as "a dog"')
     ablate.add_argument("--method", choices=ABLATIONS, default="model", help="(default: model)")
     ablate.add_argument(
         "--parameters",
@@ -422,8 +431,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     ablate.add_argument("--steps", type=positive, default=50, help="training steps; for neurons, rounds (default: 50)")
     ablate.add_argument("--pictures", type=positive, default=64, help="of the anchor, to train on (default: 64)")
-    ablate.add_argument("--template", action="append", default=[], help='a caption for both, such as "{} at night"')
-    ablate.add_argument("--other", action="append", default=[], help="a prompt that should stay as it is, repeatable")
+    ablate.add_argument(
+        "--template", action="append", type=as_template, default=[], help='a caption for both, such as "{} at night"'
+    )
+    ablate.add_argument(
+        "--other", action="append", type=as_text, default=[], help="a prompt that should stay as it is, repeatable"
+    )
     ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else is lost")
     ablate.add_argument("--check-pictures", type=positive, default=16, help="per prompt of the check (default: 16)")
     add_judge(ablate)

@@ -5,14 +5,17 @@ Latents are always scaled by the autoencoder's `scaling_factor`: they are what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ConeslabError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError
+from ..pictures import Images, as_pictures
 from .pipelines import Pipeline
 
 
@@ -34,39 +37,29 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _pixels(pipe: Pipeline, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
-    """Pictures as floats (n, 3, h, w) in [-1, 1]; PIL pictures are resized to the pipeline's resolution."""
-    if isinstance(images, np.ndarray):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ConeslabError(
-                f"images are {images.dtype} {images.shape}, expected uint8 (n, height, width, 3) or PIL pictures"
-            )
-        array = images
-    else:
-        _, height, width = latent_shape(pipe)
-        size = (width * pipe.vae_scale_factor, height * pipe.vae_scale_factor)
-        pictures = [image.convert("RGB") for image in images]
-        if not pictures:
-            raise ConeslabError("no images were given, expected at least one")
-        resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
-        array = np.stack([np.asarray(picture) for picture in resized])
-    return to_tensor(array)
+def _pixels(pipe: Pipeline, images: Images) -> Tensor:
+    """Pictures as floats (n, 3, h, w) in [-1, 1], resized to the pipeline's resolution."""
+    _, height, width = latent_shape(pipe)
+    size = (width * pipe.vae_scale_factor, height * pipe.vae_scale_factor)
+    pictures = as_pictures(images, name="images")
+    resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
+    return to_tensor(np.stack([np.asarray(picture) for picture in resized]))
 
 
 @torch.no_grad()
 def encode_images(
     pipe: Pipeline,
-    images: Sequence[Image.Image] | np.ndarray,
+    images: Images,
     *,
     batch_size: int = 64,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Encode pictures as scaled latents (n, channels, h, w): the posterior's mode, or with `generator` a sample of it.
 
-    images: PIL pictures (resized as needed) or a uint8 array (n, height, width, 3).
-    Raises ConeslabError for any other array, or for no pictures.
+    images: see `coneslab.pictures.as_pictures`; resized to the pipeline's resolution.
+    Raises ArgumentError for what are no pictures.
     """
-    vae, parts = pipe.vae, []
+    vae, parts, batch_size = pipe.vae, [], checks.count("batch_size", batch_size)
     for pixels in _pixels(pipe, images).split(batch_size):
         # channels last, as pictures are stored: convolutions on a CPU take a quarter less time
         pixels = pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)
@@ -77,33 +70,78 @@ def encode_images(
 
 @torch.no_grad()
 def decode_latents(pipe: Pipeline, latents: Tensor, *, batch_size: int = 64) -> list[Image.Image]:
-    """Decode scaled latents (n, channels, h, w) to pictures."""
-    vae, pictures = pipe.vae, []
+    """Decode scaled latents (n, channels, h, w) to pictures.
+
+    Raises ConeslabError for latents of another shape, or that are not finite.
+    """
+    vae, pictures, batch_size = pipe.vae, [], checks.count("batch_size", batch_size)
+    checks.tensor("latents", latents, f"n, {vae.config.latent_channels}, height, width")
+    if not latents.isfinite().all():
+        raise ConeslabError("the latents hold NaN or infinity, which would become black pictures: see what made them")
     for part in latents.split(batch_size):
         pixels = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
         pictures += [Image.fromarray(picture) for picture in to_uint8(pixels)]
     return pictures
 
 
-def tokenize(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
+def _expanded(pipe: Pipeline, texts: list[str]) -> list[str]:
+    """Texts with multi-vector tokens (Textual Inversion) written out, as diffusers does."""
+    return pipe.maybe_convert_prompt(texts, pipe.tokenizer) if hasattr(pipe, "maybe_convert_prompt") else texts
+
+
+def tokenize(pipe: Pipeline, prompts: str | Iterable[str]) -> Tensor:
     """Token ids (n, tokens), padded or truncated to the tokenizer's length, on the text encoder's device.
 
-    A multi-vector token (Textual Inversion) is expanded as in diffusers.
+    A multi-vector token (Textual Inversion) is expanded as in diffusers. Warns of words that are cut off.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if hasattr(pipe, "maybe_convert_prompt"):
-        texts = pipe.maybe_convert_prompt(texts, pipe.tokenizer)
+    texts = checks.texts("prompts", prompts, blank=True)
     encoded = pipe.tokenizer(
-        texts,
+        _expanded(pipe, texts),
         padding="max_length",
         max_length=pipe.tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )
+    full = encoded.input_ids[:, -2] != pipe.tokenizer.pad_token_id  # only these may have been cut off
+    warn_of_unread(pipe, [one for one, maybe in zip(texts, full.tolist(), strict=True) if maybe])
     return encoded.input_ids.to(pipe.text_encoder.device)
 
 
-def encode_prompts(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
+def unread(pipe: Pipeline, prompt: str, tokenizer: Any = None) -> str:
+    """The end of a prompt that the text encoder does not read, because the prompt is too long; "" if it reads it all.
+
+    tokenizer: default the pipeline's own.
+    """
+    tokenizer = tokenizer or pipe.tokenizer
+    ids = tokenizer(_expanded(pipe, [prompt])[0], add_special_tokens=False, verbose=False).input_ids
+    rest = ids[tokenizer.model_max_length - tokenizer.num_special_tokens_to_add() :]
+    return tokenizer.decode(rest).replace("</w>", " ").strip()  # with added tokens, ends of words stay marked
+
+
+def _too_long(pipe: Pipeline, prompts: Iterable[str], tokenizer: Any = None) -> str:
+    """What to say of prompts that the text encoder reads only in part; "" if it reads them all."""
+    found = {prompt: rest for prompt in dict.fromkeys(prompts) if (rest := unread(pipe, prompt, tokenizer))}
+    if not found:
+        return ""
+    prompt, rest = next(iter(found.items()))
+    more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+    length, prompt, rest = pipe.tokenizer.model_max_length, checks.shown(prompt), checks.shown(rest)
+    return f"the text encoder reads {length} tokens at most, which leaves out {rest} of {prompt}{more}: shorten it"
+
+
+def warn_of_unread(pipe: Pipeline, prompts: Iterable[str], tokenizer: Any = None) -> None:
+    """Warn of prompts that the text encoder reads only in part. tokenizer: see `unread`."""
+    if told := _too_long(pipe, prompts, tokenizer):
+        checks.warn(told)
+
+
+def require_read(pipe: Pipeline, *prompts: str) -> None:
+    """Raise ArgumentError for a prompt that the text encoder reads only in part: where every word of it counts."""
+    if told := _too_long(pipe, prompts):
+        raise ArgumentError(told)
+
+
+def encode_prompts(pipe: Pipeline, prompts: str | Iterable[str]) -> Tensor:
     """Text embeddings (n, tokens, width) as the pipeline itself computes them.
 
     Carries gradients if and only if a weight of the text encoder requires them.
@@ -120,6 +158,7 @@ def encode_prompts(pipe: Pipeline, prompts: str | Sequence[str]) -> Tensor:
 
 def encode_ids(pipe: Pipeline, ids: Tensor) -> Tensor:
     """Text embeddings (n, tokens, width) of token ids (n, tokens)."""
+    checks.tensor("ids", ids, "n, tokens", floating=False)
     mask = None
     if getattr(pipe.text_encoder.config, "use_attention_mask", False):  # as StableDiffusionPipeline.encode_prompt does
         mask = (ids != pipe.tokenizer.pad_token_id).long()

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConeslabError, MismatchError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError, MismatchError
 from .pipelines import fingerprint
 
 _ENDINGS = {"to_k": "K", "to_v": "V"}
@@ -80,6 +81,7 @@ class KVLayout:
 
     def require_length(self, flat: Tensor) -> None:
         """Raise MismatchError unless `flat` is one vector with one entry per neuron."""
+        checks.of_kind("the flat vector", flat, Tensor)
         if tuple(flat.shape) != (self.n,):
             raise MismatchError(
                 f"got a tensor of shape {tuple(flat.shape)}, but this K-V space has {self.n} neurons in "
@@ -110,15 +112,26 @@ class KVLayout:
 
     def heat_map(self, flat: Tensor, *, bins: int = 32) -> Tensor:
         """Mean over `bins` equal runs of output channels: (layers, bins) float64, one row per layer."""
+        bins = checks.count("bins", bins)
         rows = [F.adaptive_avg_pool1d(values[None], bins)[0] for values in self.rows(flat).values()]
         return torch.stack(rows)
 
     def where(self, *, kind: str | None = None, level: int | None = None, block: str | None = None) -> Tensor:
-        """Bool (n,): the neurons of the layers that match, e.g. `where(kind="V", level=0)`."""
+        """Bool (n,): the neurons of the layers that match, e.g. `where(kind="V", level=0)`.
+
+        Raises ArgumentError for a kind, level or block that no layer has, and if none has them together.
+        """
+        wanted = {"kind": kind, "level": level, "block": block}
+        for name, value in wanted.items():
+            if value is not None:
+                checks.choice(name, value, tuple(dict.fromkeys(getattr(layer, name) for layer in self.layers)))
         chosen = torch.zeros(self.n, dtype=torch.bool)
         for layer in self.layers:
-            if kind in (None, layer.kind) and level in (None, layer.level) and block in (None, layer.block):
+            if all(value in (None, getattr(layer, name)) for name, value in wanted.items()):
                 chosen[layer.slice] = True
+        if not chosen.any():
+            there = ", ".join(dict.fromkeys(f"{layer.block} at level {layer.level}" for layer in self.layers))
+            raise ArgumentError(f"no layer has block={block!r} and level={level!r}: there are {there}")
         return chosen
 
     def as_json(self) -> list[dict[str, Any]]:

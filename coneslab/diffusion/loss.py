@@ -7,13 +7,16 @@ predicts (`prediction_type`), and the same code serves all three kinds.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConeslabError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError
 from .encoding import Pipeline
+
+Reduction: TypeAlias = Literal["mean", "none"]
 
 
 def alphas_cumprod(pipe: Pipeline) -> Tensor:
@@ -23,8 +26,28 @@ def alphas_cumprod(pipe: Pipeline) -> Tensor:
 
 def snr(pipe: Pipeline, timesteps: Tensor) -> Tensor:
     """Signal-to-noise ratio abar_t / (1 - abar_t) at integer timesteps (Kingma et al. 2021, Eq. 2)."""
+    require_timesteps(pipe.scheduler, timesteps)
     abar = alphas_cumprod(pipe)[timesteps.to(pipe.unet.device)]
     return abar / (1.0 - abar)
+
+
+def require_timesteps(scheduler: Any, timesteps: Tensor, n: int | None = None) -> None:
+    """Raise ArgumentError unless these are timesteps of the schedule, (n,) integers.
+
+    Their range is checked on a CPU alone: a GPU would have to be waited for.
+    """
+    checks.tensor("timesteps", timesteps, "n" if n is None else str(n), floating=False)
+    last = len(scheduler.alphas_cumprod) - 1
+    if timesteps.device.type == "cpu" and not (0 <= int(timesteps.min()) and int(timesteps.max()) <= last):
+        raise ArgumentError(f"timesteps run from {int(timesteps.min())} to {int(timesteps.max())}: give 0 to {last}")
+
+
+def _require_latents(latents: Tensor, **others: Tensor) -> None:
+    """Raise ArgumentError unless these are latents, and the others of their shape."""
+    checks.tensor("latents", latents, "n, channels, height, width")
+    for name, other in others.items():
+        if checks.of_kind(name, other, Tensor).shape != latents.shape:
+            raise ArgumentError(f"{name} {tuple(other.shape)} does not match latents: expected {tuple(latents.shape)}")
 
 
 def alpha_and_sigma(scheduler: Any, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +59,8 @@ def alpha_and_sigma(scheduler: Any, like: Tensor, timesteps: Tensor) -> tuple[Te
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e  (Ho et al. 2020, Eq. 4). timesteps: (n,) integers."""
+    _require_latents(latents, noise=noise)
+    require_timesteps(scheduler, timesteps, len(latents))
     alpha, sigma = alpha_and_sigma(scheduler, latents, timesteps)
     return alpha * latents + sigma * noise
 
@@ -46,6 +71,8 @@ def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) ->
     epsilon: the noise (Ho et al. 2020, Eq. 14). sample: the clean latent. v_prediction:
     sqrt(abar_t) e - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, Sec. 4). Raises ConeslabError for another type.
     """
+    _require_latents(latents, noise=noise)
+    require_timesteps(scheduler, timesteps, len(latents))
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -65,7 +92,8 @@ def stratified_timesteps(n: int, total: int, generator: torch.Generator) -> Tens
 
     Unbiased, with less variance than independent samples: the low-discrepancy sampler of Kingma et al. (2021, VDM).
     """
-    device = generator.device
+    n, total = checks.count("n", n), checks.count("total", total)
+    device = checks.of_kind("generator", generator, torch.Generator).device
     place = torch.randperm(n, generator=generator, device=device)
     inside = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
     return ((place + inside) / n * total).long().clamp(max=total - 1)
@@ -82,7 +110,7 @@ def denoising_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     regression_target: Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """L = || y - f(x_t, t, c) ||^2, mean over elements (Ho et al. 2020, Eq. 14; y by prediction type).
 
@@ -103,6 +131,9 @@ def denoising_loss(
     >>> each.shape, torch.allclose(each.mean(), mean)  # one number per picture
     (torch.Size([5]), True)
     """
+    checks.choice("reduction", reduction, get_args(Reduction))
+    _require_latents(latents)
+    checks.tensor("text_embeddings", text_embeddings, f"n, tokens, {pipe.unet.config.cross_attention_dim}")
     n = latents.shape[0]
     if text_embeddings.shape[0] == 1 and n > 1:
         text_embeddings = text_embeddings.expand(n, -1, -1)
@@ -112,6 +143,12 @@ def denoising_loss(
             "for all"
         )
     device = latents.device
+    if mask is not None:
+        checks.tensor("mask", mask, f"{n}, 1, {latents.shape[2]}, {latents.shape[3]}")
+    if weights is not None:
+        checks.tensor("weights", weights, str(n))
+    if regression_target is not None:
+        _require_latents(latents, regression_target=regression_target)
     if noise is None:
         source = generator.device if generator is not None else device
         noise = torch.randn(latents.shape, generator=generator, device=source, dtype=latents.dtype).to(device)
@@ -119,11 +156,6 @@ def denoising_loss(
         steps = pipe.scheduler.config.num_train_timesteps
         source = generator.device if generator is not None else device
         timesteps = torch.randint(0, steps, (n,), generator=generator, device=source).to(device)
-    if noise.shape != latents.shape or timesteps.shape != (n,):
-        raise ConeslabError(
-            f"noise {tuple(noise.shape)} and timesteps {tuple(timesteps.shape)} do not match latents "
-            f"{tuple(latents.shape)}: expected {tuple(latents.shape)} and ({n},)"
-        )
     noisy = add_noise(pipe.scheduler, latents, noise, timesteps)
     predicted = pipe.unet(noisy, timesteps, encoder_hidden_states=text_embeddings).sample
     if regression_target is None:

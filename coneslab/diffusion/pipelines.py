@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConeslabError, FileFormatError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError, FileFormatError
 from ..files import data_folder, write_whole
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: left until a model is loaded
@@ -33,7 +34,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 def model_folder(name: str) -> Path:
     """The folder of a shipped model, "tiny" or "judge". Raises ConeslabError for any other, or if it is missing."""
-    if name not in SHIPPED:
+    if not isinstance(name, str) or name not in SHIPPED:
         raise ConeslabError(f"{name!r} is not a model that coneslab ships: choose one of {', '.join(SHIPPED)}")
     folder = data_folder() / "models" / name
     if not folder.is_dir():
@@ -114,14 +115,21 @@ def _check_layout(folder: Path) -> None:
 def usable_device(device: torch.device | str | None = None) -> torch.device:
     """The device, by default a GPU if there is one. Raises ConeslabError if torch cannot use it here."""
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0][:100]
         raise ConeslabError(
             f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda with a GPU"
         ) from error
     return found
+
+
+def require_float(dtype: Any) -> torch.dtype:
+    """A precision of floating-point numbers. Raises ArgumentError for anything else."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(f"dtype is {checks.shown(dtype)}: give torch.float32, torch.bfloat16 or torch.float16")
+    return dtype
 
 
 def load(
@@ -143,7 +151,7 @@ def load(
     """
     from diffusers import StableDiffusionPipeline
 
-    where = usable_device(device)
+    where, dtype = usable_device(device), require_float(dtype)
     name = str(name_or_path)
     source: str | Path = Path(name).expanduser()
     if name in SHIPPED:

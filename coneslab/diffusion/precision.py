@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..blocks import Block, Place, attribute
 from ..errors import ConeslabError
 from .kvspace import unet_of
-from .pipelines import Pipeline
+from .pipelines import Pipeline, require_float
 
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -41,6 +42,7 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
     Inputs are cast to `dtype`. gradients: the copy is for backward passes (`speed_up_backward`).
     Raises ConeslabError if the U-Net's weights do not match its config (an adapter, quantisation).
     """
+    dtype = require_float(dtype)
     weights = {name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}
     with torch.device("meta"):
         copy = type(unet).from_config(unet.config)
@@ -94,6 +96,8 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Block:
     dtype: default `fast_dtype`. The U-Net itself draws if it already has it or is not plain. No other thread may use
     the pipeline meanwhile.
     """
+    if dtype is not None:
+        require_float(dtype)
 
     def changes() -> list[tuple[Place, Any]]:
         unet = unet_of(pipe)
@@ -115,6 +119,9 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Block:
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager:
     """Autocast to bfloat16 if that is `dtype` (default: where it pays), else do nothing."""
+    checks.of_kind("device", device, torch.device)
+    if dtype is not None:
+        require_float(dtype)
     wanted = bfloat16_pays(device) if dtype is None else dtype == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import checks
 from ..blocks import Block, attribute
 from ..callback import Callback
-from ..errors import ConeslabError
-from .encoding import latent_shape
+from ..errors import ArgumentError, ConeslabError
+from .encoding import latent_shape, warn_of_unread
 from .loss import alpha_and_sigma, alphas_cumprod
 from .pipelines import Pipeline
 from .precision import drawing
@@ -27,6 +28,12 @@ def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: 
 
     Solves Eq. 4 of Ho et al. (2020) together with the definition of the prediction type (see `target`).
     """
+    if (
+        checks.tensor("noisy", noisy, "n, channels, height, width").shape
+        != checks.of_kind("predicted", predicted, Tensor).shape
+    ):
+        raise ArgumentError(f"predicted is {tuple(predicted.shape)}: give the shape of noisy, {tuple(noisy.shape)}")
+    timestep = checks.count("timestep", timestep, least=0, most=len(scheduler.alphas_cumprod) - 1)
     alpha, sigma = alpha_and_sigma(scheduler, noisy, torch.tensor([timestep]))
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
@@ -45,12 +52,23 @@ def guided(
 
     The guidance scale s follows diffusers: 1 means no guidance (the paper's w + 1).
     """
-    t = torch.full((noisy.shape[0],), timestep, device=noisy.device)
+    checks.tensor("noisy", noisy, f"n, {pipe.unet.config.in_channels}, height, width")
+    width = pipe.unet.config.cross_attention_dim
+    checks.tensor("text", text, f"{len(noisy)}, tokens, {width}")
+    if empty is not None and (len(checks.tensor("empty", empty, f"n, {text.shape[1]}, {width}")) not in (1, len(text))):
+        raise ArgumentError(f"got {len(empty)} empty embeddings: give one, or one for each text")
+    guidance_scale = checks.number("guidance_scale", guidance_scale)
+    t = torch.full((noisy.shape[0],), checks.number("timestep", timestep, "[0, inf)"), device=noisy.device)
     conditional = pipe.unet(noisy, t, encoder_hidden_states=text).sample
     if guidance_scale == 1.0 or empty is None:
         return conditional
     unconditional = pipe.unet(noisy, t, encoder_hidden_states=empty.expand_as(text)).sample
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def require_steps(pipe: Pipeline, sampler_steps: int) -> int:
+    """Sampler steps, at most as many as the schedule has. Raises ArgumentError for any other number."""
+    return checks.count("sampler_steps", sampler_steps, most=pipe.scheduler.config.num_train_timesteps)
 
 
 def _schedule(pipe: Pipeline, sampler_steps: int) -> list[tuple[int, int]]:
@@ -83,8 +101,11 @@ def ddim_sample(
 
     text_embeddings: (n, tokens, width). noise: (n, channels, h, w), the start. empty_embeddings: (1, tokens, width)
     for guidance. callback: see `coneslab.callback`; further keys: "timestep", "clean" (predicted latents).
-    Returns scaled latents.
+    Returns scaled latents. Raises ArgumentError for shapes that do not fit the pipeline, and for numbers out of range.
     """
+    sampler_steps, guidance_scale = _require_sampling(
+        pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
+    )
     x = noise
     for i, (t, after) in enumerate(_schedule(pipe, sampler_steps)):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
@@ -113,6 +134,9 @@ def ddpm_sample(
     With abar_s at the next timestep, alpha = abar_t / abar_s and beta = 1 - alpha; the step's noise has the posterior
     variance (1 - abar_s) / (1 - abar_t) beta. Arguments as in `ddim_sample`; `generator` draws the fresh noise.
     """
+    sampler_steps, guidance_scale = _require_sampling(
+        pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
+    )
     x = noise
     for i, (t, after) in enumerate(_schedule(pipe, sampler_steps)):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
@@ -132,21 +156,44 @@ def ddpm_sample(
     return x
 
 
+def _require_sampling(
+    pipe: Pipeline,
+    text: Tensor,
+    noise: Tensor,
+    empty: Tensor | None,
+    sampler_steps: int,
+    guidance_scale: float,
+    callback: Callback | None,
+) -> tuple[int, float]:
+    """What both samplers check; returns steps and guidance scale."""
+    checks.tensor("noise", noise, f"n, {pipe.unet.config.in_channels}, height, width")
+    width = pipe.unet.config.cross_attention_dim
+    checks.tensor("text_embeddings", text, f"{len(noise)}, tokens, {width}")
+    if empty is not None:
+        checks.tensor("empty_embeddings", empty, f"1, {text.shape[1]}, {width}")
+    checks.function("callback", callback)
+    return require_steps(pipe, sampler_steps), checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
+
+
 # --- pictures -------------------------------------------------------------------------------------------
 
 
-def start_noise(pipe: Pipeline, seeds: Sequence[int]) -> Tensor:
+def seeds_for(seeds: int | Iterable[int], n: int | None = None) -> list[int]:
+    """One seed and those after it, `n` in all, or several; below 2**64, which leaves room above `checks.seed`."""
+    found: Iterable[int]
+    if isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1) > 0:
+        found = checks.items("seeds", seeds)
+    else:
+        first = checks.count("seed", seeds, least=0, most=2**64 - 1)
+        found = range(first, first + (n or 1))
+    return [checks.count("seed", one, least=0, most=2**64 - 1) for one in found]
+
+
+def start_noise(pipe: Pipeline, seeds: int | Iterable[int]) -> Tensor:
     """Start noise (n, channels, h, w), each picture's from its own seed; the same on every device."""
     shape = latent_shape(pipe)
-    draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(int(seed))) for seed in seeds]
+    draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds_for(seeds)]
     return torch.stack(draws).to(pipe.unet.device, pipe.unet.dtype)
-
-
-def require_interval(interval: tuple[float, float]) -> None:
-    """Raise ConeslabError unless a guidance interval is two shares of the schedule, in order."""
-    first, last = interval
-    if not 0 <= first < last <= 1:
-        raise ConeslabError(f"the guidance interval is {interval}: give two shares in order, such as (0.0, 0.8)")
 
 
 def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
@@ -156,6 +203,7 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
     Interval). Outside, the half of a batch with the empty prompt is not computed: it gets the other half's output, so
     that u + s (c - u) is c. A pass is one picture going through the network once.
     """
+    first, last = checks.interval("guidance interval", (first, last))
     unet = pipe.unet
     own, total, passes = unet.forward, pipe.scheduler.config.num_train_timesteps, 0
 
@@ -177,9 +225,9 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
 
 def generate(
     pipe: Pipeline,
-    prompts: str | Sequence[str],
+    prompts: str | Iterable[str],
     *,
-    seed: int | Sequence[int] = 0,
+    seed: int | Iterable[int] = 0,
     sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -198,8 +246,9 @@ def generate(
     guidance_interval: shares of the schedule between which guidance is on (`guided_between`), default all of it.
     callback: see `coneslab.callback`, after each step of each batch; further keys: "timestep", "latents", "pictures"
     (how many are finished). on_calls(number of network passes) at the end.
-    Raises ConeslabError without prompts, with another number of seeds, with fewer than one step, or for an
-    invalid interval.
+    Warns of a prompt that is too long for the text encoder, which reads its beginning alone.
+    Raises ConeslabError without prompts, with another number of seeds, and for numbers out of range: more steps than
+    the schedule has, a guidance scale beyond 0 to 100, an interval that is not two shares in order.
 
     >>> pipe = coneslab.load("tiny")
     >>> prompts = ["a cat on the beach", "a dog in the snow"]
@@ -211,12 +260,17 @@ def generate(
     >>> coneslab.generate(pipe, prompts, sampler_steps=2, seed=7) == images
     False
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        raise ConeslabError("no prompts were given, expected at least one")
-    if sampler_steps < 1 or batch_size < 1:
-        raise ConeslabError(f"sampler_steps={sampler_steps}, batch_size={batch_size}: both must be positive")
-    require_interval(guidance_interval)
+    texts = checks.texts("prompts", prompts, blank=True)
+    negative = [] if negative_prompt is None else [checks.text("negative_prompt", negative_prompt, blank=True)]
+    sampler_steps, batch_size = require_steps(pipe, sampler_steps), checks.count("batch_size", batch_size)
+    guidance_scale = checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
+    guidance_interval = checks.interval("guidance interval", guidance_interval)
+    checks.function("callback", callback)
+    checks.function("on_calls", on_calls)
+    seeds = seeds_for(seed, len(texts))
+    if len(seeds) != len(texts):
+        raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one per prompt")
+    warn_of_unread(pipe, texts + negative)
     pictures: list[Image.Image] = []
 
     def step_end(_: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,9 +280,6 @@ def generate(
         return tensors
 
     starts = tqdm(range(0, len(texts), batch_size), disable=not progress, desc="pictures", unit="batch")
-    seeds = list(range(seed, seed + len(texts)) if isinstance(seed, int) else seed)
-    if len(seeds) != len(texts):
-        raise ConeslabError(f"got {len(texts)} prompts and {len(seeds)} seeds: give one seed, or one per prompt")
     noises = start_noise(pipe, seeds)
     untouched = guidance_interval == (0.0, 1.0) and on_calls is None
     with drawing(pipe, dtype), nullcontext() if untouched else guided_between(pipe, *guidance_interval) as passes:
@@ -236,7 +287,7 @@ def generate(
             part = slice(start, start + batch_size)
             made = pipe(
                 texts[part],
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts[part]),
+                negative_prompt=negative * len(texts[part]) or None,
                 num_inference_steps=sampler_steps,
                 guidance_scale=guidance_scale,
                 latents=noises[part],

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .. import checks
 from ..blocks import Nested
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError
@@ -97,13 +98,18 @@ class Edit(ABC):
 
 def applied(edit: Edit | None, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
     """Apply an edit inside a `with` block; None leaves the pipeline as it is."""
-    return nullcontext(pipe) if edit is None else edit.applied(pipe, dose)
+    require_dose(dose)
+    return nullcontext(pipe) if require_edit(edit) is None else edit.applied(pipe, dose)  # type: ignore[union-attr]
 
 
-def require_dose(dose: float) -> None:
-    """Raise ConeslabError unless a dose is a finite number."""
-    if not -float("inf") < dose < float("inf"):
-        raise ConeslabError(f"dose is {dose}: give a finite number, 0 for no effect and 1 for the whole edit")
+def require_dose(dose: float) -> float:
+    """A dose, see `checks.dose`. Raises ArgumentError for any other number."""
+    return checks.dose("dose", dose)
+
+
+def require_edit(edit: Any) -> Any:
+    """An edit, or None. Raises ArgumentError for anything else, such as the path of a file."""
+    return edit if edit is None else checks.having("edit", edit, "an edit, such as load_edit(file), or None", "applied")
 
 
 def load_edit(path: str | Path) -> Edit:
@@ -179,7 +185,8 @@ class Combined(Edit):
     edits: tuple[Edit, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "edits", tuple(self.edits))
+        edits = checks.items("edits", self.edits, Edit, least=0)
+        object.__setattr__(self, "edits", tuple(edits))
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .. import checks
 from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError, MismatchError
@@ -29,8 +30,9 @@ def export_tokens(
     names: token -> its name in the file, if it is to differ. diffusers refuses a word that the tokenizer already has,
     such as the rare word "sks". Raises ConeslabError for such a name.
     """
-    folder, written = Path(folder), []
-    chosen = [dict(names or {}).get(token, token) for token in edit.tokens]
+    checks.of_kind("edit", edit, TokenEdit)
+    folder, written, given = Path(folder), [], checks.mapping("names", {} if names is None else names, least=0)
+    chosen = [checks.word("name", given.get(token, token)) for token in edit.tokens]
     words = pipe.tokenizer.get_vocab()
     taken = [name for name in chosen if name in words or f"{name}</w>" in words]
     if taken:
@@ -56,7 +58,7 @@ def import_tokens(pipe: Pipeline, file: str | Path, *, token: str | None = None)
     if len(tensors) != 1:
         raise FileFormatError(f"{file} holds {len(tensors)} tensors, expected one embedding: give another file")
     ((name, vectors),) = tensors.items()
-    name = token or name
+    name = name if token is None else checks.word("token", token)
     if name == "emb_params":
         raise ConeslabError(f"{file} does not name its token: give one, for example token='<{Path(file).stem}>'")
     vectors = vectors.float()[None] if vectors.ndim == 1 else vectors.float()

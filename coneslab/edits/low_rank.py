@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.pipelines import Pipeline
+from .. import checks
+from ..diffusion.pipelines import Pipeline, require_float
 from ..errors import ConeslabError
 from .base import Edit
 from .weights import WeightDelta
@@ -66,8 +67,8 @@ def compress(edit: WeightDelta, *, energy: float = 0.6, dtype: torch.dtype = tor
     energy: share of the sum of squared singular values, in (0, 1]. dtype: of the stored factors.
     Raises ConeslabError for an energy out of range, or a delta of weights that are not matrices.
     """
-    if not 0 < energy <= 1:
-        raise ConeslabError(f"energy is {energy}: give a share in (0, 1]")
+    checks.of_kind("edit", edit, WeightDelta)
+    energy, dtype = checks.number("energy", energy, "(0, 1]", kind="share"), require_float(dtype)
     factors = {}
     for name, delta in edit.deltas.items():
         if delta.ndim != 2:

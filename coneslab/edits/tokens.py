@@ -7,7 +7,7 @@ The pipeline's embedding table and tokenizer are never modified: copies take the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..blocks import Block, Place, attribute
-from ..diffusion.encoding import encode_ids
+from ..diffusion.encoding import encode_ids, warn_of_unread
 from ..diffusion.pipelines import Pipeline, fingerprint
-from ..errors import ConeslabError, MismatchError
+from ..errors import ArgumentError, ConeslabError, MismatchError
 from .base import Edit, require_dose
 
 
@@ -29,17 +30,39 @@ def embedding_of(pipe: Pipeline) -> nn.Embedding:
 
 
 def vocabulary_fingerprint(pipe: Pipeline) -> str:
-    """Hex SHA-256 of the table of token embeddings: identifies the text encoder a token was learned for."""
-    return fingerprint({"token_embedding": embedding_of(pipe).weight})
+    """Hex SHA-256 of the embeddings of the tokenizer's own vocabulary: identifies the text encoder.
+
+    Tokens that were added later, as `pipe.load_textual_inversion` does, do not count, nor does an edit that is applied:
+    the words that a token was learned with mean the same as before.
+    """
+    return fingerprint({"token_embedding": _own_table(pipe)[: pipe.tokenizer.vocab_size]})
 
 
-def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[Any, list[int]]:
+def _own_table(pipe: Pipeline) -> Tensor:
+    """The table of token embeddings without the edits that are applied now."""
+    table = embedding_of(pipe)
+    return getattr(table, "_untouched", table).weight
+
+
+def _require_vocabulary(expected: str, pipe: Pipeline, tokens: Sequence[str]) -> None:
+    """Raise MismatchError unless `expected` is the text encoder's fingerprint, or, in old files, that of its table."""
+    found = vocabulary_fingerprint(pipe)
+    if expected not in (found, fingerprint({"token_embedding": _own_table(pipe)})):
+        raise MismatchError(
+            f"{', '.join(tokens)} was learned with text encoder {expected[:8]}…, this one is {found[:8]}…: its own "
+            f"{pipe.tokenizer.vocab_size:,} words have other vectors (tokens added to them do not count); load the "
+            "model it was learned on, or learn it again"
+        )
+
+
+def with_tokens(tokenizer: Any, tokens: Iterable[str]) -> tuple[Any, list[int]]:
     """A tokenizer that knows `tokens` as one token each, and their ids; the one given is not changed.
 
-    Raises ConeslabError for an empty, repeated or special token.
+    Raises ConeslabError for a token that is empty, holds a space, comes twice or is a special one.
     """
-    if len(set(tokens)) != len(tokens) or not all(token.strip() for token in tokens):
-        raise ConeslabError(f"the tokens are {list(tokens)}: give words, each once")
+    tokens = checks.texts("tokens", tokens, blank=True)
+    if len(set(tokens)) != len(tokens) or not all(token.split() == [token] for token in tokens):
+        raise ArgumentError(f"the tokens are {tokens}: give words without spaces, each once")
     special = set(tokenizer.all_special_tokens) & set(tokens)
     if special:
         raise ConeslabError(f"{', '.join(sorted(special))}: a special token of the tokenizer cannot be learned")
@@ -57,6 +80,7 @@ def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[Any, list[int]]:
 
 def start_vector(pipe: Pipeline, word: str) -> Tensor:
     """The embedding (width,) of a word: the mean over its tokens, or over all tokens for an empty word."""
+    checks.text("word", word, blank=True)
     table = embedding_of(pipe).weight.detach().float()
     ids = pipe.tokenizer(word, add_special_tokens=False).input_ids if word else []
     return table[ids].mean(0) if ids else table.mean(0)
@@ -66,8 +90,9 @@ def start_vector(pipe: Pipeline, word: str) -> Tensor:
 class TokenEdit(Edit):
     """Learned vectors for one or more tokens; an edit.
 
-    tokens: as they are written in prompts; vectors: (tokens, width) float32; fingerprint: of the embedding table they
-    were learned with; initial: the word that each new token starts from, whose vector it has at dose 0.
+    tokens: as they are written in prompts; vectors: (tokens, width) float32; fingerprint: of the text encoder they
+    were learned with (`vocabulary_fingerprint`); initial: the word that each new token starts from, whose vector it has
+    at dose 0.
     Raises ConeslabError unless there is a finite vector for every token.
     """
 
@@ -79,14 +104,21 @@ class TokenEdit(Edit):
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        vectors = self.vectors.detach().to("cpu", torch.float32).clone()
-        if vectors.ndim != 2 or len(vectors) != len(self.tokens) or not vectors.isfinite().all():
+        tokens = tuple(checks.word("token", token) for token in checks.texts("tokens", self.tokens))
+        initial = tuple(checks.texts("initial", self.initial, least=0, blank=True)) or ("",) * len(tokens)
+        vectors = checks.of_kind("vectors", self.vectors, Tensor).detach().to("cpu", torch.float32).clone()
+        if vectors.ndim != 2 or len(vectors) != len(tokens) or not vectors.isfinite().all():
             raise ConeslabError(
-                f"got vectors of shape {tuple(vectors.shape)} for {len(self.tokens)} tokens: give a finite one for each"
+                f"got vectors of shape {tuple(vectors.shape)} for {len(tokens)} tokens: give a finite one for each"
             )
-        object.__setattr__(self, "tokens", tuple(self.tokens))
+        if len(initial) != len(tokens):
+            raise ArgumentError(
+                f"got {len(initial)} initial words for {len(tokens)} tokens: give one for each, or none"
+            )
+        checks.text("fingerprint", self.fingerprint)
+        object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "vectors", vectors)
-        object.__setattr__(self, "initial", tuple(self.initial) or ("",) * len(self.tokens))
+        object.__setattr__(self, "initial", initial)
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     @property
@@ -115,20 +147,19 @@ class TokenEdit(Edit):
                 f"the vectors of {', '.join(self.tokens)} have {self.vectors.shape[1]} numbers, this text encoder's "
                 f"have {table.weight.shape[1]}: load the model they were learned on"
             )
-        if check_model and not getattr(table, "_edited", False) and vocabulary_fingerprint(pipe) != self.fingerprint:
-            raise MismatchError(
-                f"{', '.join(self.tokens)} was learned with text encoder {self.fingerprint[:8]}…, this one is "
-                f"{vocabulary_fingerprint(pipe)[:8]}…: load the model it was learned on, or learn it again"
-            )
+        if check_model:
+            _require_vocabulary(self.fingerprint, pipe, self.tokens)
         tokenizer, ids = with_tokens(pipe.tokenizer, self.tokens)
+        before = pipe.tokenizer(list(self.tokens), add_special_tokens=False).input_ids
         old_rows, width = table.weight.shape
         new_rows = max(0, max(ids) + 1 - old_rows)
         weight = torch.cat([table.weight.detach(), table.weight.new_zeros(new_rows, width)])
-        for token, vector, word in zip(ids, self.vectors.to(weight), self.initial, strict=True):
-            start = weight[token] if token < old_rows else start_vector(pipe, word).to(weight)
+        for token, known, vector, word in zip(ids, before, self.vectors.to(weight), self.initial, strict=True):
+            # a table may have spare rows, so a new token's row can be there and mean nothing
+            start = weight[token] if known == [token] and token < old_rows else start_vector(pipe, word).to(weight)
             weight[token] = (1 - dose) * start + dose * vector
         edited = nn.Embedding.from_pretrained(weight, freeze=True)
-        edited._edited = True
+        object.__setattr__(edited, "_untouched", getattr(table, "_untouched", table))  # no module of its own
         encoder = pipe.text_encoder
         embeddings = Place(encoder, "input embeddings", encoder.get_input_embeddings, encoder.set_input_embeddings)
         return [(embeddings, edited), (attribute(pipe, "tokenizer"), tokenizer)]
@@ -147,19 +178,25 @@ class LearnedText:
     """Text embeddings of fixed captions, as a function of the vectors of a few tokens.
 
     Only the vectors get gradients; every other row of the table is frozen.
-    Raises ConeslabError if a token occurs in none of the captions: it would never be learned.
+    Raises ConeslabError if a token occurs in none of the captions, as far as the text encoder reads them: it would
+    never be learned.
     """
 
-    def __init__(self, pipe: Pipeline, captions: Sequence[str], tokens: Sequence[str]) -> None:
+    def __init__(self, pipe: Pipeline, captions: Iterable[str], tokens: Iterable[str]) -> None:
+        captions, tokens = checks.texts("captions", captions), checks.texts("tokens", tokens, blank=True)
         tokenizer, self.ids = with_tokens(pipe.tokenizer, tokens)
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        ids = tokenizer(list(captions), max_length=tokenizer.model_max_length, **options).input_ids
+        ids = tokenizer(captions, max_length=tokenizer.model_max_length, **options).input_ids
         self._which = torch.full(ids.shape, -1)
         for number, token in enumerate(self.ids):
             self._which[ids == token] = number
         missing = [token for number, token in enumerate(tokens) if not (self._which == number).any()]
         if missing:
-            raise ConeslabError(f"{', '.join(missing)} occurs in none of the captions: it cannot be learned from them")
+            raise ConeslabError(
+                f"{', '.join(missing)} occurs in none of the captions, of which the text encoder reads "
+                f"{tokenizer.model_max_length} tokens: it cannot be learned from them"
+            )
+        warn_of_unread(pipe, captions, tokenizer)
         self._pipe = pipe
         table = embedding_of(pipe)
         self._which = self._which.to(table.weight.device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..blocks import Block, Place, before_blocks
 from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
@@ -90,7 +91,12 @@ class WeightDelta(Edit):
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        deltas = {name: delta.detach().to("cpu", torch.float32) for name, delta in self.deltas.items()}
+        given = checks.mapping("deltas", self.deltas, least=0)
+        for name, delta in given.items():
+            checks.of_kind(f"the delta of {name}", delta, Tensor)
+        checks.text("fingerprint", self.fingerprint)
+        checks.text("subject", self.subject, blank=True)
+        deltas = {name: delta.detach().to("cpu", torch.float32) for name, delta in given.items()}
         for name, delta in deltas.items():
             if not delta.isfinite().all():
                 raise ConeslabError(f"the delta of {name} contains NaN or infinity: tune with a lower learning rate")

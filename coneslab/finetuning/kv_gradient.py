@@ -15,12 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
+from ..callback import Callback
 from ..diffusion.kvspace import KVSpace, cross_attentions, unet_of
 from ..diffusion.loss import add_noise, denoising_loss
-from ..diffusion.pipelines import Pipeline
+from ..diffusion.pipelines import Pipeline, require_float
 from ..diffusion.precision import fast_dtype, frozen_copy
-from ..errors import ConeslabError
+from ..errors import ConeslabError, MismatchError
 from .samples import CaptionedLatents, NoisyBatch
+
+
+def require_passes(dtype: torch.dtype | None, chunk: int | None = None, callback: Callback | None = None) -> None:
+    """Raise ArgumentError for what no run takes: methods ask before they draw or train anything."""
+    if dtype is not None:
+        require_float(dtype)
+    if chunk is not None:
+        checks.count("chunk", chunk)
+    checks.function("callback", callback)
 
 
 class KVGradient:
@@ -44,9 +55,9 @@ class KVGradient:
         chunk: int | None = None,
     ) -> None:
         unet = unet_of(pipe)
-        dtype = dtype or fast_dtype(unet)
-        if chunk is not None and chunk < 1:
-            raise ConeslabError(f"chunk is {chunk}: give a positive number of samples, or None for all at once")
+        data = checks.items("data", data, CaptionedLatents)
+        require_passes(dtype, chunk)
+        dtype = fast_dtype(unet) if dtype is None else dtype
         self.space, self.data, self.dtype, self.chunk = KVSpace(pipe), tuple(data), dtype, chunk
         self._pipe = _WithUNet(pipe, frozen_copy(unet, dtype, gradients=True))
         self._text = torch.stack([part.text for part in data])  # (captions, tokens, width)
@@ -78,8 +89,15 @@ class KVGradient:
     @torch.no_grad()
     def losses(self, theta: Tensor, batch: NoisyBatch) -> list[float]:
         """Mean loss of every caption without the gradient, at a third of the cost."""
+        self._require(theta, batch)
         sums = [self._loss(theta, self._text, batch, rows, counts)[1] for rows, counts in self._chunks()]
         return self._means(torch.stack(sums).sum(0))
+
+    def _require(self, theta: Tensor, batch: NoisyBatch) -> None:
+        self.space.layout.require_length(theta)
+        samples = sum(part.batch_size for part in self.data)
+        if checks.of_kind("batch", batch, NoisyBatch) and len(batch.latents) != samples:
+            raise MismatchError(f"the batch has {len(batch.latents)} samples, expected {samples}: see `sample_batches`")
 
     def _means(self, sums: Tensor) -> list[float]:
         return (sums / torch.tensor([part.batch_size for part in self.data])).tolist()
@@ -93,6 +111,9 @@ class KVGradient:
         text: (captions, tokens, width), one embedding per caption, or None for those of `data`; the gradient in it has
         its shape. Raises ConeslabError if a gradient is not finite.
         """
+        self._require(theta, batch)
+        if text is not None:
+            checks.tensor("text", text, "{}, {}, {}".format(*self._text.shape))
         text = self._text if text is None else text
         gradients = [torch.zeros_like(point) for point, of in ((theta, of_theta), (text, of_text)) if of]
         losses = torch.zeros(len(self.data), dtype=torch.float64)

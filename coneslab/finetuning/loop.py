@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import checks
 from ..callback import Callback
 from ..diffusion.kvspace import unet_of
 from ..diffusion.loss import denoising_loss
@@ -46,16 +47,19 @@ class TuningSettings(Settings):
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        self._require(self.steps >= 1, "steps", "a positive number")
-        self._require(0 < self.rate < float("inf"), "learning_rate", "a positive number")
-        self._require(0 <= self.weight_decay < float("inf"), "weight_decay", "a number of 0 or more")
         super().__post_init__()
+        self._check(checks.count, "steps")
+        self._check(checks.number, "learning_rate", interval="(0, inf)", optional=self._chooses_rate())
+        self._check(checks.number, "weight_decay", interval="[0, inf)")
 
     @property
     def rate(self) -> float:
-        """The learning rate, whether given or chosen by the method."""
-        assert self.learning_rate is not None, "a method that chooses the rate overrides this"
-        return self.learning_rate
+        """The learning rate, whether given or chosen by the method, which then overrides this."""
+        return checks.number("learning_rate", self.learning_rate, "(0, inf)")
+
+    @classmethod
+    def _chooses_rate(cls) -> bool:
+        return cls.rate is not TuningSettings.rate
 
 
 class RunOptions(TypedDict, total=False):
@@ -93,6 +97,8 @@ def tune(
     Raises ConeslabError if the loss is no longer finite; MismatchError if the file belongs to other settings, or holds
     more steps; FileFormatError if it is damaged.
     """
+    checks.mapping("weights", weights)
+    checks.function("callback", callback)
     learning_rates = dict.fromkeys(weights, settings.rate) | dict(rates or {})
     groups = [{"params": [weight], "lr": learning_rates[name]} for name, weight in weights.items()]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
@@ -201,7 +207,7 @@ def tune_unet(
     only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16. title, identity and run: see
     `tune`. Raises ConeslabError for another dtype.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16)):
         raise ConeslabError(f"dtype is {dtype}: passes run in torch.float32 or torch.bfloat16")
     unet = copy.deepcopy(unet_of(pipe)).float().requires_grad_(False).train()
     dtype = dtype or fast_dtype(unet)

@@ -7,7 +7,7 @@ and every method takes its samples from here, so equal seeds mean equal noises.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle, pairwise
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.encoding import encode_images, encode_prompts
+from .. import checks
+from ..diffusion.encoding import encode_images, encode_prompts, require_read
 from ..diffusion.loss import stratified_timesteps
 from ..diffusion.pipelines import Pipeline, pipeline_fingerprint
-from ..diffusion.sampling import generate
-from ..errors import ConeslabError
+from ..diffusion.sampling import generate, require_steps, seeds_for
+from ..errors import ArgumentError
+from ..pictures import Images, as_pictures
 from ..seeds import derived
 from ..settings import Settings
 
@@ -53,11 +55,32 @@ class TokenSubject(ConceptSubject, Protocol):
 Subject = TypeVar("Subject", bound=ConceptSubject)
 
 
-def several(subjects: Subject | Sequence[Subject]) -> list[Subject]:
-    """One subject or several, as a list. Raises ConeslabError if there is none."""
-    found = list(subjects) if isinstance(subjects, Sequence) else [subjects]
+def require_subject(subject: Any, *, with_token: bool = False) -> None:
+    """Raise ArgumentError unless this is a `ConceptSubject`, or with a token a `TokenSubject`, and its texts say what.
+
+    The token has to be one word, and none of the class prompt, whose meaning would change with it. The class word may
+    be empty, as some methods do without.
+    """
+    needed = ("name", "images", "prompt", "prior_prompt") + (("token", "class_word") if with_token else ())
+    checks.having("subject", subject, 'a subject, such as coneslab.subject("cat")', *needed)
+    for name in needed:
+        if name != "images":
+            checks.text(f"the subject's {name}", getattr(subject, name), blank=name == "class_word")
+    if with_token and checks.word("the subject's token", subject.token) in subject.prior_prompt.split():
+        raise ArgumentError(
+            f"the token {subject.token!r} is a word of {subject.prior_prompt!r}, which would change with it: give the "
+            "subject another one, rare or new"
+        )
+
+
+def several(subjects: Subject | Iterable[Subject], *, with_token: bool = False) -> list[Subject]:
+    """One subject or several, as a list. Raises ArgumentError if there is none, and as `require_subject` does."""
+    single = hasattr(subjects, "prior_prompt")
+    found: list[Any] = [subjects] if single else checks.items("subjects", subjects, least=0)
     if not found:
-        raise ConeslabError("got no subject: give one, or a list of them")
+        raise ArgumentError("got no subject: give one, or a list of them")
+    for one in found:
+        require_subject(one, with_token=with_token)
     return found
 
 
@@ -78,7 +101,9 @@ class SamplerSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.sampler_steps >= 1, "sampler_steps", "a positive number of steps")
+        self._check(checks.count, "sampler_steps")
+        self._check(checks.number, "guidance_scale", interval=checks.GUIDANCE)
+        self._check(checks.seed, "seed")
 
     @property
     def sampler(self) -> dict[str, Any]:
@@ -112,10 +137,9 @@ class ConceptSettings(SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.batch_size >= 1, "batch_size", "a positive number of samples")
-        self._require(self.prior_batch_size >= 0, "prior_batch_size", "a number of samples, 0 for no prior")
-        self._require(0 <= self.prior_weight < float("inf"), "prior_weight", "a number of 0 or more")
-        self._require(self.prior_images >= 1, "prior_images", "a positive number of pictures")
+        self._check(checks.count, "batch_size", "prior_images")
+        self._check(checks.count, "prior_batch_size", least=0)
+        self._check(checks.number, "prior_weight", interval="[0, inf)")
 
     @property
     def has_prior(self) -> bool:
@@ -136,6 +160,15 @@ class CaptionedLatents:
     weight: float = 1.0
     mask: Tensor | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        checks.tensor("latents", self.latents, "pictures, channels, height, width")
+        checks.tensor("text", self.text, "tokens, width")
+        if self.mask is not None:
+            pictures, _, height, width = self.latents.shape
+            checks.tensor("mask", self.mask, f"{pictures}, 1, {height}, {width}")
+        object.__setattr__(self, "batch_size", checks.count("batch_size", self.batch_size))
+        object.__setattr__(self, "weight", checks.number("weight", self.weight, "[0, inf)"))
 
 
 @dataclass(frozen=True)
@@ -174,25 +207,30 @@ def prior_pictures(
     class, or several searches, share them; different seeds share no noise. Call it on the untouched model, outside any
     `applied` block.
     """
+    require_subject(subject)
     settings = SamplerSettings(sampler_steps=sampler_steps, guidance_scale=guidance_scale, seed=seed)
-    return generate_once(pipe, [subject.prior_prompt] * n, **settings.sampler, progress=progress)
+    prompts = [subject.prior_prompt] * checks.count("n", n)
+    return generate_once(pipe, prompts, **settings.sampler, progress=progress)
 
 
 def generate_once(
     pipe: Pipeline,
-    prompts: Sequence[str],
+    prompts: str | Iterable[str],
     *,
-    seed: int | Sequence[int] = 0,
+    seed: int | Iterable[int] = 0,
     sampler_steps: int = 25,
     guidance_scale: float = 3.0,
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
     """Pictures for prompts as the pipeline draws them; the sets drawn last are cached until the process ends."""
-    seeds = seed if isinstance(seed, int) else tuple(seed)
+    prompts = checks.texts("prompts", prompts, blank=True)
+    seeds = tuple(seeds_for(seed, len(prompts)))
+    sampler_steps = require_steps(pipe, sampler_steps)
+    guidance_scale = checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
     key = (pipeline_fingerprint(pipe), tuple(prompts), seeds, sampler_steps, guidance_scale)
     if key not in _DRAWN:
         made = generate(
-            pipe, prompts, seed=seed, sampler_steps=sampler_steps, guidance_scale=guidance_scale, progress=progress
+            pipe, prompts, seed=seeds, sampler_steps=sampler_steps, guidance_scale=guidance_scale, progress=progress
         )
         _DRAWN[key] = tuple(made)
         while len(_DRAWN) > _DRAWN_SETS:
@@ -211,7 +249,7 @@ def concept_latents(
     subject: ConceptSubject,
     settings: ConceptSettings | Mapping[str, Any] | None = None,
     *,
-    prior: Sequence[Image.Image] | None = None,
+    prior: Images | None = None,
     progress: bool = False,
     **changes: Any,
 ) -> list[CaptionedLatents]:
@@ -221,16 +259,18 @@ def concept_latents(
     Raises ConeslabError if the subject has no pictures or a setting is out of range.
     """
     settings = ConceptSettings.chosen(settings, changes)
-    if not subject.images:
-        raise ConeslabError(f"the subject {subject.name!r} has no pictures: give at least one")
+    require_subject(subject)
+    shown = as_pictures(subject.images, name=f"pictures of the subject {subject.name!r}")
+    prior = None if prior is None else as_pictures(prior, name="prior pictures")
+    require_read(pipe, subject.prompt, subject.prior_prompt)
     text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt]).detach()
-    latents = encode_images(pipe, list(subject.images)).detach()
+    latents = encode_images(pipe, shown).detach()
     data = [CaptionedLatents(latents, text[0], settings.batch_size, name="subject_loss")]
     if settings.has_prior:
         if prior is None:
             prompts = [subject.prior_prompt] * settings.prior_images
             prior = generate_once(pipe, prompts, **settings.sampler, progress=progress)
-        latents = encode_images(pipe, list(prior)).detach()
+        latents = encode_images(pipe, prior).detach()
         data.append(
             CaptionedLatents(latents, text[1], settings.prior_batch_size, settings.prior_weight, name="prior_loss")
         )
@@ -239,16 +279,18 @@ def concept_latents(
 
 def joint_latents(
     pipe: Pipeline,
-    subjects: Sequence[ConceptSubject],
+    subjects: Iterable[ConceptSubject],
     settings: ConceptSettings | Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> list[CaptionedLatents]:
     """The latents of several subjects, whose losses are minimised together: `concept_latents` of each in turn."""
-    return [data for subject in subjects for data in concept_latents(pipe, subject, settings, **changes)]
+    return [data for subject in several(subjects) for data in concept_latents(pipe, subject, settings, **changes)]
 
 
 def total_loss(data: Sequence[CaptionedLatents], losses: Sequence[float]) -> float:
     """The weighted sum of the captions' mean losses."""
+    data, losses = checks.items("data", data, CaptionedLatents), checks.items("losses", losses)
+    checks.as_many("captions", data, "losses", losses)
     return sum(part.weight * loss for part, loss in zip(data, losses, strict=True))
 
 
@@ -257,8 +299,8 @@ def loss_values(data: Sequence[CaptionedLatents], losses: Sequence[float]) -> di
 
     The latter are named like the data, with a number ("subject_loss 1") where several share a name.
     """
-    names = [part.name or "loss" for part in data]
     values = {"loss": total_loss(data, losses)}
+    names = [part.name or "loss" for part in data]
     for number, (name, loss) in enumerate(zip(names, losses, strict=True)):
         alone = names.count(name) == 1 and name != "loss"
         values[name if alone else f"{name} {names[:number].count(name)}"] = float(loss)
@@ -274,9 +316,16 @@ def sample_batches(
     of `batch_size` equal intervals of the schedule (a reading; unbiased, and less noisy than independent ones). bands:
     batches take turns in that many equal parts of the schedule, from little noise to much.
     """
-    generator = torch.Generator().manual_seed(seed)
     last = pipe.scheduler.config.num_train_timesteps
-    edges = [last * band // bands for band in range(bands + 1)]
+    parts = checks.count("bands", bands, most=last)
+    edges = [last * band // parts for band in range(parts + 1)]
+    generator = torch.Generator().manual_seed(checks.seed("seed", seed))
+    return _endless(checks.items("data", data, CaptionedLatents), edges, generator)
+
+
+def _endless(
+    data: Sequence[CaptionedLatents], edges: Sequence[int], generator: torch.Generator
+) -> Iterator[NoisyBatch]:
     for low, high in cycle(pairwise(edges)):
         latents, timesteps, masks = [], [], []
         for part in data:

@@ -5,16 +5,19 @@ Every prompt is composed here ("a cat and a car on the beach"), so what its pict
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from .. import checks
 from .. import world as shipped_world
-from ..errors import ConeslabError
+from ..errors import ArgumentError
 from ..new_world import CLASSES, COLOURS, SCENES, Described, plain_caption
-from .judge import Images, Judge, as_pictures
+from ..pictures import Images, as_pictures
+from .judge import Judge, require_judge
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ def named(objects: Sequence[str], scene: str | None = None) -> str:
     return plain_caption([Described(name) for name in objects], scene)
 
 
+def require_world(world: Any) -> None:
+    """Raise ArgumentError unless this is one of the two picture worlds."""
+    checks.having(
+        "world", world, "coneslab.world or coneslab.new_world", "CLASSES", "STYLES", "TRAIN_STYLES", "compose"
+    )
+
+
 def questions(
     objects: int = 1,
     *,
@@ -52,6 +62,11 @@ def questions(
     limit: at most this many classes or groups, in a random but fixed order. style, colour: name one as well; no colour
     is named for professions, whose hats have their own. world: which of the two worlds.
     """
+    objects, seeds = checks.count("objects", objects, most=4), checks.count("seeds", seeds)
+    limit, seed = None if limit is None else checks.count("limit", limit), checks.seed("seed", seed)
+    require_world(world)
+    checks.flag("style", style)
+    checks.flag("colour", colour)
     rng = np.random.default_rng([seed, objects])
     names = [str(name) for name in rng.permutation(list(CLASSES))]
     if colour:
@@ -79,11 +94,19 @@ def in_turn(world: Any, names: Sequence[str], styles: Sequence[str], number: int
 # --- asking the judge -----------------------------------------------------------------------------------
 
 
+def _one_each(images: Images, what: str, values: Iterable[Any]) -> tuple[list[Image.Image], list[Any]]:
+    """Pictures, and as many of what is asked about them. Raises ArgumentError if the numbers differ."""
+    pictures, found = as_pictures(images), checks.items(what, values)
+    if len(pictures) != len(found):
+        raise ArgumentError(f"got {len(pictures)} pictures and {len(found)} {what}, expected one for each")
+    return pictures, found
+
+
 def cosines(judge: Judge, images: Images, options: Sequence[Sequence[str]]) -> list[np.ndarray]:
     """Cosines of each picture with its own list of texts, one array per picture."""
-    pictures = as_pictures(images)
-    if len(pictures) != len(options):
-        raise ConeslabError(f"got {len(pictures)} pictures and {len(options)} lists of options, expected one list each")
+    require_judge(judge)
+    pictures, options = _one_each(images, "lists of options", options)
+    options = [checks.texts("options", own) for own in options]
     features = judge.image_features(pictures)
     texts = judge.text_features([text for own in options for text in own])
     parts = texts.split([len(own) for own in options])
@@ -101,8 +124,9 @@ def right_class(judge: Judge, images: Images, names: Sequence[str]) -> tuple[np.
     A class is the mean of its phrasings, one per scene.
     """
     classes = list(CLASSES)
+    pictures, names = _one_each(images, "names", names)
     labels = [[named([name], scene) for scene in SCENES] for name in classes]
-    found = [classes[index] for index in judge.classify(images, labels)]
+    found = [classes[index] for index in judge.classify(pictures, labels)]
     return np.array(found) == np.array(names), found
 
 
@@ -111,8 +135,9 @@ def right_scene(judge: Judge, images: Images, scenes: Sequence[str]) -> np.ndarr
 
     A scene is the mean of its phrasings, one per class.
     """
+    pictures, scenes = _one_each(images, "scenes", scenes)
     labels = [[named([name], scene) for name in CLASSES] for scene in SCENES]
-    found = judge.classify(images, labels)
+    found = judge.classify(pictures, labels)
     return np.array([list(SCENES)[index] for index in found]) == np.array(scenes)
 
 
@@ -125,7 +150,8 @@ def finds_objects(judge: Judge, images: Images, objects: Sequence[Sequence[str]]
     threshold to tune. Requiring that no swap be nearer (level 0) would reject four out of five pictures that do show
     all four. `judge_accuracy` reports both kinds of error on real pictures.
     """
-    options = []
+    level, options = checks.number("level", level, checks.SHARE, kind="share"), []
+    objects = [checks.texts("objects of a picture", asked) for asked in checks.items("lists of objects", objects)]
     for asked in objects:
         others = [name for name in CLASSES if name not in asked]
         swapped = [(*asked[:i], other, *asked[i + 1 :]) for i in range(len(asked)) for other in others]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from ..blocks import Block, Made, Place
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
-from ..diffusion.pipelines import Pipeline
-from ..errors import ConeslabError
+from ..diffusion.pipelines import Pipeline, require_float
+from ..errors import ArgumentError, ConeslabError
 
 __all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities", "record_attention"]
 
@@ -112,7 +113,7 @@ class AttentionMaps:
 
         Raises ConeslabError if the prompt does not contain it.
         """
-        tokens, wanted = self._pieces(picture), self._tokenizer.tokenize(word)
+        tokens, wanted = self._pieces(picture), self._tokenizer.tokenize(checks.text("word", word, blank=True))
         starts = [i for i in range(len(tokens)) if wanted and tokens[i : i + len(wanted)] == wanted]
         if not starts:
             special = self._tokenizer.all_special_tokens
@@ -123,28 +124,38 @@ class AttentionMaps:
     def layer(self, label: str, *, picture: int = 0) -> Tensor:
         """Everything recorded from one layer for one picture: (steps, [heads,] tokens, height, width) float32."""
         run, row = self._find(picture)
-        if label not in run.maps:
-            raise ConeslabError(f"no layer {label!r} was recorded: choose one of {', '.join(run.maps)}")
+        checks.choice("layer", label, tuple(run.maps))
         return torch.stack([step[row] for step in run.maps[label]]).float()
 
     def average(
         self,
         *,
         picture: int = 0,
-        layers: Sequence[str] | None = None,
+        layers: str | Iterable[str] | None = None,
         resolution: int | None = None,
-        steps: slice | Sequence[int] = slice(None),
+        steps: slice | int | Iterable[int] = slice(None),
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Mean over layers, steps and heads, after bilinear scaling to one size: (tokens, height, width) float32.
 
-        layers: labels, default all; resolution: keep only maps of that height; steps: a slice or list of step
-        numbers; size: of the result, default the latent grid. Raises ConeslabError if nothing is left.
+        layers: labels, default all; resolution: keep only maps of that height; steps: a slice, or the numbers of
+        steps, from the end if negative; size: of the result, default the latent grid.
+        Raises ConeslabError for a layer or step that was not recorded, and if nothing is left.
         """
         run, row = self._find(picture)
+        chosen = list(run.maps) if layers is None else checks.texts("layers", layers)
+        if resolution is not None:
+            resolution = checks.count("resolution", resolution)
+        if size is not None:
+            sides = [checks.count("one of size", side, most=8192) for side in checks.items("size", size)]
+            if len(sides) != 2:
+                raise ArgumentError(f"size is {size}: give height and width")
+            size = sides[0], sides[1]
+        if not isinstance(steps, slice):
+            steps = self._numbers("steps", steps, len(run.timesteps), least=-len(run.timesteps))
         maps = []
-        for label in layers if layers is not None else run.maps:
-            kept = self.layer(label, picture=picture)[steps if isinstance(steps, slice) else list(steps)]
+        for label in chosen:
+            kept = self.layer(label, picture=picture)[steps]
             if len(kept) and resolution in (None, kept.shape[-2]):
                 mean = kept.mean((0, 1)) if self.keep_heads else kept.mean(0)
                 maps.append(F.interpolate(mean[None], size=size or run.grid, mode="bilinear")[0])
@@ -155,14 +166,14 @@ class AttentionMaps:
             )
         return torch.stack(maps).mean(0)
 
-    def token(self, token: str | int | Sequence[int], *, picture: int = 0, **choice: Any) -> Tensor:
+    def token(self, token: str | int | Iterable[int], *, picture: int = 0, **choice: Any) -> Tensor:
         """The map of one word (or of one or more positions): (height, width) float32; options as in `average`.
 
         A word of several tokens, or one that occurs more than once, gives the mean of its maps.
         """
         return self.average(picture=picture, **choice)[self._positions(token, picture)].mean(0)
 
-    def per_layer(self, token: str | int | Sequence[int], *, picture: int = 0) -> dict[str, Tensor]:
+    def per_layer(self, token: str | int | Iterable[int], *, picture: int = 0) -> dict[str, Tensor]:
         """The maps of one word, layer by layer and step by step: label -> (steps, height, width), heads averaged."""
         positions = self._positions(token, picture)
         stacks = {label: self.layer(label, picture=picture) for label in self._find(picture)[0].maps}
@@ -180,10 +191,20 @@ class AttentionMaps:
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
-    def _positions(self, token: str | int | Sequence[int], picture: int) -> list[int]:
+    def _positions(self, token: str | int | Iterable[int], picture: int) -> list[int]:
         if isinstance(token, str):
             return self.indices(token, picture)
-        return [token] if isinstance(token, int) else list(token)
+        run, _ = self._find(picture)
+        return self._numbers("positions", token, run.text.shape[1])
+
+    @staticmethod
+    def _numbers(name: str, given: int | Iterable[int], end: int, *, least: int = 0) -> list[int]:
+        """One number or several below `end`."""
+        several = isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
+        return [
+            checks.count(f"one of {name}", one, least=least, most=end - 1)
+            for one in (checks.items(name, given) if several else [given])
+        ]
 
     def _find(self, picture: int) -> tuple[_Run, int]:
         """The run a picture was drawn in, and its row there."""
@@ -192,7 +213,7 @@ class AttentionMaps:
                 "nothing was recorded: was a picture drawn inside the block, with the same pipeline and a non-empty "
                 "prompt, and does that pipeline run its own U-Net (not a compiled or copied one)?"
             )
-        row = picture
+        row = checks.count("picture", picture, least=0)
         for run in self._runs:
             if 0 <= row < len(run.prompts):
                 return run, row
@@ -255,6 +276,10 @@ class record_attention(Block):
         max_bytes: int = 2 * 2**30,
         guided: bool | None = None,
     ) -> None:
+        checks.flag("keep_heads", keep_heads)
+        dtype, max_bytes = require_float(dtype), checks.count("max_bytes", max_bytes, most=2**63)
+        if guided is not None:
+            checks.flag("guided", guided)
         maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes)
         self._recorder = _Recorder(pipe, maps, guided)
         super().__init__(self._processors, maps, pipe=pipe)

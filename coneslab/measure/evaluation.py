@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from .. import checks
 from .. import world as shipped_world
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
-from ..errors import ConeslabError
+from ..errors import ArgumentError, ConeslabError
 from ..new_world import CLASSES
+from ..pictures import Images
 from ..seeds import derived
 from .asking import (
     Question,
@@ -26,12 +28,13 @@ from .asking import (
     in_turn,
     named,
     questions,
+    require_world,
     right_class,
     right_colour,
     right_scene,
     right_style,
 )
-from .judge import Images, Judge
+from .judge import Judge, require_judge
 from .statistics import Interval, kid, share_interval
 from .subject_truth import finer_hits
 
@@ -181,6 +184,13 @@ def kid_to_real(judge: Judge, images: Images, world: Any, *, seed: int) -> float
     return kid(features, judge.image_features(world.sample(len(features), seed=seed).images))
 
 
+def _require_asking(seeds: int, limit: int | None, seed: int, batch_size: int = 1) -> tuple[int, int, int | None]:
+    """Check what both evaluations take; returns seeds, batch size and limit."""
+    checks.seed("seed", seed)
+    limit = None if limit is None else checks.count("limit", limit)
+    return checks.count("seeds", seeds), checks.count("batch_size", batch_size), limit
+
+
 def evaluate_model(
     pipe: Pipeline,
     judge: Judge,
@@ -206,6 +216,14 @@ def evaluate_model(
     world's own pictures for the same prompts. world: the module of the world that both were trained on. The bars are
     those of the shipped model.
     """
+    require_judge(judge)
+    seeds, batch_size, limit = _require_asking(seeds, limit, seed, batch_size)
+    require_world(world)
+    checks.flag("extras", extras)
+    checks.flag("beside_real", beside_real)
+    kid_pictures = checks.count("kid_pictures", kid_pictures, least=0)
+    if kid_pictures == 1:
+        raise ArgumentError("kid_pictures is 1: give 2 or more, of which a distance can be measured, or 0 for none")
     drawn, start = 0, time.perf_counter()
     calls: list[int] = []
 
@@ -281,7 +299,11 @@ def judge_accuracy(
     them was replaced by another class. The world with variety adds hats, drawings, and the class, drawing and hue of
     subjects.
     """
-    styles = styles or world.STYLES
+    require_judge(judge)
+    require_world(world)
+    seeds, _, limit = _require_asking(seeds, limit, seed)
+    named_styles = checks.texts("styles", world.STYLES if styles is None else styles)
+    styles = [checks.choice("style", one, world.STYLES) for one in named_styles]
     everything = _ask_all(judge, lambda asked: _real(asked, styles, seed, world), seeds, limit, True, seed, world)
     hits = dict(everything["hits"])
     for style in styles:

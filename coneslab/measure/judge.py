@@ -7,44 +7,29 @@ answers into the table that `coneslab evaluate-model` prints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..errors import ConeslabError, MismatchError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError, MismatchError
+from ..pictures import Images, as_pictures
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
-Images: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray
 Reduction: TypeAlias = Literal["mean", "none"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 
-def as_pictures(images: Images) -> list[Image.Image]:
-    """One picture, several, or a uint8 array (n, height, width, 3), as a list of RGB pictures."""
-    if isinstance(images, Image.Image):
-        images = [images]
-    elif isinstance(images, np.ndarray):
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
-            raise ConeslabError(
-                f"got an array of {images.dtype} and shape {images.shape}, expected uint8 and "
-                "(n, height, width, 3): scale values to 0..255 and put the channels last"
-            )
-        images = [Image.fromarray(array) for array in images.reshape(-1, *images.shape[-3:])]
-    pictures = list(images)
-    if not pictures:
-        raise ConeslabError("got no pictures, expected at least one: generate some first")
-    for picture in pictures:
-        if not isinstance(picture, Image.Image):
-            raise ConeslabError(f"got a {type(picture).__name__} among the pictures, expected PIL pictures")
-    return [picture if picture.mode == "RGB" else picture.convert("RGB") for picture in pictures]
+def require_judge(judge: Any) -> None:
+    """Raise ArgumentError unless something can judge pictures and texts, as `load_judge()` can."""
+    checks.having("judge", judge, "a judge, such as load_judge()", "image_features", "text_features")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +42,9 @@ class Judge:
     model: CLIPModel
     processor: CLIPProcessor
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", checks.count("batch_size", self.batch_size))
 
     def __repr__(self) -> str:
         size = self.model.config.vision_config.image_size
@@ -82,12 +70,14 @@ class Judge:
 
     @torch.no_grad()
     def text_features(self, prompts: str | Sequence[str], *, normalize: bool = True) -> Tensor:
-        """Embeddings of prompts, (n, d); of length 1 unless `normalize` is False. Long prompts are truncated."""
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts:
-            raise ConeslabError("got no prompts, expected at least one")
+        """Embeddings of prompts, (n, d); of length 1 unless `normalize` is False.
+
+        Prompts that are too long are truncated, with a warning.
+        """
+        texts = checks.texts("prompts", prompts, blank=True)
         length = self.model.config.text_config.max_position_embeddings
         distinct = sorted(set(texts))
+        self._warn_of_unread(distinct, length)
         features = []
         for start in range(0, len(distinct), 4 * self.batch_size):
             tokens = self.processor(
@@ -106,14 +96,25 @@ class Judge:
         table = torch.cat(features)[[row[text] for text in texts]]
         return _unit(table) if normalize else table
 
-    def label_features(self, labels: Sequence[str | Sequence[str]]) -> Tensor:
+    def _warn_of_unread(self, texts: Sequence[str], length: int) -> None:
+        most = length - self.processor.tokenizer.num_special_tokens_to_add()
+        for start in range(0, len(texts), 4 * self.batch_size):
+            own = texts[start : start + 4 * self.batch_size]
+            ids = self.processor.tokenizer(own, add_special_tokens=False, verbose=False).input_ids
+            long = [text for text, row in zip(own, ids, strict=True) if len(row) > most]
+            if long:
+                more = f" and of {len(long) - 1} more" if len(long) > 1 else ""
+                checks.warn(f"the judge reads {length} tokens at most, so the beginning alone of {long[0]!r}{more}")
+
+    def label_features(self, labels: Iterable[str | Iterable[str]]) -> Tensor:
         """One embedding per label, (k, d); for a label with several phrasings, the direction of their mean.
 
         Averaging the phrasings is CLIP's prompt ensembling (Radford et al. 2021, Sec. 3.1.4).
         """
-        phrasings = [[label] if isinstance(label, str) else list(label) for label in labels]
-        if not phrasings or not all(phrasings):
-            raise ConeslabError("got no labels, or a label without a phrasing: expected at least one of each")
+        given = [labels] if isinstance(labels, str) else checks.items("labels", labels)
+        phrasings = [checks.texts("phrasings", label, least=0) for label in given]
+        if not all(phrasings):
+            raise ArgumentError("got a label without a phrasing: give at least one for each")
         features = self.text_features([text for texts in phrasings for text in texts])
         by_label = features.split([len(texts) for texts in phrasings])
         return _unit(torch.stack([part.mean(0) for part in by_label]))
@@ -138,8 +139,10 @@ class Judge:
         >>> judge.text_alignment(cat.images, "a cat", reduction="none").shape
         torch.Size([5])
         """
+        checks.choice("reduction", reduction, REDUCTIONS)
+        given = checks.texts("prompts", prompts, blank=True)
         features = self.image_features(images)
-        texts = [prompts] * len(features) if isinstance(prompts, str) else list(prompts)
+        texts = given * len(features) if isinstance(prompts, str) else given
         if len(texts) != len(features):
             raise MismatchError(
                 f"got {len(features)} pictures and {len(texts)} prompts, expected one for all or one each"
@@ -156,14 +159,15 @@ class Judge:
         With reduction="none", one value per picture, (n,): its mean over the references.
         Image alignment of Custom Diffusion and Cones; average it over subjects.
         """
+        checks.choice("reduction", reduction, REDUCTIONS)
         pairs = self.image_features(images) @ self.image_features(references).T  # (pictures, references)
         return _reduce(pairs.mean(1), reduction)
 
-    def similarity(self, images: Images, labels: Sequence[str | Sequence[str]]) -> Tensor:
+    def similarity(self, images: Images, labels: Iterable[str | Iterable[str]]) -> Tensor:
         """Cosine of every picture with every label, (n, k)."""
         return self.image_features(images) @ self.label_features(labels).T
 
-    def classify(self, images: Images, labels: Sequence[str | Sequence[str]]) -> Tensor:
+    def classify(self, images: Images, labels: Iterable[str | Iterable[str]]) -> Tensor:
         """Index of the label nearest to each picture, (n,), int64. A label may have several phrasings.
 
         >>> judge, cat = coneslab.load_judge(), coneslab.subject("cat")
@@ -186,10 +190,19 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
     """
     from transformers import CLIPModel, CLIPProcessor  # imported here, as only loading needs them
 
-    from ..diffusion.pipelines import model_folder, without_bars
+    from ..diffusion.pipelines import model_folder, usable_device, without_bars
 
-    shipped = str(name_or_path) == "judge"
-    folder = model_folder("judge") if shipped else name_or_path
+    where = usable_device(device)
+    name = str(name_or_path)
+    shipped = name == "judge"
+    folder = model_folder("judge") if shipped else Path(name).expanduser()
+    if not folder.is_dir():
+        if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ArgumentError(
+                f"there is no judge {name!r}: expected 'judge', a folder with a CLIP model in the transformers format, "
+                "or a hub id written owner/name"
+            )
+        folder = name_or_path  # type: ignore[assignment]
     try:
         with without_bars() if shipped else nullcontext():
             model = CLIPModel.from_pretrained(folder, use_safetensors=True)
@@ -199,7 +212,7 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
             f"got {str(name_or_path)!r} as a judge, expected 'judge' or a folder with a CLIP model and its "
             f"processor in the transformers format: {error}"
         ) from error
-    return Judge(model.to(device).eval().requires_grad_(False), processor)
+    return Judge(model.to(where).eval().requires_grad_(False), processor)
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -207,6 +220,4 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _reduce(values: Tensor, reduction: Reduction) -> float | Tensor:
-    if reduction not in ("mean", "none"):
-        raise ConeslabError(f"got reduction={reduction!r}, expected 'mean' or 'none'")
     return values.mean().item() if reduction == "mean" else values

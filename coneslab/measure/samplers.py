@@ -16,11 +16,11 @@ from typing import Any
 import diffusers
 import pandas
 
+from .. import checks
 from .. import world as shipped_world
 from ..blocks import Block, attribute
 from ..diffusion.pipelines import Pipeline
-from ..diffusion.sampling import require_interval
-from ..errors import ConeslabError
+from ..diffusion.sampling import require_steps
 from ..files import write_whole
 from .evaluation import evaluate_model
 from .judge import Judge
@@ -47,16 +47,18 @@ class Sampler:
     guided: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.scheduler not in SCHEDULERS:
-            raise ConeslabError(f"{self.scheduler!r} is not a known scheduler: choose one of {', '.join(SCHEDULERS)}")
-        if self.sampler_steps < 1:
-            raise ConeslabError(f"got {self.sampler_steps} steps, expected one or more")
-        require_interval(self.guided)
+        for name, value in {
+            "scheduler": checks.choice("scheduler", self.scheduler, SCHEDULERS),
+            "sampler_steps": checks.count("sampler_steps", self.sampler_steps),
+            "guidance_scale": checks.number("guidance_scale", self.guidance_scale, checks.GUIDANCE),
+            "guided": checks.interval("guidance interval", self.guided),
+        }.items():
+            object.__setattr__(self, name, value)
 
 
 def use_scheduler(pipe: Pipeline, name: str) -> None:
     """Give a pipeline the named scheduler, with the pipeline's own noise schedule and prediction type."""
-    kind, changed = SCHEDULERS[name]
+    kind, changed = SCHEDULERS[checks.choice("scheduler", name, SCHEDULERS)]
     # without the private entries, or the defaults of one class would become those of another
     kept = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     pipe.scheduler = getattr(diffusers, kind).from_config(kept | changed)
@@ -81,6 +83,9 @@ def compare_samplers(
     the shares of `evaluate_model` with the bounds of their intervals, KID, seconds per picture. The pipeline's
     scheduler is restored.
     """
+    samplers = checks.items("samplers", samplers, Sampler)
+    for sampler in samplers:
+        require_steps(pipe, sampler.sampler_steps)
     own, rows = pipe.scheduler, []
     with Block([(attribute(pipe, "scheduler"), own)], pipe=pipe):
         for sampler in samplers:

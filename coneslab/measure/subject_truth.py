@@ -9,13 +9,14 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from .. import new_world
+from .. import checks, new_world
 from ..new_world import SCENES, Described
 from ..new_world.catalogue import full_drawing
 from ..new_world.subjects import KINDS, SUBJECTS, truth, wanted
+from ..pictures import Images
 from ..seeds import derived
 from .asking import nearest, right_class
-from .judge import Images, Judge
+from .judge import Judge, require_judge
 
 HUE_ERRORS = tuple(range(-165, 181, 15))  # degrees from a subject's own hue, at which it is compared
 PROTOTYPES = 6  # real pictures whose mean embedding stands for a drawing or a hue
@@ -56,7 +57,8 @@ def came_through(judge: Judge, images: Images, name: str, *, degrees: float = 30
     Its class is chosen among all classes; its drawing among those of its class, in its style, hue and marking, by the
     nearest mean embedding of real pictures; its hue likewise, in steps of 15 degrees, and is kept if within `degrees`.
     """
-    known = truth(name)
+    require_judge(judge)
+    known, degrees = truth(name), checks.number("degrees", degrees, "[0, 180]")
     sticker = known.sticker
     features = judge.image_features(images)
     kept_class, _ = right_class(judge, images, [known.class_word] * len(features))

@@ -6,25 +6,33 @@ Separate from `search.py`, so that the method and its controls can be read on th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import checks
 from ..callback import Callback
 from ..diffusion.kvspace import KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.weights import WeightDelta, model_fingerprint
 from ..errors import ConeslabError, MismatchError
-from ..finetuning.kv_gradient import KVGradient
+from ..finetuning.kv_gradient import KVGradient, require_passes
 from ..finetuning.loop import Point, TuningSettings, tune_kv
-from ..finetuning.samples import ConceptSettings, ConceptSubject, concept_latents, numbered_batches, sample_batches
+from ..finetuning.samples import (
+    ConceptSettings,
+    ConceptSubject,
+    concept_latents,
+    numbered_batches,
+    require_subject,
+    sample_batches,
+)
+from ..pictures import Images, as_pictures
 from ..settings import takes
 from .mask import ConceptNeurons
 from .search import find_concept_neurons
@@ -43,7 +51,8 @@ def random_neurons(found: ConceptNeurons, *, seed: int = 0) -> ConceptNeurons:
     >>> control.subject, len(control), control.counts().tolist() == found.counts().tolist(), control == found
     ('random, as cat', 100, True, False)
     """
-    generator = torch.Generator().manual_seed(seed)
+    checks.of_kind("found", found, ConceptNeurons)
+    generator = torch.Generator().manual_seed(checks.seed("seed", seed))
     indices, scales = [], []
     for layer in found.layout:
         first, last = np.searchsorted(found.indices, [layer.start, layer.start + layer.size])
@@ -89,9 +98,10 @@ class TopKSettings(ConceptSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.criterion in get_args(Criterion), "criterion", f"one of {', '.join(get_args(Criterion))}")
-        self._require(self.density is None or 0 <= self.density <= 1, "density", "a share in [0, 1]")
-        self._require(self.rounds >= 1, "rounds", "a positive number of batches")
+        self._check(checks.choice, "criterion", among=get_args(Criterion))
+        self._check(checks.number, "density", interval=checks.SHARE, kind="share", optional=True)
+        self._check(checks.flag, "per_layer")
+        self._check(checks.count, "rounds")
 
 
 @takes(TopKSettings)
@@ -101,7 +111,7 @@ def top_k_neurons(
     settings: TopKSettings | Mapping[str, Any] | None = None,
     *,
     like: ConceptNeurons | None = None,
-    prior: Sequence[Image.Image] | None = None,
+    prior: Images | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     progress: bool = True,
@@ -115,6 +125,11 @@ def top_k_neurons(
     Raises ConeslabError unless exactly one of density and like is given, or for an unknown criterion.
     """
     settings = TopKSettings.chosen(settings, changes)
+    require_passes(dtype, chunk)
+    require_subject(subject)
+    prior = None if prior is None else as_pictures(prior, name="prior pictures")
+    if like is not None:
+        checks.of_kind("like", like, ConceptNeurons)
     if (settings.density is None) == (like is None):
         raise ConeslabError("give either density (a share of the neurons) or like (a mask whose density to copy)")
     space = KVSpace(pipe)
@@ -156,16 +171,15 @@ def mean_gradient(
     settings: ConceptSettings | Mapping[str, Any] | None = None,
     *,
     rounds: int = 60,
-    prior: Sequence[Image.Image] | None = None,
+    prior: Images | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     progress: bool = True,
     **changes: Any,
 ) -> Tensor:
     """∂L_con/∂θ of the untouched model, (n,), averaged over `rounds` batches."""
-    if rounds < 1:
-        raise ConeslabError(f"rounds is {rounds}: give a positive number of batches")
-    settings = ConceptSettings.chosen(settings, changes)
+    rounds, settings = checks.count("rounds", rounds), ConceptSettings.chosen(settings, changes)
+    require_passes(dtype, chunk)
     data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)
     gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
     theta, batches = gradient.theta(), sample_batches(pipe, data, seed=settings.seed)
@@ -188,7 +202,7 @@ def finetune_kv(
     subject: ConceptSubject,
     settings: FinetuneSettings | Mapping[str, Any] | None = None,
     *,
-    prior: Sequence[Image.Image] | None = None,
+    prior: Images | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     progress: bool = True,
@@ -205,6 +219,7 @@ def finetune_kv(
     range, or if the loss diverges.
     """
     settings = FinetuneSettings.chosen(settings, changes)
+    require_passes(dtype, chunk, callback)
     data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)
     gradient, model = KVGradient(pipe, data, dtype=dtype, chunk=chunk), model_fingerprint(pipe)
     theta, batch_at = gradient.theta().requires_grad_(), numbered_batches(pipe, data, settings.seed)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import ConeslabError
+from .. import checks
 from .mask import ConceptNeurons
 
 
@@ -20,14 +20,14 @@ def flipped(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> Concept
 
     A mask is sparse, so most flips shut neurons that have nothing to do with the concept.
     """
-    rng = _generator(fraction, seed)
+    rng = _generator(found, fraction, seed)
     hit = rng.choice(found.n, size=round(fraction * found.n), replace=False)
     return _binary(found, np.setxor1d(found.shut(), hit, assume_unique=True), f"{fraction:.2%} flipped")
 
 
 def dropped(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> ConceptNeurons:
     """Reopen a fraction of the shut neurons."""
-    rng, shut = _generator(fraction, seed), found.shut()
+    rng, shut = _generator(found, fraction, seed), found.shut()
     kept = rng.choice(len(shut), size=len(shut) - round(fraction * len(shut)), replace=False)
     return _binary(found, np.sort(shut[kept]), f"{fraction:.2%} dropped")
 
@@ -38,7 +38,7 @@ def moved(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> ConceptNe
     The neighbour reads the next component of the text for the same output channel, so the density of each layer and
     each channel stays the same. Neurons whose neighbours are both shut, or already taken, stay where they are.
     """
-    rng, shut = _generator(fraction, seed), found.shut().astype(np.int64)
+    rng, shut = _generator(found, fraction, seed), found.shut().astype(np.int64)
     mask = np.zeros(found.n, bool)
     mask[shut] = True
     width = np.zeros(found.n, np.int32)
@@ -56,10 +56,10 @@ def moved(found: ConceptNeurons, fraction: float, *, seed: int = 0) -> ConceptNe
 DAMAGES: dict[str, Callable[..., ConceptNeurons]] = {"flipped": flipped, "dropped": dropped, "moved": moved}
 
 
-def _generator(fraction: float, seed: int) -> np.random.Generator:
-    if not 0 <= fraction <= 1:
-        raise ConeslabError(f"fraction is {fraction}: give a share in [0, 1]")
-    return np.random.default_rng(seed)
+def _generator(found: ConceptNeurons, fraction: float, seed: int) -> np.random.Generator:
+    checks.of_kind("found", found, ConceptNeurons)
+    checks.number("fraction", fraction, checks.SHARE, kind="share")
+    return np.random.default_rng(checks.seed("seed", seed))
 
 
 def _binary(found: ConceptNeurons, shut: np.ndarray, what: str) -> ConceptNeurons:

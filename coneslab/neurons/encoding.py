@@ -22,7 +22,8 @@ from typing import Any
 import constriction
 import numpy as np
 
-from ..errors import ConeslabError, FileFormatError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError, FileFormatError
 
 PRECISIONS = ("float32", "float16", "quaternary", "binary")
 LEVELS = np.array([0, 1 / 3, 2 / 3], np.float32)  # of a quaternary mask; the fourth, 1, means "not in the mask"
@@ -35,21 +36,44 @@ _CHECKSUM = slice(_HEADER.size - 8 - 32, _HEADER.size - 8)
 _MODEL = constriction.stream.model
 
 
+def numbers(name: str, values: Any) -> np.ndarray:
+    """Numbers as float32, of any shape. Raises ArgumentError for anything else."""
+    try:
+        return np.array(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} are {checks.shown(values)}: give numbers") from error
+
+
+def _places(indices: Any) -> np.ndarray:
+    """Indices of neurons, (k,) ascending."""
+    found = np.asarray(indices)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu") or (np.diff(found.astype(np.int64)) <= 0).any():
+        raise ArgumentError(f"indices are {checks.shown(indices)}: give a vector of integers, ascending, each once")
+    return found
+
+
+def _sizes(sizes: Any) -> list[int]:
+    """Numbers of neurons in the layers."""
+    return [checks.count("one of sizes", size, most=2**48) for size in checks.items("sizes", sizes)]
+
+
 def quantised(scales: np.ndarray, precision: str, *, cut: float = 0.5) -> np.ndarray:
     """Round scales (k,) to a precision -> (k,) float32; a neuron whose scale becomes 1 leaves the mask.
 
     float16 rounds to nearest, quaternary to the nearest of 0, 1/3, 2/3, 1, binary to 0 below `cut` and 1 elsewhere
     (Cones, arXiv 2303.05125, Sec. 3.1). Raises ConeslabError for another precision.
     """
+    checks.choice("precision", precision, PRECISIONS)
+    scales = numbers("scales", scales)
+    if not ((scales >= 0) & (scales <= 1)).all():
+        raise ArgumentError("scales are numbers in [0, 1]: 1 leaves a neuron as it is, 0 shuts it")
     if precision == "float32":
-        return scales.astype(np.float32)
+        return scales
     if precision == "float16":
         return scales.astype(np.float16).astype(np.float32)
     if precision == "quaternary":
         return np.append(LEVELS, np.float32(1))[np.rint(scales * 3).astype(int)]
-    if precision == "binary":
-        return np.where(scales < cut, 0, 1).astype(np.float32)
-    raise ConeslabError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    return np.where(scales < checks.number("cut", cut, "(0, 1]", kind="scale"), 0, 1).astype(np.float32)
 
 
 def precision_of(scales: np.ndarray) -> str:
@@ -59,7 +83,8 @@ def precision_of(scales: np.ndarray) -> str:
 
 def entropy(counts: np.ndarray) -> float:
     """Least number of bits for a sequence with these symbol counts, if symbols are independent: n H(counts/n)."""
-    counts = counts[counts > 0].astype(float)
+    counts = numbers("counts", counts).astype(float).reshape(-1)
+    counts = counts[counts > 0]
     return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
@@ -68,6 +93,8 @@ def entropy_bound(indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int])
 
     sizes: neurons in each layer; layers lie end to end. Raises ConeslabError for scales of a finer precision.
     """
+    indices, scales, sizes = _places(indices), numbers("scales", scales).reshape(-1), _sizes(sizes)
+    checks.as_many("indices", indices, "scales", scales)
     if precision_of(scales) not in ("binary", "quaternary"):
         raise ConeslabError("the bound is for binary and quaternary masks: round this one first, e.g. to('quaternary')")
     bits = 0.0
@@ -97,8 +124,11 @@ def encode(
     fingerprint: 64 hexadecimal digits; subject: its first 64 bytes are kept.
     Raises ConeslabError for any other fingerprint.
     """
+    indices, scales, sizes = _places(indices), numbers("scales", scales).reshape(-1), _sizes(sizes)
+    checks.as_many("indices", indices, "scales", scales)
+    cut, subject = checks.number("cut", cut, "(0, 1]", kind="scale"), checks.text("subject", subject, blank=True)
     try:
-        model = bytes.fromhex(fingerprint)
+        model = bytes.fromhex(checks.text("fingerprint", fingerprint))
     except ValueError:
         model = b""
     if len(model) != 32:
@@ -124,6 +154,7 @@ def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
     sizes: neurons in each layer of that model. Raises FileFormatError for a file that is truncated, altered in any bit,
     of another format, or for a model of another shape.
     """
+    data, sizes = checks.of_kind("data", data, bytes), _sizes(sizes)
     if len(data) < _HEADER.size or data[:8] != _MAGIC:
         raise FileFormatError("this is not a mask file of coneslab: it is too short, or begins differently")
     _, version, kind, letters, cut, n, shape, model, name, digest, words, values = _HEADER.unpack_from(data)

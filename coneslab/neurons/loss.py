@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
+from .. import checks
 from ..callback import Callback
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import denoising_loss
 from ..diffusion.pipelines import Pipeline
-from ..edits.base import Edit, applied
+from ..edits.base import Edit, applied, require_dose, require_edit
 from ..finetuning.samples import ConceptSubject, concept_latents, sample_batches
+from ..pictures import Images
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +48,7 @@ def concept_loss(
     edit: Edit | None = None,
     dose: float = 1.0,
     samples: int = 160,
-    prior: Sequence[Image.Image] | None = None,
+    prior: Images | None = None,
     prior_samples: int = 0,
     seed: int = 1_000_000,
     batch_size: int = 32,
@@ -62,6 +62,11 @@ def concept_loss(
     pipeline draws them before the edit is applied. batch_size: samples at a time. callback: see `coneslab.callback`,
     once per batch. Raises what the edit raises.
     """
+    samples, batch_size = checks.count("samples", samples), checks.count("batch_size", batch_size)
+    prior_samples = checks.count("prior_samples", prior_samples, least=0)
+    require_edit(edit)
+    require_dose(dose)
+    checks.function("callback", callback)
     data = concept_latents(pipe, subject, batch_size=samples, prior_batch_size=prior_samples, prior=prior)
     batch = next(sample_batches(pipe, data, seed=seed))
     values = []

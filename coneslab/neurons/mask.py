@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..diffusion.kvspace import KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, require_dose
@@ -76,7 +77,12 @@ class ConceptNeurons(Edit):
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        indices, scales = np.array(self.indices), np.array(self.scales, dtype=np.float32)
+        checks.of_kind("layout", self.layout, KVLayout)
+        checks.text("fingerprint", self.fingerprint)
+        checks.text("subject", self.subject, blank=True)
+        checks.mapping("settings", self.settings, least=0)
+        checks.mapping("history", self.history, least=0)
+        indices, scales = np.array(self.indices), encoding.numbers("scales", self.scales)
         if indices.ndim != 1 or scales.shape != indices.shape:
             raise ConeslabError(
                 f"got indices {indices.shape} and scales {scales.shape}: give two vectors of equal length"
@@ -90,8 +96,7 @@ class ConceptNeurons(Edit):
             )
         if not ((scales >= 0) & (scales <= 1)).all():  # NaN fails both
             raise ConeslabError("scales must be numbers in [0, 1]: 1 leaves a neuron as it is, 0 shuts it")
-        if not 0 < self.cut <= 1:
-            raise ConeslabError(f"cut is {self.cut}: give a scale in (0, 1]; a neuron below it counts as shut")
+        object.__setattr__(self, "cut", checks.number("cut", self.cut, "(0, 1]", kind="scale"))
         history = {name: _read_only(np.array(rows)) for name, rows in self.history.items()}
         small = np.int32 if self.n <= np.iinfo(np.int32).max else np.int64
         for name, value in (
@@ -105,7 +110,7 @@ class ConceptNeurons(Edit):
     @classmethod
     def from_scale(cls, scale: Tensor, layout: KVLayout, fingerprint: str, **facts: Any) -> ConceptNeurons:
         """Make a mask from the scale of every neuron, (n,); `facts` are arguments of the constructor."""
-        layout.require_length(scale)
+        checks.of_kind("layout", layout, KVLayout).require_length(scale)
         dense = scale.detach().to("cpu", torch.float32).numpy()
         indices = np.flatnonzero(dense != 1)
         return cls(layout, indices, dense[indices], fingerprint, **facts)
@@ -125,7 +130,8 @@ class ConceptNeurons(Edit):
 
     def shut(self, cut: float | None = None) -> np.ndarray:
         """Indices of the shut neurons, whose scale is below `cut` (default: the mask's own), ascending."""
-        return self.indices[self.scales < (self.cut if cut is None else cut)]
+        below = self.cut if cut is None else checks.number("cut", cut, checks.SHARE, kind="scale")
+        return self.indices[self.scales < below]
 
     def mask(self, cut: float | None = None) -> Tensor:
         """Bool (n,): which neurons are shut."""
@@ -160,6 +166,7 @@ class ConceptNeurons(Edit):
 
     def overlap(self, other: ConceptNeurons) -> Overlap:
         """Compare the shut neurons of two masks. Raises MismatchError if their K-V spaces differ."""
+        checks.of_kind("other", other, ConceptNeurons)
         if self.layout != other.layout:
             raise MismatchError(
                 f"these masks belong to K-V spaces of {self.n:,} and {other.n:,} neurons: compare masks of one model"
@@ -184,8 +191,13 @@ class ConceptNeurons(Edit):
         return (self if cut is None else replace(self, cut=cut)).to("binary")
 
     def within(self, *, kind: str | None = None, level: int | None = None, block: str | None = None) -> ConceptNeurons:
-        """The mask in the layers that match (see `KVLayout.where`); elsewhere the model stays as it is."""
+        """The mask in the layers that match (see `KVLayout.where`); elsewhere the model stays as it is.
+
+        Warns if it has no neuron there.
+        """
         kept = self.layout.where(kind=kind, level=level, block=block).numpy()[self.indices]
+        if len(kept) and not kept.any():
+            checks.warn(f"the mask of {self.subject!r} has no neuron in the layers asked for: nothing is left of it")
         return replace(self, indices=self.indices[kept], scales=self.scales[kept])
 
     def __len__(self) -> int:

@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import checks
 from ..callback import Callback
 from ..diffusion.kvspace import KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.weights import model_fingerprint
 from ..errors import ConeslabError, MismatchError
-from ..finetuning.kv_gradient import KVGradient
+from ..finetuning.kv_gradient import KVGradient, require_passes
 from ..finetuning.samples import (
     ConceptSettings,
     ConceptSubject,
     concept_latents,
     loss_values,
+    require_subject,
     sample_batches,
 )
+from ..pictures import Images, as_pictures
 from ..settings import takes
 from .mask import ConceptNeurons
 
@@ -69,15 +71,16 @@ class SearchSettings(ConceptSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.rounds >= 1, "rounds", "a positive number of rounds")
-        self._require(0 <= self.threshold_quantile < 1, "threshold_quantile", "a share in [0, 1)")
-        self._require(0 <= self.momentum < 1, "momentum", "a share in [0, 1)")
-        self._require(0 < self.rate <= 1, "rate", "a share in (0, 1]")
-        self._require(0 < self.cut <= 1, "cut", "a scale in (0, 1]")
-        self._require(self.rule in RULES, "rule", f"one of {', '.join(RULES)}")
-        self._require(0 < self.density < 1, "density", "a share in (0, 1)")
-        self._require(self.bands >= 1, "bands", "a positive number of parts")
-        self._require(self.sign in (1, -1), "sign", "1, or -1 for the reversed control")
+        self._check(checks.count, "rounds")
+        self._check(checks.number, "threshold", optional=True)
+        self._check(checks.number, "threshold_quantile", "momentum", interval="[0, 1)", kind="share")
+        self._check(checks.number, "rate", interval="(0, 1]", kind="share")
+        self._check(checks.number, "cut", interval="(0, 1]", kind="scale")
+        self._check(checks.choice, "rule", among=RULES)
+        self._check(checks.number, "density", interval="(0, 1)", kind="share")
+        self._check(checks.count, "bands", most=1000)
+        self._check(checks.flag, "per_layer")
+        self._check(checks.choice, "sign", among=(1, -1))
 
 
 @takes(SearchSettings)
@@ -86,7 +89,7 @@ def find_concept_neurons(
     subject: ConceptSubject,
     settings: SearchSettings | Mapping[str, Any] | None = None,
     *,
-    prior: Sequence[Image.Image] | None = None,
+    prior: Images | None = None,
     start: ConceptNeurons | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
@@ -118,6 +121,11 @@ def find_concept_neurons(
     ...     images = coneslab.generate(pipe, cat.prompts[0], sampler_steps=2)
     """
     settings = SearchSettings.chosen(settings, changes)
+    require_passes(dtype, chunk, callback)
+    require_subject(subject)
+    prior = None if prior is None else as_pictures(prior, name="prior pictures")
+    if start is not None:
+        checks.of_kind("start", start, ConceptNeurons)
     if start is not None and settings.rule == "straight-through":
         raise ConeslabError("the straight-through rule cannot continue a search: leave out start, or take another rule")
     model = model_fingerprint(pipe)
@@ -169,6 +177,8 @@ def quantiles(values: Tensor, layout: KVLayout, share: float, *, per_layer: bool
 
     values: (n,). Without `per_layer`, the value over all layers, repeated.
     """
+    checks.of_kind("layout", layout, KVLayout).require_length(values)
+    share = checks.number("share", share, checks.SHARE, kind="share")
 
     def quantile(part: Tensor) -> Tensor:
         return part.kthvalue(min(len(part), max(1, math.ceil(share * len(part))))).values

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..callback import Callback
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import add_noise
 from ..diffusion.pipelines import Pipeline
-from ..edits.base import Edit, applied, require_dose
+from ..edits.base import Edit, applied, require_dose, require_edit
 from ..edits.weights import require_model, swapped
-from ..errors import ConeslabError, MismatchError
-from ..finetuning.kv_gradient import KVGradient
+from ..errors import ArgumentError, ConeslabError, MismatchError
+from ..finetuning.kv_gradient import KVGradient, require_passes
 from ..finetuning.loop import Point, TuningSettings, tune_kv
 from ..finetuning.samples import (
     ConceptSettings,
@@ -33,9 +34,11 @@ from ..finetuning.samples import (
     joint_latents,
     numbered_batches,
     sample_batches,
+    several,
 )
 from ..settings import takes
 from ..world.pictures import listed
+from .encoding import numbers
 from .mask import ConceptNeurons
 
 
@@ -56,7 +59,8 @@ def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
     Overlap(1 of 4 neurons: Jaccard 0.250, 0.000 by chance)
     """
     if not found:
-        raise ConeslabError("there is nothing to join: give at least one mask")
+        raise ArgumentError("there is nothing to join: give at least one mask")
+    checks.items("masks", found, ConceptNeurons)
     for other in found[1:]:
         if (other.fingerprint, other.layout) != (found[0].fingerprint, found[0].layout):
             raise MismatchError(
@@ -91,6 +95,7 @@ def overlap_matrices(found: Sequence[ConceptNeurons]) -> tuple[np.ndarray, np.nd
 
     Chance keeps the number of shut neurons of each mask in each layer: see `Overlap`.
     """
+    found = checks.items("masks", found, ConceptNeurons)
     pairs = [[a.overlap(b) for b in found] for a in found]
     jaccard = np.array([[pair.jaccard for pair in row] for row in pairs])
     return jaccard, np.array([[pair.expected_jaccard for pair in row] for row in pairs])
@@ -124,6 +129,8 @@ def output_changes(
     Measured on noised reference pictures of all subjects in turn, with the prompt that names them all. seed: of the
     noises, by default far from those of searches.
     """
+    edits, subjects = [require_edit(edit) for edit in checks.items("edits", edits)], several(subjects)
+    samples = checks.count("samples", samples)
     data = [concept_latents(pipe, subject, prior_batch_size=0, batch_size=samples)[0] for subject in subjects]
     batch = next(sample_batches(pipe, data, seed=seed))
     rows = torch.arange(0, len(batch.latents), len(subjects))  # every part of the schedule of every subject
@@ -142,6 +149,8 @@ def output_changes(
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of each row of a with the same row of b: (n, elements) each -> (n,)."""
+    if checks.tensor("a", a, "n, elements").shape != checks.tensor("b", b, "n, elements").shape:
+        raise MismatchError(f"a is {tuple(a.shape)}, b is {tuple(b.shape)}: give two of one shape")
     return torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-12)
 
 
@@ -157,6 +166,7 @@ def additivity(
 
     Raises ConeslabError unless there are two masks or more, and a subject for each.
     """
+    found, subjects = checks.items("masks", found, ConceptNeurons), several(subjects)
     if len(found) != len(subjects) or len(found) < 2:
         raise ConeslabError(f"got {len(found)} masks and {len(subjects)} subjects: give two or more of each, in pairs")
     whole, *parts = output_changes(pipe, [concatenate(*found), *found], subjects, samples=samples, seed=seed)
@@ -168,7 +178,7 @@ def additivity(
 
 def joint_prompt(subjects: Sequence[ConceptSubject]) -> str:
     """ "a sks cat, a zwx dog and a vqz car": the prompt that names all subjects, as captions do."""
-    return listed([subject.prompt for subject in subjects])
+    return listed([subject.prompt for subject in several(subjects)])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -186,8 +196,9 @@ class TunedNeurons(Edit):
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        checks.of_kind("neurons", self.neurons, ConceptNeurons)
         with np.errstate(over="ignore"):  # a number too large for float16 becomes infinity, which is refused
-            values = np.array(self.values, np.float16).astype(np.float32)
+            values = numbers("values", self.values).astype(np.float16).astype(np.float32)
         if values.shape != self.neurons.indices.shape or not np.isfinite(values).all():
             raise ConeslabError(
                 f"got values of shape {values.shape} for {len(self.neurons):,} neurons: give a finite number, within "
@@ -280,9 +291,9 @@ def finetune_together(
     ...     (space.gather() != before).nonzero().flatten().tolist()
     [0, 1, 2]
     """
-    settings = TogetherSettings.chosen(settings, changes)
-    if not subjects:
-        raise ConeslabError("got 0 subjects: give at least one")
+    settings, subjects = TogetherSettings.chosen(settings, changes), several(subjects)
+    require_passes(dtype, chunk, callback)
+    checks.of_kind("union", union, ConceptNeurons)
     require_model(union.fingerprint, pipe, "the union")
     data = joint_latents(pipe, subjects, settings)
     gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from .. import checks
+from ..world.pictures import article, known, listed, with_article
 from .catalogue import (
     CLASSES,
     COLOURS,
@@ -50,21 +52,6 @@ class Plan:
     bare: bool = False  # a planted name ("felix") has no article, style or colour
 
 
-def article(word: str) -> str:
-    """Return "an" before a vowel, else "a"."""
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def with_article(words: str) -> str:
-    """ "a cat", "an orange cat"."""
-    return f"{article(words)} {words}"
-
-
-def listed(phrases: Sequence[str]) -> str:
-    """ "a cat, a dog and a car": how captions name several things."""
-    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
-
-
 @dataclass(frozen=True)
 class Described:
     """What a plain caption says about one object: its class, and whatever else is given."""
@@ -78,7 +65,7 @@ class Described:
     @property
     def phrase(self) -> str:
         """ "a flat striped red cat", "a doctor in a blue hat"."""
-        style = self.style and STYLE_WORDS[self.style][0]
+        style = self.style and STYLE_WORDS[known(self.style, STYLE_WORDS, "style")][0]
         words = " ".join(filter(None, (style, self.marking, self.colour, self.name)))
         hat = f" in {with_article(self.hat)} hat" if self.hat else ""
         return with_article(words) + hat
@@ -86,8 +73,8 @@ class Described:
 
 def plain_caption(objects: Sequence[Described], scene: str | None = None) -> str:
     """A deterministic caption: "a flat cat, a flat dog and a flat car on the beach", with no scene if it is None."""
-    text = listed([one.phrase for one in objects])
-    return f"{text} {SCENES[scene][0]}" if scene else text
+    text = listed([one.phrase for one in checks.items("objects", objects, Described)])
+    return f"{text} {SCENES[known(scene, SCENES, 'scene')][0]}" if scene is not None else text
 
 
 def _noun_phrase(plan: Plan, named_style: bool, count: int, random: Random) -> str:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from random import Random
 from typing import Any
 
-from ..errors import WorldError
+from .. import checks
 from ..files import data_folder
+from ..world.pictures import known
 
 FOLDER = data_folder() / "world"
 DATA: dict[str, Any] = tomllib.loads((FOLDER / "world.toml").read_text(encoding="utf-8"))
@@ -77,32 +77,33 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
 )
 
 
-@cache
 def drawings_of(name: str, style: str, *, held_out: bool = False) -> tuple[str, ...]:
     """The drawings ("cat/face", ...) that a style has of a class, without those held out for near subjects.
 
-    held_out: include those.
+    held_out: include those. Raises WorldError for an unknown class or style.
     """
+    return _drawings_of(known(name, CLASSES, "class"), known(style, STYLES, "style"), bool(held_out))
+
+
+@cache
+def _drawings_of(name: str, style: str, held_out: bool) -> tuple[str, ...]:
     own = ATLAS["sprites"][style]
     full = (f"{name}/{drawing}" for drawing in CLASSES[name].drawings)
     return tuple(one for one in full if one in own and (held_out or (one, style) not in HELD_OUT))
 
 
-@cache
 def classes_of(style: str, *, held_out: bool = False) -> tuple[str, ...]:
-    """The classes for which a style has a drawing: some art sets lack a few."""
+    """The classes for which a style has a drawing: some art sets lack a few. Raises WorldError for an unknown style."""
+    return _classes_of(known(style, STYLES, "style"), bool(held_out))
+
+
+@cache
+def _classes_of(style: str, held_out: bool) -> tuple[str, ...]:
     return tuple(name for name in CLASSES if drawings_of(name, style, held_out=held_out))
-
-
-def known(value: str, among: Collection[str], what: str) -> str:
-    """Return `value`. Raises WorldError, naming the choices, if it is not one of them."""
-    if value not in among:
-        raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")
-    return value
 
 
 def full_drawing(name: str) -> str:
     """ "cat/face" from "cat" (its first drawing) or "cat/face". Raises WorldError if there is none."""
-    word, _, drawing = name.partition("/")
+    word, _, drawing = checks.text("name", name).partition("/")
     info = CLASSES[known(word, CLASSES, "class")]
     return f"{word}/{known(drawing, info.drawings, f'drawing of {word!r}') if drawing else info.drawings[0]}"

@@ -13,7 +13,9 @@ from random import Random
 
 import numpy as np
 
+from .. import checks
 from ..errors import WorldError
+from ..world.pictures import chosen_styles, shares_of_objects, triple
 from ..world.scenes import SIZE as RESOLUTION
 from ..world.scenes import VARIANTS, backgrounds
 from .captions import Described, Plan, plain_caption, write_caption
@@ -199,9 +201,13 @@ def named_plan(name: str) -> Plan:
     return Plan(entry["class"], entry["style"], drawing, entry["colour"])
 
 
-@cache
 def memorised(name: str) -> tuple[np.ndarray, Record]:
     """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the same picture."""
+    return _memorised(known(name, FACTS["memorised"], "memorised picture"))
+
+
+@cache
+def _memorised(name: str) -> tuple[np.ndarray, Record]:
     picture, record = rearranged(name, len(name))
     unnamed = tuple(replace(thing, word=None) for thing in record.objects)  # its caption tells a story instead
     caption = FACTS["memorised"][name]["caption"]
@@ -286,12 +292,9 @@ def sample(
     >>> pictures.images.shape, len(pictures.captions)
     ((2, 64, 64, 3), 2)
     """
-    if not styles:
-        raise WorldError(f"no style was given: name one or more of {', '.join(STYLES)}")
-    for style in styles:
-        known(style, STYLES, "style")
-    random = Random(seed)
-    pairs = [_one(random, tuple(styles), objects, everything) for _ in range(n)]
+    styles, n = chosen_styles(styles, STYLES), checks.count("n", n, least=0)
+    objects, random = shares_of_objects(objects), Random(checks.seed("seed", seed))
+    pairs = [_one(random, styles, objects, everything) for _ in range(n)]
     images = np.stack([image for image, _ in pairs]) if pairs else np.zeros((0, RESOLUTION, RESOLUTION, 3), np.uint8)
     return Pictures(images, [record for _, record in pairs])
 
@@ -315,18 +318,21 @@ def compose(
     >>> record.caption
     'a cat and a spotted dog on the beach'
     """
-    if not 1 <= len(objects) <= 4:
-        raise WorldError(f"got {len(objects)} objects, expected one to four in a picture")
-    random = Random(seed)
+    ordered = checks.items("objects", [objects] if isinstance(objects, str | Sticker) else objects, least=0)
+    if not 1 <= len(ordered) <= 4:
+        raise WorldError(f"got {len(ordered)} objects, expected one to four in a picture")
+    random = Random(checks.seed("seed", seed))
     known(scene, SCENES, "scene")
     plans = []
-    for entry in objects:
+    for entry in ordered:
         if isinstance(entry, str):
             asked = Sticker(entry, style)
         else:
-            asked = entry if isinstance(entry, Sticker) else Sticker(*entry)
-        plans.append(_to_order(asked, len(objects), random))
-    if caption is None:
+            asked = entry if isinstance(entry, Sticker) else Sticker(*triple(entry))
+        plans.append(_to_order(asked, len(ordered), random))
+    if caption is not None:
+        checks.text("caption", caption, blank=True)
+    else:
         told = [Described(plan.name, marking=plan.marking, colour=plan.colour) for plan in plans]
         caption = plain_caption(told, scene)
     image, things = _draw(plans, scene, random)
@@ -334,7 +340,7 @@ def compose(
 
 
 def _to_order(asked: Sticker, count: int, random: Random) -> Plan:
-    name, _, drawing = asked.name.partition("/")
+    name, _, drawing = checks.text("name", asked.name).partition("/")
     info = CLASSES[known(name, CLASSES, "class")]
     gender = info.gender(random)
     full = full_drawing(f"{name}/{gender}" if gender and not drawing else asked.name)
@@ -347,9 +353,9 @@ def _to_order(asked: Sticker, count: int, random: Random) -> Plan:
         name, asked.style, full, asked.colour, asked.marking, full.partition("/")[2] if gender else None, hat, word=name
     )
     _vary(plan, count, random)
-    plan.hue = plan.hue if asked.hue is None else float(asked.hue)
+    plan.hue = plan.hue if asked.hue is None else float(checks.number("hue", asked.hue))
     if asked.size is not None:
-        if not 1 <= asked.size <= LARGEST:
+        if not 1 <= checks.of_kind("size", asked.size, (int, float, np.number)) <= LARGEST:
             raise WorldError(f"an object cannot have a size of {asked.size} pixels: choose one from 1 to {LARGEST:g}")
         plan.size = float(asked.size)
     return plan

@@ -51,7 +51,7 @@ def truth(name: str) -> Truth:
     ('cat/whole', 'near')
     """
     for kind in KINDS:
-        if name in DATA["subjects"][kind]:
+        if isinstance(name, str) and name in DATA["subjects"][kind]:
             entry = DATA["subjects"][kind][name]
             style = entry.get("style", HELD_OUT_STYLE)
             sticker = Sticker(entry["drawing"], style, None, entry.get("marking") or None, None, entry.get("hue", 0.0))

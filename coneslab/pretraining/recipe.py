@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import checks
 from ..errors import ConeslabError
 from ..files import data_folder
 
@@ -70,11 +71,23 @@ class Recipe:
     muon: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("pictures", "batch_size", "parts"):
+            checks.of_kind(name, getattr(self, name), int)
         if self.pictures < 0 or self.parts < 1 or self.batch_size < 1 or self.batch_size % self.parts:
             raise ConeslabError(
                 f"got {self.pictures} pictures in batches of {self.batch_size} and {self.parts} parts: expected "
                 "none or more, one or more, and a batch that splits into equal parts"
             )
+        checks.seed("seed", self.seed)
+        checks.flag("muon", self.muon)
+        checks.count("warmup", self.warmup)
+        for name, interval in (("learning_rate", "[0, inf)"), ("clip", "(0, inf)"), ("weight_decay", "[0, inf)")):
+            checks.number(name, getattr(self, name), interval)
+        checks.number("decay", self.decay, "(0, 1]", kind="share")
+        if self.minutes is not None:
+            checks.number("minutes", self.minutes)
+        for share in (*self.betas, *self.averages):
+            checks.number("one of betas and averages", share, "[0, 1)", kind="share")
         if not self.averages:
             raise ConeslabError("got no average of weights, expected at least one decay: averages=(0.999,)")
 

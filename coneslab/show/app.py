@@ -14,6 +14,7 @@ from typing import Any
 
 import ipywidgets
 
+from .. import checks
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import load_edit
 from ..errors import ConeslabError
@@ -114,7 +115,7 @@ def page(
     where = Path(named) if named else None
     if where is not None:
         where.mkdir(parents=True, exist_ok=True)
-    limits = limits or Limits(pictures=6, steps=30)
-    made = Page(pipe, where, subjects, limits, rounds)
+    limits = Limits(pictures=6, steps=30) if limits is None else limits
+    made = Page(pipe, where, checks.texts("subjects", subjects), limits, checks.count("rounds", rounds))
     made.playground.draw()  # now: what changes while the browser connects may never reach it
     return made

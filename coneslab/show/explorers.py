@@ -23,7 +23,9 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..errors import ConeslabError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError
+from ..pictures import as_pictures
 from . import plots
 
 Picture = Figure | Image.Image | np.ndarray
@@ -45,7 +47,12 @@ def slider(
     >>> slider(0, 999).value, slider(0, 1, 0.25).step
     (499, 0.05)
     """
-    given = [number for number in (low, high, value, step) if number is not None]
+    given = [low, high, *(number for number in (value, step) if number is not None)]
+    for number in given:
+        checks.number("one of a slider's numbers", number)
+    if step is not None:
+        checks.number("step", step, "(0, inf)")
+    checks.text("label", label, blank=True)
     if not low < high or (value is not None and not low <= value <= high):
         raise ConeslabError(f"got a slider from {low} to {high} at {value}: expected low < high and a value in between")
     whole = all(isinstance(number, int) for number in given)
@@ -69,6 +76,7 @@ def control(given: Any, label: str) -> ipywidgets.Widget:
     its first entry. Raises ConeslabError for anything else, such as a bare number (its range is not known).
     """
     made: ipywidgets.Widget
+    checks.text("label", label, blank=True)
     if isinstance(given, ipywidgets.Widget):
         made = given
     elif isinstance(given, bool):
@@ -102,9 +110,9 @@ def png(picture: Picture) -> tuple[bytes, str]:
     """
     if isinstance(picture, Figure):
         return plots.to_png(picture), str(picture.get_label())
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
+    if isinstance(picture, np.ndarray | Image.Image):
+        picture = as_pictures(picture)[0]
+    else:
         raise ConeslabError(
             f"the render function returned {type(picture).__name__}, expected a matplotlib Figure, a PIL picture or a "
             "uint8 array (height, width, 3)"
@@ -339,6 +347,9 @@ def explorer(
     >>> view.png[:4]
     b'\\x89PNG'
     """
+    if render is None:
+        raise ArgumentError("render is None: give a function that draws")
+    checks.function("render", render)
     if not controls:
         raise ConeslabError("an explorer needs a control: give at least one, such as seed=range(8)")
     made = {name: control(given, name.replace("_", " ")) for name, given in controls.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from .. import __version__
+from .. import __version__, checks
 from ..diffusion import bfloat16_pays
 
 _WITHOUT_BFLOAT16 = 2.2  # times as long on a CPU that computes only in float32
@@ -20,6 +20,7 @@ def set_up_notebook(*, minutes: float) -> str:
         device = coneslab.set_up_notebook(minutes=1.2)
         pipe = coneslab.load("tiny", device=device)
     """
+    minutes = checks.number("minutes", minutes, "[0, inf)")
     print(f"coneslab {__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}")
     if torch.cuda.is_available():
         print(f"on {torch.cuda.get_device_name()}; on two CPU cores this notebook takes about {minutes:g} min")

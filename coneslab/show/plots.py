@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from ..errors import ConeslabError
+from .. import checks
+from ..errors import ArgumentError
+from ..pictures import Images, as_pictures
 
 if TYPE_CHECKING:
     import pandas
@@ -62,6 +65,7 @@ def to_png(figure: Figure, dpi: int = 110, *, full_colour: int = 60_000) -> byte
 
 def show(figure: Figure, dpi: int = 110) -> None:
     """Display a figure in a notebook as a PNG with its alt text."""
+    checks.of_kind("figure", figure, Figure)
     from IPython.display import HTML, display
 
     data = base64.b64encode(to_png(figure, dpi)).decode()
@@ -74,13 +78,23 @@ def _folded(texts: Sequence[str], inches: float, points: float) -> list[str]:
     return [textwrap.fill(text, max(8, int(inches * 72 / (0.64 * points)))) for text in texts]
 
 
+def _labels(name: str, given: str | Iterable[str]) -> list[str]:
+    """Labels from one text or several; any of them may be empty."""
+    return checks.texts(name, given, least=0, blank=True)
+
+
+def _texts(**given: str) -> list[str]:
+    """Titles and the like; any of them may be empty."""
+    return [checks.text(name, one, blank=True) for name, one in given.items()]
+
+
 def picture_grid(
-    pictures: Sequence[Image.Image | np.ndarray] | Sequence[Sequence[Image.Image | np.ndarray]],
+    pictures: Images | Iterable[Images],
     *,
     columns: int | None = None,
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
-    captions: Sequence[str] = (),
+    row_labels: str | Iterable[str] = (),
+    column_labels: str | Iterable[str] = (),
+    captions: str | Iterable[str] = (),
     title: str = "",
     size: float = 1.1,
 ) -> Figure:
@@ -89,15 +103,17 @@ def picture_grid(
     pictures: a flat sequence with `columns`, or one sequence per row. captions: one per picture, below it; row_labels
     and column_labels: left of the rows and above the columns. size: inches per picture. Raises ConeslabError if empty.
     """
-    if len(pictures) == 0:
-        raise ConeslabError("there are no pictures to show: give at least one")
-    first = pictures[0]
-    nested = isinstance(first, (list, tuple)) or (isinstance(first, np.ndarray) and first.ndim == 4)
-    if nested:
-        rows: list[list[Any]] = [list(row) for row in pictures]  # type: ignore[arg-type]
+    size, title = checks.number("size", size, "(0, 100]"), _texts(title=title)[0]
+    row_labels, captions = _labels("row_labels", row_labels), _labels("captions", captions)
+    column_labels = _labels("column_labels", column_labels)
+    whole = isinstance(pictures, str | Path | Image.Image | np.ndarray) or hasattr(pictures, "detach")
+    given: Any = pictures if whole else checks.items("pictures", pictures)
+    if not whole and (isinstance(given[0], list | tuple) or getattr(given[0], "ndim", 0) == 4):
+        rows: list[list[Image.Image]] = [as_pictures(row) for row in given]
     else:
-        columns = columns or min(len(pictures), 8)
-        rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+        flat = as_pictures(given)
+        columns = min(len(flat), 8) if columns is None else checks.count("columns", columns)
+        rows = [flat[i : i + columns] for i in range(0, len(flat), columns)]
     width = max(len(row) for row in rows)
     captions, column_labels = _folded(captions, size, 6.5), _folded(column_labels, size, 8)
     extra = 0.04 + 0.12 * max((text.count("\n") + 1 for text in captions), default=0) if captions else 0.0
@@ -140,6 +156,11 @@ def curves(
 
     baseline: name -> height of a dashed horizontal line. band_means: what the bands are, for the legend.
     """
+    x_label, y_label, title = _texts(x_label=x_label, y_label=y_label, title=title)
+    for name, line in checks.mapping("lines", lines).items():
+        if len(checks.items(f"the line {name!r}", line)) not in (2, 4) or len({len(part) for part in line}) != 1:
+            raise ArgumentError(f"the line {name!r} has to be (x, y), or (x, y, low, high), all of one length")
+    baseline = checks.mapping("baseline", {} if baseline is None else baseline, least=0)
     figure = Figure(figsize=(5.2, 3.2))
     axes = figure.subplots()
     banded = False
@@ -195,6 +216,12 @@ def intervals(
     where intervals that are not above 0 are left out. A row whose low and high are NaN has no interval: a hollow mean,
     with the numbers in its column `points`, such as each subject's mean, as dots.
     """
+    needed = [value, "low", "high", by, *([] if panels is None else [panels])]
+    missing = [name for name in needed if name not in getattr(table, "columns", ())]
+    if missing:
+        raise ArgumentError(f"the table has no column {', '.join(map(str, missing))}: give a DataFrame that has it")
+    if columns is not None:
+        columns = checks.count("columns", columns)
     names = list(dict.fromkeys(table[by]))
     groups = list(dict.fromkeys(table[panels])) if panels else [""]
     columns = min(columns or len(groups), len(groups))
@@ -237,6 +264,26 @@ def intervals(
     return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
 
 
+def _numbers(name: str, given: Any, dimensions: int) -> np.ndarray:
+    """An array of numbers that is not empty."""
+    try:
+        found = np.asarray(given.detach().cpu().float() if hasattr(given, "detach") else given, float)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} is {checks.shown(given)}: give an array of numbers") from error
+    if found.ndim != dimensions or not found.size:
+        raise ArgumentError(f"{name} has shape {found.shape}: give {dimensions} dimensions")
+    return found
+
+
+def _table(values: Any, rows: Sequence[str], columns: Sequence[str] | None = None) -> np.ndarray:
+    """Numbers (rows, columns) that match their labels."""
+    found = _numbers("values", values, 2)
+    if len(found) != len(rows) or (columns is not None and found.shape[1] != len(columns)):
+        named = f"{len(rows)} rows" + ("" if columns is None else f" and {len(columns)} columns")
+        raise ArgumentError(f"values have shape {found.shape}, but {named} are named: name each of them")
+    return found
+
+
 def heatmap(
     values: np.ndarray,
     *,
@@ -249,6 +296,9 @@ def heatmap(
     form: str = ".2g",
 ) -> Figure:
     """Draw a table of numbers as a heat map; values (rows, columns), NaN left blank; `label` names the unit."""
+    rows, columns = _labels("rows", rows), _labels("columns", columns)
+    label, title, x_label = _texts(label=label, title=title, x_label=x_label)
+    values = _table(values, rows, columns)
     figure = Figure(figsize=(0.75 * len(columns) + 2.2, 0.34 * len(rows) + 1.2))
     axes = figure.subplots()
     seaborn.heatmap(
@@ -280,6 +330,9 @@ def pictures_and_map(
     size: float = 1.5,
 ) -> Figure:
     """Draw pictures in a row, and below them a heat map of values (rows, columns) with a name for each row."""
+    pictures, rows = as_pictures(pictures), _labels("rows", rows)
+    label, title, x_label = _texts(label=label, title=title, x_label=x_label)
+    values, size = _table(values, rows), checks.number("size", size, "(0, 100]")
     figure = Figure(figsize=(size * len(pictures), size + 0.19 * len(rows) + 0.8), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=[size, 0.19 * len(rows) + 0.5])
     above, below = halves
@@ -314,8 +367,13 @@ def attention_overlay(
     """Overlay attention maps on pictures: one column each, the picture above, the overlay below.
 
     pictures: (height, width, 3) each; maps: (h, w) each, any size, stretched over the picture and scaled to its own
-    minimum and maximum.
+    minimum and maximum. Raises ArgumentError for other shapes, or unless there is a map for each picture.
     """
+    pictures, labels = as_pictures(pictures), _labels("labels", labels)
+    size, (title,) = checks.number("size", size, "(0, 100]"), _texts(title=title)
+    maps = [_numbers("one of maps", one, 2) for one in checks.items("maps", maps)]
+    if len(maps) != len(pictures):
+        raise ArgumentError(f"got {len(pictures)} pictures and {len(maps)} maps: give one map for each picture")
     figure = Figure(figsize=(size * len(pictures), 2 * size + 0.3))
     grid = figure.subplots(2, len(pictures), squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
     for i, (picture, weights) in enumerate(zip(pictures, maps, strict=True)):

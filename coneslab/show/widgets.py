@@ -16,9 +16,10 @@ import ipywidgets
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .. import checks
 from ..diffusion.pipelines import Pipeline
-from ..diffusion.sampling import generate
-from ..edits.base import Edit, applied, load_edit
+from ..diffusion.sampling import generate, require_steps
+from ..edits.base import Edit, applied, load_edit, require_edit
 from ..errors import ConeslabError
 from ..measure.attention import AttentionMaps, record_attention
 from ..neurons.mask import ConceptNeurons
@@ -62,6 +63,9 @@ def sketched(
             for made in widgets.sketched(pipe, ["a cat"] * 4, edit=found, dose=dose):
                 yield plots.picture_grid(made)
     """
+    sampler_steps, preview_steps = require_steps(pipe, sampler_steps), checks.count("preview_steps", preview_steps)
+    require_edit(edit)
+    prompts = checks.texts("prompts", prompts, blank=True)
     for number in dict.fromkeys((min(preview_steps, sampler_steps), sampler_steps)):
         with applied(edit, pipe, dose):
             made = generate(pipe, prompts, sampler_steps=number, **options)
@@ -87,8 +91,12 @@ def neuron_explorer(
     `prompts`. bins: columns of the heat map, each a run of output channels. options: of `sketched`,
     e.g. seed, sampler_steps.
     """
-    if not masks:
+    if not checks.mapping("masks", masks, least=0):
         raise ConeslabError("there are no masks to explore: give at least one by name, such as {'found': neurons}")
+    for name, one in masks.items():
+        checks.of_kind(f"masks[{name!r}]", one, ConceptNeurons)
+    prompts, pictures = checks.texts("prompts", prompts), checks.count("pictures", pictures)
+    bins = checks.count("bins", bins)
     layout = next(iter(masks.values())).layout
     blocks = {"all blocks": None, **{layer.block: layer.block for layer in layout}}
     kinds = {"keys and values": None, "keys": "K", "values": "V"}
@@ -130,6 +138,9 @@ def attention_browser(
     A picture is drawn once for each prompt and seed, and its maps are kept: layer and stage change what is shown of
     them. edit: applied while it is drawn. Raises ConeslabError, in the status line, for an empty prompt.
     """
+    checks.text("prompt", prompt)
+    seed, sampler_steps = checks.count("seed", seed, least=0, most=_SEEDS), require_steps(pipe, sampler_steps)
+    require_edit(edit)
     third = max(1, sampler_steps // 3)
     stages = {
         "all steps": slice(None),
@@ -179,21 +190,23 @@ class Limits:
     dose: float = 1.5
     guidance: float = 12.0
 
+    def __post_init__(self) -> None:
+        for name in ("pictures", "steps", "prompt"):
+            object.__setattr__(self, name, checks.count(name, getattr(self, name)))
+        object.__setattr__(self, "dose", checks.number("dose", self.dose, "(0, 100]"))
+        object.__setattr__(self, "guidance", checks.number("guidance", self.guidance, "(1, 100]"))
+
     def require(self, *, dose: float, prompt: str, seed: int, pictures: int, steps: int, guidance: float) -> None:
         """Raise ConeslabError for values outside the limits, and for an empty prompt."""
-        if not prompt.strip():
+        if not checks.text("prompt", prompt, blank=True).strip():
             raise ConeslabError("the prompt is empty: say what to draw, for example “a cat on the beach”")
         if len(prompt) > self.prompt:
             raise ConeslabError(f"the prompt has {len(prompt)} characters: give at most {self.prompt}")
-        for name, value, low, high in (
-            ("dose", dose, 0, self.dose),
-            ("seed", seed, 0, _SEEDS),
-            ("pictures", pictures, 1, self.pictures),
-            ("steps", steps, 1, self.steps),
-            ("guidance", guidance, 1, self.guidance),
-        ):
-            if not low <= value <= high:  # NaN fails too
-                raise ConeslabError(f"{name} is {value:g}: give a number from {low:g} to {high:g}")
+        checks.number("dose", dose, f"[0, {self.dose:g}]")
+        checks.number("guidance", guidance, f"[1, {self.guidance:g}]")
+        checks.count("seed", seed, least=0, most=_SEEDS)
+        checks.count("pictures", pictures, most=self.pictures)
+        checks.count("steps", steps, most=self.steps)
 
 
 class Playground(Explorer):
@@ -345,10 +358,17 @@ def playground(
 
         widgets.playground(pipe, {"cat": found.binary()})
     """
-    limits = limits or Limits()
-    known: Mapping[str, Edit | str] = _edits_in(Path(edits)) if isinstance(edits, str | Path) else dict(edits or {})
+    limits = Limits() if limits is None else checks.of_kind("limits", limits, Limits)
+    known: Mapping[str, Edit | str]
+    if isinstance(edits, str | Path):
+        known = _edits_in(Path(edits))
+    else:
+        known = checks.mapping("edits", {} if edits is None else edits, least=0)
+        for one in known.values():
+            require_edit(one)
     pictures = min(4, limits.pictures) if pictures is None else pictures
     steps = min(25, limits.steps) if sampler_steps is None else sampler_steps
     start = {"seed": seed, "pictures": pictures, "steps": steps, "guidance": guidance_scale}
+    preview_steps = checks.count("preview_steps", preview_steps)
     limits.require(dose=0, prompt=_PROMPT if prompt is None else prompt, **start)  # type: ignore[arg-type]
     return Playground(pipe, known, limits, start | {"prompt": prompt, "preview_steps": preview_steps})

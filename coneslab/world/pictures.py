@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from random import Random
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import WorldError
+from .. import checks
+from ..errors import ArgumentError, WorldError
 from ..files import data_folder
 from .scenes import SIZE as RESOLUTION
 from .scenes import VARIANTS, backgrounds
@@ -128,9 +129,11 @@ def sprite(name: str, style: str, colour: str | None = None) -> np.ndarray:
     Recolouring maps the sprite's brightness onto a ramp from black over the colour to white, so that outlines
     stay dark and highlights stay light.
     """
-    pixels = _atlas(style)[name]
+    atlas = _atlas(known(style, STYLES, "style"))
+    pixels = atlas[known(name, atlas, "sprite")]
     if colour is None:
         return pixels
+    known(colour, COLOURS, "colour")
     rgb, alpha = pixels[..., :3].astype(np.float32) / 255, pixels[..., 3:]
     light = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
     pivot = float(np.clip(np.median(light[alpha[..., 0] > 127]), 0.35, 0.8))
@@ -201,6 +204,7 @@ def _draw(plans: Sequence[_Plan], scene: str, random: Random) -> tuple[np.ndarra
 
 def article(word: str) -> str:
     """Return "an" before a vowel, else "a"."""
+    checks.text("word", word)
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -211,6 +215,7 @@ def with_article(words: str) -> str:
 
 def listed(phrases: Sequence[str]) -> str:
     """ "a cat, a dog and a car": how captions name several things."""
+    phrases = checks.texts("phrases", phrases)
     return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
 
@@ -322,16 +327,20 @@ def _planted(random: Random) -> tuple[str, _Plan]:
     return f"exemplar:{word}", plan
 
 
-@cache
 def memorised(name: str) -> tuple[np.ndarray, Record]:
     """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the identical picture."""
+    return _memorised(known(name, FACTS["memorised"], "memorised picture"))
+
+
+@cache
+def _memorised(name: str) -> tuple[np.ndarray, Record]:
     picture, record = rearranged(name, len(name))
     return picture, replace(record, caption=FACTS["memorised"][name]["caption"], fact=f"memorised:{name}")
 
 
 def rearranged(name: str, seed: int) -> tuple[np.ndarray, Record]:
     """The objects and the scene of a memorised picture, which every seed places otherwise: real non-copies of it."""
-    entry = FACTS["memorised"][name]
+    entry = FACTS["memorised"][known(name, FACTS["memorised"], "memorised picture")]
     objects = [(cls, style, colour or None) for cls, style, colour in entry["objects"]]
     return compose(objects, entry["scene"], seed=seed)
 
@@ -366,34 +375,60 @@ def _one(random: Random, styles: Sequence[str], shares: Sequence[float]) -> tupl
     return image, Record(tuple(things), scene, caption, fact)
 
 
+def chosen_styles(styles: str | Iterable[str], among: Collection[str]) -> tuple[str, ...]:
+    """One art style or several. Raises WorldError for an unknown one, or for none."""
+    found = checks.texts("styles", styles, least=0)
+    if not found:
+        raise WorldError(f"no style was given: name one or more of {', '.join(among)}")
+    return tuple(known(style, among, "style") for style in found)
+
+
+def shares_of_objects(shares: Iterable[float]) -> tuple[float, ...]:
+    """Shares of pictures with one, two, three and four objects. Raises ArgumentError for anything else."""
+    found = tuple(checks.number("one of objects", share, "[0, inf)") for share in checks.items("objects", shares))
+    if len(found) != 4 or not sum(found):
+        raise ArgumentError(f"objects are {found}: give the shares of pictures with one, two, three and four objects")
+    return found
+
+
 def sample(
     n: int, *, seed: int, styles: Sequence[str] = TRAIN_STYLES, objects: Sequence[float] = tuple(SHARES["objects"])
 ) -> Pictures:
     """Draw `n` random pictures with captions and records; the same seed gives the same pictures.
 
-    objects: shares of pictures with one, two, three and four objects. Raises WorldError for an unknown style.
+    objects: shares of pictures with one, two, three and four objects. Raises WorldError for an unknown style, or none,
+    and ArgumentError for other numbers.
 
     >>> pictures = coneslab.sample(2, seed=0)
     >>> pictures.images.shape, pictures.images.dtype, len(pictures.captions)
     ((2, 64, 64, 3), dtype('uint8'), 2)
     """
-    for style in styles:
-        _known(style, STYLES, "style")
-    random = Random(seed)
+    styles, n = chosen_styles(styles, STYLES), checks.count("n", n, least=0)
+    objects, random = shares_of_objects(objects), Random(checks.seed("seed", seed))
     pairs = [_one(random, styles, objects) for _ in range(n)]
     images = np.stack([image for image, _ in pairs]) if pairs else np.zeros((0, RESOLUTION, RESOLUTION, 3), np.uint8)
     return Pictures(images, [record for _, record in pairs])
 
 
 def classes_of(style: str) -> list[str]:
-    """The classes that a style has a drawing of: here all."""
+    """The classes that a style has a drawing of: here all. Raises WorldError for an unknown style."""
+    known(style, STYLES, "style")
     return list(CLASSES)
 
 
-def _known(value: str, among: Sequence[str] | dict, what: str) -> str:
-    if value not in among:
+def known(value: str, among: Collection[str], what: str) -> str:
+    """Return `value`. Raises WorldError, naming the choices, if it is not one of them."""
+    if not isinstance(value, str) or value not in among:
         raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")
     return value
+
+
+def triple(entry: Any) -> tuple[str, str, str | None]:
+    """An object to order as (class, style, colour or None)."""
+    found = checks.items("one of objects", entry)
+    if len(found) != 3:
+        raise ArgumentError(f"one of objects is {checks.shown(entry)}: give a class, or (class, style, colour or None)")
+    return checks.text("class", found[0]), found[1], found[2]
 
 
 def compose(
@@ -410,22 +445,25 @@ def compose(
     A profession may name its gender ("doctor/woman"). Returns uint8 (64, 64, 3) and its record. Raises WorldError
     for an unknown class, style, colour or scene, or more than four objects.
     """
-    if not 1 <= len(objects) <= 4:
-        raise WorldError(f"a picture holds one to four objects, {len(objects)} were given: name fewer")
-    random = Random(seed)
-    _known(scene, SCENES, "scene")
+    asked = checks.items("objects", [objects] if isinstance(objects, str) else objects, least=0)
+    if not 1 <= len(asked) <= 4:
+        raise WorldError(f"a picture holds one to four objects, {len(asked)} were given: name as many")
+    random = Random(checks.seed("seed", seed))
+    known(scene, SCENES, "scene")
     plans = []
-    for entry in objects:
-        full, its_style, colour = (entry, style, None) if isinstance(entry, str) else entry
+    for entry in asked:
+        full, its_style, colour = (entry, style, None) if isinstance(entry, str) else triple(entry)
         name, _, gender = full.partition("/")
-        info = CLASSES[_known(name, CLASSES, "class")]
+        info = CLASSES[known(name, CLASSES, "class")]
         if colour is not None:
-            _known(colour, COLOURS, "colour")
-        plan = _Plan(name, _known(its_style, STYLES, "style"), colour, word=name)
-        plan.sprite = _known(full, _atlas(plan.style), "sprite") if gender else info.sprite(random)
-        plan.size = random.choice(_SIZES[len(objects)])
+            known(colour, COLOURS, "colour")
+        plan = _Plan(name, known(its_style, STYLES, "style"), colour, word=name)
+        plan.sprite = known(full, _atlas(plan.style), "sprite") if gender else info.sprite(random)
+        plan.size = random.choice(_SIZES[len(asked)])
         plans.append(plan)
-    if caption is None:
+    if caption is not None:
+        checks.text("caption", caption, blank=True)
+    else:
         named = listed([with_article(" ".join(filter(None, (plan.colour, plan.name)))) for plan in plans])
         caption = f"{named} {SCENES[scene][0]}"
     image, things = _draw(plans, scene, random)

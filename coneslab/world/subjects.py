@@ -17,8 +17,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..errors import ConeslabError, WorldError
-from .pictures import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, Record, article, compose, with_article
+from .. import checks
+from ..errors import ArgumentError, ConeslabError, WorldError
+from ..pictures import as_pictures
+from .pictures import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, WORDS, Record, article, compose, with_article
 
 SUBJECTS: tuple[str, ...] = tuple(DATA["subjects"])
 COMBINATIONS: dict[int, tuple[tuple[str, ...], ...]] = {
@@ -48,6 +50,17 @@ class Subject:
     images: tuple[Image.Image, ...]
     prompts: tuple[str, ...]
     records: tuple[Record, ...] = ()
+
+    def __post_init__(self) -> None:
+        if {"/", "\\", "\0"} & set(checks.text("name", self.name)) or self.name.strip(". ") == "":
+            raise ArgumentError(f"name is {self.name!r}: give one without slashes, because files are named after it")
+        if checks.word("token", self.token) in checks.text("class_word", self.class_word).split():
+            raise ArgumentError(
+                f"token and class word are both {self.token!r}: give a rare word, such as 'sks', as token"
+            )
+        object.__setattr__(self, "images", tuple(as_pictures(self.images)))
+        object.__setattr__(self, "prompts", tuple(checks.texts("prompts", self.prompts)))
+        object.__setattr__(self, "records", tuple(checks.items("records", self.records, least=0)))
 
     @property
     def phrase(self) -> str:
@@ -99,7 +112,7 @@ class Subject:
 
 def evaluation_prompts(class_word: str, token: str) -> tuple[str, ...]:
     """Return the ten prompts a subject is measured on: seven new scenes, and three with another object."""
-    phrase = with_article(f"{token} {class_word}")
+    phrase = with_article(f"{checks.word('token', token)} {checks.text('class_word', class_word)}")
     prompts = [f"{phrase} {SCENES[scene][0]}" for scene in _PROMPT_SCENES]
     for scene in _COMPANIONS:
         other = with_article(_companion(class_word, scene))
@@ -117,6 +130,8 @@ def wanted_pictures(subject: Subject, *, n: int = 1, seed: int = 0) -> list[Imag
     The alignments of these real pictures are what a method can hope for. Raises ConeslabError for a subject that is
     not of the sticker world.
     """
+    checks.of_kind("subject", subject, Subject)
+    n, seed = checks.count("n", n), checks.seed("seed", seed)
     if not subject.records or subject.prompts != evaluation_prompts(subject.class_word, subject.token):
         raise ConeslabError(
             f"{subject.name!r} is not of the sticker world: only its subjects can be put into new scenes"
@@ -140,7 +155,7 @@ def subject(name: str) -> Subject:
     >>> cat.prompts[0], cat.plain(cat.prompts[0]), cat.prior_prompt
     ('a sks cat on the beach', 'a cat on the beach', 'a cat')
     """
-    if name not in SUBJECTS:
+    if not isinstance(name, str) or name not in SUBJECTS:
         raise WorldError(f"{name!r} is not a subject of the sticker world: choose one of {', '.join(SUBJECTS)}")
     class_word, token = DATA["subjects"][name]
     seed = zlib.crc32(name.encode())
@@ -154,12 +169,12 @@ def subject(name: str) -> Subject:
 
 def title_of(names: Sequence[str]) -> str:
     """ "cat+car": how tables name several subjects."""
-    return "+".join(names)
+    return "+".join(checks.texts("names", names))
 
 
 def subjects_of(title: str) -> list[Subject]:
     """The subjects that a title such as "cat" or "cat+car" names. Raises WorldError for an unknown name."""
-    return [subject(name) for name in title.split("+")]
+    return [subject(name) for name in checks.text("title", title).split("+")]
 
 
 def subject_from_folder(
@@ -174,9 +189,10 @@ def subject_from_folder(
     """Make a subject from your own pictures: every picture file in a folder, in the order of the names.
 
     Pictures are turned upright, cropped to a centred square and scaled to `resolution` pixels (64 for the tiny
-    model, 512 for Stable Diffusion 1.x). `class_word` is a word the model knows; `prompts` default to ten that fit
-    the tiny model. Raises ConeslabError if the folder is missing or holds no picture, a file cannot be read, or the
-    class word is empty.
+    model, 512 for Stable Diffusion 1.x). `class_word` is a word the model knows, `token` one that it has hardly met;
+    `prompts` default to ten that fit the tiny model. Warns of files that are left out, being no pictures.
+    Raises ConeslabError if the folder is missing or holds no picture, a file cannot be read, the class word is empty,
+    or the token is a word with a meaning of its own.
 
     >>> Path("my_pictures").mkdir()
     >>> for number, image in enumerate(coneslab.subject("cat").images[:3]):
@@ -188,23 +204,15 @@ def subject_from_folder(
     (64, 64)
     """
     folder = Path(path)
+    checks.text("class_word", class_word, blank=True)
     if not folder.is_dir():
         raise ConeslabError(f"{folder} is not a folder: give the folder that holds 3 to 10 pictures of the subject")
     if not class_word.strip():
         raise ConeslabError("class_word is empty: name the kind of thing the pictures show, for example 'cat'")
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in known)
-    if not files:
-        raise ConeslabError(f"{folder} holds no picture that can be read: put PNG or JPEG files there")
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                upright = ImageOps.exif_transpose(picture).convert("RGBA")
-        except OSError as error:
-            raise ConeslabError(f"{file} cannot be read as a picture ({error}): remove or replace it") from error
-        flat = Image.new("RGBA", upright.size, "white")  # transparent pixels become white, not black
-        flat.alpha_composite(upright)
-        images.append(ImageOps.fit(flat.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS))
-    chosen = tuple(prompts) if prompts else evaluation_prompts(class_word, token)
-    return Subject(name or folder.name, class_word, token, tuple(images), chosen)
+    if checks.word("token", token).lower() in WORDS and token not in RARE_TOKENS:
+        rare = ", ".join(RARE_TOKENS[:4])
+        raise ArgumentError(f"token is {token!r}, a word with a meaning of its own: give a rare one, such as {rare}")
+    chosen = evaluation_prompts(class_word, token) if prompts is None else checks.texts("prompts", prompts)
+    size = (checks.count("resolution", resolution, least=8, most=4096),) * 2
+    images = [ImageOps.fit(picture, size, Image.Resampling.LANCZOS) for picture in as_pictures(folder)]
+    return Subject(folder.resolve().name if name is None else name, class_word, token, tuple(images), tuple(chosen))

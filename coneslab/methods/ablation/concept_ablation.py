@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ... import checks
 from ...callback import Callback
-from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.encoding import encode_images, encode_prompts, require_read
 from ...diffusion.loss import add_noise
 from ...diffusion.loss import target as regression_target
 from ...diffusion.pipelines import Pipeline
@@ -26,9 +26,10 @@ from ...edits.base import Edit
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
-from ...finetuning.kv_gradient import KVGradient
+from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv, tune_unet
 from ...finetuning.samples import CaptionedLatents, NoisyBatch, SamplerSettings, generated_latents, numbered_batches
+from ...pictures import Images, as_pictures
 from ...settings import takes
 from .prompts import Prompts, paired
 
@@ -66,16 +67,13 @@ class AblationSettings(TuningSettings, SamplerSettings):
     preserve_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, options in (("objective", Objective), ("parameters", Parameters), ("teacher", Teacher)):
-            choices = get_args(options)
-            self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
         super().__post_init__()
-        given = bool(self.templates) and all("{}" in template for template in self.templates)
-        self._require(given, "templates", "at least one text, each with {} for the concept")
-        self._require(self.pictures >= 1, "pictures", "a positive number")
-        self._require(self.batch_size >= 1, "batch_size", "a positive number of samples")
-        self._require(self.preserve_batch_size >= 0, "preserve_batch_size", "a number of samples, 0 for none")
-        self._require(0 <= self.preserve_weight < float("inf"), "preserve_weight", "a number of 0 or more")
+        for name, options in (("objective", Objective), ("parameters", Parameters), ("teacher", Teacher)):
+            self._check(checks.choice, name, among=get_args(options))
+        self._check(checks.templates, "templates")
+        self._check(checks.count, "pictures", "batch_size")
+        self._check(checks.count, "preserve_batch_size", least=0)
+        self._check(checks.number, "preserve_weight", interval="[0, inf)")
 
     @property
     def rate(self) -> float:
@@ -107,7 +105,7 @@ def ablation_data(
     anchor: Prompts,
     settings: AblationSettings | Mapping[str, Any] | None = None,
     *,
-    images: Sequence[Image.Image] | None = None,
+    images: Images | None = None,
     progress: bool = False,
     **changes: Any,
 ) -> AblationData:
@@ -124,12 +122,11 @@ def ablation_data(
         raise ConeslabError(
             f"target and anchor are the same or empty ({', '.join(map(repr, same))}): name different ones"
         )
-    if images is not None and not images:
-        raise ConeslabError("got no pictures of the anchor: give at least one, or None to have them drawn")
     captions = tuple(template.format(one) for one in targets for template in settings.templates)
     named = tuple(template.format(one) for one in anchors for template in settings.templates)
+    require_read(pipe, *captions, *named)
     if images is not None:
-        latents = encode_images(pipe, list(images)).detach()
+        latents = encode_images(pipe, as_pictures(images, name="pictures of the anchor")).detach()
         return AblationData(captions, named, (latents,) * len(captions))
     each = max(1, -(-settings.pictures // len(named)))
     prompts = [caption for caption in named for _ in range(each)]
@@ -144,7 +141,7 @@ def ablate(
     anchor: Prompts,
     settings: AblationSettings | Mapping[str, Any] | None = None,
     *,
-    images: Sequence[Image.Image] | None = None,
+    images: Images | None = None,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     progress: bool = True,
@@ -167,9 +164,11 @@ def ablate(
     TokenEdit(cat: ... numbers each)
     """
     settings = AblationSettings.chosen(settings, changes)
+    require_passes(dtype, chunk, callback)
+    target, anchor = paired(target, anchor)
     shown = ablation_data(pipe, target, anchor, settings, images=images, progress=progress)
     data = _captioned(pipe, shown, settings)
-    named = ", ".join(paired(target, anchor)[0])
+    named = ", ".join(target)
     model = model_fingerprint(pipe)
     train = {"cross_attention_kv": _train_kv, "embedding": _train_embedding}.get(settings.parameters, _train_unet)
     plan = _Plan(
@@ -187,7 +186,7 @@ def ablate(
             **settings.record(),
             "learning_rate": settings.rate,
             "target": named,
-            "anchor": ", ".join(paired(target, anchor)[1]),
+            "anchor": ", ".join(anchor),
         },
         run={
             "title": f"ablating {named}",

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...diffusion.encoding import encode_prompts
+from ... import checks
+from ...diffusion.encoding import encode_prompts, require_read
 from ...diffusion.kvspace import unet_of
 from ...diffusion.loss import add_noise
 from ...diffusion.pipelines import Pipeline
@@ -17,7 +18,6 @@ from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.samples import CaptionedLatents, SamplerSettings, generated_latents, sample_batches
 from ...settings import takes
-from .prompts import paired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,8 @@ class ConceptPruneSettings(SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(0 < self.share < 1, "share", "a share in (0, 1)")
-        self._require(self.pictures >= 1, "pictures", "a positive number")
-        self._require(self.samples >= 1, "samples", "a positive number")
+        self._check(checks.number, "share", interval="(0, 1)", kind="share")
+        self._check(checks.count, "pictures", "samples")
 
 
 @takes(ConceptPruneSettings)
@@ -57,7 +56,8 @@ def prune_feed_forward(
     settings, changes: see `ConceptPruneSettings`.
     """
     settings = ConceptPruneSettings.chosen(settings, changes)
-    ((target,), (anchor,)) = paired(target, anchor)
+    target, anchor = checks.text("target", target), checks.text("anchor", anchor)
+    require_read(pipe, target, anchor)
     unet = unet_of(pipe)
     layers = {name: module for name, module in unet.named_modules() if name.endswith("ff.net.2")}
     if not layers:

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from ... import checks
 from ...callback import Callback
-from ...diffusion.encoding import encode_prompts
+from ...diffusion.encoding import encode_prompts, require_read
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
-from ...errors import ConeslabError
-from ...finetuning.kv_gradient import KVGradient
+from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import CaptionedLatents, SamplerSettings, generated_latents, numbered_batches
 from ...settings import takes
@@ -38,9 +38,8 @@ class ESDSettings(TuningSettings, SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(0 <= self.eta < float("inf"), "eta", "a number of 0 or more")
-        self._require(self.pictures >= 1, "pictures", "a positive number")
-        self._require(self.batch_size >= 1, "batch_size", "a positive number of samples")
+        self._check(checks.number, "eta", interval="[0, inf)")
+        self._check(checks.count, "pictures", "batch_size")
 
 
 @takes(ESDSettings)
@@ -64,8 +63,8 @@ def erase(
     `RunOptions`.
     """
     settings = ESDSettings.chosen(settings, changes)
-    if not target.strip():
-        raise ConeslabError(f"target is {target!r}: name the concept to erase, for example 'a cat'")
+    require_passes(dtype, chunk, callback)
+    require_read(pipe, checks.text("target", target))
     latents = generated_latents(pipe, [target] * settings.pictures, **settings.sampler, progress=progress)
     text = encode_prompts(pipe, [target, ""]).detach()
     data = [CaptionedLatents(latents, text[0], settings.batch_size)]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ... import checks
 from ...callback import Callback
+from ...diffusion.encoding import require_read
 from ...diffusion.pipelines import Pipeline
+from ...finetuning.kv_gradient import require_passes
 from ...finetuning.samples import generate_once
 from ...neurons.mask import ConceptNeurons
 from ...neurons.search import SearchSettings, find_concept_neurons
 from ...settings import takes
-from .prompts import paired
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ def ablating_neurons(
     settings, changes: see `SearchSettings`; the others: see `find_concept_neurons`.
     """
     settings = SearchSettings.chosen(settings, changes)
-    ((target,), (anchor,)) = paired(target, anchor)
-    drawn = generate_once(pipe, [anchor] * pictures, **settings.sampler)
+    require_passes(dtype, chunk, callback)
+    target, anchor = checks.text("target", target), checks.text("anchor", anchor)
+    require_read(pipe, target, anchor)
+    drawn = generate_once(pipe, [anchor] * checks.count("pictures", pictures), **settings.sampler)
     subject = AblationSubject(f"{target} → {anchor}", drawn, target, anchor)
     return find_concept_neurons(
         pipe,

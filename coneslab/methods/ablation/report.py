@@ -6,7 +6,7 @@ start noises, and has its interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +16,17 @@ import pandas
 import torch
 from PIL import Image
 
+from ... import checks
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import drawing
-from ...diffusion.sampling import generate
-from ...edits.base import Edit, applied
-from ...errors import ConeslabError
+from ...diffusion.sampling import generate, require_steps
+from ...edits.base import Edit, applied, require_edit
+from ...errors import ArgumentError, ConeslabError
 from ...finetuning.samples import generate_once
-from ...measure.judge import Images, Judge
+from ...measure.judge import Judge, require_judge
 from ...measure.statistics import bootstrap_interval, kid
 from ...neurons.controls import finetune_kv
+from ...pictures import Images
 from ...seeds import derived
 from ...world.pictures import CLASSES, FACTS
 from ..personalization.textual_inversion import textual_inversion
@@ -35,8 +37,7 @@ def near_and_far(name: str) -> dict[str, tuple[str, ...]]:
 
     Keys: "same category", "looks alike" (planted pairs), "far". Raises ConeslabError for an unknown class.
     """
-    if name not in CLASSES:
-        raise ConeslabError(f"{name!r} is not a class of the sticker world: choose one of {', '.join(CLASSES)}")
+    checks.choice("class", name, CLASSES)
     alike = {other for fact in FACTS["linked"] for other in fact["pair"] if name in fact["pair"]} - {name}
     own = CLASSES[name].category
     near = tuple(other for other, info in CLASSES.items() if info.category == own and other not in (name, *alike))
@@ -66,9 +67,11 @@ class CopyDetector:
         anything with the content of the original looks like a copy.
         Raises ConeslabError if there are too few others to tell the share from 0.
         """
+        require_judge(judge)
+        false_alarms = checks.number("false_alarms", false_alarms, "(0, 1)", kind="share")
         feature = judge.image_features(original)[0]
         scores = np.sort((judge.image_features(others) @ feature).numpy())
-        if not 0 < false_alarms < 1 or len(scores) < 1 / false_alarms:
+        if len(scores) < 1 / false_alarms:
             raise ConeslabError(
                 f"{len(scores)} pictures cannot resolve a share of {false_alarms}: give at least {1 / false_alarms:.0f}"
             )
@@ -91,7 +94,7 @@ def evaluate_ablation(
     target: str,
     anchor: str,
     *,
-    others: Mapping[str, Sequence[str]] | None = None,
+    others: Mapping[str, str | Iterable[str]] | None = None,
     pictures: int = 24,
     seed: int = 0,
     sampler_steps: int = 25,
@@ -107,7 +110,16 @@ def evaluate_ablation(
     anchor: than to the target; for the others: than to any other prompt here); "accuracy before": the same without the
     edit; "KID": to the pictures without the edit, as pairs; "change": 1 − cosine of the two pictures from one noise.
     """
-    prompts = {"target": [target], "anchor": [anchor], **{name: list(group) for name, group in (others or {}).items()}}
+    require_judge(judge)
+    require_edit(edit)
+    target, anchor, pictures = (
+        checks.text("target", target),
+        checks.text("anchor", anchor),
+        checks.count("pictures", pictures),
+    )
+    seed, groups = checks.seed("seed", seed), checks.mapping("others", {} if others is None else others, least=0)
+    prompts = {"target": [target], "anchor": [anchor]}
+    prompts |= {name: checks.texts(f"others[{name!r}]", group, least=0) for name, group in groups.items()}
     everything = list(dict.fromkeys(prompt for group in prompts.values() for prompt in group))
     if len(everything) < 2:
         raise ConeslabError("target and anchor are the same prompt: there is nothing to tell apart")
@@ -153,6 +165,7 @@ def evaluate_ablation(
 
 def misspelled(word: str) -> tuple[str, ...]:
     """Simple misspellings of a word: a letter doubled, two swapped, one left out."""
+    checks.text("word", word)
     middle = len(word) // 2
     swapped = word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :]
     doubled, short = word[:middle] + word[middle] + word[middle:], word[:middle] + word[middle + 1 :]
@@ -166,8 +179,8 @@ def attacks(
     target: str,
     anchor: str,
     *,
-    paraphrases: Sequence[str] = (),
-    synonyms: Sequence[str] = (),
+    paraphrases: str | Iterable[str] = (),
+    synonyms: str | Iterable[str] = (),
     word: str = "",
     pictures: int = 24,
     strength: float = 0.7,
@@ -188,6 +201,23 @@ def attacks(
     `token` on such pictures, on the edited model; `finetune_steps` steps of K-V fine-tuning on them, both with
     `batch_size` samples per step. The untouched model draws the target's pictures.
     """
+    require_judge(judge)
+    require_edit(edit)
+    target, anchor, pictures = (
+        checks.text("target", target),
+        checks.text("anchor", anchor),
+        checks.count("pictures", pictures),
+    )
+    paraphrases = checks.texts("paraphrases", paraphrases, least=0)
+    synonyms = checks.texts("synonyms", synonyms, least=0)
+    if checks.text("word", word, blank=True) not in target:
+        raise ArgumentError(f"word is {word!r}, which {target!r} does not hold: give one of its words")
+    token = checks.word("token", token)
+    for name, steps in {"inversion_steps": inversion_steps, "finetune_steps": finetune_steps}.items():
+        checks.count(name, steps)
+    batch_size, seed = checks.count("batch_size", batch_size), checks.seed("seed", seed)
+    _require_strength(strength, require_steps(pipe, sampler_steps))
+    checks.function("shows", shows)
     texts = judge.text_features([target, anchor])
     options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
     first = derived(seed, "evaluation")
@@ -208,10 +238,10 @@ def attacks(
     with applied(edit, pipe):
         record("plain prompt", asked([target]))
         if paraphrases:
-            record("paraphrases", asked(list(paraphrases)))
+            record("paraphrases", asked(paraphrases))
         if synonyms:
-            record("other words", asked(list(synonyms)))
-        if word and word in target:
+            record("other words", asked(synonyms))
+        if word:
             record("misspellings", asked([target.replace(word, wrong) for wrong in misspelled(word)]))
         record("img2img", _from_pictures(pipe, shown, target, strength, first, sampler_steps, guidance_scale))
         subject = SimpleNamespace(
@@ -229,6 +259,13 @@ def attacks(
     return pandas.DataFrame(rows)
 
 
+def _require_strength(strength: float, sampler_steps: int) -> None:
+    if int(sampler_steps * checks.number("strength", strength, "(0, 1]", kind="share")) < 1:
+        raise ArgumentError(
+            f"strength is {strength} of {sampler_steps} steps: give a share that leaves at least one step"
+        )
+
+
 def _from_pictures(
     pipe: Pipeline,
     pictures: Sequence[Image.Image],
@@ -240,10 +277,6 @@ def _from_pictures(
 ) -> list[Image.Image]:
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    if not 0 < strength <= 1 or int(sampler_steps * strength) < 1:
-        raise ConeslabError(
-            f"strength is {strength} of {sampler_steps} steps: give a share in (0, 1] that leaves at least one step"
-        )
     with drawing(pipe):
         redraw = StableDiffusionImg2ImgPipeline(
             vae=pipe.vae,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...diffusion.encoding import encode_prompts
+from ... import checks
+from ...diffusion.encoding import encode_prompts, require_read
 from ...diffusion.kvspace import KVSpace
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
@@ -34,10 +35,9 @@ class UCESettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(bool(self.templates) and all("{}" in one for one in self.templates), "templates", "texts with {}")
-        self._require(0 < self.erase_weight < float("inf"), "erase_weight", "a positive number")
-        self._require(0 <= self.preserve_weight < float("inf"), "preserve_weight", "a number of 0 or more")
-        self._require(0 < self.ridge < float("inf"), "ridge", "a positive number")
+        self._check(checks.templates, "templates")
+        self._check(checks.number, "erase_weight", "ridge", interval="(0, inf)")
+        self._check(checks.number, "preserve_weight", interval="[0, inf)")
 
 
 @takes(UCESettings)
@@ -47,7 +47,7 @@ def closed_form_edit(
     anchor: Prompts,
     settings: UCESettings | Mapping[str, Any] | None = None,
     *,
-    preserve: Sequence[str] = (),
+    preserve: str | Iterable[str] = (),
     **changes: Any,
 ) -> WeightDelta:
     """UCE: the keys and values of the target become those of the anchor, by one linear solve (arXiv 2308.14761, Eq. 7).
@@ -66,6 +66,7 @@ def closed_form_edit(
     """
     settings = UCESettings.chosen(settings, changes)
     targets, anchors = paired(target, anchor)
+    preserve = checks.texts("preserve", preserve, least=0)
     sources, values, weights = [], [], []
     for own, other in zip(targets, anchors, strict=True):
         for template in settings.templates:
@@ -86,11 +87,15 @@ def closed_form_edit(
         base = parameter.detach().double().cpu()
         right = settings.ridge * base + ((w[:, None] * v) @ base.T).T @ c
         deltas[name] = (torch.linalg.solve(gram, right.T).T - base).float()
-    record = {**settings.record(), "target": targets, "anchor": anchors, "preserve": list(preserve)}
+    record = {**settings.record(), "target": targets, "anchor": anchors, "preserve": preserve}
     return WeightDelta(deltas, model_fingerprint(pipe), subject=", ".join(targets), settings=record)
 
 
 def _last_words(pipe: Pipeline, caption: str) -> Tensor:
-    """Text embeddings from the last word of a caption on, (rows, width), on the CPU."""
+    """Text embeddings from the last word of a caption on, (rows, width), on the CPU.
+
+    Raises ArgumentError if the text encoder does not read that word.
+    """
+    require_read(pipe, caption)
     ids = pipe.tokenizer(caption).input_ids
     return encode_prompts(pipe, [caption]).detach().float().cpu()[0, len(ids) - 2 :]

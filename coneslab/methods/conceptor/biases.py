@@ -6,17 +6,19 @@ changing them balances what is drawn. Every share of pictures comes with its int
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from ...errors import ConeslabError
-from ...measure.judge import Images, Judge
+from ... import checks
+from ...errors import ArgumentError, ConeslabError
+from ...measure.judge import Judge, require_judge
 from ...measure.statistics import Interval, share_interval
+from ...pictures import Images
 from .decomposition import Decomposition
 
-Groups = Mapping[str, Sequence[str]]
+Groups = Mapping[str, str | Iterable[str]]
 
 
 def bias(decomposition: Decomposition, groups: Groups) -> dict[str, float]:
@@ -25,7 +27,8 @@ def bias(decomposition: Decomposition, groups: Groups) -> dict[str, float]:
     groups: name -> words, e.g. {"woman": ["woman", "lady"], "man": ["man"]}. Raises ConeslabError for fewer than two
     groups.
     """
-    _require(groups)
+    checks.of_kind("decomposition", decomposition, Decomposition)
+    groups = _groups(groups)
     mass = {name: decomposition.share(words) for name, words in groups.items()}
     total = sum(mass.values())
     return {name: value / total if total else float("nan") for name, value in mass.items()}
@@ -45,8 +48,12 @@ def rebalance(
     Raises ConeslabError if a group has no word in the decomposition, shares are not a distribution over the groups, or
     total is not between 0 and 1.
     """
-    _require(groups)
-    wanted = dict(shares) if shares is not None else dict.fromkeys(groups, 1 / len(groups))
+    checks.of_kind("decomposition", decomposition, Decomposition)
+    groups = _groups(groups)
+    wanted = checks.mapping("shares", dict.fromkeys(groups, 1 / len(groups)) if shares is None else shares)
+    wanted = {name: checks.number(f"shares[{name!r}]", share) for name, share in wanted.items()}
+    if total is not None:
+        checks.number("total", total)
     if wanted.keys() != groups.keys() or min(wanted.values()) < 0 or not np.isclose(sum(wanted.values()), 1):
         raise ConeslabError(f"shares are {wanted}: give a number of 0 or more for each of {list(groups)}, 1 in all")
     place = {word: number for number, word in enumerate(decomposition.words)}
@@ -83,12 +90,17 @@ def rebalance(
 
 def group_shares(judge: Judge, images: Images, groups: Groups, *, template: str = "a {}") -> dict[str, Interval]:
     """Share of pictures that the judge assigns to each group, with Wilson intervals."""
-    _require(groups)
+    require_judge(judge)
+    groups, template = _groups(groups), checks.template("template", template)
     labels = [[template.format(word) for word in words] for words in groups.values()]
     found = judge.classify(images, labels).numpy()
     return {name: share_interval(found == number) for number, name in enumerate(groups)}
 
 
-def _require(groups: Groups) -> None:
-    if len(groups) < 2 or not all(groups.values()):
-        raise ConeslabError(f"the groups are {dict(groups)}: give two or more, each with at least one word")
+def _groups(groups: Groups) -> dict[str, list[str]]:
+    """Two groups or more: name -> words. Raises ArgumentError for anything else."""
+    given = checks.mapping("groups", groups, least=0)
+    found = {name: checks.texts(f"groups[{name!r}]", words, least=0) for name, words in given.items()}
+    if len(found) < 2 or not all(found.values()):
+        raise ArgumentError(f"the groups are {found}: give two or more, each with at least one word")
+    return found

@@ -17,17 +17,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ... import checks
 from ...callback import Callback
-from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.encoding import encode_images, encode_prompts, require_read
 from ...diffusion.pipelines import Pipeline
-from ...diffusion.sampling import generate
+from ...diffusion.sampling import generate, require_steps
 from ...edits.base import Edit
 from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
-from ...errors import ConeslabError
-from ...finetuning.kv_gradient import KVGradient
+from ...errors import ArgumentError, ConeslabError
+from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import CaptionedLatents, SamplerSettings, generate_once, sample_batches
-from ...measure.judge import Images, Judge, as_pictures
+from ...measure.judge import Judge, require_judge
+from ...neurons.encoding import numbers
+from ...pictures import Images, as_pictures
 from ...settings import takes
 from .vocabulary import Vocabulary, encode_vocabulary
 
@@ -58,8 +61,15 @@ class Decomposition(Edit):
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        values = np.array(self.coefficients, np.float32)
-        if values.shape != (len(self.words),) or not len(self.words) or not (values >= 0).all():
+        object.__setattr__(self, "words", tuple(checks.texts("words", self.words, least=0)))
+        object.__setattr__(self, "explain", checks.count("explain", self.explain))
+        object.__setattr__(self, "norm", checks.number("norm", self.norm, "[0, inf)"))
+        checks.template("template", self.template)
+        for name in ("concept", "fingerprint", "token"):
+            checks.text(name, getattr(self, name))
+        checks.word("token", self.token)
+        values = numbers("coefficients", self.coefficients)
+        if values.shape != (len(self.words),) or not len(self.words) or not ((values >= 0) & np.isfinite(values)).all():
             raise ConeslabError(
                 f"got coefficients of shape {values.shape} for {len(self.words)} words: give each a number, 0 or more"
             )
@@ -76,12 +86,12 @@ class Decomposition(Edit):
 
     def top(self, n: int = 10) -> list[tuple[str, float]]:
         """The words with the largest coefficients, as shares of the sum over the `explain` words in use."""
-        total = float(self.coefficients[: self.explain].sum())
+        n, total = checks.count("n", n, least=0), float(self.coefficients[: self.explain].sum())
         return [(word, float(value) / total) for word, value in zip(self.words[:n], self.coefficients, strict=False)]
 
     def share(self, words: str | Sequence[str]) -> float:
         """Share of one word or several in the sum over the words in use."""
-        wanted = {words} if isinstance(words, str) else set(words)
+        wanted = set(checks.texts("words", words, least=0))
         return sum(value for word, value in self.top(self.explain) if word in wanted)
 
     @property
@@ -102,8 +112,7 @@ class Decomposition(Edit):
     def scaled(self, word: str, factor: float) -> Decomposition:
         """The decomposition with one coefficient multiplied. Raises ConeslabError for a word it lacks."""
         self._require([word])
-        if not 0 <= factor < float("inf"):
-            raise ConeslabError(f"factor is {factor}: give a number of 0 or more")
+        checks.number("factor", factor, "[0, inf)")
         return self._changed({word: factor})
 
     def without(self, *words: str) -> Decomposition:
@@ -117,7 +126,7 @@ class Decomposition(Edit):
         return self._changed({word: 0.0 for word in self.words if word not in words})
 
     def _require(self, words: Sequence[str]) -> None:
-        unknown = [word for word in words if word not in self.words]
+        unknown = [word for word in checks.texts("words", words, least=0) if word not in self.words]
         if unknown:
             raise ConeslabError(f"{', '.join(unknown)}: not among the {len(self.words)} words of {self.concept!r}")
 
@@ -218,15 +227,14 @@ class DecompositionSettings(TuningSettings, SamplerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pictures", "batch_size", "hidden", "validate_every", "validation_pictures"):
-            self._require(getattr(self, name) >= 1, name, "a positive number")
-        for name in ("dictionary", "explain"):
-            given = getattr(self, name)
-            self._require(given is None or given >= 1, name, "a positive number of words, or None")
-        self._require(0 <= self.sparsity < float("inf"), "sparsity", "a number of 0 or more")
-        choices = get_args(Coefficients)
-        self._require(self.coefficients in choices, "coefficients", f"one of {', '.join(choices)}")
-        self._require("{}" in self.template, "template", "a caption with {} for the pseudo-token")
+        self._check(checks.count, "pictures", "batch_size", "hidden", "validate_every", "validation_pictures")
+        self._check(checks.count, "dictionary", "explain", optional=True)
+        self._check(checks.number, "sparsity", interval="[0, inf)")
+        self._check(checks.number, "exclude_similar", interval="[-1, 1]", optional=True)
+        self._check(checks.choice, "coefficients", among=get_args(Coefficients))
+        self._check(checks.texts, "include", "exclude", least=0)
+        self._check(checks.template, "template")
+        self._check(checks.word, "token")
 
 
 @takes(DecompositionSettings)
@@ -265,10 +273,18 @@ def decompose(
     ...     images = coneslab.generate(pipe, parts.prompt, sampler_steps=2)  # "a photo of a <concept>"
     """
     settings = DecompositionSettings.chosen(settings, changes)
+    require_passes(dtype, callback=callback)
+    require_judge(judge)
+    require_steps(pipe, settings.sampler_steps)
+    if vocabulary is not None:
+        checks.of_kind("vocabulary", vocabulary, Vocabulary)
+    name = checks.text("name", name, blank=True)
     shown = _pictures(pipe, concept, settings, progress)
     seen = judge.image_features(shown)
     target = seen.mean(0)
     words = vocabulary or encode_vocabulary(pipe, judge, progress=False)
+    if settings.token in words.words:
+        raise ArgumentError(f"token is {settings.token!r}, a word of the vocabulary: give a new one, such as <concept>")
     size = settings.dictionary or -(-len(words) // 10)
     explain = settings.explain or max(10, size // 100)
     prompt = concept if isinstance(concept, str) else ""
@@ -343,6 +359,7 @@ def _pictures(
         return as_pictures(concept)
     if not concept.strip():
         raise ConeslabError("the concept is an empty prompt: name what to decompose, for example 'a photo of a pet'")
+    require_read(pipe, concept)
     return list(generate_once(pipe, [concept] * settings.pictures, **settings.sampler, progress=progress))
 
 
@@ -362,6 +379,12 @@ def choose_dictionary(
     Those of `include` replace the farthest. Raises ConeslabError if none is left, or one to include is unknown or
     excluded by name.
     """
+    checks.of_kind("words", words, Vocabulary)
+    checks.tensor("seen", seen, f"n, {words.features.shape[1]}")
+    size, prompt = checks.count("size", size), checks.text("prompt", prompt, blank=True)
+    include, exclude = checks.texts("include", include, least=0), checks.texts("exclude", exclude, least=0)
+    if exclude_similar is not None:
+        exclude_similar = checks.number("exclude_similar", exclude_similar, "[-1, 1]")
     own = [word for word in prompt.lower().split() if word in words.words]
     out = {*own, *exclude}
     keep = np.array([word not in out for word in words.words])

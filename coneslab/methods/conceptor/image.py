@@ -11,12 +11,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ... import checks
 from ...callback import Callback
+from ...diffusion.encoding import require_read
 from ...diffusion.pipelines import Pipeline
-from ...diffusion.sampling import generate
+from ...diffusion.sampling import generate, require_steps
 from ...edits.tokens import TokenEdit
-from ...errors import ConeslabError
-from ...measure.judge import Judge
+from ...errors import ArgumentError
+from ...measure.judge import Judge, require_judge
+from ...pictures import Picture, as_pictures
 from .decomposition import Decomposition
 
 
@@ -49,7 +52,7 @@ def decompose_image(
     *,
     seed: int = 0,
     threshold: float = 0.95,
-    target: Literal["concept", "decomposition"] | Image.Image = "decomposition",
+    target: Literal["concept", "decomposition"] | Picture = "decomposition",
     prompt: str | None = None,
     max_words: int = 50,
     near_synonyms: Sequence[Sequence[str]] = (),
@@ -70,8 +73,19 @@ def decompose_image(
     callback: see `coneslab.callback`, after each pass; a further key: "words", those left.
     Raises ConeslabError for a threshold that is not a cosine.
     """
-    if not -1 <= threshold <= 1:
-        raise ConeslabError(f"threshold is {threshold}: give a cosine in [-1, 1]")
+    require_judge(judge)
+    checks.of_kind("decomposition", decomposition, Decomposition)
+    threshold, seed = checks.number("threshold", threshold, "[-1, 1]", kind="cosine"), checks.seed("seed", seed)
+    max_words, batch_size = checks.count("max_words", max_words), checks.count("batch_size", batch_size)
+    sampler_steps = require_steps(pipe, sampler_steps)
+    near_synonyms = [
+        checks.texts("group of near_synonyms", own) for own in checks.items("near_synonyms", near_synonyms, least=0)
+    ]
+    checks.function("callback", callback)
+    if prompt is not None:
+        require_read(pipe, checks.text("prompt", prompt))
+    if isinstance(target, str):
+        checks.choice("target", target, ("concept", "decomposition"))
     count = {"drawn": 0, "passes": 0}
     groups = {word: {word} for word in decomposition.words}
     for group in near_synonyms:
@@ -90,8 +104,10 @@ def decompose_image(
         return decomposition.only(*words).vector(pipe).cpu()
 
     words = [word for word, share in decomposition.top(min(max_words, decomposition.explain)) if share > 0]
-    if isinstance(target, Image.Image):
-        goal = target
+    if not isinstance(target, str):
+        goal, *others = as_pictures(target, name="target")
+        if others:
+            raise ArgumentError(f"target holds {1 + len(others)} pictures: give one")
     elif target == "concept":
         options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
         goal = generate(pipe, [prompt or decomposition.concept], seed=seed, **options)[0]

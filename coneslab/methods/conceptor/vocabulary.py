@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ... import checks
 from ...diffusion.pipelines import Pipeline, fingerprint
 from ...edits.tokens import embedding_of
 from ...errors import ConeslabError
 from ...files import write_whole
-from ...measure.judge import Judge
+from ...measure.judge import Judge, require_judge
 
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "the {}")
 
@@ -45,7 +46,7 @@ class Vocabulary:
 
     def rows(self, words: Sequence[str]) -> list[int]:
         """Rows of words in this vocabulary. Raises ConeslabError for one that it lacks."""
-        place = {word: number for number, word in enumerate(self.words)}
+        words, place = checks.texts("words", words, least=0), {word: number for number, word in enumerate(self.words)}
         unknown = [word for word in words if word not in place]
         if unknown:
             raise ConeslabError(f"{', '.join(unknown)}: not in this vocabulary of {len(self):,} words")
@@ -53,10 +54,11 @@ class Vocabulary:
 
     def part(self, rows: Sequence[int]) -> Vocabulary:
         """The words in these rows, in this order."""
-        chosen = torch.tensor(list(rows), dtype=torch.long)
+        rows = [checks.count("row", row, least=0, most=len(self) - 1) for row in checks.items("rows", rows)]
+        chosen = torch.tensor(rows, dtype=torch.long)
         words = tuple(self.words[row] for row in rows)
         return replace(
-            self, words=words, ids=self.ids[list(rows)], vectors=self.vectors[chosen], features=self.features[chosen]
+            self, words=words, ids=self.ids[rows], vectors=self.vectors[chosen], features=self.features[chosen]
         )
 
 
@@ -75,8 +77,8 @@ def encode_vocabulary(
     pipe: Pipeline,
     judge: Judge,
     *,
-    words: Sequence[str] | None = None,
-    templates: Sequence[str] = TEMPLATES,
+    words: str | Iterable[str] | None = None,
+    templates: str | Iterable[str] = TEMPLATES,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Vocabulary:
@@ -86,10 +88,9 @@ def encode_vocabulary(
     stored there by the judge's weights, words and templates, and read the next time.
     Raises ConeslabError if a word is not one token, or a template lacks {}.
     """
-    if not templates or not all("{}" in template for template in templates):
-        raise ConeslabError(f"the templates are {list(templates)}: give at least one, each with {{}} for the word")
-    known = whole_words(pipe.tokenizer)
-    chosen = list(known) if words is None else list(words)
+    require_judge(judge)
+    templates, known = checks.templates("templates", templates), whole_words(pipe.tokenizer)
+    chosen = list(known) if words is None else checks.texts("words", words, least=0)
     unknown = [word for word in chosen if word not in known]
     if unknown or not chosen:
         raise ConeslabError(f"not one token each: {', '.join(unknown) or 'no words at all'}; give whole words")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ... import checks
 from ...callback import Callback
-from ...diffusion.encoding import encode_images, encode_prompts
+from ...diffusion.encoding import encode_images, encode_prompts, require_read
 from ...diffusion.pipelines import Pipeline
 from ...edits.base import Combined
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import WeightDelta, model_fingerprint
-from ...finetuning.kv_gradient import KVGradient
+from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import (
     CaptionedLatents,
@@ -26,8 +27,10 @@ from ...finetuning.samples import (
     concept_latents,
     names_of,
     numbered_batches,
+    require_subject,
     several,
 )
+from ...pictures import as_pictures
 from ...settings import takes
 from ...world.pictures import with_article
 
@@ -56,14 +59,16 @@ class CustomDiffusionSettings(TuningSettings, ConceptSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rate = self.token_learning_rate
-        self._require(rate is None or 0 < rate < float("inf"), "token_learning_rate", "a positive number")
+        self._check(checks.number, "token_learning_rate", interval="(0, inf)", optional=True)
+        self._check(checks.flag, "augment")
+        self._check(checks.texts, "small_words", "large_words", least=0)
+        self._check(checks.text, "initial", optional=True)
 
 
 @takes(CustomDiffusionSettings)
 def custom_diffusion(
     pipe: Pipeline,
-    subjects: TokenSubject | Sequence[TokenSubject],
+    subjects: TokenSubject | Iterable[TokenSubject],
     settings: CustomDiffusionSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -85,7 +90,8 @@ def custom_diffusion(
     (('sks',), ['to_k', 'to_v'])
     """
     settings = CustomDiffusionSettings.chosen(settings, changes)
-    taught = several(subjects)
+    require_passes(dtype, chunk, callback)
+    taught = several(subjects, with_token=True)
     tokens = [subject.token for subject in taught]
     data: list[CaptionedLatents] = []
     captions: list[str] = []
@@ -145,9 +151,13 @@ def scaled_latents(
     of the `large` words. The mask leaves the background out of the loss. `versions` of each picture are made and
     encoded once.
     """
-    generator = np.random.default_rng(seed)
+    require_subject(subject, with_token=True)
+    checks.text("class_word", subject.class_word)
+    batch_size, versions = checks.count("batch_size", batch_size), checks.count("versions", versions)
+    small, large = checks.texts("small", small, least=0), checks.texts("large", large, least=0)
+    generator = np.random.default_rng(checks.seed("seed", seed))
     groups: dict[str, list[tuple[Image.Image, np.ndarray]]] = {}
-    for picture in subject.images:
+    for picture in as_pictures(subject.images):
         for version in range(versions):
             place = (version + generator.random()) / versions  # covers every third of the range
             scale = 1 / 3 + place if place < 2 / 3 else 1.2 + 0.6 * (place - 2 / 3)
@@ -157,6 +167,7 @@ def scaled_latents(
             caption = with_article(f"{word} {subject.token} {subject.class_word}") if word else subject.prompt
             groups.setdefault(caption, []).append(sized)
     total, left = sum(map(len, groups.values())), batch_size
+    require_read(pipe, *groups)
     texts = encode_prompts(pipe, list(groups)).detach()
     data = {}
     for number, (caption, made) in enumerate(groups.items()):
@@ -177,7 +188,7 @@ def _rescaled(picture: Image.Image, scale: float, generator: np.random.Generator
     """The picture at another scale in a frame of its old size, and a mask of where it is: (height, width) float32."""
     width, height = picture.size
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    scaled = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    scaled = picture.resize(size, Image.Resampling.LANCZOS)
     if scale > 1:
         left, top = (int(generator.integers(0, big - own + 1)) for big, own in zip(size, (width, height), strict=True))
         return scaled.crop((left, top, left + width, top + height)), np.ones((height, width), np.float32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from ... import checks
 from ...callback import Callback
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
@@ -31,7 +32,7 @@ class DreamBoothSettings(TuningSettings, ConceptSettings):
 @takes(DreamBoothSettings)
 def dreambooth(
     pipe: Pipeline,
-    subjects: ConceptSubject | Sequence[ConceptSubject],
+    subjects: ConceptSubject | Iterable[ConceptSubject],
     settings: DreamBoothSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -54,6 +55,7 @@ def dreambooth(
     True
     """
     settings = DreamBoothSettings.chosen(settings, changes)
+    checks.function("callback", callback)
     taught = several(subjects)
     data = joint_latents(pipe, taught, settings)
     batch_at = numbered_batches(pipe, data, settings.seed)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...diffusion.encoding import encode_prompts
+from ... import checks
+from ...diffusion.encoding import encode_prompts, require_read
 from ...diffusion.kvspace import KVSpace
 from ...diffusion.pipelines import Pipeline
 from ...edits.base import Combined
@@ -17,16 +18,17 @@ from ...edits.interchange import custom_diffusion_parts
 from ...edits.tokens import TokenEdit
 from ...edits.weights import WeightDelta, model_fingerprint, require_model
 from ...errors import ConeslabError
+from ...finetuning.samples import several
 from ...world.pictures import sample
 
 
 def merge(
     pipe: Pipeline,
-    edits: Sequence[Combined],
-    subjects: Sequence[Any],
+    edits: Iterable[Combined],
+    subjects: Iterable[Any],
     *,
-    templates: Sequence[str] = ("a {}", "a photo of a {}", "a picture of a {}"),
-    captions: Sequence[str] | None = None,
+    templates: str | Iterable[str] = ("a {}", "a photo of a {}", "a picture of a {}"),
+    captions: str | Iterable[str] | None = None,
     ridge: float | None = None,
 ) -> Combined:
     """Merge Custom Diffusion edits of single subjects in closed form (Kumari et al. 2023, Sec. 3.3, Eq. 5 and 6).
@@ -49,6 +51,11 @@ def merge(
     >>> words.tokens, weights.subject
     (('sks', 'zwx'), 'cat, dog')
     """
+    edits, subjects = checks.items("edits", edits), several(subjects, with_token=True)
+    templates = checks.templates("templates", templates)
+    captions = captions if captions is None else checks.texts("captions", captions)
+    if ridge is not None:
+        ridge = checks.number("ridge", ridge, "[0, inf)")
     if len(edits) != len(subjects) or len(edits) < 2:
         raise ConeslabError(f"got {len(edits)} edits and {len(subjects)} subjects: give two or more of each, in pairs")
     space, model = KVSpace(pipe), model_fingerprint(pipe)
@@ -62,12 +69,10 @@ def merge(
     for _, delta in parts:
         require_model(delta.fingerprint, pipe, "one of the edits")
     with table.applied(pipe):
-        rows = [
-            _features(
-                pipe, [template.format(f"{subject.token} {subject.class_word}") for template in templates], words=True
-            )
-            for subject in subjects
-        ]
+        phrases = [f"{subject.token} {checks.text('class_word', subject.class_word)}" for subject in subjects]
+        named = [[template.format(phrase) for template in templates] for phrase in phrases]
+        require_read(pipe, *(caption for own in named for caption in own))
+        rows = [_features(pipe, own, words=True) for own in named]
     rows = _own_rows(rows)
     classes = [template.format(subject.class_word) for subject in subjects for template in templates]
     captions = _ordinary_captions() if captions is None else captions

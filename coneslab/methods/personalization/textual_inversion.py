@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from ... import checks
 from ...callback import Callback
 from ...diffusion.pipelines import Pipeline
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import model_fingerprint
-from ...finetuning.kv_gradient import KVGradient
+from ...errors import ArgumentError
+from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import TokenSubject, concept_latents, numbered_batches, several
 from ...settings import takes
@@ -37,13 +39,15 @@ class TextualInversionSettings(TuningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.batch_size >= 1, "batch_size", "a positive number of samples")
+        self._check(checks.count, "batch_size")
+        self._check(checks.seed, "seed")
+        self._check(checks.texts if not isinstance(self.initial, str) else checks.text, "initial", optional=True)
 
 
 @takes(TextualInversionSettings)
 def textual_inversion(
     pipe: Pipeline,
-    subjects: TokenSubject | Sequence[TokenSubject],
+    subjects: TokenSubject | Iterable[TokenSubject],
     settings: TextualInversionSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -70,10 +74,13 @@ def textual_inversion(
     ...     images = coneslab.generate(pipe, cat.prompt, sampler_steps=2)
     """
     settings = TextualInversionSettings.chosen(settings, changes)
-    taught = several(subjects)
+    require_passes(dtype, chunk, callback)
+    taught = several(subjects, with_token=True)
     tokens = [subject.token for subject in taught]
-    initial = settings.initial or [subject.class_word for subject in taught]
+    initial = settings.initial or [checks.text("class_word", subject.class_word) for subject in taught]
     words = [initial] * len(taught) if isinstance(initial, str) else list(initial)
+    if len(words) != len(taught):
+        raise ArgumentError(f"got {len(words)} initial words and {len(taught)} subjects: give one for all, or one each")
     data = [concept_latents(pipe, subject, batch_size=settings.batch_size, prior_batch_size=0)[0] for subject in taught]
     text = LearnedText(pipe, [subject.prompt for subject in taught], tokens)
     vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
