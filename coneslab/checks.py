@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from .errors import ArgumentError, ConeslabWarning
 
 MOST = 1_000_000  # of anything that is counted: more would run for days, or fill any memory
-SEEDS = 2**63  # what callers may give; functions that add to a seed still stay below torch's own limit of 2**64
+SEEDS = 2**32  # torch's generator on the CPU reads 32 bits of a seed: 2**32 would be 0 again
 GUIDANCE = "[0, 100]"  # of guidance scales; 1 is none, and pictures are noise long before 100
 SHARE = "[0, 1]"
 _WITHIN = (__package__, "torch", "contextlib")  # whose decorators are between the package and its caller
@@ -69,7 +69,7 @@ def count(name: str, value: Any, *, least: int = 1, most: int = MOST) -> int:
 
 
 def seed(name: str, value: Any) -> int:
-    """A seed, as callers give it: 0 <= seed < 2**63."""
+    """A seed: 0 <= seed < 2**32."""
     return count(name, value, least=0, most=SEEDS - 1)
 
 

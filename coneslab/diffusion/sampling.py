@@ -179,14 +179,14 @@ def _require_sampling(
 
 
 def seeds_for(seeds: int | Iterable[int], n: int | None = None) -> list[int]:
-    """One seed and those after it, `n` in all, or several; below 2**64, which leaves room above `checks.seed`."""
+    """One seed and those after it, `n` in all, or several."""
     found: Iterable[int]
     if isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1) > 0:
         found = checks.items("seeds", seeds)
     else:
-        first = checks.count("seed", seeds, least=0, most=2**64 - 1)
+        first = checks.seed("seed", seeds)
         found = range(first, first + (n or 1))
-    return [checks.count("seed", one, least=0, most=2**64 - 1) for one in found]
+    return [checks.seed("seed", one) for one in found]
 
 
 def start_noise(pipe: Pipeline, seeds: int | Iterable[int]) -> Tensor:
