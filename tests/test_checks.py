@@ -1082,7 +1082,9 @@ def test_a_numpy_integer_is_as_good_as_an_int_and_goes_into_files(v_pipe, pictur
     drawn = coneslab.generate(v_pipe, ["a", "b"], seed=np.int64(3), sampler_steps=np.int32(1), batch_size=np.int8(1))
     assert drawn == coneslab.generate(v_pipe, ["a", "b"], seed=np.array([3, 4]), sampler_steps=1)
     assert diffusion.start_noise(v_pipe, np.uint64(2**32 - 1)).shape == (1, 4, 8, 8)
-    with pytest.raises(ArgumentError, match="from 0 to 4,294,967,295"):  # the seed after the last would draw what 0 draws
+    with pytest.raises(
+        ArgumentError, match="from 0 to 4,294,967,295"
+    ):  # the seed after the last would draw what 0 draws
         diffusion.generate(v_pipe, ["a cat", "a dog"], seed=2**32 - 1, sampler_steps=1)
 
 
