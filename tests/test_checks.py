@@ -573,7 +573,7 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         coneslab.textual_inversion,
         (m.pipe,),
         dict(subjects=m.cat, chunk=None, dtype=None, **TUNED, initial=None),
-        {"initial": (3, "", [], ["a", "b"], [3])},
+        {"initial": (3, [], ["a", "b"], [3])},
     ),
     "dreambooth": lambda m: (coneslab.dreambooth, (m.pipe,), dict(subjects=m.cat, dtype=None, **TUNED, **CONCEPT)),
     "scaled_latents": lambda m: (

@@ -63,9 +63,8 @@ def test_attacks_of_different_seeds_share_no_noise(v_pipe, judge, noises):
     now, seen = noises
     for seed in range(2):
         now.what = seed
-        attacks(
-            v_pipe, judge, None, "a cat", "a dog", pictures=8, seed=seed, inversion_steps=1, finetune_steps=1, **SMALL
-        )
+        quick = {**SMALL, "sampler_steps": 2, "inversion_steps": 1, "finetune_steps": 1}
+        attacks(v_pipe, judge, None, "a cat", "a dog", pictures=8, seed=seed, **quick)
     assert_apart(seen, 2)
 
 

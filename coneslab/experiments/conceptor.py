@@ -167,7 +167,7 @@ def _free_token(setting: Setting, fact: Planted, found: Decomposition, seed: int
     settings = SamplerSettings(seed=seed, **setting.drawing)
     shown = generate_once(setting.pipe, [fact.prompt] * TRAINING["pictures"], **settings.sampler)
     subject = SimpleNamespace(
-        name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=""
+        name=fact.word, class_word="", token=found.token, images=shown, prompt=found.prompt, prior_prompt=fact.prompt
     )
     options = {"steps": TRAINING["steps"], "batch_size": TRAINING["batch_size"], "learning_rate": 5e-3, "initial": ""}
     return textual_inversion(setting.pipe, subject, seed=seed, progress=False, **options)

@@ -26,7 +26,7 @@ class TextualInversionSettings(TuningSettings):
     """Settings of `textual_inversion`: those of `TuningSettings`, and
 
     batch_size: samples per step of each subject; initial: the word that the tokens start from, or one for each subject,
-    by default the class words; seed: of noises and timesteps.
+    by default the class words, "" for the mean of all words; seed: of noises and timesteps.
     """
 
     method: ClassVar[str] = "Textual Inversion"
@@ -41,7 +41,8 @@ class TextualInversionSettings(TuningSettings):
         super().__post_init__()
         self._check(checks.count, "batch_size")
         self._check(checks.seed, "seed")
-        self._check(checks.texts if not isinstance(self.initial, str) else checks.text, "initial", optional=True)
+        check = checks.text if isinstance(self.initial, str) else checks.texts
+        self._check(check, "initial", optional=True, blank=True)
 
 
 @takes(TextualInversionSettings)
@@ -77,7 +78,9 @@ def textual_inversion(
     require_passes(dtype, chunk, callback)
     taught = several(subjects, with_token=True)
     tokens = [subject.token for subject in taught]
-    initial = settings.initial or [checks.text("class_word", subject.class_word) for subject in taught]
+    initial = settings.initial
+    if initial is None:
+        initial = [checks.text("class_word", subject.class_word) for subject in taught]
     words = [initial] * len(taught) if isinstance(initial, str) else list(initial)
     if len(words) != len(taught):
         raise ArgumentError(f"got {len(words)} initial words and {len(taught)} subjects: give one for all, or one each")
