@@ -124,8 +124,8 @@ class Block:
     """Give places other values inside a `with` block, and put the old ones back afterwards.
 
     changes: pairs of a place and its new value, or a function that returns them. The function is called on entry, so
-    that it sees everything as it is then; if it raises, nothing has changed. value: what `with ... as` gives. pipe: the
-    pipeline that is changed, if any; while a block is open on it, other threads cannot open one.
+    that it sees everything as it is then; if it raises, nothing has changed. pipe: the pipeline that is changed, if
+    any; while a block is open on it, other threads cannot open one. value: what `with ... as` gives, by default pipe.
     Blocks nest, and may be left in another order than they were entered: then the later one keeps its values until it
     is left, and puts back what was there before both. A block that is dropped without being left is left then. An
     attempt to put something back that fails is repeated; if it fails for good, its error is raised, and `__exit__` can
@@ -134,7 +134,7 @@ class Block:
     """
 
     def __init__(self, changes: Changes | Callable[[], Changes] = (), value: Any = None, *, pipe: Any = None) -> None:
-        self._changes, self._value, self._pipe = changes, value, pipe
+        self._changes, self._value, self._pipe = changes, pipe if value is None else value, pipe
         self._made = Made(pipe)
         self._guard: Generator[None, None, None] | None = None
 

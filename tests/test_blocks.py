@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interrupting import interrupted_at
 
 from coneslab import blocks
 from coneslab.blocks import Block, Nested, Place, attribute, before_blocks
@@ -85,52 +85,24 @@ KINDS: dict[str, Callable] = {
 }
 
 
-class Injected(KeyboardInterrupt):
-    pass
-
-
-def interrupted_at(make: Callable, count: int, watched: Callable[[str], bool]) -> bool:
-    """Enter and leave a block, with an interrupt at one bytecode of the watched files; whether it came to that."""
-    seen = 0
-
-    def tracer(frame, event, argument):
-        nonlocal seen
-        if not watched(frame.f_code.co_filename):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            seen += 1
-            if seen == count:
-                sys.settrace(None)
-                raise Injected
-        return tracer
-
-    block = make()
-    previous = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        with block:
-            pass
-    except Injected:
-        return True
-    finally:
-        sys.settrace(previous)
-    return False
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # injected where nothing is left to do
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupt_at_any_bytecode_leaves_nothing_changed(kind, v_pipe):
-    """Every bytecode of `blocks.py` for a few places, every 23rd for many, and some of the module of the edit."""
-    before, own = state(v_pipe), str(Path(blocks.__file__))
+    """Every third bytecode of `blocks.py` for a few places, every 23rd for many, and some of the whole package."""
+    before, own = state(v_pipe), blocks.__file__
+
+    def enter_and_leave():
+        with KINDS[kind](v_pipe):
+            pass
+
     many = kind in ("mask", "tuned mask", "recorder")
     count = 1
-    while interrupted_at(lambda: KINDS[kind](v_pipe), count, lambda file: file == own):
+    while interrupted_at(enter_and_leave, count, lambda code: code.co_filename == own, "opcode"):
         assert state(v_pipe) == before, count
         count += 23 if many else 3
     assert count > 150 and state(v_pipe) == before
-    package, count = str(Path(blocks.__file__).parent), 7
-    while interrupted_at(lambda: KINDS[kind](v_pipe), count, lambda file: file.startswith(package)):
+    package, count = str(Path(own).parent), 7
+    while interrupted_at(enter_and_leave, count, lambda code: code.co_filename.startswith(package), "opcode"):
         assert state(v_pipe) == before, count
         count = int(count * 1.4)
     assert state(v_pipe) == before

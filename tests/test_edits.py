@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupting import interrupted_at
 from safetensors.torch import save_file
 
 import coneslab
@@ -158,27 +159,9 @@ def test_an_interruption_at_any_line_while_entering_leaves_nothing_changed(param
 
     def attempt(stop_at: int) -> bool:
         """Whether the interruption came (False: entering has fewer lines than that)."""
-        lines = 0
-
-        def tracer(frame, event, arg):
-            nonlocal lines
-            if frame.f_code not in watched:
-                return None
-            if event == "line":
-                lines += 1
-                if lines == stop_at:
-                    raise KeyboardInterrupt("injected")
-            return tracer
-
         block = swapped(zeros(parameters))
-        previous = sys.gettrace()
-        sys.settrace(tracer)
-        try:
-            block.__enter__()
-        except KeyboardInterrupt:
+        if interrupted_at(block.__enter__, stop_at, watched.__contains__):
             return True
-        finally:
-            sys.settrace(previous)
         block.__exit__(None, None, None)
         return False
 

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
+from interrupting import interrupted_at
 from test_pretraining import QUICK, fit_small
 from tqdm.auto import tqdm
 
@@ -23,35 +25,10 @@ from coneslab.finetuning import loop as tuning
 from coneslab.pretraining import loop as pretraining
 
 
-class Injected(KeyboardInterrupt):
-    pass
-
-
-def interrupted_at_line(act: Callable[[], object], count: int, *modules: object) -> bool:
-    """Act, with an interrupt at one line of the modules, counted as they are run; whether it came to that."""
-    files, seen = {module.__file__ for module in modules}, 0
-
-    def tracer(frame, event, argument):
-        nonlocal seen
-        if frame.f_code.co_filename not in files:
-            return None
-        if event == "line":
-            seen += 1
-            if seen == count:
-                sys.settrace(None)
-                raise Injected
-        return tracer
-
-    previous = sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        act()
-    except Injected:
-        return True
-    finally:
-        sys.settrace(previous)
-        torch.set_grad_enabled(True)  # a tracer can raise where no signal can: before a block's `__exit__` is called
-    return False
+def of(*modules: object) -> Callable[[CodeType], bool]:
+    """Whether code is in one of the modules."""
+    files = {module.__file__ for module in modules}
+    return lambda code: code.co_filename in files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +53,7 @@ def tune_small(path: Path | None) -> tuple[torch.Tensor, dict]:
 def test_tuning_that_is_interrupted_at_any_line_ends_where_a_whole_run_does(tmp_path):
     expected, told = tune_small(None)
     count, path = 1, tmp_path / "state.safetensors"
-    while interrupted_at_line(lambda: tune_small(path), count, tuning, checkpoints):
+    while interrupted_at(lambda: tune_small(path), count, of(tuning, checkpoints)):
         weight, history = tune_small(path)
         assert torch.equal(weight, expected) and history == told, count
         path.unlink()
@@ -94,7 +71,7 @@ def test_pretraining_that_is_interrupted_at_any_line_ends_where_a_whole_run_does
     def attempt() -> object:
         return fit_small(tmp_path / str(count), recipe, **options)
 
-    while interrupted_at_line(attempt, count, pretraining, checkpoints):
+    while interrupted_at(attempt, count, of(pretraining, checkpoints)):
         net, again = attempt()
         for name, value in whole.state_dict().items():
             assert torch.equal(net.state_dict()[name], value), count

@@ -1,5 +1,6 @@
 """Replicates are independent: no two seeds of an experiment, and no two purposes in one, share a start noise."""
 
+from collections import OrderedDict
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from test_experiments import short  # noqa: F401  (small experiments in this fil
 from coneslab.diffusion import sampling
 from coneslab.experiments import ablation, conceptor, unions
 from coneslab.experiments.setting import Setting, measure
+from coneslab.finetuning import samples
 from coneslab.finetuning.samples import SamplerSettings, prior_pictures
 from coneslab.measure.evaluation import evaluate_model
 from coneslab.methods.ablation.report import attacks, evaluate_ablation
@@ -105,6 +107,20 @@ def test_replicates_of_an_experiment_share_no_noise(name, world_pipe, judge, noi
         now.what = seed
         run(setting, case, seed)
     assert_apart(seen, 2)
+
+
+def test_searches_of_subjects_and_seeds_share_no_noise(world_pipe, judge, noises, monkeypatch):
+    now, seen = noises
+    monkeypatch.setattr(samples, "_DRAWN", OrderedDict())
+    setting = Setting(world_pipe, judge, rounds=1, **SMALL)
+    for name in ("cat", "dog"):
+        for seed in range(2):
+            now.what = name, seed
+            setting.search(subject(name), seed)
+            settled = {**seen}
+            setting.found(subject(name), seed)  # the same search, whose prior pictures have been drawn
+            assert seen == settled
+    assert_apart(seen, 4)
 
 
 def test_a_random_mask_is_another_one_for_every_subject_and_seed(world_pipe, judge):

@@ -114,7 +114,7 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Block:
         copy.register_forward_hook(cast_back)
         return [(attribute(pipe, "unet"), copy)]
 
-    return Block(changes, pipe, pipe=pipe)
+    return Block(changes, pipe=pipe)
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager:

@@ -137,7 +137,7 @@ class TokenEdit(Edit):
         Raises MismatchError, with the pipeline untouched, if text encoder or width differ.
         """
         require_dose(dose)
-        return Block(lambda: self._changes(pipe, dose, check_model), pipe, pipe=pipe)
+        return Block(lambda: self._changes(pipe, dose, check_model), pipe=pipe)
 
     def _changes(self, pipe: Pipeline, dose: float, check_model: bool) -> list[tuple[Place, Any]]:
         """The embedding table with the learned vectors, and the tokenizer that knows their tokens."""

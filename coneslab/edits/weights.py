@@ -33,7 +33,7 @@ class swapped(Block):
     """Give parameters other values inside a `with` block, and restore the old ones bit for bit.
 
     changes: pairs of a parameter and its new values of the same shape, or a function that returns them, called on
-    entry. value: what `with ... as` gives; pipe: the pipeline they belong to. See `Block`.
+    entry. value, pipe: see `Block`.
     Raises MismatchError for a shape that does not fit.
     """
 
@@ -134,7 +134,7 @@ class WeightDelta(Edit):
                 precision = torch.promote_types(weight.dtype, torch.float32)
                 yield weights[name], weight.to(precision) + dose * delta.to(weight.device, precision)
 
-        return swapped(changes, pipe, pipe=pipe)
+        return swapped(changes, pipe=pipe)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         description = {"fingerprint": self.fingerprint, "subject": self.subject}

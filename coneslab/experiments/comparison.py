@@ -70,8 +70,7 @@ class _Cell:
         def of_cell(cell: Row) -> dict[str, Any]:
             if cell["condition"] not in self.methods:  # an earlier run compared other methods as well
                 return common
-            settings = self.settings_of(cell["condition"], cell.get("trial", "{}"))
-            return common | {"settings": json.dumps(settings, sort_keys=True, default=str)}
+            return common | {"settings": self.settings_of(cell["condition"], cell.get("trial", "{}"))}
 
         return of_cell
 

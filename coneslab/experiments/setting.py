@@ -110,12 +110,11 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
 
 def identity_of(pipe: Pipeline, judge: Judge, **options: Any) -> dict[str, Any]:
     """What numbers depend on besides their cell: fingerprints of model and judge, the package's version, options."""
-    weights = fingerprint(judge.model)
     return {
         "model": pipeline_fingerprint(pipe)[:16],
-        "judge": weights[:16],
+        "judge": fingerprint(judge.model)[:16],
         "version": __version__,
-        "options": json.dumps(options, sort_keys=True),
+        "options": options,
     }
 
 
@@ -193,7 +192,7 @@ class Setting:
 
     def search(self, subject: Subject, seed: int, **options: Any) -> ConceptNeurons:
         """A new search. options: of `find_concept_neurons`."""
-        return neurons(self.pipe, subject, seed=seed, rounds=self.rounds, **options)
+        return neurons(self.pipe, subject, seed=derived(seed, subject.name), rounds=self.rounds, **options)
 
     def found_in(self, subject: Subject, seed: int) -> tuple[ConceptNeurons, float]:
         """The subject's neurons, searched for once for all experiments, and the seconds of that search."""

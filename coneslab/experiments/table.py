@@ -116,7 +116,10 @@ def _like(value: Any, text: str) -> Any:
 def _identity_of(cell: Row, identity: Identity) -> Row:
     """The identity of one cell, as text that a table can hold."""
     own = identity(cell) if callable(identity) else identity
-    return {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in own.items()}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        for name, value in own.items()
+    }
 
 
 def _require_identity(path: Path, rows: Iterable[Row], names: Sequence[str], identity: Identity) -> None:

@@ -268,8 +268,8 @@ def concept_latents(
     data = [CaptionedLatents(latents, text[0], settings.batch_size, name="subject_loss")]
     if settings.has_prior:
         if prior is None:
-            prompts = [subject.prior_prompt] * settings.prior_images
-            prior = generate_once(pipe, prompts, **settings.sampler, progress=progress)
+            drawing: dict[str, Any] = {**settings._steps, "seed": settings.seed, "progress": progress}
+            prior = prior_pictures(pipe, subject, n=settings.prior_images, **drawing)
         latents = encode_images(pipe, prior).detach()
         data.append(
             CaptionedLatents(latents, text[1], settings.prior_batch_size, settings.prior_weight, name="prior_loss")

@@ -154,16 +154,16 @@ def bootstrap_interval(
     >>> bootstrap_interval([0] * 24)  # none of 24
     0.000 [0.000, 0.138]
     """
-    numbers, tree = _checked(values, clusters, minus, level, resamples)
+    numbers = _checked(values, clusters, minus, level, resamples)
     shares = np.isin(numbers, (0.0, 1.0)).all()
     if minus is None and shares:
         return share_interval(numbers, clusters=clusters, level=level)
     if minus is not None:
         base = np.asarray(minus, dtype=np.float64)
-        numbers, of_shares = numbers - base, bool(shares and np.isin(base, (0.0, 1.0)).all())
-        tree = _grouped(numbers, clusters)
-        if of_shares and (not clusters or _constant(tree)):
-            return _difference_of_shares(numbers, tree, level)
+        numbers, shares = numbers - base, shares and np.isin(base, (0.0, 1.0)).all()
+    tree = _grouped(numbers, clusters)
+    if minus is not None and shares and (not clusters or _constant(tree)):
+        return _difference_of_shares(numbers, tree, level)
     count, low, high = len(tree), nan, nan
     if count >= MIN_CLUSTERS:
         means = _resample(tree, resamples, np.random.default_rng(seed))
@@ -183,9 +183,10 @@ def share_interval(values: Numbers, *, clusters: Sequence[Sequence] = (), level:
     >>> share_interval([1] * 30 + [0] * 2)
     0.938 [0.799, 0.983]
     """
-    numbers, tree = _checked(values, clusters, None, level)
+    numbers = _checked(values, clusters, None, level)
     if ((numbers < 0) | (numbers > 1)).any():
         raise ConeslabError(f"got values from {numbers.min():g} to {numbers.max():g}, expected shares, from 0 to 1")
+    tree = _grouped(numbers, clusters)
     share, count = _tree_mean(tree), len(tree)
     if count < (MIN_CLUSTERS if clusters else 2):
         return Interval(share, nan, nan, level, len(numbers), count)
@@ -216,8 +217,8 @@ def _difference_of_shares(differences: np.ndarray, tree: list[_Tree], level: flo
 
 def _checked(
     values: Numbers, clusters: Sequence[Sequence], minus: Numbers | None, level: float, resamples: int = 1
-) -> tuple[np.ndarray, list[_Tree]]:
-    """The values as an array (n,), and nested by clusters; what the functions above raise."""
+) -> np.ndarray:
+    """The values as an array (n,); raises what the functions above raise."""
     numbers = np.asarray(values, dtype=np.float64)
     lengths = {"values": numbers.shape, **{f"clusters[{i}]": (len(c),) for i, c in enumerate(clusters)}}
     if minus is not None:
@@ -229,7 +230,7 @@ def _checked(
         raise ConeslabError(f"got {len(numbers)} values, expected at least one, and all finite")
     if not 0 < level < 1 or resamples < 1:
         raise ConeslabError(f"got level={level}, resamples={resamples}, expected 0 < level < 1 and 1 or more")
-    return numbers, _grouped(numbers, clusters)
+    return numbers
 
 
 _Tree: TypeAlias = "float | list[_Tree]"

@@ -269,7 +269,7 @@ class ConceptNeurons(Edit):
         def scaled(old: Tensor, part: slice) -> Tensor:
             return old * (1 - dose * (1 - scales[part].to(old)))
 
-        return swapped(lambda: self.changes(pipe, scaled, check_model=check_model), pipe, pipe=pipe)
+        return swapped(lambda: self.changes(pipe, scaled, check_model=check_model), pipe=pipe)
 
     def changes(
         self, pipe: Pipeline, update: Callable[[Tensor, slice], Tensor], *, check_model: bool = True

@@ -229,7 +229,7 @@ class TunedNeurons(Edit):
         def tuned(old: Tensor, part: slice) -> Tensor:
             return (1 - dose) * old + dose * values[part].to(old)
 
-        return swapped(lambda: self.neurons.changes(pipe, tuned, check_model=check_model), pipe, pipe=pipe)
+        return swapped(lambda: self.neurons.changes(pipe, tuned, check_model=check_model), pipe=pipe)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, description = self.neurons._pack()

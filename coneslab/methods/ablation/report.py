@@ -87,6 +87,13 @@ class CopyDetector:
         return self.similarity(images) > self.threshold
 
 
+def _require_task(judge: Judge, edit: Edit | None, target: str, anchor: str, pictures: int) -> tuple[str, str, int]:
+    """What both reports check first: who judges which edit, of what, on how many pictures."""
+    require_judge(judge)
+    require_edit(edit)
+    return checks.text("target", target), checks.text("anchor", anchor), checks.count("pictures", pictures)
+
+
 def evaluate_ablation(
     pipe: Pipeline,
     judge: Judge,
@@ -110,13 +117,7 @@ def evaluate_ablation(
     anchor: than to the target; for the others: than to any other prompt here); "accuracy before": the same without the
     edit; "KID": to the pictures without the edit, as pairs; "change": 1 − cosine of the two pictures from one noise.
     """
-    require_judge(judge)
-    require_edit(edit)
-    target, anchor, pictures = (
-        checks.text("target", target),
-        checks.text("anchor", anchor),
-        checks.count("pictures", pictures),
-    )
+    target, anchor, pictures = _require_task(judge, edit, target, anchor, pictures)
     seed, groups = checks.seed("seed", seed), checks.mapping("others", {} if others is None else others, least=0)
     prompts = {"target": [target], "anchor": [anchor]}
     prompts |= {name: checks.texts(f"others[{name!r}]", group, least=0) for name, group in groups.items()}
@@ -201,13 +202,7 @@ def attacks(
     `token` on such pictures, on the edited model; `finetune_steps` steps of K-V fine-tuning on them, both with
     `batch_size` samples per step. The untouched model draws the target's pictures.
     """
-    require_judge(judge)
-    require_edit(edit)
-    target, anchor, pictures = (
-        checks.text("target", target),
-        checks.text("anchor", anchor),
-        checks.count("pictures", pictures),
-    )
+    target, anchor, pictures = _require_task(judge, edit, target, anchor, pictures)
     paraphrases = checks.texts("paraphrases", paraphrases, least=0)
     synonyms = checks.texts("synonyms", synonyms, least=0)
     if checks.text("word", word, blank=True) not in target:
