@@ -14,6 +14,7 @@
 # VENV=...        where it goes (.venv)
 # LAB_ARGS=...    more arguments for JupyterLab, for example LAB_ARGS="--ip=0.0.0.0" inside a container
 # APP_ARGS=...    more arguments for Voilà, for example APP_ARGS="--Voila.ip=0.0.0.0" to let a class in
+# VISITORS=...    how many may have the page open at once (as many as have room in the memory)
 # COURSE=...      the course folder of nbgrader, with versions, submissions and grades (build/coursework)
 # TEST_ARGS=...   more arguments for pytest, for example TEST_ARGS="-x --durations=20"
 # EDITS=...       the folder of edit files that the page offers and adds to (runs/app)
@@ -29,6 +30,7 @@ LAB_ARGS ?=
 APP_ARGS ?=
 COURSE ?= build/coursework
 EDITS ?= runs/app
+VISITORS ?=
 TEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -42,19 +44,20 @@ lab: $(VENV)/.coneslab
 	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_tour.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-# Only this machine can reach the page unless APP_ARGS says otherwise. Visitors see no code and can run none: Voilà
+# Only this machine can reach the page unless APP_ARGS says otherwise, and only by an address or one of its names
+# (notebooks/app/serve.py; --Page.hosts=NAME adds one). Visitors see no code and can run none: Voilà
 # leaves out the sources, starts the kernels itself, and passes on only widget messages; what widgets may ask for is
 # limited in Python (widgets.Limits). The coursework's JupyterLab extensions cannot load in the page and are kept out. A
 # visitor's kernel takes 0.7 GB, and 1.2 GB once it has searched; it ends with the page, or after half an hour without a
 # message. One thread each, or thirty would wait for each other.
 app: $(VENV)/.coneslab-app
 	@mkdir -p '$(EDITS)'
-	CONESLAB_EDITS="$$(realpath '$(EDITS)')" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/voila \
-		notebooks/app/playground.ipynb --Voila.ip=127.0.0.1 --VoilaConfiguration.strip_sources=True \
+	CONESLAB_EDITS="$$(realpath '$(EDITS)')" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python \
+		notebooks/app/serve.py notebooks/app/playground.ipynb --Voila.ip=127.0.0.1 --VoilaConfiguration.strip_sources=True \
 		--VoilaConfiguration.extension_denylist=@jupyter-notebook/lab-extension \
 		--VoilaConfiguration.extension_denylist=@jupyter/nbgrader \
 		--MappingKernelManager.cull_interval=60 --MappingKernelManager.cull_idle_timeout=1800 \
-		--MappingKernelManager.cull_connected=True $(APP_ARGS)
+		--MappingKernelManager.cull_connected=True $(if $(VISITORS),--Kernels.limit=$(VISITORS)) $(APP_ARGS)
 
 style: $(VENV)/.coneslab-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

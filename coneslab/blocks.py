@@ -161,7 +161,7 @@ class Block:
             _deliver()
             return value
         except BaseException:
-            self._made.close()
+            self._leave()
             raise
 
     @protected
@@ -171,8 +171,16 @@ class Block:
     @protected
     def close(self) -> None:
         """Put everything back; does nothing if the block is not open."""
-        self._made.close()
+        self._leave()
         _deliver()
+
+    @protected
+    def _leave(self) -> None:
+        try:
+            self._made.close()
+        finally:
+            if self._guard is not None:
+                next(self._guard, None)  # to its end: code that ran when it is dropped would swallow a Ctrl-C
 
 
 @protected
@@ -213,7 +221,7 @@ class Made:
         return set() if self._pipe is None else {id(self._pipe.unet), id(self._pipe.text_encoder)}
 
     def undo(self, step: Callable[[], object]) -> None:
-        """Add a step that is safe to repeat. It must not hold the block, which could not be dropped then."""
+        """Add a step that is safe to repeat. Neither it nor the changes may hold the block: it could not be dropped."""
         self._steps.append(step)
 
     def change(self, changes: Sequence[tuple[Place, Any]]) -> None:

@@ -84,7 +84,7 @@ def number(name: str, value: Any, interval: str = "(-inf, inf)", *, kind: str = 
         raise ArgumentError(f"{name} is {shown(value)}: give {_in_words(low, high, interval, kind)}") from error
     above = low < found or (interval[0] == "[" and found == low)
     below = found < high or (interval[-1] == "]" and found == high)
-    if not (math.isfinite(found) and above and below):
+    if not (above and below):  # NaN is neither
         raise ArgumentError(f"{name} is {shown(value)}: give {_in_words(low, high, interval, kind)}")
     return value if type(value) is int and abs(value) < 2**53 else found  # 0 stays 0, as it was given
 

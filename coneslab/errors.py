@@ -20,6 +20,14 @@ class FileFormatError(ConeslabError):
     """A file is truncated, damaged, or not one that coneslab wrote."""
 
 
+class MissingFileError(ConeslabError, FileNotFoundError):
+    """A file that was asked for does not exist."""
+
+
+class WriteError(ConeslabError, OSError):
+    """A file cannot be written: no space, no permission, a folder of its name. What was there before is unchanged."""
+
+
 class WorldError(ConeslabError):
     """A class, scene, style, colour or subject is not in the sticker world."""
 

@@ -5,15 +5,18 @@ Nothing is guessed: what could be meant in two ways is refused. It needs no torc
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .checks import items, shown, warn
-from .errors import ArgumentError
+from .errors import ArgumentError, ConeslabError, FileFormatError
+from .files import read_whole, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +36,8 @@ def as_pictures(given: Images, *, name: str = "pictures") -> list[Image.Image]:
     channels) or (channels, height, width) of 1, 3 or 4 channels, in which several are stacked (n, ...). A folder's path
     stands for its pictures, in the order of their names. Numbers are uint8, uint16, bool, other integers from 0 to 255,
     or floats from 0 to 1 or from 0 to 255. name: what messages call them.
-    Raises ArgumentError for anything else, for no picture, and for a file that cannot be read.
+    Raises ArgumentError for anything else and for no picture, FileFormatError for a file that cannot be read,
+    MissingFileError for one that is not there.
     """
     single = isinstance(given, str | Path | Image.Image) or _is_array(given)
     made = [picture for one in ([given] if single else items(name, given)) for picture in _made(one, name)]
@@ -43,26 +47,43 @@ def as_pictures(given: Images, *, name: str = "pictures") -> list[Image.Image]:
 
 
 def read_picture(file: str | Path) -> Image.Image:
-    """The picture in a file: RGB, upright. Raises ArgumentError if it is missing or damaged."""
+    """The picture in a file: RGB, upright. Raises FileFormatError if it is damaged, MissingFileError if missing."""
+    with _damage_told(file):
+        return _from_pil(open_picture(file), str(file))
+
+
+def open_picture(file: str | Path) -> Image.Image:
+    """The picture in a file as it is, of any mode. Raises FileFormatError if damaged, MissingFileError if missing."""
+    data = io.BytesIO(read_whole(file))
+    with _damage_told(file):
+        picture = Image.open(data)
+        picture.load()
+        return picture
+
+
+@contextmanager
+def _damage_told(file: str | Path) -> Iterator[None]:
     try:
-        with Image.open(file) as picture:
-            return _from_pil(picture, str(file))
-    except ArgumentError:
+        yield
+    except ConeslabError:
         raise
-    except FileNotFoundError as error:
-        raise ArgumentError(f"there is no picture {file}") from error
-    except Exception as error:  # PIL's decoders raise many kinds for damaged files
-        raise ArgumentError(f"{file} cannot be read as a picture ({error}): remove or replace it") from error
+    except Exception as error:  # each of Pillow's readers has its own ways to say "damaged"
+        reason = "none that is known" if isinstance(error, UnidentifiedImageError) else error
+        raise FileFormatError(f"{file} cannot be read as a picture ({reason}): remove or replace it") from error
 
 
 def picture_files(folder: str | Path) -> list[Path]:
     """The files of a folder that hold pictures, in the order of their names.
 
     Hidden files and what systems put into any folder are passed over; warns of all else that is left out.
-    Raises ArgumentError if there is no picture.
+    Raises ArgumentError if there is no picture, FileFormatError if the folder cannot be read.
     """
+    folder = user_path(folder)
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    there = sorted(Path(folder).iterdir())
+    try:
+        there = sorted(folder.iterdir())
+    except OSError as error:
+        raise FileFormatError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
     meant = [one for one in there if not one.name.startswith(".") and one.name.lower() not in _NOT_MEANT]
     files = [one for one in meant if one.suffix.lower() in endings and one.is_file()]
     names = [one.name for one in meant if one not in files]
@@ -87,7 +108,7 @@ def _made(one: Any, name: str) -> Iterator[Image.Image]:
     if isinstance(one, Image.Image):
         yield _from_pil(one, name)
     elif isinstance(one, str | Path):
-        for file in picture_files(one) if Path(one).is_dir() else [one]:
+        for file in picture_files(one) if user_path(one).is_dir() else [one]:
             yield read_picture(file)
     elif _is_array(one):
         yield from _from_array(one, name)

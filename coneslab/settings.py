@@ -3,6 +3,8 @@
 A method takes them whole, or field by field, or both: `custom_diffusion(pipe, subject, steps=100)` is short for
 `custom_diffusion(pipe, subject, CustomDiffusionSettings(steps=100))`, and `custom_diffusion(pipe, other,
 edit.settings)` repeats for another subject what made an edit.
+
+`ByValue` is for dataclasses that hold arrays: it lets them be compared.
 """
 
 from __future__ import annotations
@@ -12,9 +14,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
+
 from .errors import ArgumentError, ConeslabError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class ByValue:
+    """Equality of a dataclass (with eq=False) that holds arrays or tensors, which `==` would compare entry by entry.
+
+    NaN is equal to NaN.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # arrays can change
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return False
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return all(_same(getattr(self, name), getattr(other, name)) for name in names)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple | list):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
+    if hasattr(one, "dtype") and hasattr(other, "dtype"):
+        return one.dtype == other.dtype and one.shape == other.shape and _bytes(one) == _bytes(other)
+    return bool(one == other) or bool(one != one and other != other)
+
+
+def _bytes(array: Any) -> bytes:
+    """Of an array, or of a tensor on any device."""
+    return np.asarray(array.detach().cpu().float() if hasattr(array, "detach") else array).tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)

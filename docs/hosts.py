@@ -22,6 +22,8 @@ from pathlib import Path
 import nbformat
 from result_tables import markdown_table
 
+from coneslab.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 BRANCH = "main"
@@ -113,7 +115,7 @@ def refresh(path: Path, minutes: float | None = None) -> bool:
         cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed(minutes))]
     if nbformat.writes(notebook) == before:
         return False
-    nbformat.write(notebook, path)
+    write_whole(path, (nbformat.writes(notebook).rstrip("\n") + "\n").encode())
     return True
 
 
@@ -129,7 +131,7 @@ def readdress(paths: Sequence[Path], old: str, new: str) -> list[Path]:
     for path in paths:
         text = path.read_text(encoding="utf-8")
         if (after := re.sub(rf"{re.escape(old)}(?![\w-])", new, text)) != text:
-            path.write_text(after, encoding="utf-8")
+            write_whole(path, after.encode())
             changed.append(path)
     return changed
 
@@ -162,7 +164,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     if (new := with_links(text, links(address(), FIRST, "the tour "))) != text:
-        readme.write_text(new, encoding="utf-8")
+        write_whole(readme, new.encode())
         print(f"written: {readme}")
 
 

@@ -83,7 +83,7 @@ def cleaned(path: Path) -> str:
 def _link(link: re.Match[str], numbers: set[str]) -> str:
     """Links to an anchor of the same notebook as HTML, which keeps to its ids; links to what is to come as text."""
     if link["target"].startswith("#"):
-        return f'<a href="{link["target"]}">{link["text"]}</a>'
+        return f'<a href="{html.escape(link["target"])}">{link["text"]}</a>'
     chapter = re.match(r"(\d\d)_\w+\.ipynb", link["target"])
     return link["text"] if chapter and chapter[1] not in numbers else link[0]
 

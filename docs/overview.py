@@ -9,6 +9,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from coneslab.files import write_whole
+
 FILE = Path(__file__).with_name("overview.svg")
 WIDTH, HEIGHT = 980, 484
 BOX = (206, 104)  # width and height of a box
@@ -107,5 +109,5 @@ def svg() -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(svg(), encoding="utf-8")
+    write_whole(FILE, svg().encode())
     print(f"written: {FILE}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from coneslab.files import read_json, read_table
 
 TIDY = {"subject", "seed", "condition", "measure", "value"}
 
@@ -13,6 +15,11 @@ TIDY = {"subject", "seed", "condition", "measure", "value"}
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def plain(text: Any) -> str:
+    """A name as Markdown that shows it as it is, such as <cat*>."""
+    return re.sub(r"([\\`*_\[\]<>&$])", r"\\\1", " ".join(str(text).split()))
 
 
 def interval(share: Mapping[str, float] | None) -> str:
@@ -28,9 +35,9 @@ def told(value: float, low: float | None, high: float | None, digits: str) -> st
 
 def evaluation(path: Path) -> str:
     """The shares of `coneslab evaluate-model`, from its JSON file; a column that would be empty is left out."""
-    shares = json.loads(path.read_text(encoding="utf-8"))["shares"]
+    shares = read_json(path, remedy="make it again with coneslab evaluate-model")["shares"]
     columns = {
-        "": [share["name"] for share in shares],
+        "": [plain(share["name"]) for share in shares],
         "share": [interval(share) for share in shares],
         "on real pictures": [interval(share["real"]) for share in shares],
         "to be reached": ["" if share["bar"] is None else f"{share['bar']:.2f}" for share in shares],
@@ -51,7 +58,7 @@ def methods(path: Path) -> str:
     table = read(path)
     shown = paper_table(table)
     columns = ["method", *("1 subject" if count == 1 else f"{count} subjects" for count in shown.columns)]
-    rows = [[name, *cells] for name, cells in zip(shown.index, shown.to_numpy(), strict=True)]
+    rows = [[plain(name), *cells] for name, cells in zip(shown.index, shown.to_numpy(), strict=True)]
     parts = ["Text alignment / image alignment, means over subjects and seeds.", markdown_table(columns, rows)]
     single = table[table["count"] == 1]
     if len(single):
@@ -78,9 +85,7 @@ def experiments(folder: Path) -> str:
 
 def read(path: Path) -> Any:
     """A tidy table without the cells that failed. Raises ValueError if columns are missing."""
-    import pandas
-
-    table = pandas.read_csv(path)
+    table = read_table(path)
     if missing := TIDY - set(table.columns):
         raise ValueError(f"{path.name} lacks the columns {', '.join(sorted(missing))}")
     return table[table.value.notna()]
@@ -116,8 +121,8 @@ def summary(table: Any) -> str:
     means = summarise(table[shared])
     measures = list(dict.fromkeys(means.measure))
     rows = [
-        [condition, *(cells.get(measure, "") for measure in measures)]
+        [plain(condition), *(cells.get(measure, "") for measure in measures)]
         for condition, part in means.groupby("condition", sort=False)
         for cells in [{row.measure: mean(row) for row in part.itertuples()}]
     ]
-    return markdown_table(["condition", *measures], rows)
+    return markdown_table(["condition", *map(plain, measures)], rows)

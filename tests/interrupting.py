@@ -23,6 +23,13 @@ def interrupted_at(
 
     watched: of a code object, whether its lines count. Nothing of what `act` made is held afterwards.
     """
+    return passed(act, watched, event, count) >= count  # also if it was swallowed, as where Python drops a block
+
+
+def passed(
+    act: Callable[[], object], watched: Callable[[Any], bool], event: Literal["line", "opcode"], end: int = 0
+) -> int:
+    """How many lines or bytecodes of the watched code are passed in acting, until the interrupt at `end`, if any."""
     seen = 0
 
     def tracer(frame: Any, now: str, argument: Any) -> Any:
@@ -32,7 +39,7 @@ def interrupted_at(
         frame.f_trace_opcodes = event == "opcode"
         if now == event:
             seen += 1
-            if seen == count:
+            if seen == end:
                 sys.settrace(None)
                 raise Injected("injected")
         return tracer
@@ -42,8 +49,8 @@ def interrupted_at(
     try:
         act()
     except Injected:
-        return True
+        pass
     finally:
         sys.settrace(previous)
         torch.set_grad_enabled(True)  # a tracer can raise where no signal can: before a block's `__exit__` is called
-    return False
+    return seen

@@ -71,6 +71,11 @@ def test_a_copy_detector_keeps_its_rate_of_false_alarms(judge):
         CopyDetector.calibrated(judge, original, real[:50], false_alarms=0.01)
 
 
+def test_a_word_that_the_target_lacks_is_not_left_out_of_the_table(v_pipe, judge):
+    with pytest.raises(ConeslabError, match="word is 'dog', which 'a cat' does not hold"):
+        attacks(v_pipe, judge, None, "a cat", "a dog", word="dog", **FAST)
+
+
 def test_misspellings_are_near_misses():
     assert misspelled("rabbit") == ("rabbbit", "rabibt", "rabit") or len(set(misspelled("rabbit"))) == 3
     for word in ("cat", "strawberry"):

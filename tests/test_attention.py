@@ -10,6 +10,7 @@ from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.sampling import ddim_sample, generate, start_noise
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.measure.attention import KVLayout, KVSpace, record_attention
+from coneslab.neurons.mask import ConceptNeurons
 
 PROMPT = "a sks cat on the grass"
 
@@ -95,6 +96,15 @@ def test_averages_over_layers_rows_and_columns_are_those_of_the_matrices(v_pipe)
         assert torch.allclose(layout.heat_map(flat, bins=4)[i], matrix.mean(1).unflatten(0, (4, -1)).mean(1))
     assert layout.where(kind="V", level=1).sum() == sum(x.size for x in layout if x.kind == "V" and x.level == 1)
     assert KVLayout.from_json(layout.as_json()) == layout
+
+
+def test_a_part_that_no_layer_is_in_is_refused(v_pipe):
+    layout = KVSpace(v_pipe).layout
+    mask = ConceptNeurons(layout, [0, 1], [0.0, 0.0], "ab" * 32)
+    for options, choices in (({"kind": "values"}, "K, V"), ({"block": "up"}, "down 0, down 1, up 0, up 1, mid")):
+        for part in (layout.where, mask.within):
+            with pytest.raises(ConeslabError, match=f"is .*: choose one of {choices}"):
+                part(**options)
 
 
 def test_a_vector_of_another_length_is_refused(v_pipe):

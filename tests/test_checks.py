@@ -19,7 +19,19 @@ import torch
 from conftest import make_subject
 
 import coneslab
-from coneslab import checks, diffusion, edits, finetuning, measure, methods, neurons, new_world, show, world
+from coneslab import (
+    checks,
+    diffusion,
+    edits,
+    experiments,
+    finetuning,
+    measure,
+    methods,
+    neurons,
+    new_world,
+    show,
+    world,
+)
 from coneslab.errors import ArgumentError, ConeslabError, ConeslabWarning
 from coneslab.methods import ablation
 from coneslab.show import plots
@@ -567,7 +579,7 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
             subjects=[m.cat], chunk=None, dtype=None, **TUNED, **CONCEPT, augment=False, small_words=(), large_words=()
         )
         | dict(initial=None, token_learning_rate=None),
-        {"initial": (3, "", [])},
+        {"initial": (3, [])},
     ),
     "textual_inversion": lambda m: (
         coneslab.textual_inversion,
@@ -823,6 +835,51 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         dict(judge=m.judge, images=m.pics[:1], name="tom", degrees=30.0),
         {"name": (None, 3, "x", [])},
     ),
+    "kid": lambda m: (
+        measure.kid,
+        (),
+        dict(
+            features_a=np.eye(3), features_b=np.eye(3), subset_size=2, subsets=1, degree=3, gamma=1.0, coef0=1.0, seed=0
+        )
+        | dict(paired=False),
+        {"features_a": (None, "x", [1.0], np.full((3, 3), NAN)), "features_b": (None, np.eye(2)), "subsets": COUNT}
+        | {"subset_size": (*COUNT, 4), "degree": COUNT, "gamma": (*NUMBER, 0), "coef0": NUMBER, "paired": FLAG},
+    ),
+    "bootstrap_interval": lambda m: (
+        measure.bootstrap_interval,
+        (),
+        dict(values=[0.5] * 6, clusters=(), minus=None, level=0.9, resamples=9, seed=0),
+        {"values": (None, "x", [], [NAN], [[1.0]]), "clusters": (3, "x", [[1]]), "minus": ("x", [1.0], [NAN] * 6)}
+        | {"level": (*NUMBER, 0, 1, 95), "resamples": COUNT},
+    ),
+    "Setting": lambda m: (
+        experiments.Setting,
+        (m.pipe, m.judge),
+        dict(rounds=1, pictures=1, sampler_steps=1, samples=1, guidance_scale=2.0, finetune_steps=1),
+    ),
+    "run_experiment": lambda m: (
+        experiments.run_experiment,
+        (),
+        dict(name="controls", setting=experiments.Setting(m.pipe, m.judge), subjects="cat", seeds=1),
+        {"name": (None, 3, "x", []), "setting": (None, 3), "subjects": (3, [], "unicorn", [3])},
+    ),
+    "compare_methods": lambda m: (
+        experiments.compare_methods,
+        (m.folder / "table.csv",),
+        dict(methods="untouched model", counts=[1], seeds=1, subjects=None, pictures=1, settings=None),
+        {
+            "methods": (None, 3, [], "x", {"x": 3}),
+            "counts": (None, 3, [], "1", [9], [0]),
+            "subjects": (3, [], "unicorn"),
+        }
+        | {"settings": (3, [], "x")},
+    ),
+    "make_edit": lambda m: (
+        experiments.make_edit,
+        (),
+        dict(method="Cones, float", pipe=m.pipe, subjects=[m.cat], seed=0),
+        {"method": (None, 3, "x", []), "seed": (*SEED, None)},
+    ),
     # the picture worlds
     **{
         f"{place.__name__}: {name}": lambda m, call=call, place=place: call(place)
@@ -1046,12 +1103,13 @@ def test_bad_values_are_refused_in_a_sentence_and_leave_no_trace(made, v_pipe, n
 
 ELSEWHERE = {  # what takes no value that could be bad in these ways, or is tried in its module's own file
     "diffusion": "alphas_cumprod bfloat16_pays cross_attentions drawing fast_dtype fingerprint flushing_denormals "
-    "is_plain latent_shape mixed_precision model_folder short_name unet_of verify write_sums",
+    "is_plain latent_shape mixed_precision model_folder require_editable require_finite require_pipeline short_name "
+    "uncompiled unet_of verify write_sums",
     "edits": "custom_diffusion_parts embedding_of export_custom_diffusion import_custom_diffusion import_tokens "
     "load_edit model_fingerprint require_dose require_model untouched vocabulary_fingerprint",
     "finetuning": "generated_latents load_checkpoint loss_values numbered_batches save_checkpoint tune tune_kv "
     "tune_unet",
-    "measure": "as_pictures attention_probabilities bootstrap_interval kid",
+    "measure": "as_pictures attention_probabilities",
     "methods": "merge_matrices",
     "neurons": "concatenate entropy entropy_bound precision_of",
     "show": "intervals page set_up_notebook show",
@@ -1183,7 +1241,12 @@ def test_words_that_are_cut_off_are_told(v_pipe, judge):
             m.pipe, SimpleNamespace(**{**vars(m.cat), "prompt": f"{LONG} sks cat"})
         ),
         lambda m: coneslab.finetune_kv(m.pipe, SimpleNamespace(**{**vars(m.cat), "prior_prompt": LONG})),
-        lambda m: coneslab.merge(m.pipe, [m.trained, other_words(m)], [m.cat, m.dog], templates=LONG + " {}"),
+        lambda m: coneslab.merge(
+            m.pipe,
+            [m.trained, other_words(m)],
+            [SimpleNamespace(**{**vars(m.cat), "token": token}) for token in ("<x>", "<y>")],
+            templates=LONG + " {}",
+        ),
         lambda m: methods.scaled_latents(m.pipe, m.cat, batch_size=8, small=LONG, large="on"),
     ],
 )

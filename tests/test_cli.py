@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
+import torch
 from conftest import make_pipeline, make_subject
 from PIL import Image
 from small_judge import save_small_judge
 
 from coneslab import ConeslabError, cli, generate, load, load_edit
-from coneslab.cli import doctor
+from coneslab.cli import doctor, reproduce, use
 from coneslab.diffusion import pipelines
+from coneslab.diffusion.kvspace import KVSpace
+from coneslab.edits import Combined, TokenEdit, WeightDelta
+from coneslab.neurons import ConceptNeurons, TunedNeurons, concatenate
 
 COMMANDS = (
     "doctor",
@@ -51,13 +62,13 @@ def test_all_commands_are_listed(capsys):
 
 
 def test_errors_are_told_in_one_line_without_a_traceback(tmp_path, capsys):
-    assert cli.main(["build-stickers", str(tmp_path)]) == 1
+    assert cli.main(["build-stickers", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told.startswith("coneslab: ") and "@lobehub/fluent-emoji-3d" in told and "Traceback" not in told
 
 
 def test_settings_that_are_no_json_are_told(capsys):
-    assert cli.main(["compare", "--settings", "steps=50"]) == 1
+    assert cli.main(["compare", "--settings", "steps=50"]) == 2
     assert "steps=50" in capsys.readouterr().err
 
 
@@ -104,6 +115,359 @@ def test_a_sampler_that_makes_no_sense_is_told_in_one_line(sampler, capsys):
     assert cli.main(["compare-samplers", "tiny", "--sampler", sampler]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and ": give " in told or ": choose one of DDIM" in told
+
+
+UNUSED = {  # commands with options that have no effect there, and what is told
+    "find, a subject that is known": (
+        ["find", "cat", "--class-word", "dog"],
+        "--class-word has no effect on a subject",
+    ),
+    "find, its token": (["find", "cat", "--token", "sks"], "--token has no effect"),
+    "generate, no edit": (["generate", "a cat", "--dose", "0.5"], "--dose has no effect without --edit"),
+    "generate, a dose of nothing": (["generate", "a cat", "--dose", "0"], "--dose has no effect without --edit"),
+    "ablate, parameters": (
+        ["ablate", "a cat", "a dog", "--method", "uce", "--parameters", "all"],
+        "--parameters has no effect on the method uce",
+    ),
+    "ablate, template": (["ablate", "a cat", "a dog", "--method", "esd", "--template", "a {}"], "--template is for"),
+    "ablate, judge": (["ablate", "a cat", "a dog", "--judge", "mine"], "--judge has no effect without --check"),
+    "ablate, check": (["ablate", "a cat", "a dog", "--check-pictures", "4"], "--check-pictures has no effect without"),
+    "ablate, other": (["ablate", "a cat", "a dog", "--other", "a car"], "--other has no effect on the method model"),
+    "judge": (
+        ["evaluate-model", "judge", "--bars-only", "--kid", "9"],
+        "--bars-only, --kid has no effect on the judge",
+    ),
+    "judge, steps": (["evaluate-model", "judge", "--sampler-steps", "9"], "--sampler-steps has no effect on the judge"),
+    "tune": (["compare", "--tune", "--seeds", "2", "--counts", "1"], "--counts, --seeds has no effect with --tune"),
+    "scheduler": (["compare", "--scheduler", "x:1", "--workers", "2"], "--workers has no effect with --scheduler"),
+    "subjects": (["compare", "--subjects", "cat", "--counts", "1"], "--counts has no effect with --subjects"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_options_without_effect_are_refused(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments, reason = UNUSED[name]
+    assert cli.main(arguments) != 0
+    told = capsys.readouterr()
+    assert reason in told.err and "Traceback" not in told.err and not list(tmp_path.iterdir())
+
+
+# --- manners --------------------------------------------------------------------------------------------
+
+
+def runs(monkeypatch: pytest.MonkeyPatch, what: Callable[[Any], Any]) -> None:
+    """Let `coneslab doctor` do something else."""
+    monkeypatch.setattr(use, "_doctor", what)
+
+
+def fails(error: BaseException) -> Callable[[Any], Any]:
+    def fail(_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConeslabError("two\nlines: do this"), 2, "coneslab: two lines: do this\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "coneslab: [Errno 2] No such file: 'x'\n"),
+        (TypeError("int is not str"), 2, "coneslab: something unforeseen went wrong (TypeError: int is not str)"),
+        (RecursionError("deep"), 2, "coneslab: something unforeseen"),
+        (KeyboardInterrupt(), 130, "coneslab: interrupted\n"),
+        (ConeslabError("\udcff"), 2, "coneslab: \\udcff\n"),
+    ],
+)
+def test_an_error_of_any_kind_is_one_sentence(error, code, said, monkeypatch, capsys):
+    runs(monkeypatch, fails(error))
+    assert cli.main(["doctor"]) == code
+    told = capsys.readouterr().err
+    assert told.startswith(said) and told.count("\n") == 1
+
+
+def test_a_traceback_is_shown_to_who_asks_for_it(monkeypatch):
+    runs(monkeypatch, fails(TypeError("int is not str")))
+    monkeypatch.setenv("CONESLAB_TRACEBACK", "1")
+    with pytest.raises(TypeError, match="int is not str"):
+        cli.main(["doctor"])
+
+
+def test_arguments_that_are_no_text_are_told(capsys):
+    for arguments in (["generate", "a \udcff cat"], ["find", "\udcff"], ["doctor", "--json", "\udcff"]):
+        assert cli.main(arguments) == 2
+        assert "no UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_ascii_alone_is_no_error(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    runs(monkeypatch, lambda arguments: use.teller(arguments)("“a ½ cat” → \udcff") or {"ok": True})
+    assert cli.main(["doctor"]) == 0
+    assert raw.getvalue() == b'"a \\xbd cat" -> \\udcff\n'
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_work_goes_on_when_nobody_reads_what_is_printed(json_too, monkeypatch, tmp_path):
+    ends = os.pipe()
+    os.close(ends[0])
+    monkeypatch.setattr(sys, "stdout", os.fdopen(ends[1], "w"))
+    done = []
+
+    def work(arguments: Any) -> dict[str, Any]:
+        say = use.teller(arguments)
+        for number in range(3):
+            say(number)
+            done.append(number)
+        return {"ok": True}
+
+    runs(monkeypatch, work)
+    code = cli.main(["doctor", *(["--json"] if json_too else [])])
+    assert done == [0, 1, 2] and code == 0
+    sys.stdout.close()  # as at the end of the program: no complaint
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_an_output_that_takes_nothing_is_told_without_a_traceback(full, monkeypatch, capsys):
+    runs(monkeypatch, lambda arguments: use.teller(arguments)("x" * 9) or {"ok": True})
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w") if full else None)  # None: `>&-` in a shell
+    assert cli.main(["doctor"]) == (2 if full else 0)
+    assert ("No space left on device" in capsys.readouterr().err) == full
+    if full:
+        sys.stdout.close()  # as at the end of the program: no complaint
+
+
+def test_a_closed_pipe_elsewhere_is_no_traceback(monkeypatch, capsys):
+    runs(monkeypatch, fails(BrokenPipeError(32, "Broken pipe")))
+    with contextlib.suppress(OSError):
+        assert cli.main(["doctor"]) == 141
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_json_file_is_not_written_over_unless_told_to(monkeypatch, tmp_path, capsys):
+    runs(monkeypatch, lambda _: {"ok": True, "name": "new"})
+    file = tmp_path / "found.json"
+    file.write_text("old")
+    assert cli.main(["doctor", "--json", str(file)]) == 2 and file.read_text() == "old"
+    assert "already exists" in capsys.readouterr().err
+    assert cli.main(["doctor", "--json", str(file), "--force"]) == 0
+    assert json.loads(file.read_text()) == {"ok": True, "name": "new"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["doctor", "--json", "~/other.json"]) == 0 and (tmp_path / "other.json").is_file()
+
+
+WRONG_OUTPUTS = [
+    (["find", "cat", "--out", "folder"], "is a folder"),
+    (["find", "cat", "--out", "file/x.safetensors"], "is not a folder"),
+    (["find", "cat", "--out", "/proc/none/x.safetensors"], "could not be written"),
+    (["find", "cat", "--out", "x" * 300 + ".safetensors"], "could not be written"),
+    (["find", "cat", "--out", "cat.png"], "does not end in .safetensors"),
+    (["find", "cat", "--out", "a.safetensors", "--json", "a.safetensors"], "written twice"),
+    (["find", "cat", "--json", "file/x.json"], "is not a folder"),
+    (["tour", "--out", "file"], "is not a folder"),
+    (["generate", "a cat", "--out", "file"], "is not a folder"),
+    (["decompose", "a cat", "--out", "folder"], "is a folder"),
+    (["ablate", "a cat", "a dog", "--out", "words.txt"], "does not end in .safetensors"),
+    (["apply", "x", "--out", "figure.jpg"], "does not end in .png"),
+    (["apply", "x", "--save-model", "file"], "is a file"),
+    (["apply", "x", "--save-model", "folder", "--force"], "holds other things, which would be lost"),
+    (["experiment", "precision", "--out", "folder"], "is a folder"),
+    (["experiment", "precision", "--masks", "file"], "is a file"),
+    (["experiment", "precision", "--out", "file"], "has the columns x, cells need subject, seed"),
+    (["compare", "--out", "folder"], "is a folder"),
+    (["compare", "--kept", "file"], "is a file"),
+    (["compare-samplers", "tiny", "--sampler", "DDIM,2", "--out", "table.csv"], "already exists"),
+    (["compare-samplers", "tiny", "--sampler", "DDIM,2", "--out", "table.txt"], "does not end in .csv"),
+    (["evaluate-model", "tiny", "--json", "file"], "already exists"),
+    (["pretrain", "vae", "--runs", "file"], "is a file"),
+    (["pretrain", "all", "--models", "file"], "is a file"),
+]
+WRONG_INPUTS = [
+    (["find", "file"], "is a file: give a folder of pictures"),
+    (["find", "folder"], "--class-word"),
+    (["find", "folder", "--class-word", "cat"], "holds no picture"),
+    (["find", "unicorn"], "not a subject"),
+    (["tour", "--subject", "file"], "not a subject"),
+    (["generate", "a cat", "--edit", "file"], "not a complete safetensors file"),
+    (["generate", "a cat", "--edit", "folder"], "is a folder"),
+    (["generate", "a cat", "--edit", "none"], "there is no file none"),
+    (["generate", "a cat", "--edit", "~/none"], "/none"),
+    (["generate", "a cat", "a cat?"], "given twice"),
+    (["apply", "file"], "not a complete safetensors file"),
+    (["apply", "link"], "link to nothing"),
+    (["decompose", "file"], "is a file: give a folder of pictures, or a prompt"),
+    (["decompose", "folder"], "holds no picture"),
+    (["decompose", "a cat", "--judge", "file"], "as a judge, expected"),
+    (["ablate", "a cat", "a dog", "--method", "esd", "--template", "{}"], "--template is for"),
+    (["ablate", "a cat", "a dog", "--check", "--judge", "none"], "as a judge, expected"),
+    (["experiment", "nothing"], "not an experiment"),
+    (["experiment", "precision", "--subjects", "cat,unicorn"], "not a subject"),
+    (["compare", "--counts", "7"], "no combinations of 7"),
+    (["compare", "--methods", "magic"], "no such method"),
+    (["compare", "--subjects", "cat+unicorn"], "not a subject"),
+    (["compare", "--settings", "[1]"], "give a JSON object"),
+    (["compare", "--settings", "[" * 100_000], "give JSON"),
+    (["compare", "--model", "file"], "there is no model"),
+    (["compare", "--judge", "file"], "as a judge, expected"),
+    (["evaluate-model", "file"], "there is no model"),
+    (["compare-samplers", "tiny", "--sampler", "DDIM,nan"], "give NAME,STEPS"),
+    (["compare-samplers", "tiny", "--sampler", "DDIM,2.5"], "give NAME,STEPS"),
+    (["compare-samplers", "tiny", "--sampler", "DDIM"], "give NAME,STEPS"),
+    (["compare-samplers", "tiny", "--sampler", "magic,2"], "choose one of DDIM"),
+    (["compare-samplers", "file", "--sampler", "DDIM,2"], "there is no model"),
+    (["build-stickers", "file"], "holds no"),
+    (["pretrain", "unet", "--set", "a.b=c"], "the recipe has no value"),
+    (["pretrain", "export", "--trial", "x"], "--trial has no effect with pretrain export"),
+    (["pretrain", "unet", "--trial", "x", "--judge", "none"], "as a judge, expected"),
+]
+
+
+def _name(given: Any) -> str:
+    return " ".join(given)[:60] if isinstance(given, list) else "-"
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG_OUTPUTS + WRONG_INPUTS, ids=_name)
+def test_what_can_be_checked_is_checked_before_anything_is_loaded(arguments, said, monkeypatch, tmp_path, capsys):
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model or a cluster was started")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(use, "load_pipeline", loaded)
+    for name in ("coneslab.diffusion.load", "coneslab.measure.load_judge", "coneslab.experiments.dask_client"):
+        monkeypatch.setattr(name, loaded)
+    monkeypatch.setattr("coneslab.pretraining.run.train_vae", loaded)
+    monkeypatch.setattr("coneslab.pretraining.run.train_unet", loaded)
+    (tmp_path / "file").write_text("x\n")
+    (tmp_path / "table.csv").write_text("x\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "note.txt").write_text("x")
+    (tmp_path / "link").symlink_to("nothing")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.startswith("coneslab: ") and told.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "x\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["experiment", "controls", "--seeds", "0"],
+        ["experiment", "controls", "--rounds", "-1"],
+        ["experiment", "controls", "--finetune-steps", "0"],
+        ["compare", "--seeds", "0"],
+        ["compare", "--counts", "1,0"],
+        ["compare", "--counts", "two"],
+        ["compare", "--threads", "0"],
+        ["evaluate-model", "tiny", "--limit", "-1"],
+        ["evaluate-model", "tiny", "--batch-size", "0"],
+        ["compare-samplers", "tiny", "--sampler", "DDIM,2", "--seeds", "0"],
+        ["pretrain", "unet", "--minutes", "0"],
+        ["pretrain", "unet", "--minutes", "nan"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_counts_to_nothing(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and ("give a positive" in told or "give a whole number" in told)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--counts", "1,,2"],
+        ["compare", "--workers", "-1"],
+        ["experiment", "precision", "--rounds", "many"],
+        ["evaluate-model", "tiny", "--kid", "-1"],
+        ["evaluate-model", "tiny", "--guidance-scale", "nan"],
+        ["generate", "a cat", "--dose", "inf"],
+        ["find", "cat", "--rounds", "9" * 5000],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:40],
+)
+def test_numbers_are_read_before_anything_begins(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and arguments[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", "cuda:99", "xla", "privateuseone"])
+def test_a_device_that_cannot_compute_is_told(device, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["generate", "a cat"], ["evaluate-model", "tiny"], ["experiment", "precision", "--out", "t.csv"]):
+        assert cli.main([*arguments, "--device", device]) == 2
+        assert f"device {device!r} cannot be used here" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def table_of(*errors: str | None) -> pandas.DataFrame:
+    rows = []
+    for seed, error in enumerate(errors):
+        cell = {"subject": "cat", "condition": "untouched model", "seed": seed}
+        for measure in ("text alignment", "image alignment") if error is None else (None,):
+            rows.append({**cell, "count": 1, "measure": measure, "value": 0.5} if measure else {**cell, "error": error})
+    return pandas.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("errors", "code", "said"),
+    [
+        (("ValueError: a", "b"), 2, "all 2 cells failed, the first with “ValueError: a”"),
+        ((None, "b"), 2, "1 cells failed, the first with “b”"),
+        ((None, None), 0, ""),
+    ],
+)
+def test_a_comparison_says_which_cells_failed(errors, code, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("coneslab.experiments.dask_client", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr("coneslab.experiments.compare_methods", lambda *_, **__: table_of(*errors))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "--out", "t.csv", "--kept", "kept"]) == code
+    told = capsys.readouterr()
+    assert said in told.err and ("0.500 / 0.500" in told.out) == (None in errors)
+
+
+def test_titles_may_have_spaces():
+    assert reproduce._listed("cat, dog + house") == ["cat", "dog + house"]
+    from coneslab.experiments.comparison import require_comparison
+    from coneslab.experiments.registry import require_experiment
+
+    assert require_comparison(None, ["DreamBooth"], [1], ["cat + dog"], None)[1] == ["cat+dog"]
+    assert list(require_experiment("together", ["cat + dog"])[0]) == ["cat+dog"]
+
+
+def union_of(pipe: Any, title: str) -> ConceptNeurons:
+    space = KVSpace(pipe)
+    return ConceptNeurons(space.layout, [0, 1], [0.0, 0.0], space.fingerprint(), subject=title)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pipe: union_of(pipe, "cat + dog"),
+        lambda pipe: union_of(pipe, "cat+dog"),
+        lambda pipe: concatenate(union_of(pipe, "dog"), union_of(pipe, "cat")),
+        lambda pipe: TunedNeurons(union_of(pipe, "cat + dog"), np.zeros(2)),
+        lambda pipe: Combined((union_of(pipe, "cat"), union_of(pipe, "dog"))),
+        lambda pipe: Combined(
+            (TokenEdit(("sks",), torch.ones(1, 2), "a"), WeightDelta({"w": torch.ones(1)}, "a", subject="cat, dog"))
+        ),
+    ],
+)
+def test_a_union_says_what_to_draw(make, v_pipe, tmp_path):
+    edit = load_edit(make(v_pipe).save(tmp_path / "union.safetensors"))
+    assert use._prompts_of([edit]) == [
+        "a sks cat on the beach",
+        "a sks cat in the city",
+        "a zwx dog on the beach",
+        "a zwx dog in the city",
+    ]
+
+
+def test_an_edit_that_does_not_say_what_to_draw_is_told():
+    with pytest.raises(ConeslabError, match="--prompt"):
+        use._prompts_of([SimpleNamespace(subject="unicorn"), SimpleNamespace()])
 
 
 # --- with a small model ---------------------------------------------------------------------------------
@@ -155,6 +519,17 @@ def test_find_keeps_neurons_in_a_file_and_overwrites_none(coneslab, tmp_path):
     assert (tmp_path / "cat.safetensors").read_bytes() == before
     assert coneslab("find", "cat", "--rounds", "1", "--force")["precision"] == "binary"
     assert "not a subject" in coneslab("find", "unicorn")
+
+
+def test_a_hint_can_be_typed_as_it_is(coneslab, tmp_path, model, monkeypatch, capsys):
+    name = "my $cat's `edit`.safetensors"
+    options = ["--model", str(model), "--device", "cpu", "--quiet", "--sampler-steps", "1"]
+    assert cli.main(["find", "cat", "--rounds", "1", *options, "--out", name]) == 0
+    (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("try it:")]
+    shell = ["bash", "-c", f"printf '%s\\n' {hint.removeprefix('try it:')}"]
+    typed = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert typed == ["coneslab", "generate", "a sks cat on the beach", "--edit", name]
+    assert cli.main([*typed[1:], *options]) == 0 and len(list((tmp_path / "pictures").iterdir())) == 1
 
 
 def test_find_takes_a_folder_of_pictures(coneslab, tmp_path):
@@ -226,7 +601,7 @@ def test_what_the_model_cannot_take_is_told_in_one_line_and_nothing_is_written(
     assert cli.main([*command, "--model", str(model), "--device", "cpu", "--quiet"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("coneslab: ") and any(
-        end in told for end in ("shorten it", "1,000", "another one", "a rare")
+        end in told for end in ("shorten it", "1,000", "another one", "a rare", "different ones")
     )
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {f"{number}.png" for number in range(3)}
 
@@ -246,7 +621,7 @@ def test_an_edit_of_another_model_is_refused(coneslab, tmp_path, monkeypatch):
     other.save_pretrained(tmp_path / "other")
     coneslab("find", "cat", "--rounds", "1")
     command = ["generate", "a cat", "--edit", "cat.safetensors", "--model", "other", "--device", "cpu"]
-    assert cli.main(command) == 1 and not any(tmp_path.glob("pictures/*.png"))
+    assert cli.main(command) == 2 and not any(tmp_path.glob("pictures/*.png"))
 
 
 def test_decompose_names_words_and_those_of_one_picture(coneslab, tmp_path, small_judge):
@@ -257,6 +632,29 @@ def test_decompose_names_words_and_those_of_one_picture(coneslab, tmp_path, smal
     assert found["prompt"] == edit.prompt and set(found["picture"]["words"]) <= set(edit.words)
     save_pictures(tmp_path / "mine")
     assert coneslab("decompose", "mine", *few)["file"] == "mine.safetensors"
+
+
+@pytest.mark.parametrize("pair", [("a cat", "A Cat"), ("a cat", "a cat")])
+@pytest.mark.parametrize("method", ["model", "noise", "uce", "esd", "neurons", "prune"])
+def test_ablate_writes_no_edit_that_does_nothing(method, pair, coneslab, tmp_path):
+    told = coneslab("ablate", *pair, "--method", method, "--out", "edit.safetensors")
+    assert "the same or empty for this model" in told and not (tmp_path / "edit.safetensors").exists()
+
+
+@pytest.mark.parametrize("pair", [(" ", "a cat"), ("a cat", "")])
+def test_ablate_refuses_a_text_without_words(pair, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ablate", *pair])
+    assert stop.value.code == 2 and "error: argument" in capsys.readouterr().err
+
+
+def test_what_has_no_effect_is_told(coneslab, tmp_path, capsys):
+    arguments = ["--model", str(tmp_path / "model"), "--device", "cpu", "--quiet"]
+    make_pipeline(tmp_path, tokens=20).save_pretrained(tmp_path / "model")
+    assert cli.main(["ablate", "a cat", "a dog", "--method", "uce", "--steps", "9", "--pictures", "4", *arguments]) == 0
+    assert "--steps, --pictures has no effect on the method uce: nothing is trained" in capsys.readouterr().out
+    assert cli.main(["find", "cat", "--rounds", "1", "--sampler-steps", "1", *arguments]) == 0
+    assert "no neuron is shut, so the edit does nothing" in capsys.readouterr().out
 
 
 @pytest.mark.slow

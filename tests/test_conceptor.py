@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from conftest import make_subject
 
 from coneslab.edits.base import Edit, load_edit
 from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.errors import ConeslabError, MismatchError
+from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.methods.conceptor.biases import bias, group_shares, rebalance
 from coneslab.methods.conceptor.decomposition import (
     Decomposition,
@@ -280,6 +284,37 @@ def test_words_fall_away_until_the_picture_would_change(v_pipe, judge):
         decompose_image(v_pipe, made, judge, threshold=2.0)
 
 
+def test_options_that_one_picture_has_no_use_for_are_refused(v_pipe, judge):
+    for options, reason in (
+        ({"prompt": "a cat"}, "prompt is 'a cat', which only the target 'concept' is drawn from"),
+        ({"target": "magic"}, "target is 'magic': give 'concept', 'decomposition' or a picture"),
+        ({"near_synonyms": ["cats"]}, "is the text 'cats': give several words"),
+    ):
+        with pytest.raises(ConeslabError, match=reason):
+            decompose_image(v_pipe, example(v_pipe), judge, **options)
+
+
+def test_a_template_without_a_place_for_the_word_is_refused(judge):
+    with pytest.raises(ConeslabError, match="template is 'a photo': give a text with {}"):
+        replace(example(), template="a photo")
+    with pytest.raises(ConeslabError, match="template is"):
+        group_shares(judge, make_subject(16).images, {"cat": ["cat"], "dog": ["dog"]}, template="a picture")
+
+
+def test_a_vocabulary_can_be_taken_a_few_samples_at_a_time(v_pipe, judge, monkeypatch):
+    whole = decompose(v_pipe, "a house", judge, **FAST)
+    sizes = []
+    forward = KVGradient._loss
+
+    def listen(gradient, theta, text, batch, rows, counts):
+        sizes.append(sum(counts))
+        return forward(gradient, theta, text, batch, rows, counts)
+
+    monkeypatch.setattr(KVGradient, "_loss", listen)
+    parts = decompose(v_pipe, "a house", judge, chunk=1, **FAST)
+    assert set(sizes) == {1} and np.allclose(parts.history["loss"], whole.history["loss"], rtol=1e-2)
+
+
 @pytest.mark.parametrize("needed", [{0}, {0, 3}, {31}, {2, 17, 30}, set(range(32))])
 def test_no_word_left_could_go_and_few_pictures_tell(needed):
     asked = []
@@ -314,3 +349,9 @@ def test_what_was_tested_is_what_is_shown(v_pipe, judge):
     assert np.abs(np.asarray(again, float) - np.asarray(found.picture, float)).mean() < 0.5
     features = judge.image_features([found.target, found.picture])
     assert found.similarity == pytest.approx(float(features[0] @ features[1]), abs=1e-5)
+
+
+def test_names_in_html_are_shown_as_they_are():
+    words = Decomposition("<pet*>", ("<cat>", "dog"), np.array([2.0, 1.0]), 2, 1.0, "ab")
+    shown = words._repr_html_()
+    assert "<b>&lt;pet*&gt;</b>" in shown and "<td>&lt;cat&gt;</td>" in shown and "<cat>" not in shown

@@ -301,7 +301,9 @@ def test_command_line_prints_the_table_for_a_saved_pipeline(v_pipe, tmp_path, ca
     assert "all four of four" in capsys.readouterr().out
     saved = json.loads(table.read_text())
     assert saved["settings"]["sampler_steps"] == 2 and saved["settings"]["pictures"] == 2 + 2 + 2 + 2
-    assert cli.main(["evaluate-model", "judge", *few]) == 0
+    assert cli.main(["evaluate-model", "judge", *few]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert cli.main(["evaluate-model", "judge", *few, "--force"]) == 0
     assert "right class, twemoji" in capsys.readouterr().out
-    assert cli.main(["evaluate-model", str(tmp_path / "nothing"), *few]) == 1
+    assert cli.main(["evaluate-model", str(tmp_path / "nothing"), *few, "--force"]) == 2
     assert "nothing" in capsys.readouterr().err

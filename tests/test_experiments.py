@@ -192,6 +192,7 @@ def test_collateral_damage_is_measured_for_every_class(setting, tmp_path):
     assert wide["right class before"].to_dict() == expected
 
 
+@pytest.mark.slow
 def test_an_edit_changes_what_is_measured_and_the_conditions_share_their_noises(setting, tmp_path):
     table = run_experiment("precision", setting, subjects=["cat"], seeds=1, path=tmp_path / "t.csv", progress=False)
     losses = table[table.measure == "concept loss"].set_index("condition").value

@@ -190,6 +190,7 @@ def test_set_up_notebook_says_where_it_runs_and_for_how_long(capsys, monkeypatch
     assert "on Some GPU; on two CPU cores this notebook takes about 3 min" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_saved_with_the_cell_is_what_it_prints():
     said = hosts.printed(3)
     assert re.fullmatch(r"coneslab [\d.]+, diffusers .*, torch .*\non .*about [\d.]+ min\n", said)

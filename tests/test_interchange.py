@@ -92,6 +92,13 @@ def test_custom_diffusion_weights_work_in_diffusers_and_come_back(v_pipe, pictur
         assert torch.allclose(KVSpace(v_pipe).gather(), theta, atol=1e-6)
 
 
+def test_a_name_for_a_token_that_is_not_there_is_refused(v_pipe, tmp_path):
+    edit = TokenEdit(("sks",), torch.ones(1, 24), vocabulary_fingerprint(v_pipe))
+    with pytest.raises(ConeslabError, match="names are given for sk, but the tokens are sks"):
+        export_tokens(edit, v_pipe, tmp_path / "new", names={"sk": "<sks>"})
+    assert not (tmp_path / "new").exists()
+
+
 def test_foreign_files_are_refused(v_pipe, sd_pipe, tmp_path):
     (tmp_path / "pickle.bin").write_bytes(b"\x80\x04pickle")
     with pytest.raises(FileFormatError, match="never loaded"):

@@ -149,4 +149,5 @@ def test_a_table_made_on_a_cluster_is_the_same_whenever_its_process_was_killed(t
     assert not (tmp_path / "parts.csv").exists() or len((tmp_path / "parts.csv").read_bytes().splitlines()) < 25
     subprocess.run([*command, tmp_path / "parts.csv"], check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.csv", "whole.csv"]
+    names = [name + end for name in ("parts.csv", "whole.csv") for end in ("", ".sha256")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names

@@ -89,7 +89,7 @@ def test_classify_takes_the_nearest_label_and_averages_phrasings(judge, pictures
         (lambda judge, pictures: judge.image_features([]), "no pictures"),
         (lambda judge, pictures: judge.image_features(pictures / 255 - 1), "numbers from -1 to 0: give uint8"),
         (lambda judge, pictures: judge.image_features(pictures[..., :2]), "of 1, 3 or 4 channels"),
-        (lambda judge, pictures: judge.image_features(["nowhere.png"]), "there is no picture nowhere.png"),
+        (lambda judge, pictures: judge.image_features(["nowhere.png"]), "there is no file nowhere.png"),
         (lambda judge, pictures: judge.image_features([3]), "got a int among the pictures"),
         (lambda judge, pictures: judge.text_features([]), "no prompts"),
         (lambda judge, pictures: judge.classify(pictures, [["a cat"], []]), "without a phrasing"),

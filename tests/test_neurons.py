@@ -281,6 +281,11 @@ def test_settings_out_of_range_are_refused(v_pipe, pictured, wrong):
         find_concept_neurons(v_pipe, pictured, **{**SEARCH, **wrong})
 
 
+def test_pictures_of_the_prior_need_samples_of_it(v_pipe, pictured):
+    with pytest.raises(ConeslabError, match="got pictures of the prior and prior_samples=0"):
+        concept_loss(v_pipe, pictured, prior=pictured.images, samples=2)
+
+
 def test_without_a_prior_only_the_subject_counts(v_pipe, pictured, monkeypatch):
     monkeypatch.setattr(pairs_module, "generate", lambda *a, **k: pytest.fail("no prior picture is needed"))
     found = find_concept_neurons(v_pipe, pictured, **{**SEARCH, "prior_images": 5}, prior_weight=0.0)
@@ -664,3 +669,9 @@ def test_the_measured_loss_is_paired_and_is_the_plain_one(v_pipe, pictured, foun
         inside = concept_loss(v_pipe, pictured, samples=12)
     assert np.allclose(inside.subject_values, outside.subject_values)
     assert "subject=" in repr(both)
+
+
+def test_names_in_html_are_shown_as_they_are(v_pipe):
+    space = KVSpace(v_pipe)
+    shown = ConceptNeurons(space.layout, [0], [0.0], space.fingerprint(), subject="<cat*>")._repr_html_()
+    assert "<b>&lt;cat*&gt;</b>" in shown and "<cat" not in shown

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from coneslab.diffusion.encoding import encode_prompts
@@ -218,6 +219,7 @@ def test_textual_inversion_trains_every_token_and_nothing_else(v_pipe, both):
         assert torch.equal(embedding_of(v_pipe).weight[:rows][others], table[others])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, close", [(None, 2e-2), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, dtype, close):
     options = {"batch_size": 4, "prior_batch_size": 0, "learning_rate": 1e-3, "progress": False, "dtype": dtype}
@@ -293,7 +295,13 @@ def test_without_a_class_word_a_token_has_to_be_told_what_to_start_from(v_pipe, 
     with pytest.raises(ConeslabError, match="class_word is empty"):
         textual_inversion(v_pipe, about, **FAST)
     assert textual_inversion(v_pipe, about, initial="dog", **FAST).initial == ("dog",)
-    with pytest.raises(ConeslabError, match="got 2 initial words and 1 subjects"):
+    free = textual_inversion(v_pipe, SimpleNamespace(**vars(about) | {"prior_prompt": ""}), initial="", **FAST)
+    assert free.initial == ("",)  # the mean of all words
+    near = textual_inversion(v_pipe, pictured, initial="", learning_rate=1e-12, **FAST)
+    assert torch.allclose(near.vectors[0], embedding_of(v_pipe).weight.mean(0), atol=1e-6)
+    with pytest.raises(ConeslabError, match="prior_prompt is empty"):
+        custom_diffusion(v_pipe, SimpleNamespace(**vars(pictured) | {"prior_prompt": ""}), **FAST)
+    with pytest.raises(ConeslabError, match="got 2 initial words for 1 subjects"):
         textual_inversion(v_pipe, about, initial=["dog", "cat"], **FAST)
 
 
@@ -308,6 +316,62 @@ def test_bad_settings_are_refused(v_pipe, pictured):
                 method(v_pipe, pictured, **FAST | {"steps": 60}, learning_rate=1e25)
     with pytest.raises(ConeslabError, match="float32 or torch.bfloat16"):
         dreambooth(v_pipe, pictured, **FAST, **PRIOR, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0, -1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [textual_inversion, dreambooth, custom_diffusion, finetune_kv])
+def test_a_learning_rate_of_nothing_is_not_taken_for_none_given(v_pipe, pictured, method, rate):
+    for name in ("learning_rate", *(["token_learning_rate"] if method is custom_diffusion else [])):
+        with pytest.raises(ConeslabError, match=f"{name} is"):
+            method(v_pipe, pictured, progress=False, **{name: rate})
+
+
+@pytest.mark.parametrize("method", [textual_inversion, dreambooth, custom_diffusion, finetune_kv])
+def test_a_chunk_of_nothing_is_refused_before_pictures_are_drawn(v_pipe, pictured, method, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("drew pictures"))
+    for chunk in (0, -1, 2.5, True):
+        with pytest.raises(ConeslabError, match="chunk is"):
+            method(v_pipe, pictured, chunk=chunk)
+
+
+def test_dreambooth_takes_a_few_samples_at_a_time(v_pipe, pictured, monkeypatch):
+    sizes = []
+    forward = type(v_pipe.unet).forward
+
+    def listen(unet, sample, *args, **kwargs):
+        sizes.append(len(sample))
+        return forward(unet, sample, *args, **kwargs)
+
+    options = {**FAST, **PRIOR, "steps": 2, "batch_size": 5, "dtype": torch.float32}
+    whole = dreambooth(v_pipe, pictured, **options)
+    monkeypatch.setattr(type(v_pipe.unet), "forward", listen)
+    parts = dreambooth(v_pipe, pictured, chunk=2, **options)
+    assert sizes == [2, 2, 1] * 2
+    assert np.allclose(whole.history["loss"], parts.history["loss"], rtol=1e-5)
+    for name, delta in whole.deltas.items():
+        assert ((delta - parts.deltas[name]).abs() <= 1e-6 + 0.05 * delta.abs()).double().mean() > 0.95, name
+
+
+def test_tokens_start_where_it_is_said(v_pipe, both):
+    """An empty word is the mean over all tokens: it is not the same as none given."""
+    options = {**FAST, "steps": 1, "learning_rate": 1e-12}
+    everything = embedding_of(v_pipe).weight.detach().float().mean(0)
+    for initial, expected in (("", everything), ("car", start_vector(v_pipe, "car"))):
+        learned = textual_inversion(v_pipe, both, initial=initial, **options)
+        tuned = custom_diffusion(v_pipe, both, initial=initial, **options, **PRIOR).edits[0]
+        for edit in (learned, tuned):
+            assert edit.initial == (initial, initial)
+            assert torch.allclose(edit.vectors, expected.expand(2, -1), atol=1e-5)
+    own = custom_diffusion(v_pipe, both, **options, **PRIOR).edits[0]
+    assert own.initial == tuple(about.token for about in both)
+    with pytest.raises(ConeslabError, match="got 1 initial words for 2 subjects"):
+        textual_inversion(v_pipe, both, initial=["cat"], **options)
+
+
+def test_pictures_of_the_class_without_a_part_in_the_loss_are_refused(v_pipe, pictured):
+    for options in ({"prior_batch_size": 0}, {"prior_weight": 0.0}):
+        with pytest.raises(ConeslabError, match="pictures of the class were given"):
+            finetune_kv(v_pipe, pictured, prior=pictured.images, **FAST, **options)
 
 
 def tune_union(pipe, subject, **options):
@@ -432,6 +496,29 @@ def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both):
         merge(v_pipe, [edits[0].edits[1], edits[1]], both)
     with pytest.raises(ConeslabError, match="1 edits and 2 subjects"):
         merge(v_pipe, edits[:1], both)
+
+
+def test_a_merge_pairs_each_edit_with_the_subject_of_its_token(v_pipe, both):
+    edits = [custom_diffusion(v_pipe, about, **FAST, **PRIOR, learning_rate=1e-2) for about in both]
+    merged, turned = (merge(v_pipe, edits, subjects, templates=("a {}",)) for subjects in (both, both[::-1]))
+    assert merged.edits[0].tokens == turned.edits[0].tokens and merged.edits[1].subject == turned.edits[1].subject
+    assert all(torch.equal(turned.edits[1].deltas[name], delta) for name, delta in merged.edits[1].deltas.items())
+    other = SimpleNamespace(**vars(both[1]) | {"token": "car", "prompt": "a car dog"})
+    joint = custom_diffusion(v_pipe, both, **FAST, **PRIOR)
+    for given, subjects in (
+        (edits, [both[0], other]),
+        (edits, [both[0], both[0]]),
+        ([joint, custom_diffusion(v_pipe, other, **FAST, **PRIOR)], [both[0], other]),
+    ):
+        with pytest.raises(ConeslabError, match="the edits teach .* the subjects have"):
+            merge(v_pipe, given, subjects)
+    for options, reason in (
+        ({"templates": ("a cat",)}, "templates is 'a cat': give a text with {}"),
+        ({"templates": ()}, "give at least one"),
+        ({"captions": []}, "no captions"),
+    ):
+        with pytest.raises(ConeslabError, match=reason):
+            merge(v_pipe, edits, both, **options)
 
 
 # --- compression ---

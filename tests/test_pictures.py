@@ -14,10 +14,10 @@ from conftest import make_subject
 from PIL import Image
 
 from coneslab.diffusion import encode_images
-from coneslab.errors import ArgumentError, ConeslabWarning
+from coneslab.errors import ArgumentError, ConeslabWarning, FileFormatError, MissingFileError
 from coneslab.finetuning import concept_latents
 from coneslab.methods import ablation_data, decompose, scaled_latents
-from coneslab.pictures import as_pictures, read_picture
+from coneslab.pictures import as_pictures, open_picture, read_picture
 from coneslab.show import plots
 from coneslab.world import subject_from_folder
 
@@ -101,7 +101,6 @@ def test_a_palette_with_a_transparent_colour_lies_on_white(tmp_path):
         ({"a": RGB}, "give a list"),
         ([None], "got a NoneType among the pictures"),
         ([[RGB]], "got a list among the pictures"),
-        ("nowhere.png", "there is no picture nowhere.png"),
         (RGB[..., :2], r"shape \(9, 7, 2\): give"),
         (RGB[:0], "give .*channels"),
         (np.zeros((7, 9, 8)), r"shape \(7, 9, 8\)"),
@@ -141,8 +140,24 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, damage):
     data = (tmp_path / "whole.png").read_bytes()
     data = {"cut": data[: len(data) // 2], "empty": b"", "text": b"hello", "header": data[:20] + b"\xff" * 40}[damage]
     (tmp_path / "broken.png").write_bytes(data)
-    with pytest.raises(ArgumentError, match="broken.png cannot be read as a picture .*: remove or replace it"):
+    with pytest.raises(FileFormatError, match="broken.png cannot be read as a picture [^<]*: remove or replace it"):
         read_picture(tmp_path / "broken.png")
+
+
+def test_a_file_that_is_not_there_is_told_and_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(MissingFileError, match="there is no file .*nowhere.png"):
+        as_pictures("~/nowhere.png")
+    (tmp_path / "mine").mkdir()
+    Image.fromarray(RGB).save(tmp_path / "mine" / "a.png")
+    for path in ("~/mine", "~/mine/a.png"):
+        assert np.array_equal(np.asarray(as_pictures(path)[0]), RGB)
+
+
+def test_a_picture_that_is_opened_keeps_its_transparency(tmp_path):
+    Image.new("RGBA", (2, 1), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 0, 0, 0)
+    assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_folder_stands_for_its_pictures_and_what_is_left_out_is_named(tmp_path):

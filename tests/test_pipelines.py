@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from small_judge import save_small_judge
 from transformers.utils import logging as transformers_logging
 
 from coneslab.diffusion import pipelines
@@ -245,7 +246,54 @@ def test_only_the_fingerprints_asked_for_last_are_kept(hashed: list[str], monkey
     assert len(pipelines._FINGERPRINTS) == 2 and len(hashed) == 4  # 0, 1, 2, and 1 once more
 
 
-def test_a_device_that_cannot_be_used_is_told():
-    for device in ("nope", "cuda:99"):
-        with pytest.raises(ConeslabError, match=device):
-            pipelines.load("tiny", device=device)
+@pytest.mark.parametrize("device", ["nope", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used_is_told(device):
+    for loaded in (pipelines.load, load_judge):
+        with pytest.raises(ConeslabError, match=f"device '{device}' cannot be used here"):
+            loaded(device=device)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "scheduler"])
+def test_a_folder_without_a_part_that_has_no_weights_is_refused(saved: Path, part: str):
+    for name in list((saved / part).iterdir()):
+        name.unlink()
+    with pytest.raises(ConeslabError, match=f"has no {part}: expected .*; restore the folder"):
+        pipelines.load(saved)
+    (saved / part).rmdir()
+    with pytest.raises(ConeslabError, match=f"has no {part}"):
+        pipelines.load(saved)
+
+
+def test_a_tokenizer_without_its_config_is_refused(saved: Path):
+    (saved / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(ConeslabError, match="load the tokenizer of this model, with its tokenizer_config.json"):
+        pipelines.load(saved)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_model_whose_weights_are_no_numbers_is_refused(own_pipe: StableDiffusionPipeline, tmp_path: Path, part: str):
+    name, weight = list(getattr(own_pipe, part).named_parameters())[3]
+    weight.data.view(-1)[0] = float("nan")
+    own_pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    with pytest.raises(ConeslabError, match=f"NaN or infinite, for example in {name}"):
+        pipelines.load(tmp_path / "model")
+
+
+def test_a_model_of_another_family_is_refused_as_it_is_loaded(own_pipe: StableDiffusionPipeline, tmp_path: Path):
+    own_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    own_pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    with pytest.raises(ConeslabError, match="no noise schedule"):
+        pipelines.load(tmp_path / "model")
+
+
+def test_a_judge_without_tokenizer_or_numbers_is_refused(tmp_path: Path):
+    folder = save_small_judge(tmp_path)
+    judge = load_judge(folder)
+    judge.model.visual_projection.weight.data[0, 0] = float("inf")
+    judge.model.save_pretrained(folder)
+    with pytest.raises(ConeslabError, match="the judge has weights that are NaN or infinite.*visual_projection"):
+        load_judge(folder)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ConeslabError, match="has no tokenizer: expected"):
+        load_judge(folder)

@@ -97,3 +97,30 @@ def test_ticks_of_a_logarithmic_axis_are_plain_numbers():
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert {"2", "5", "10", "20", "50"} <= set(shown)
     assert not any(label.get_text() for label in figure.axes[0].get_xticklabels(minor=True))
+
+
+BAD = r"<cat*> & \"x\" $\frac $"  # no formula, no HTML
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda two: plots.picture_grid(
+            [two, two], row_labels=[BAD] * 2, column_labels=[BAD] * 2, captions=[BAD] * 4, title=BAD
+        ),
+        lambda two: plots.curves({BAD: ([1, 2], [1, 2]), "b": ([1], [1])}, x_label="x", y_label="y", title=BAD),
+        lambda two: plots.intervals(
+            pandas.DataFrame([{"condition": BAD, "measure": BAD, "value": 1.0, "low": 0.0, "high": 2.0}]), title=BAD
+        ),
+        lambda two: plots.heatmap(np.eye(2), rows=[BAD, "b"], columns=[BAD, "c"], label="x", title=BAD),
+        lambda two: plots.pictures_and_map(two, np.eye(2), rows=[BAD, "b"], label="x", title=BAD),
+        lambda two: plots.attention_overlay(two, [np.eye(2)] * 2, labels=[BAD] * 2, title=BAD),
+    ],
+)
+def test_names_are_shown_as_they_are(draw, monkeypatch):
+    figure = draw([np.zeros((8, 8, 3), np.uint8)] * 2)
+    assert Image.open(io.BytesIO(plots.to_png(figure))).size[0] > 50
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda given: shown.append(given.data))
+    plots.show(figure)
+    assert "<cat*>" not in shown[0] and shown[0].count("<") == 1

@@ -22,7 +22,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from coneslab import cli, diffusion, pretraining
 from coneslab import new_world as world
 from coneslab.diffusion import encoding, pipelines
-from coneslab.errors import ConeslabError, FileFormatError
+from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.finetuning import checkpoints
 from coneslab.pretraining import autoencoder, loop, model_cards, optimizers, run, unet
 from coneslab.pretraining import judge as judging
@@ -185,6 +185,48 @@ def test_a_checkpoint_takes_the_place_of_the_last_one_only_when_it_is_whole(tmp_
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save_checkpoint(path, {"a": torch.zeros(2)}, {"step": 2})
     assert checkpoints.load_checkpoint(path)[1] == {"step": 1} and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate was 0.01, now 0.001"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"averages": (0.5,)}, "averages was .0.9, 0.1., now .0.5."),
+        ({"pictures": 8}, "holds 4 steps, more than 8 pictures in batches of 4"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change, reason):
+    fit_small(tmp_path, stop_after=4)
+    path = tmp_path / "checkpoint.safetensors"
+    before = path.read_bytes()
+    with pytest.raises(MismatchError, match=reason):
+        fit_small(tmp_path, replace(QUICK, **change))
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_one_that_does_not_say_continued(tmp_path: Path):
+    fit_small(tmp_path, stop_after=2, identity={"loss": {"weight": 1.0}})
+    with pytest.raises(MismatchError, match="loss was {'weight': 1.0}, now {'weight': 2.0}"):
+        fit_small(tmp_path, identity={"loss": {"weight": 2.0}})
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, facts = checkpoints.load_checkpoint(path)
+    del facts["identity"]  # as they were before
+    checkpoints.save_checkpoint(path, tensors, facts)
+    assert fit_small(tmp_path, replace(QUICK, seed=3))[1].steps == 6
+
+
+def test_a_finished_run_is_only_saved_again_and_a_larger_budget_continues_it(tmp_path: Path):
+    assert fit_small(tmp_path)[1].steps == fit_small(tmp_path)[1].steps == 6
+    assert fit_small(tmp_path, replace(QUICK, pictures=32))[1].steps == 8
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": -1.0}, {"warmup": 0}, {"decay": 0.0}, {"decay": 1.5}, {"clip": 0.0}, {"batch_size": 0}]
+)
+def test_a_recipe_that_would_divide_by_nothing_is_refused(change):
+    with pytest.raises(ConeslabError, match=f"{next(iter(change))} is|batches of 0"):
+        replace(QUICK, **change)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
@@ -397,6 +439,7 @@ def test_noises_go_to_the_nearest_pictures():
     assert torch.equal(ours, noise[list(best)])
 
 
+@pytest.mark.slow
 def test_each_pass_shows_every_picture_once_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(unet, "CHUNK", 8)
     for number in range(3):
@@ -546,10 +589,67 @@ def test_a_trial_is_a_row_that_is_kept_once(tmp_path: Path, monkeypatch: pytest.
     assert table.changed[0] == "vae.loss.equivariance=0.0"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["unet", "--decoder-only"], "--decoder-only has no effect with pretrain unet"),
+        (["judge", "--decoder-only"], "--decoder-only has no effect with pretrain judge"),
+        (["all", "--decoder-only"], "--decoder-only has no effect with pretrain all"),
+        (["export", "--decoder-only"], "--decoder-only has no effect with pretrain export"),
+        (["vae", "--models", "x"], "--models has no effect with pretrain vae"),
+        (["export", "--minutes", "3"], "--minutes has no effect with pretrain export"),
+        (["export", "--set", "unet.seed=1"], "--set has no effect with pretrain export"),
+        (["unet", "--set", "judge.training.seed=1"], "--set judge.training.seed=1 has no effect with pretrain unet"),
+        (["vae", "--decoder-only", "--set", "unet.training.seed=1"], "reads decoder and vae"),
+        (["all", "--trial", "x"], "--trial has no effect with pretrain all: a trial is of one stage"),
+        (["export", "--trial", "x"], "--trial has no effect"),
+        (["unet", "--judge", "x"], "--judge has no effect with pretrain unet"),
+        (["vae", "--trial", "x", "--judge", "x"], "--judge has no effect with pretrain vae"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_options_that_are_not_for_a_stage_are_refused(tmp_path: Path, capsys, monkeypatch, arguments, reason):
+    for name in ("train", "export", "note_trial"):
+        monkeypatch.setattr(pretraining, name, lambda *_, **__: pytest.fail("began to work"))
+    assert cli.main(["pretrain", *arguments, "--runs", str(tmp_path)]) != 0
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stages"),
+    [
+        (["vae", "--decoder-only", "--set", "decoder.loss.noise=0.1"], ("decoder",)),
+        (["decoder", "--decoder-only"], ("decoder",)),
+        (["unet", "--trial", "x", "--judge", "judge", "--minutes", "3"], ("unet",)),
+        (["all", "--models", "x", "--set", "judge.training.pictures=8"], ("vae", "unet", "judge", "decoder")),
+        (["export", "--models", "x"], ()),
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_options_that_are_for_a_stage_are_taken(tmp_path: Path, monkeypatch, arguments, stages):
+    asked = []
+    monkeypatch.setattr(pretraining, "train", lambda runs, stages, **_: asked.append(stages))
+    monkeypatch.setattr(pretraining, "export", lambda *_: "there")
+    monkeypatch.setattr(pretraining, "note_trial", lambda *_, **__: {})
+    assert cli.main(["pretrain", *arguments, "--runs", str(tmp_path)]) == 0 and asked == [stages]
+
+
+def test_training_refuses_what_it_has_not(tmp_path: Path):
+    for stages, options, reason in (
+        (("unet", "magic"), {}, "magic: no stage of the training; choose from vae, unet"),
+        (("vae",), {"minutes": 0}, "minutes is 0: give a positive number"),
+        (("vae",), {"minutes": -1.0}, "minutes is -1.0"),
+    ):
+        with pytest.raises(ConeslabError, match=reason):
+            pretraining.train(tmp_path, stages, **options)
+    with pytest.raises(ConeslabError, match="a judge is asked about pictures of the U-Net"):
+        run.note_trial("x", tmp_path, "vae", [], judge="mine")
+
+
 def test_a_stage_says_what_it_stands_on(tmp_path: Path, capsys):
-    assert cli.main(["pretrain", "unet", "--runs", str(tmp_path)]) == 1
+    assert cli.main(["pretrain", "unet", "--runs", str(tmp_path)]) == 2
     assert "train it first" in capsys.readouterr().err
-    assert cli.main(["pretrain", "export", "--runs", str(tmp_path)]) == 1
+    assert cli.main(["pretrain", "export", "--runs", str(tmp_path)]) == 2
     assert "no trained model" in capsys.readouterr().err
     with pytest.raises(ConeslabError, match="not a shipped model"):
         model_cards.write_model_card(tmp_path, {})

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "coneslab"
 FLOORS = (
     ("errors", "callback"),
     ("checks",),
-    ("files", "lazy", "coursework", "settings", "pictures", "seeds", "blocks"),
+    ("files", "lazy", "coursework", "settings", "seeds", "blocks"),
+    ("pictures",),
     ("world", "diffusion"),
     ("new_world", "edits"),
     ("measure", "finetuning"),

@@ -87,5 +87,5 @@ def test_samplers_that_cannot_be_are_refused(capsys):
         Sampler("Euler", 10)
     with pytest.raises(ConeslabError, match="two shares in order"):
         Sampler("DDIM", 10, guided=(0.8, 0.2))
-    assert cli.main(["compare-samplers", "tiny", "--sampler", "DDIM,many"]) == 1
+    assert cli.main(["compare-samplers", "tiny", "--sampler", "DDIM,many"]) == 2
     assert "NAME,STEPS" in capsys.readouterr().err

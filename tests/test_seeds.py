@@ -17,6 +17,8 @@ from coneslab.methods.ablation.report import attacks, evaluate_ablation
 from coneslab.seeds import derived
 from coneslab.world.subjects import subject, subjects_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def noises(monkeypatch):

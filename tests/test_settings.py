@@ -5,26 +5,50 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_subject
+from diffusers import StableDiffusionPipeline
 
 import coneslab
+from coneslab import pretraining
+from coneslab.diffusion import KVSpace, ddim_sample, ddpm_sample, decode_latents, encode_images
 from coneslab.edits import Combined, TokenEdit
 from coneslab.errors import ConeslabError
-from coneslab.finetuning import ConceptSettings, TuningSettings
+from coneslab.experiments.registry import run_experiment
+from coneslab.experiments.setting import Setting, measure
+from coneslab.finetuning import ConceptSettings, TuningSettings, prior_pictures, sample_batches
+from coneslab.measure import Sampler, compare_samplers, evaluate_model, judge_accuracy
 from coneslab.methods import (
     AblationSettings,
     ConceptPruneSettings,
     CustomDiffusionSettings,
+    Decomposition,
     DecompositionSettings,
     DreamBoothSettings,
     ESDSettings,
     TextualInversionSettings,
     UCESettings,
+    ablating_neurons,
+    attacks,
+    bias,
+    decompose_image,
+    evaluate_ablation,
+    scaled_latents,
 )
-from coneslab.neurons import FinetuneSettings, SearchSettings, TogetherSettings, TopKSettings
+from coneslab.neurons import (
+    FinetuneSettings,
+    SearchSettings,
+    TogetherSettings,
+    TopKSettings,
+    concept_loss,
+    output_changes,
+)
 from coneslab.settings import Settings
+from coneslab.show import plots, widgets
 
 KINDS = (
     AblationSettings,
@@ -135,3 +159,77 @@ def test_edits_of_several_methods_have_no_settings_together():
     one, two = (TokenEdit((f"<{name}>",), torch.ones(1, 4), "ab", settings={"method": name}) for name in "ab")
     assert Combined((one, one)).settings == {"method": "a"} and Combined((one, two)).settings == {}
     assert Combined(()).settings == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "given"),
+    [
+        (UCESettings, "templates", "a {}"),
+        (AblationSettings, "templates", "a {}"),
+        (CustomDiffusionSettings, "small_words", "tiny"),
+        (CustomDiffusionSettings, "large_words", "huge"),
+        (DecompositionSettings, "include", "dog"),
+        (DecompositionSettings, "exclude", "dog"),
+    ],
+)
+def test_a_text_is_not_taken_letter_by_letter(settings, name, given):
+    assert getattr(settings(**{name: given}), name) == (given,)
+
+
+def test_a_text_is_one_of_its_kind_where_there_may_be_several():
+    parts = Decomposition("a", "pet", np.ones(1), 1, 1.0, "ab")
+    assert parts.words == ("pet",)
+    assert bias(parts, {"one": "pet", "other": ["man"]}) == bias(parts, {"one": ["pet"], "other": "man"})
+    replaced = "unet.loss.immiscible=false"
+    assert pretraining.load_recipe(replaced) == pretraining.load_recipe([replaced])
+    with pytest.raises(ConeslabError, match="^stage: no stage of the training"):
+        pretraining.train(Path("nowhere"), "stage")
+
+
+COUNTS = {
+    "latents": lambda pipe, judge, n: encode_images(pipe, make_subject(16).images, batch_size=n),
+    "pictures": lambda pipe, judge, n: decode_latents(pipe, torch.zeros(1, 4, 8, 8), batch_size=n),
+    "DDIM": lambda pipe, judge, n: ddim_sample(pipe, torch.zeros(1, 12, 24), torch.zeros(1, 4, 8, 8), sampler_steps=n),
+    "DDPM": lambda pipe, judge, n: ddpm_sample(pipe, torch.zeros(1, 12, 24), torch.zeros(1, 4, 8, 8), sampler_steps=n),
+    "prior": lambda pipe, judge, n: prior_pictures(pipe, make_subject(16), n=n),
+    "bands": lambda pipe, judge, n: sample_batches(pipe, [], seed=0, bands=n),
+    "loss": lambda pipe, judge, n: concept_loss(pipe, make_subject(16), samples=n),
+    "loss at a time": lambda pipe, judge, n: concept_loss(pipe, make_subject(16), batch_size=n),
+    "additivity": lambda pipe, judge, n: output_changes(pipe, [None], [make_subject(16)], samples=n),
+    "ablating neurons": lambda pipe, judge, n: ablating_neurons(pipe, "a cat", "a dog", pictures=n),
+    "report": lambda pipe, judge, n: evaluate_ablation(pipe, judge, None, "a cat", "a dog", pictures=n),
+    "attacks": lambda pipe, judge, n: attacks(pipe, judge, None, "a cat", "a dog", pictures=n),
+    "attacks by word": lambda pipe, judge, n: attacks(pipe, judge, None, "a cat", "a dog", inversion_steps=n),
+    "attacks by tuning": lambda pipe, judge, n: attacks(pipe, judge, None, "a cat", "a dog", finetune_steps=n),
+    "versions": lambda pipe, judge, n: scaled_latents(pipe, make_subject(16), batch_size=4, versions=n),
+    "one picture": lambda pipe, judge, n: decompose_image(
+        pipe, Decomposition("a", ("b",), np.ones(1), 1, 1.0, "ab"), judge, max_words=n
+    ),
+    "evaluation": lambda pipe, judge, n: evaluate_model(pipe, judge, seeds=n),
+    "evaluation of few": lambda pipe, judge, n: evaluate_model(pipe, judge, limit=n),
+    "judge": lambda pipe, judge, n: judge_accuracy(judge, seeds=n),
+    "samplers": lambda pipe, judge, n: compare_samplers(pipe, judge, [Sampler("DDIM", 1)], seeds=n),
+    "sampler": lambda pipe, judge, n: Sampler("DDIM", n),
+    "setting": lambda pipe, judge, n: Setting(pipe, judge, pictures=n),
+    "setting's rounds": lambda pipe, judge, n: Setting(pipe, judge, rounds=n),
+    "measure": lambda pipe, judge, n: measure(pipe, judge, make_subject(16), None, seed=0, samples=n),
+    "sketch": lambda pipe, judge, n: widgets.sketched(pipe, "a cat", preview_steps=n),
+    "columns": lambda pipe, judge, n: plots.picture_grid(make_subject(16).images, columns=n),
+    "experiment": lambda pipe, judge, n: run_experiment("controls", None, seeds=n),
+    "heat map": lambda pipe, judge, n: KVSpace(pipe).layout.heat_map(KVSpace(pipe).gather(), bins=n),
+}
+
+
+def test_a_list_of_nothing_is_not_the_whole_list():
+    with pytest.raises(ConeslabError, match="got no subjects: give at least one"):
+        run_experiment("controls", None, subjects=[])
+    with pytest.raises(ConeslabError, match="step is 0: give a positive number"):
+        widgets.slider(0, 1, step=0)
+
+
+@pytest.mark.parametrize("what", COUNTS)
+@pytest.mark.parametrize("count", [0, -2])
+def test_nothing_at_all_is_no_count(v_pipe, judge, what, count, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("drew pictures"))
+    with pytest.raises(ConeslabError, match=rf"is {count}: give a (positive )?number"):
+        COUNTS[what](v_pipe, judge, count)

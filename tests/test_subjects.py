@@ -85,3 +85,9 @@ def test_wanted_pictures_show_the_subject_where_the_prompts_ask_for_it():
     assert len({picture.tobytes() for picture in (*drawn, *about.images)}) == len(drawn) + len(about.images)
     with pytest.raises(ConeslabError, match="not of the sticker world"):
         subjects.wanted_pictures(replace(about, records=()))
+
+
+def test_names_in_html_are_shown_as_they_are():
+    shown = replace(subjects.subject("cat"), name='<cat*> "x"', token="<v*>")._repr_html_()
+    assert "&lt;cat*&gt;" in shown and "a &lt;v*&gt; cat" in shown and "<cat" not in shown and "<v" not in shown
+    assert 'alt="5 reference pictures of the subject &lt;cat*&gt; &quot;x&quot;"' in shown

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from coneslab.edits.base import Edit, load_edit
+from coneslab.edits.weights import model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.neurons.union import (
@@ -155,6 +156,23 @@ def test_bad_input_is_refused_and_the_pipeline_untouched(v_pipe, epsilon_pipe, f
     with pytest.raises(ConeslabError, match="1 masks and 2 subjects"):
         additivity(v_pipe, found[:1], both)
     assert torch.equal(KVSpace(v_pipe).gather(), before)
+
+
+def test_a_run_does_not_resume_on_other_neurons(v_pipe, pictured, tmp_path):
+    """Binary masks of one size start from the same values, all 0 (and not -0, if the weights are positive)."""
+    space, model = KVSpace(v_pipe), model_fingerprint(v_pipe)
+    positive = (space.gather() > 0).nonzero().flatten().tolist()
+    one, other = (ConceptNeurons(space.layout, places, [0.0] * 3, model) for places in (positive[:3], positive[3:6]))
+    finetune_together(v_pipe, one, [pictured], steps=1, resume=tmp_path / "state", **OPTIONS)
+    with pytest.raises(MismatchError, match="belongs to another run .union was"):
+        finetune_together(v_pipe, other, [pictured], steps=2, resume=tmp_path / "state", **OPTIONS)
+
+
+def test_a_mask_without_neurons_is_not_tuned(v_pipe, both):
+    space = KVSpace(v_pipe)
+    nothing = ConceptNeurons(space.layout, [], [], model_fingerprint(v_pipe), subject="nothing")
+    with pytest.raises(ConeslabError, match="mask of 'nothing' has no neurons: there is nothing to tune"):
+        finetune_together(v_pipe, nothing, both, **OPTIONS)
 
 
 def test_additivity_is_that_of_the_outputs(v_pipe, found, both):

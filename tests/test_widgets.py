@@ -616,3 +616,29 @@ def test_a_start_outside_the_limits_is_refused(v_pipe: Any) -> None:
         playground(v_pipe, sampler_steps=100)
     with pytest.raises(ConeslabError, match="prompt is empty"):
         playground(v_pipe, prompt="")
+
+
+def test_a_folder_may_hold_what_is_no_file_and_names_that_are_no_text(v_pipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "link.safetensors").symlink_to("nothing")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "\udcff$x$.safetensors").write_bytes(b"x")
+    view = playground(v_pipe, tmp_path, **SMALL)
+    assert [value for _, value in view.controls["edit"].options] == ["", "folder", "link", "�$x$"]
+    for name, said in (
+        ("link", "a link to nothing"),
+        ("folder", "is a folder"),
+        ("�$x$", "not a complete"),
+    ):
+        view.controls["edit"].value = name
+        view.draw()
+        assert said in html.unescape(view.status.value)
+        view.status.value.encode()  # as it is sent to the browser
+
+
+def test_names_of_edits_are_no_formulas_and_long_words_no_prompt(v_pipe: Any) -> None:
+    edit = Stretch(8.0)
+    object.__setattr__(edit, "settings", {"prompt": "word " * 1000})
+    view = playground(v_pipe, {r"$\frac <cat*>$": edit}, **SMALL)
+    assert view.draw(), view.status.value
+    assert view.controls["prompt"].value == "a cat on the beach"
+    assert all(len(label) < 100 for label, _ in view.controls["edit"].options)

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -107,7 +108,7 @@ def _versions() -> Iterator[Finding]:
     if shown:
         yield Finding("libraries", ", ".join(shown))
     for need, text in wrong.items():
-        mend = f"{sys.executable} -m pip install '{need.name}{need.specifier}'"
+        mend = shlex.join([sys.executable, "-m", "pip", "install", f"{need.name}{need.specifier}"])
         yield Finding("library", f"{need.name} {text}", "problem", mend)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,19 +14,24 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
-from ..errors import ArgumentError, ConeslabError, ConeslabWarning
+from ..errors import ConeslabError, ConeslabWarning
+from ..files import write_json, write_whole
 from . import reproduce, use
+from .options import free_path, require_text, silence
 
 _EPILOG = """\
-Exit codes: 0 success; 1 something is wrong with the input, the files or the installation, and stderr says what;
-2 the command was not understood, or a value in it makes no sense; 130 interrupted. --json prints one JSON object to
-stdout, with messages on stderr, or writes it to a file.
+Exit codes: 0 success; 1 the command ran, and what it found is bad (doctor); 2 it could not be done as asked, and stderr
+says in a sentence what was given, what was expected and what to do; 130 interrupted; 141 nobody read on. --json prints
+one JSON object to stdout, with messages on stderr, or writes it to a file. CONESLAB_TRACEBACK=1 shows where an error
+came from.
 
   coneslab doctor                                    is everything there, and what will be slow?
   coneslab tour                                      find neurons, shut them, look: one minute
   coneslab find cat --out cat.safetensors
   coneslab generate "a sks cat in the snow" --edit cat.safetensors --out pictures
 """
+_CLOSED = 141  # as a shell reports a program that wrote to a closed pipe
+_IN_ASCII = {"→": "->", "“": '"', "”": '"', "…": "...", "×": "x", "–": "-", "−": "-", "·": "*", "Δ": "d"}  # noqa: RUF001
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +57,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, ConeslabWarning):
-                print(f"coneslab: {message}", file=sys.stderr)
+                _told(str(message))
             else:
                 before(message, category, *where, **more)
 
@@ -58,24 +66,69 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors that coneslab raises on purpose are printed without a traceback."""
-    options = parser().parse_args(arguments)
+    """Run one command and return its exit code; errors are told in one sentence, without a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    resumes = False
     try:
-        with _warnings_in_one_line():
-            found = options.run(options)
-        where = getattr(options, "json", None)
-        if where:
-            text = json.dumps(found, indent=1) + "\n"
-            if where == "-":
-                sys.stdout.write(text)
-            else:
-                with open(where, "w", encoding="utf-8") as file:
-                    file.write(text)
-    except (ConeslabError, OSError) as error:
-        print(f"coneslab: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
+        _print_anything()
+        require_text(given)
+        options = parser().parse_args(given)
+        resumes = getattr(options, "resumes", False)
+        return _run(options)
+    except BrokenPipeError:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            silence(stream)
+        return _CLOSED
     except KeyboardInterrupt:
         more = "; what was saved is kept, and the same command continues from there"
-        print(f"coneslab: interrupted{more if getattr(options, 'resumes', False) else ''}", file=sys.stderr)
-        return 130
+        return _told(f"interrupted{more if resumes else ''}", 130)
+    except (ConeslabError, OSError) as error:
+        _trace()
+        return _told(str(error), 2)
+    except Exception as error:
+        _trace()
+        return _told(f"something unforeseen went wrong ({type(error).__name__}: {error}); please report it", 2)
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:  # nobody reads on, or the disk is full
+                silence(stream)
+
+
+def _run(options: argparse.Namespace) -> int:
+    where = getattr(options, "json", None)
+    file = free_path(where, options, option="--json") if where and where != "-" else None
+    with _warnings_in_one_line():
+        found: Any = options.run(options)
+    if file is not None and getattr(options, "read_again", False):
+        write_json(file, found)
+    elif where:
+        text = json.dumps(found, indent=1) + "\n"
+        sys.stdout.write(text) if file is None else write_whole(file, text.encode())
     return int(not found["ok"]) if isinstance(found, dict) and "ok" in found else 0
+
+
+def _told(sentence: str, code: int = 0) -> int:
+    print(f"coneslab: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
+def _trace() -> None:
+    """Let the error through, with its traceback, if that is wanted."""
+    if os.environ.get("CONESLAB_TRACEBACK"):
+        raise
+
+
+def _print_anything() -> None:
+    """Let terminals that know ASCII alone show something like what they cannot show, instead of an error."""
+    codecs.register_error("coneslab", _like)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="coneslab")
+
+
+def _like(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join(_IN_ASCII.get(letter, ascii(letter)[1:-1]) for letter in letters), error.end

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError
+from ..files import require_replaceable, require_writable, user_path
 
 Arguments = argparse.Namespace
+PIPELINE = "model_index.json"  # the file that every pipeline folder has
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add --json [FILE]."""
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON, to stdout or a file"
-    )
-
-
-def add_judge(parser: argparse.ArgumentParser) -> None:
-    """Add --judge."""
-    parser.add_argument("--judge", default="judge", help="a CLIP folder in the transformers format")
+# --- values -------------------------------------------------------------------------------------------
 
 
 def checked(check: Callable[..., Any], read: Callable[[str], Any] = int, **options: Any) -> Callable[[str], Any]:
@@ -44,6 +40,7 @@ def checked(check: Callable[..., Any], read: Callable[[str], Any] = int, **optio
 
 
 positive = checked(checks.count)
+positive_number = checked(checks.number, float, interval="(0, inf)")
 as_seed = checked(checks.seed)
 as_guidance_scale = checked(checks.number, float, interval=checks.GUIDANCE)
 as_dose = checked(checks.dose, float)
@@ -52,26 +49,112 @@ as_template = checked(checks.template, str)
 as_word = checked(checks.word, str)
 
 
-def teller(arguments: Arguments) -> Callable[..., None]:
-    """A print function for messages: to stderr if the JSON object goes to stdout."""
-    stream = sys.stderr if arguments.json == "-" else sys.stdout
-    return lambda *words: print(*words, file=stream, flush=True)
+def several_positive(text: str) -> list[int]:
+    """Parse positive whole numbers with commas between them, for argparse."""
+    return [positive(part) for part in text.split(",")]
+
+
+# --- options --------------------------------------------------------------------------------------------
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json [FILE], and --force for it."""
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON, to stdout or a file"
+    )
+    add_force(parser)
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add --force."""
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
+def add_judge(parser: argparse.ArgumentParser, default: str | None = "judge") -> None:
+    """Add --judge; default None tells whether it was given."""
+    parser.add_argument("--judge", default=default, help="a CLIP folder in the transformers format")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
 
 
 def add_common(parser: argparse.ArgumentParser, out: str, drawing: bool = True) -> None:
     """Add the options of every command that uses a pipeline. out: the help of --out; drawing: whether it draws."""
     parser.add_argument("--model", default="tiny", help='"tiny", a pipeline folder, or a hub id (default: tiny)')
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add_device(parser)
     parser.add_argument("--seed", type=as_seed, default=0, help="random seed (default: 0)")
     if drawing:
         parser.add_argument("--sampler-steps", type=positive, default=25, help="steps per picture (default: 25)")
         parser.add_argument(
             "--guidance-scale", type=as_guidance_scale, default=3.0, help="guidance scale (default: 3.0)"
         )
-    parser.add_argument("--out", type=Path, help=out)
-    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+    parser.add_argument("--out", type=user_path, help=out)
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     add_json(parser)
+
+
+# --- arguments ---------------------------------------------------------------------------------------
+
+
+def require_text(arguments: list[str]) -> None:
+    """Raise ConeslabError for an argument with bytes that are no text, which no prompt, name or report can hold."""
+    for number, argument in enumerate(arguments, 1):
+        if not _is_text(argument):
+            raise ConeslabError(
+                f"argument {number} has bytes that are no UTF-8 text ({ascii(argument)}): type it anew, or rename the "
+                "file or folder"
+            )
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def unused(arguments: Arguments, *names: str) -> str:
+    """Those of these options that were given, with their dashes and commas between; empty if none was.
+
+    They must have no default (`argparse.SUPPRESS`, None, False or an empty list), or all would count as given.
+    """
+    values = {name: getattr(arguments, name, None) for name in names}
+    given = [name for name, value in values.items() if value is not None and value is not False and value != []]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def refuse_unused(arguments: Arguments, where: str, *names: str) -> None:
+    """Raise ConeslabError if one of these options was given, which has no effect here: where says where."""
+    if given := unused(arguments, *names):
+        raise ConeslabError(f"{given} has no effect {where}: leave it out")
+
+
+# --- what they do ---------------------------------------------------------------------------------------
+
+
+def teller(arguments: Arguments) -> Callable[..., None]:
+    """A print function for messages: to stderr if the JSON object goes to stdout.
+
+    When nobody reads what is printed any more, as after `| head`, the work goes on without.
+    """
+    stream = sys.stderr if getattr(arguments, "json", None) == "-" else sys.stdout
+
+    def say(*words: Any) -> None:
+        try:
+            print(*words, file=stream, flush=True)
+        except BrokenPipeError:
+            silence(stream)
+
+    return say
+
+
+def silence(stream: TextIO) -> None:
+    """Let a stream whose pipe is closed lead nowhere, or Python would complain at its end."""
+    with suppress(OSError):  # it has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def load_pipeline(arguments: Arguments) -> Any:
@@ -87,17 +170,34 @@ def load_pipeline(arguments: Arguments) -> Any:
     return diffusion.load(arguments.model, device=arguments.device)
 
 
-def free_path(path: Path, arguments: Arguments) -> Path:
-    """A path that may be written; creates its folder. Raises ConeslabError if the path already exists."""
-    if path.exists() and not arguments.force:
-        raise ConeslabError(f"{path} already exists: name another with --out, or overwrite it with --force")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def free_path(
+    path: str | Path, arguments: Arguments, *, option: str = "--out", ending: str = "", mark: str = ""
+) -> Path:
+    """A path that may be written, checked before work begins.
+
+    option: that names it; ending: that it must have; mark: for a folder that is written as a whole, see
+    `files.require_replaceable`. Raises ConeslabError if it exists (and --force was not given), cannot be written, ends
+    otherwise, or is to be written twice.
+    """
+    path = require_replaceable(path, mark) if mark and arguments.force else require_writable(path, folder=bool(mark))
+    if path.suffix.lower() != ending and ending:
+        raise ConeslabError(f"{path} does not end in {ending}, as what is written there should: name another {option}")
+    if (path.is_file() or path.is_dir() or path.is_symlink()) and not arguments.force:
+        raise ConeslabError(f"{path} already exists: name another with {option}, or overwrite it with --force")
+    if path.absolute() in (claimed := vars(arguments).setdefault("claimed", set())):
+        raise ConeslabError(f"{path} would be written twice: name another with {option}")
+    claimed.add(path.absolute())
     return path
 
 
 def file_name(text: str) -> str:
     """A text as a file name, without characters that some systems refuse."""
     return re.sub(r"[^\w.]+", "-", text.strip()).strip("-.")[:60] or "unnamed"
+
+
+def command(*words: Any) -> str:
+    """A command to type, with everything quoted that a shell would take apart."""
+    return shlex.join(["coneslab", *map(str, words)])
 
 
 def drawing_options(arguments: Arguments) -> dict[str, Any]:

@@ -4,37 +4,83 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from .. import checks
-from ..errors import ConeslabError
-from .options import add_json, add_judge, as_guidance_scale, as_seed, checked, positive, teller
+from ..errors import ArgumentError, ConeslabError
+from ..files import data_folder, require_writable, user_path
+from .options import (
+    add_device,
+    add_force,
+    add_json,
+    add_judge,
+    as_guidance_scale,
+    as_seed,
+    checked,
+    free_path,
+    positive,
+    positive_number,
+    refuse_unused,
+    several_positive,
+    teller,
+)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
     import signal
 
     from .. import pretraining  # torch and diffusers take seconds to import, which --help should not
+    from ..measure.judge import judge_source
     from ..pretraining.recipe import load_recipe
 
+    stages = _stages(arguments)
     for sign in (signal.SIGINT, signal.SIGTERM):  # a run under nohup would ignore SIGINT; both save a checkpoint
         signal.signal(sign, signal.default_int_handler)
-    stages = {
-        "vae": ("vae",),
-        "decoder": ("decoder",),
-        "unet": ("unet",),
-        "judge": ("judge",),
-        "export": (),
-        "all": ("vae", "unet", "judge", "decoder"),
-    }[arguments.model]
-    if arguments.decoder_only:
-        stages = ("decoder",)
-    pretraining.train(arguments.runs, stages, recipe=load_recipe(arguments.set), minutes=arguments.minutes)
+    say, exports = teller(arguments), arguments.model in ("export", "all")
+    recipe = load_recipe(arguments.set)
+    if arguments.judge:
+        judge_source(arguments.judge)
+    if exports:
+        require_writable(arguments.models or data_folder() / "models", folder=True)
+    pretraining.train(arguments.runs, stages, recipe=recipe, minutes=arguments.minutes)
     if arguments.trial:
-        print(pretraining.note_trial(arguments.trial, arguments.runs, stages[-1], arguments.set, judge=arguments.judge))
-    if arguments.model in ("export", "all"):
-        print(f"written: {pretraining.export(arguments.runs, arguments.models)}")
+        say(pretraining.note_trial(arguments.trial, arguments.runs, stages[-1], arguments.set, judge=arguments.judge))
+    if exports:
+        say(f"written: {pretraining.export(arguments.runs, arguments.models)}")
+
+
+_STAGES = {
+    "vae": ("vae",),
+    "decoder": ("decoder",),
+    "unet": ("unet",),
+    "judge": ("judge",),
+    "export": (),
+    "all": ("vae", "unet", "judge", "decoder"),
+}
+
+
+def _stages(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The stages to train. Raises ConeslabError for options that have no effect on them."""
+    model = arguments.model
+    where, stages = f"with pretrain {model}", _STAGES[model]
+    if model not in ("vae", "decoder"):
+        refuse_unused(arguments, where, "decoder_only")
+    elif arguments.decoder_only:
+        stages = ("decoder",)
+    if model not in ("export", "all"):
+        refuse_unused(arguments, where, "models")
+    if model == "export":
+        refuse_unused(arguments, where, "minutes", "set")
+    if len(stages) != 1:
+        refuse_unused(arguments, f"{where}: a trial is of one stage", "trial")
+    if not arguments.trial or stages != ("unet",):
+        refuse_unused(arguments, f"{where}: it is asked about trials of the U-Net", "judge")
+    read = {*stages, *(["vae"] if "decoder" in stages else [])}
+    for text in arguments.set:
+        section = text.partition(".")[0].strip()
+        if section in _STAGES and section not in read:
+            raise ConeslabError(f"--set {text} has no effect {where}, which reads {' and '.join(sorted(read))}")
+    return stages
 
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:
@@ -46,12 +92,10 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
         help="decoder: train only the autoencoder's decoder further, its latents stay the same; export: copy the "
         "trained models to the folder of shipped models; all: everything in turn",
     )
-    pretrain.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints, logs, pictures (default: runs)")
-    pretrain.add_argument("--models", type=Path, help="where to export to (default: the package's data/models)")
+    pretrain.add_argument("--runs", type=user_path, default="runs", help="checkpoints, logs, pictures (default: runs)")
+    pretrain.add_argument("--models", type=user_path, help="where to export to (default: the package's data/models)")
     pretrain.add_argument(
-        "--minutes",
-        type=checked(checks.number, float, interval="(0, inf)"),
-        help="time budget per model; its learning rate ends at 0 then",
+        "--minutes", type=positive_number, help="time budget per model; its learning rate ends at 0 then"
     )
     pretrain.add_argument(
         "--set",
@@ -66,7 +110,7 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     pretrain.set_defaults(run=_pretrain, resumes=True)
 
 
-def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int) -> None:
+def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int | None) -> None:
     """Add the options of commands that ask a judge about a pipeline's pictures. seeds, kid: their defaults."""
     parser.add_argument("--seeds", type=positive, default=seeds, help="pictures per prompt, each in a different scene")
     parser.add_argument(
@@ -85,7 +129,7 @@ def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int) -> Non
         default="shipped",
         help="new: the world with variety, which the next model is trained on",
     )
-    parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+    add_device(parser)
 
 
 def _world(arguments: argparse.Namespace) -> Any:
@@ -96,8 +140,14 @@ def _world(arguments: argparse.Namespace) -> Any:
 
 def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     from .. import diffusion, measure
+    from ..diffusion.pipelines import source_of
 
+    if arguments.folder == "judge":
+        names = ("sampler_steps", "guidance_scale", "bars_only", "kid", "batch_size", "device")
+        refuse_unused(arguments, "on the judge, for which nothing is drawn", *names)
     place = _world(arguments)
+    if arguments.folder != "judge":
+        source_of(arguments.folder)
     judge = measure.load_judge(arguments.judge)
     report = (
         measure.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed, world=place)
@@ -106,13 +156,13 @@ def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
             diffusion.load(arguments.folder, device=arguments.device),
             judge,
             seeds=arguments.seeds,
-            sampler_steps=arguments.sampler_steps,
-            guidance_scale=arguments.guidance_scale,
+            sampler_steps=getattr(arguments, "sampler_steps", 25),
+            guidance_scale=getattr(arguments, "guidance_scale", 3.0),
             limit=arguments.limit,
             extras=not arguments.bars_only,
-            kid_pictures=arguments.kid,
+            kid_pictures=arguments.kid or 0,
             world=place,
-            batch_size=arguments.batch_size,
+            batch_size=getattr(arguments, "batch_size", 16),
             seed=arguments.seed,
         )
     )
@@ -129,19 +179,25 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
     )
     evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
     add_judge(evaluate)
-    _add_asking(evaluate, seeds=8, kid=0)
-    evaluate.add_argument("--sampler-steps", type=positive, default=25, help="sampler steps per picture")
-    evaluate.add_argument("--guidance-scale", type=as_guidance_scale, default=3.0)
+    _add_asking(evaluate, seeds=8, kid=None)
+    unset = argparse.SUPPRESS
+    evaluate.add_argument("--sampler-steps", type=positive, default=unset, help="steps per picture (default: 25)")
+    evaluate.add_argument(
+        "--guidance-scale", type=as_guidance_scale, default=unset, help="guidance scale (default: 3.0)"
+    )
     evaluate.add_argument("--bars-only", action="store_true", help="leave out art style and colour")
-    evaluate.add_argument("--batch-size", type=positive, default=16)
+    evaluate.add_argument("--batch-size", type=positive, default=unset, help="pictures at a time (default: 16)")
     evaluate.add_argument("--seed", type=as_seed, default=0)
     add_json(evaluate)
-    evaluate.set_defaults(run=_evaluate_model)
+    evaluate.set_defaults(run=_evaluate_model, read_again=True)
 
 
 def _experiment(arguments: argparse.Namespace) -> None:
     from .. import diffusion, experiments, measure
 
+    subjects = _listed(arguments.subjects)
+    experiments.require_experiment(arguments.name, subjects, arguments.out)
+    require_writable(arguments.masks, folder=True)
     setting = experiments.Setting(
         diffusion.load(arguments.model, device=arguments.device),
         measure.load_judge(arguments.judge),
@@ -150,11 +206,15 @@ def _experiment(arguments: argparse.Namespace) -> None:
         pictures=arguments.pictures,
         masks=arguments.masks,
     )
-    subjects = arguments.subjects.split(",") if arguments.subjects else None
     table = experiments.run_experiment(
         arguments.name, setting, subjects=subjects, seeds=arguments.seeds, path=arguments.out
     )
-    print(experiments.summarise(table).round(4).to_string(index=False))
+    teller(arguments)(experiments.summarise(table).round(4).to_string(index=False))
+
+
+def _listed(text: str | None) -> list[str] | None:
+    """The entries of a comma-separated list, or None if it was not given."""
+    return None if text is None else [part.strip() for part in text.split(",")]
 
 
 def _add_experiment(commands: argparse._SubParsersAction) -> None:
@@ -176,50 +236,70 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     experiment.add_argument("--rounds", type=positive, default=60, help="rounds of a search")
     experiment.add_argument("--finetune-steps", type=positive, default=100, help="steps of K-V fine-tuning (controls)")
     experiment.add_argument("--pictures", type=positive, default=1, help="pictures per prompt")
-    experiment.add_argument("--masks", type=Path, default=Path("runs/masks"), help="where found neurons are kept")
-    experiment.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
-    experiment.add_argument("--out", type=Path, help="the table (default: its place in data/results)")
+    experiment.add_argument("--masks", type=user_path, default="runs/masks", help="where found neurons are kept")
+    add_device(experiment)
+    experiment.add_argument("--out", type=user_path, help="the table (default: its place in data/results)")
     experiment.set_defaults(run=_experiment, resumes=True)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
     from .. import experiments
+    from ..diffusion.pipelines import source_of
     from ..experiments.methods import METHODS
+    from ..measure.judge import judge_source
 
-    try:
-        settings = dict(json.loads(arguments.settings))
-    except (ValueError, TypeError) as error:
-        raise ConeslabError(f'--settings is {arguments.settings!r}: give JSON such as {{"steps": 50}}') from error
+    say, settings = teller(arguments), _settings(getattr(arguments, "settings", "{}"))
+    if arguments.tune:
+        names = ("counts", "subjects", "seeds", "pictures", "settings", "out")
+        refuse_unused(arguments, "with --tune, which has subjects and a table of its own", *names)
+    if arguments.subjects:
+        refuse_unused(arguments, "with --subjects, which names the combinations as well", "counts")
+    if arguments.scheduler:
+        refuse_unused(arguments, "with --scheduler, which has its own workers", "workers", "threads")
+    workers, threads = getattr(arguments, "workers", 1), getattr(arguments, "threads", 2)
+    counts = getattr(arguments, "counts", (1, 2, 3, 4))
     methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
+    subjects = _listed(arguments.subjects)
+    experiments.require_comparison(arguments.out, methods, counts, subjects, arguments.kept)
+    source_of(arguments.model)
+    judge_source(arguments.judge)
     common = {
         "methods": methods,
         "model": arguments.model,
         "judge": arguments.judge,
         "folder": arguments.kept,
     }
-    print(f"{arguments.scheduler or f'{arguments.workers} worker(s) with {arguments.threads} threads each'}")
-    with experiments.dask_client(arguments.scheduler, workers=arguments.workers, threads=arguments.threads) as client:
+    say(f"{arguments.scheduler or f'{workers} worker(s) with {threads} threads each'}")
+    with experiments.dask_client(arguments.scheduler, workers=workers, threads=threads) as client:
         if arguments.tune:
-            print(json.dumps(experiments.tune_methods(client=client, **common), indent=1))
+            say(json.dumps(experiments.tune_methods(client=client, **common), indent=1))
             return
         table = experiments.compare_methods(
             arguments.out,
-            counts=arguments.counts,
-            seeds=arguments.seeds,
-            subjects=arguments.subjects.split(",") if arguments.subjects else None,
-            pictures=arguments.pictures,
+            counts=counts,
+            seeds=getattr(arguments, "seeds", 3),
+            subjects=subjects,
+            pictures=getattr(arguments, "pictures", 2),
             settings=settings,
             client=client,
             **common,
         )
-    print(experiments.paper_table(table).to_string())
-    if "error" in table and table.error.notna().any():
-        raise ConeslabError(f"{int(table.error.notna().sum())} cells failed; the same command retries them")
+    failed = table[table.error.notna()] if "error" in table else table[:0]
+    if len(failed) < len(table):
+        say(experiments.paper_table(table).to_string())
+    if len(failed):
+        which = f"{len(failed)} cells" if len(failed) < len(table) else f"all {len(table)} cells"
+        raise ConeslabError(f"{which} failed, the first with “{failed.error.iloc[0]}”; the same command tries again")
 
 
-def _counts(text: str) -> list[int]:
-    """Parse numbers of subjects, such as 1,2, for argparse."""
-    return [positive(one) for one in text.split(",")]
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConeslabError(f'--settings is {text!r}: give JSON such as {{"steps": 50}}') from error
+    if not isinstance(found, dict):
+        raise ConeslabError(f'--settings is {text!r}: give a JSON object such as {{"steps": 50}}')
+    return found
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -231,35 +311,45 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
     compare.add_argument("--methods", help="semicolon-separated names from coneslab.experiments.METHODS (default: all)")
     compare.add_argument("--tune", action="store_true", help="choose each method's settings on the tuning subjects")
-    compare.add_argument("--counts", type=_counts, default="1,2,3,4", help="numbers of subjects in a picture")
+    unset = argparse.SUPPRESS  # so that those without effect are known to have been given
+    compare.add_argument(
+        "--counts", type=several_positive, default=unset, help="numbers of subjects in a picture (default: 1,2,3,4)"
+    )
     compare.add_argument("--subjects", help='comma-separated names and combinations, such as "cat,dog+house"')
-    compare.add_argument("--seeds", type=positive, default=3)
-    compare.add_argument("--pictures", type=positive, default=2, help="pictures per prompt")
+    compare.add_argument("--seeds", type=positive, default=unset, help="seeds per subject (default: 3)")
+    compare.add_argument("--pictures", type=positive, default=unset, help="pictures per prompt (default: 2)")
     compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(compare)
     compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
-    compare.add_argument("--workers", type=positive, default=1, help="processes of the cluster on this machine")
-    compare.add_argument("--threads", type=positive, default=2, help="threads in each process")
-    compare.add_argument("--settings", default="{}", help='settings of all methods, as JSON, such as {"steps": 50}')
-    compare.add_argument("--kept", type=Path, default=Path("runs/kept"), help="where edits of single subjects are kept")
-    compare.add_argument("--out", type=Path, help="the table (default: data/results/methods.csv)")
+    compare.add_argument(
+        "--workers", type=positive, default=unset, help="processes of the cluster on this machine (default: 1)"
+    )
+    compare.add_argument("--threads", type=positive, default=unset, help="threads in each process (default: 2)")
+    compare.add_argument(
+        "--settings", default=unset, help='settings of all methods, as JSON, such as {"steps": 50} (default: none)'
+    )
+    compare.add_argument("--kept", type=user_path, default="runs/kept", help="where edits of single subjects are kept")
+    compare.add_argument("--out", type=user_path, help="the table (default: data/results/methods.csv)")
     compare.set_defaults(run=_compare, resumes=True)
 
 
 def _compare_samplers(arguments: argparse.Namespace) -> None:
     from .. import diffusion, measure
+    from ..diffusion.pipelines import source_of
 
     choices = []
     for text in arguments.sampler:
         name, *numbers = text.split(",")
         try:
-            steps, scale, first, last = [float(n) for n in numbers] + [3.0, 0.0, 1.0][len(numbers) - 1 :]
-        except ValueError as error:
-            raise ConeslabError(
+            scale, first, last = [float(n) for n in numbers[1:]] + [3.0, 0.0, 1.0][len(numbers[1:]) :]
+            steps = positive(numbers[0])
+        except (ValueError, IndexError, argparse.ArgumentTypeError) as error:
+            raise ArgumentError(
                 f"--sampler is {text!r}: give NAME,STEPS[,GUIDANCE[,FROM,TO]], such as UniPC,10,3,0,0.8"
             ) from error
-        whole: Any = int(steps) if steps.is_integer() else steps
-        choices.append(measure.Sampler(name, whole, scale, (first, last)))
+        choices.append(measure.Sampler(name, steps, scale, (first, last)))
+    out = None if arguments.out is None else free_path(arguments.out, arguments, ending=".csv")
+    source_of(arguments.folder)
     table = measure.compare_samplers(
         diffusion.load(arguments.folder, device=arguments.device),
         measure.load_judge(arguments.judge),
@@ -268,9 +358,9 @@ def _compare_samplers(arguments: argparse.Namespace) -> None:
         limit=arguments.limit,
         kid_pictures=arguments.kid,
         world=_world(arguments),
-        out=arguments.out,
+        out=out,
     )
-    print(table.to_string(index=False))
+    teller(arguments)(table.to_string(index=False))
 
 
 def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
@@ -290,20 +380,21 @@ def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
         help='repeatable; names: "DDIM", "DPM-Solver++ 2M", "UniPC"; FROM, TO: shares of the schedule with guidance',
     )
     _add_asking(compare, seeds=2, kid=512)
-    compare.add_argument("--out", type=Path, help="the table, written after each sampler")
+    compare.add_argument("--out", type=user_path, help="the table, written after each sampler")
+    add_force(compare)
     compare.set_defaults(run=_compare_samplers, resumes=False)
 
 
 def _build_stickers(arguments: argparse.Namespace) -> None:
     from ..new_world import DATA, atlas
 
-    print(f"written: {atlas.build_atlas(arguments.node_modules, DATA)}")
+    teller(arguments)(f"written: {atlas.build_atlas(arguments.node_modules, DATA)}")
 
 
 def _add_build_stickers(commands: argparse._SubParsersAction) -> None:
     """`coneslab build-stickers NODE_MODULES`: the sprite atlas, for maintainers."""
     build = commands.add_parser("build-stickers", help="for maintainers: draw the sprite atlas from the emoji packages")
-    build.add_argument("node_modules", type=Path, help="the node_modules folder that holds the art packages")
+    build.add_argument("node_modules", type=user_path, help="the node_modules folder that holds the art packages")
     build.set_defaults(run=_build_stickers)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConeslabError
+from ..files import replacing, replacing_folder, seal_folder, user_path, write_whole
 from .options import (
+    PIPELINE,
     Arguments,
     add_common,
+    add_device,
     add_json,
     add_judge,
     as_dose,
@@ -25,42 +29,54 @@ from .options import (
     as_template,
     as_text,
     as_word,
+    command,
     drawing_options,
     file_name,
     free_path,
     load_pipeline,
     positive,
+    refuse_unused,
     teller,
+    unused,
 )
 
 if TYPE_CHECKING:
     from ..diffusion.pipelines import Pipeline
 
+EDIT, FIGURE = ".safetensors", ".png"  # what files of edits, and figures, end in
 ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune")
 
 
 # --- what commands share --------------------------------------------------------------------------------
 
 
-def _subject(arguments: Arguments, pipe: Pipeline) -> Any:
-    """A subject of the sticker world by name, or your own from a folder of pictures."""
-    from ..world.subjects import subject
+def _subject(arguments: Arguments, resolution: int | None = None) -> Any:
+    """A subject of the sticker world by name, or your own from a folder of pictures, of this many pixels."""
+    from ..world.subjects import subject, subject_from_folder
 
-    if not Path(arguments.subject).is_dir():
+    if not _is_folder(arguments.subject, "a subject of the sticker world"):
+        refuse_unused(arguments, "on a subject of the sticker world (for yours, give a folder)", "class_word", "token")
         return subject(arguments.subject)
     if not arguments.class_word:
         raise ConeslabError(f"{arguments.subject} is a folder: say with --class-word what its pictures show, e.g. cat")
-    token = {"token": arguments.token} if arguments.token else {}
-    return _from_folder(arguments.subject, arguments.class_word, pipe, **token)
+    options: dict[str, Any] = {"token": arguments.token} if arguments.token else {}
+    options |= {"resolution": resolution} if resolution else {}
+    return subject_from_folder(arguments.subject, arguments.class_word, **options)
 
 
-def _from_folder(folder: str, class_word: str, pipe: Pipeline, **options: Any) -> Any:
-    """A subject with the folder's pictures in the pipeline's size."""
+def _is_folder(given: str, instead: str) -> bool:
+    """Whether a folder is meant. Raises ConeslabError for a file."""
+    path = user_path(given)
+    if path.is_file():
+        raise ConeslabError(f"{given} is a file: give a folder of pictures, or {instead}")
+    return path.is_dir()
+
+
+def _resolution(pipe: Pipeline) -> int:
+    """The size of the pipeline's pictures, in pixels."""
     from ..diffusion.encoding import latent_shape
-    from ..world.subjects import subject_from_folder
 
-    size = latent_shape(pipe)[1] * pipe.vae_scale_factor
-    return subject_from_folder(folder, class_word, resolution=size, **options)
+    return latent_shape(pipe)[1] * pipe.vae_scale_factor
 
 
 def _edits(paths: Sequence[Path]) -> list[Any]:
@@ -86,13 +102,16 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
 
     say, folder = teller(arguments), arguments.out or Path("tour")
     subject = world.subject(arguments.subject)
-    figure_file, edit_file = (
-        free_path(folder / name, arguments) for name in ("tour.png", f"{subject.name}.safetensors")
-    )
+    figure_file, edit_file = (free_path(folder / name, arguments) for name in ("tour.png", f"{subject.name}{EDIT}"))
     pipe, start = load_pipeline(arguments), time.perf_counter()
     say(f"1. The subject: {len(subject.images)} pictures of “{subject.phrase}”, which the model has never seen.")
     found = find_concept_neurons(
-        pipe, subject, rounds=arguments.rounds, seed=arguments.seed, progress=not arguments.quiet
+        pipe,
+        subject,
+        rounds=arguments.rounds,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+        **drawing_options(arguments),
     ).binary()
     seconds = time.perf_counter() - start
     say(f"2. Its concept neurons: {len(found):,} of {found.n:,} key and value weights, in {seconds:.0f} s.")
@@ -104,12 +123,12 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
     figure = plots.picture_grid(
         rows, row_labels=["the subject", *edits], title=f"“{subject.prompt}” with neurons shut", size=1.4
     )
-    figure_file.write_bytes(plots.to_png(figure))
+    write_whole(figure_file, plots.to_png(figure))
     found.save(edit_file)
     say(
         f"3. Shut them and draw “{subject.prompts[0]}”, and others: {figure_file} has the pictures beside the controls."
     )
-    say(f"   {edit_file} keeps the neurons: coneslab generate {subject.prompts[0]!r} --edit {edit_file}")
+    say(f"   {edit_file} keeps the neurons: {command('generate', subject.prompts[0], '--edit', edit_file)}")
     say("4. Why it works, and whether it holds: notebooks/00_tour.ipynb (make lab).")
     return {
         "subject": subject.name,
@@ -128,10 +147,10 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
 def _find(arguments: Arguments) -> dict[str, Any]:
     from ..neurons.search import find_concept_neurons
 
-    say, name = teller(arguments), file_name(Path(arguments.subject).name)
-    path = free_path(arguments.out or Path(f"{name}.safetensors"), arguments)
+    say, name = teller(arguments), _subject(arguments).name
+    path = free_path(arguments.out or f"{file_name(name)}{EDIT}", arguments, ending=EDIT)
     pipe = load_pipeline(arguments)
-    subject, start = _subject(arguments, pipe), time.perf_counter()
+    subject, start = _subject(arguments, _resolution(pipe)), time.perf_counter()
     found = find_concept_neurons(
         pipe,
         subject,
@@ -144,8 +163,9 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     found.save(path)
     say(found)
+    _say_if_nothing_is_shut(say, found)
     say(f"written: {path}, {path.stat().st_size:,} bytes, in {seconds:.0f} s")
-    say(f"try it:  coneslab generate {subject.prompts[0]!r} --edit {path}")
+    say(f"try it:  {command('generate', subject.prompts[0], '--edit', path)}")
     layers = {row["layer"]: row["shut"] for row in found.per_layer()}
     return {
         "subject": subject.name,
@@ -159,6 +179,11 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     }
 
 
+def _say_if_nothing_is_shut(say: Callable[..., None], edit: Any) -> None:
+    if hasattr(edit, "shut") and not len(edit.shut()):
+        say("no neuron is shut, so the edit does nothing: search for more rounds")
+
+
 # --- generate and apply ---------------------------------------------------------------------------------
 
 
@@ -168,26 +193,28 @@ def _generate(arguments: Arguments) -> dict[str, Any]:
     from ..diffusion.sampling import generate
 
     say, folder = teller(arguments), arguments.out or Path("pictures")
+    if not arguments.edit:
+        refuse_unused(arguments, "without --edit", "dose")
+    dose = 1.0 if arguments.dose is None else arguments.dose
     prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.pictures)]
     seeds = [arguments.seed + number for _ in arguments.prompts for number in range(arguments.pictures)]
-    files = [
-        free_path(folder / f"{file_name(prompt)}_{seed}.png", arguments)
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
-    if len(set(files)) < len(files):
+    names = [f"{file_name(prompt)}_{seed}{FIGURE}" for prompt, seed in zip(prompts, seeds, strict=True)]
+    if len(set(names)) < len(names):
         raise ConeslabError("a prompt was given twice, or two differ only in punctuation: give each once")
+    files = [free_path(folder / name, arguments) for name in names]
     edits, pipe = _edits(arguments.edit), load_pipeline(arguments)
     with ExitStack() as stack:
         for edit in edits:
-            stack.enter_context(edit.applied(pipe, dose=arguments.dose))
+            stack.enter_context(edit.applied(pipe, dose=dose))
         made = generate(pipe, prompts, seed=seeds, progress=not arguments.quiet, **drawing_options(arguments))
     written = []
     for picture, prompt, seed, file in zip(made, prompts, seeds, files, strict=True):
         facts = {"prompt": prompt, "seed": seed, "model": arguments.model, **drawing_options(arguments)}
-        facts |= {"edits": [str(path) for path in arguments.edit], "dose": arguments.dose}
+        facts |= {"edits": [str(path) for path in arguments.edit], "dose": dose}
         note = PngInfo()
         note.add_itxt("coneslab", json.dumps(facts))
-        picture.save(file, pnginfo=note)
+        with replacing(file) as unfinished:
+            picture.save(unfinished, "PNG", pnginfo=note)
         written.append({"file": str(file), **facts})
         say(f"written: {file}")
     return {"pictures": written}
@@ -198,10 +225,13 @@ def _apply(arguments: Arguments) -> dict[str, Any]:
     from ..show import plots
 
     say = teller(arguments)
-    figure_file = free_path(arguments.out or Path("applied.png"), arguments)
-    folder = arguments.save_model and free_path(arguments.save_model, arguments)
-    edits, pipe = _edits(arguments.edits), load_pipeline(arguments)
+    figure_file = free_path(arguments.out or f"applied{FIGURE}", arguments, ending=FIGURE)
+    folder = arguments.save_model
+    if folder:
+        folder = free_path(folder, arguments, option="--save-model", mark=PIPELINE)
+    edits = _edits(arguments.edits)
     prompts = arguments.prompt or _prompts_of(edits)
+    pipe = load_pipeline(arguments)
     seeds = [arguments.seed + number for _ in prompts for number in range(arguments.pictures)]
     asked = [prompt for prompt in prompts for _ in range(arguments.pictures)]
     options = {"seed": seeds, "progress": not arguments.quiet, **drawing_options(arguments)}
@@ -211,12 +241,14 @@ def _apply(arguments: Arguments) -> dict[str, Any]:
             stack.enter_context(edit.applied(pipe, dose=arguments.dose))
         after = generate(pipe, asked, **options)
         if folder:
-            pipe.save_pretrained(folder)
+            with replacing_folder(folder, PIPELINE) as unfinished:
+                pipe.save_pretrained(unfinished)
+                seal_folder(unfinished)
     n = arguments.pictures
     rows = [before[i : i + n] + after[i : i + n] for i in range(0, len(asked), n)]
     heads = ["untouched", *[""] * (n - 1), "with the edit", *[""] * (n - 1)]
     labels = [f"“{prompt}”" for prompt in prompts]
-    figure_file.write_bytes(plots.to_png(plots.picture_grid(rows, row_labels=labels, column_labels=heads)))
+    write_whole(figure_file, plots.to_png(plots.picture_grid(rows, row_labels=labels, column_labels=heads)))
     say(f"written: {figure_file}")
     if folder:
         say(f"written: {folder}, a pipeline with the edit in its weights, for any program that reads diffusers folders")
@@ -224,34 +256,49 @@ def _apply(arguments: Arguments) -> dict[str, Any]:
 
 
 def _prompts_of(edits: Sequence[Any]) -> list[str]:
-    """What to draw if nothing is asked for: prompts of the edits' subjects."""
+    """What to draw if nothing is asked for: two prompts of each of the edits' subjects."""
     from ..world.subjects import SUBJECTS, subject
 
-    names = [name for edit in edits for name in str(getattr(edit, "subject", "")).split("+") if name in SUBJECTS]
-    if not names:
+    names = [name for edit in edits for title in _titles(edit) for name in re.split(r"\s*[+,]\s*", title)]
+    known = [name for name in dict.fromkeys(names) if name in SUBJECTS]
+    if not known:
         raise ConeslabError("these edits do not say what to draw: give one or more with --prompt")
-    return [prompt for name in dict.fromkeys(names) for prompt in subject(name).prompts[:2]]
+    return [prompt for name in known for prompt in subject(name).prompts[:2]]
+
+
+def _titles(edit: Any) -> list[str]:
+    """The subjects of an edit as it names them, such as "cat + dog" for a union; of its parts, where it has some."""
+    parts = [*getattr(edit, "edits", ()), *filter(None, [getattr(edit, "neurons", None)])]
+    return [str(getattr(edit, "subject", "")), *(title for part in parts for title in _titles(part))]
 
 
 # --- decompose ------------------------------------------------------------------------------------------
 
 
 def _decompose(arguments: Arguments) -> dict[str, Any]:
-    from ..measure.judge import load_judge
+    from ..measure.judge import judge_source, load_judge
     from ..methods.conceptor.decomposition import decompose
     from ..methods.conceptor.image import decompose_image
+    from ..world.subjects import subject_from_folder
 
-    say, own = teller(arguments), Path(arguments.concept).is_dir()
-    path = free_path(arguments.out or Path(f"{file_name(Path(arguments.concept).name)}.safetensors"), arguments)
+    say, own = teller(arguments), _is_folder(arguments.concept, "a prompt")
+    judge_source(arguments.judge)
+    name = user_path(arguments.concept).resolve().name if own else ""
+    if own:
+        subject_from_folder(arguments.concept, "thing")  # refuses a folder that holds no pictures
+    path = free_path(arguments.out or f"{file_name(name or arguments.concept)}{EDIT}", arguments, ending=EDIT)
+    if own and (given := unused(arguments, "pictures")):
+        say(f"{given} has no effect: the pictures of the folder are used")
     pipe = load_pipeline(arguments)
     judge = load_judge(arguments.judge, device=pipe.device)
-    shown = _from_folder(arguments.concept, "thing", pipe).images if own else arguments.concept
+    size = _resolution(pipe)
+    shown = subject_from_folder(arguments.concept, "thing", resolution=size).images if own else arguments.concept
     found = decompose(
         pipe,
         shown,
         judge,
-        name=Path(arguments.concept).name if own else "",
-        pictures=arguments.pictures,
+        name=name,
+        pictures=100 if arguments.pictures is None else arguments.pictures,
         steps=arguments.steps,
         sampler_steps=arguments.sampler_steps,
         guidance_scale=arguments.guidance_scale,
@@ -261,7 +308,7 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
     found.save(path)
     words = found.top(arguments.top)
     say("\n".join([f"{'word':16} share of the sum", *(f"{word:16} {share:.3f}" for word, share in words)]))
-    say(f"written: {path}; {found.prompt!r} draws it: coneslab generate {found.prompt!r} --edit {path}")
+    say(f"written: {path}; “{found.prompt}” draws it: {command('generate', found.prompt, '--edit', path)}")
     facts = {"concept": arguments.concept, **_about_edit(found, path), "prompt": found.prompt, "words": dict(words)}
     if arguments.picture is not None:
         one = decompose_image(
@@ -284,11 +331,17 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
 
 def _ablate(arguments: Arguments) -> dict[str, Any]:
     say = teller(arguments)
-    path = free_path(arguments.out or Path(f"without-{file_name(arguments.target)}.safetensors"), arguments)
+    _require_belonging(arguments, say)
+    path = free_path(arguments.out or f"without-{file_name(arguments.target)}{EDIT}", arguments, ending=EDIT)
+    if arguments.check:
+        from ..measure.judge import judge_source
+
+        judge_source(arguments.judge or "judge")
     pipe, start = load_pipeline(arguments), time.perf_counter()
     edit = _ablated(arguments, pipe)
     seconds = time.perf_counter() - start
     edit.save(path)
+    _say_if_nothing_is_shut(say, edit)
     say(f"written: {path}, {path.stat().st_size:,} bytes, in {seconds:.0f} s")
     facts = {
         "target": arguments.target,
@@ -298,14 +351,15 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
         **_about_edit(edit, path),
     }
     if not arguments.check:
-        say(f"is it gone? coneslab ablate {arguments.target!r} {arguments.anchor!r} --check ... draws and measures")
+        say(f"is it gone? {command('ablate', arguments.target, arguments.anchor, '--check')} ... draws and measures")
         return facts
     from ..measure.judge import load_judge
     from ..methods.ablation.report import attacks, evaluate_ablation
 
-    judge = load_judge(arguments.judge, device=pipe.device)
+    judge = load_judge(arguments.judge or "judge", device=pipe.device)
     shown = (pipe, judge, edit, arguments.target, arguments.anchor)
-    options = {"pictures": arguments.check_pictures, "seed": arguments.seed, **drawing_options(arguments)}
+    pictures = 16 if arguments.check_pictures is None else arguments.check_pictures
+    options = {"pictures": pictures, "seed": arguments.seed, **drawing_options(arguments)}
     report = evaluate_ablation(*shown, others={"other": arguments.other}, progress=not arguments.quiet, **options)
     say(report.pivot(index=["group", "prompt"], columns="measure", values="value").round(3).to_string())
     back = attacks(*shown, word=arguments.target.split()[-1], **options)
@@ -315,14 +369,35 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
     return {**facts, "report": text.to_dict("records"), "attacks": back.to_dict("records")}
 
 
+def _require_belonging(arguments: Arguments, say: Callable[..., None]) -> None:
+    """Raise ConeslabError for options that another method takes; say which others have no effect on this one."""
+    method = arguments.method
+    where = f"on the method {method}"
+    if method not in ("model", "noise"):
+        refuse_unused(arguments, f"{where}: it is for the methods model and noise", "parameters")
+    if method not in ("model", "noise", "uce") and arguments.template:
+        raise ConeslabError(f"--template is for the methods model, noise and uce; {method} takes the target as it is")
+    if method != "uce" and not arguments.check:
+        refuse_unused(arguments, f"{where} without --check: only uce holds on to other prompts", "other")
+    if not arguments.check:
+        refuse_unused(arguments, "without --check", "judge", "check_pictures")
+    idle = {"uce": ("steps", "pictures"), "prune": ("steps",)}.get(method, ())
+    if given := unused(arguments, *idle):
+        say(f"{given} has no effect {where}: nothing is trained")
+    if method == "esd" and not arguments.check:
+        say(f"the anchor has no effect {where}: it takes none")
+
+
 def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     from .. import methods
     from ..methods.ablation.concept_ablation import ablate
+    from ..methods.ablation.prompts import one_pair
 
     target, anchor, method = arguments.target, arguments.anchor, arguments.method
     quiet: dict[str, Any] = {"progress": not arguments.quiet}
+    steps = 50 if arguments.steps is None else arguments.steps
     drawn: dict[str, Any] = {
-        "pictures": arguments.pictures,
+        "pictures": 64 if arguments.pictures is None else arguments.pictures,
         "seed": arguments.seed,
         "sampler_steps": arguments.sampler_steps,
         "guidance_scale": arguments.guidance_scale,
@@ -330,12 +405,11 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     templates = tuple(arguments.template) or ("{}",)
     if method == "uce":
         return methods.closed_form_edit(pipe, target, anchor, templates=templates, preserve=arguments.other)
-    if method in ("esd", "neurons", "prune") and arguments.template:
-        raise ConeslabError(f"--template is for the methods model, noise and uce; {method} takes the target as it is")
+    one_pair(pipe, target, anchor)
     if method == "esd":
-        return methods.erase(pipe, target, steps=arguments.steps, **drawn, **quiet)
+        return methods.erase(pipe, target, steps=steps, **drawn, **quiet)
     if method == "neurons":
-        return methods.ablating_neurons(pipe, target, anchor, rounds=arguments.steps, **drawn, **quiet).binary()
+        return methods.ablating_neurons(pipe, target, anchor, rounds=steps, **drawn, **quiet).binary()
     if method == "prune":
         return methods.prune_feed_forward(pipe, target, anchor, **drawn)
     return ablate(
@@ -343,8 +417,8 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
         target,
         anchor,
         objective=method,
-        parameters=arguments.parameters,
-        steps=arguments.steps,
+        parameters=arguments.parameters or "cross_attention_kv",
+        steps=steps,
         templates=templates,
         **drawn,
         **quiet,
@@ -368,22 +442,22 @@ def _doctor(arguments: Arguments) -> dict[str, Any]:
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add all commands, in the order in which they are listed."""
 
-    def command(name: str, run: Callable[[Arguments], dict[str, Any]], what: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[Arguments], dict[str, Any]], what: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
         made.set_defaults(run=run)
         return made
 
-    doctor = command("doctor", _doctor, "check versions, device and shipped models, and say what will be slow")
-    doctor.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    doctor = add("doctor", _doctor, "check versions, device and shipped models, and say what will be slow")
+    add_device(doctor)
     doctor.add_argument("--no-timing", action="store_true", help="skip the ten seconds of timing")
     add_json(doctor)
 
-    tour = command("tour", _tour, "find the neurons of a subject, shut them and draw, beside controls")
+    tour = add("tour", _tour, "find the neurons of a subject, shut them and draw, beside controls")
     tour.add_argument("--subject", default="robot", help="a subject of the sticker world (default: robot)")
     tour.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
     add_common(tour, "folder for the figure and the edit (default: tour)")
 
-    find = command("find", _find, "find the concept neurons of a subject, and save them to a file")
+    find = add("find", _find, "find the concept neurons of a subject, and save them to a file")
     find.add_argument("subject", help='one of the sticker world, such as "cat", or a folder of 3 to 10 pictures')
     find.add_argument("--class-word", type=as_text, help="what the pictures of a folder show, such as cat")
     find.add_argument("--token", type=as_word, help="the rare word that stands for the subject of a folder")
@@ -391,27 +465,31 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     find.add_argument("--precision", choices=("float32", "float16", "quaternary", "binary"), default="binary")
     add_common(find, "output file (default: SUBJECT.safetensors)")
 
-    generate = command("generate", _generate, "draw pictures for prompts, with or without edits")
+    generate = add("generate", _generate, "draw pictures for prompts, with or without edits")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
-    generate.add_argument("--edit", type=Path, action="append", default=[], metavar="FILE", help="repeatable, in order")
-    generate.add_argument("--dose", type=as_dose, default=1.0, help="dose of the edits (default: 1.0)")
+    generate.add_argument(
+        "--edit", type=user_path, action="append", default=[], metavar="FILE", help="repeatable, in order"
+    )
+    generate.add_argument("--dose", type=as_dose, help="dose of the edits (default: 1.0)")
     generate.add_argument("--pictures", type=positive, default=1, help="per prompt, with successive seeds (default: 1)")
     add_common(generate, "folder for the pictures (default: pictures)")
 
-    apply = command("apply", _apply, "draw with and without edits, from the same noise; save the edited model")
-    apply.add_argument("edits", type=Path, nargs="+", metavar="EDIT", help="edit files, applied in this order")
+    apply = add("apply", _apply, "draw with and without edits, from the same noise; save the edited model")
+    apply.add_argument("edits", type=user_path, nargs="+", metavar="EDIT", help="edit files, applied in this order")
     apply.add_argument(
         "--prompt", action="append", type=as_text, help="what to draw, repeatable (default: the subjects' prompts)"
     )
     apply.add_argument("--dose", type=as_dose, default=1.0, help="dose of the edits (default: 1.0)")
     apply.add_argument("--pictures", type=positive, default=4, help="pictures per prompt (default: 4)")
-    apply.add_argument("--save-model", type=Path, metavar="FOLDER", help="also save the pipeline with the edits in it")
+    apply.add_argument(
+        "--save-model", type=user_path, metavar="FOLDER", help="also save the pipeline with the edits in it"
+    )
     add_common(apply, "output figure (default: applied.png)")
 
-    decompose = command("decompose", _decompose, "write a concept as a weighted sum of words (Conceptor)")
+    decompose = add("decompose", _decompose, "write a concept as a weighted sum of words (Conceptor)")
     decompose.add_argument("concept", type=as_text, help='a prompt, such as "a pet", or a folder of pictures')
     decompose.add_argument("--steps", type=positive, default=500, help="training steps (default: 500)")
-    decompose.add_argument("--pictures", type=positive, default=100, help="pictures drawn for a prompt (default: 100)")
+    decompose.add_argument("--pictures", type=positive, help="pictures drawn for a prompt (default: 100)")
     decompose.add_argument("--top", type=positive, default=10, help="words to show (default: 10)")
     decompose.add_argument(
         "--picture", type=as_seed, metavar="SEED", help="also say which words this one picture needs"
@@ -419,18 +497,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_judge(decompose)
     add_common(decompose, "output file (default: CONCEPT.safetensors)")
 
-    ablate = command("ablate", _ablate, "make a model draw the anchor instead of the target, and check that it does")
+    ablate = add("ablate", _ablate, "make a model draw the anchor instead of the target, and check that it does")
     ablate.add_argument("target", type=as_text, help='what to remove, such as "a cat"')
     ablate.add_argument("anchor", type=as_text, help='what to draw instead, such as "a dog"')
     ablate.add_argument("--method", choices=ABLATIONS, default="model", help="(default: model)")
     ablate.add_argument(
         "--parameters",
         choices=("cross_attention_kv", "attention", "embedding", "all"),
-        default="cross_attention_kv",
         help="what the methods model and noise train (default: cross_attention_kv)",
     )
-    ablate.add_argument("--steps", type=positive, default=50, help="training steps; for neurons, rounds (default: 50)")
-    ablate.add_argument("--pictures", type=positive, default=64, help="of the anchor, to train on (default: 64)")
+    ablate.add_argument("--steps", type=positive, help="training steps; for neurons, rounds (default: 50)")
+    ablate.add_argument("--pictures", type=positive, help="of the anchor, to train on (default: 64)")
     ablate.add_argument(
         "--template", action="append", type=as_template, default=[], help='a caption for both, such as "{} at night"'
     )
@@ -438,6 +515,6 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--other", action="append", type=as_text, default=[], help="a prompt that should stay as it is, repeatable"
     )
     ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else is lost")
-    ablate.add_argument("--check-pictures", type=positive, default=16, help="per prompt of the check (default: 16)")
-    add_judge(ablate)
+    ablate.add_argument("--check-pictures", type=positive, help="per prompt of the check (default: 16)")
+    add_judge(ablate, default=None)
     add_common(ablate, "output file (default: without-TARGET.safetensors)")

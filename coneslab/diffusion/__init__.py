@@ -5,14 +5,16 @@ Nothing here knows about concepts, edits or the picture world. Builds on errors 
 
 from __future__ import annotations
 
+from .checks import require_editable, require_finite, require_pipeline, uncompiled
 from .encoding import decode_latents, encode_ids, encode_images, encode_prompts, latent_shape, tokenize
 from .kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name, unet_of
-from .loss import add_noise, alphas_cumprod, denoising_loss, snr, stratified_timesteps, target
+from .loss import Denoiser, add_noise, alphas_cumprod, denoising_loss, snr, stratified_timesteps, target
 from .pipelines import fingerprint, load, model_folder, usable_device, verify, write_sums
 from .precision import bfloat16_pays, drawing, fast_dtype, flushing_denormals, frozen_copy, is_plain, mixed_precision
 from .sampling import clean_and_noise, ddim_sample, ddpm_sample, generate, guided, guided_between, start_noise
 
 __all__ = [
+    "Denoiser",
     "KVLayer",
     "KVLayout",
     "KVSpace",
@@ -41,12 +43,16 @@ __all__ = [
     "load",
     "mixed_precision",
     "model_folder",
+    "require_editable",
+    "require_finite",
+    "require_pipeline",
     "short_name",
     "snr",
     "start_noise",
     "stratified_timesteps",
     "target",
     "tokenize",
+    "uncompiled",
     "unet_of",
     "usable_device",
     "verify",

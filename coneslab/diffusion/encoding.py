@@ -16,11 +16,13 @@ from torch import Tensor
 from .. import checks
 from ..errors import ArgumentError, ConeslabError
 from ..pictures import Images, as_pictures
+from .checks import require_pipeline, uncompiled
 from .pipelines import Pipeline
 
 
 def latent_shape(pipe: Pipeline) -> tuple[int, int, int]:
     """(channels, height, width) of one latent at the pipeline's own resolution."""
+    require_pipeline(pipe)
     size = pipe.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return pipe.unet.config.in_channels, height, width
@@ -59,12 +61,17 @@ def encode_images(
     images: see `coneslab.pictures.as_pictures`; resized to the pipeline's resolution.
     Raises ArgumentError for what are no pictures.
     """
+    require_pipeline(pipe)
     vae, parts, batch_size = pipe.vae, [], checks.count("batch_size", batch_size)
     for pixels in _pixels(pipe, images).split(batch_size):
         # channels last, as pictures are stored: convolutions on a CPU take a quarter less time
         pixels = pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)
-        posterior = vae.encode(pixels).latent_dist
-        parts.append(posterior.mode() if generator is None else posterior.sample(generator))
+        encoded = vae.encode(pixels)
+        posterior = getattr(encoded, "latent_dist", None)  # AutoencoderTiny has latents and no posterior
+        if posterior is None:
+            parts.append(encoded.latents)
+        else:
+            parts.append(posterior.mode() if generator is None else posterior.sample(generator))
     return torch.cat(parts) * vae.config.scaling_factor
 
 
@@ -74,6 +81,7 @@ def decode_latents(pipe: Pipeline, latents: Tensor, *, batch_size: int = 64) -> 
 
     Raises ConeslabError for latents of another shape, or that are not finite.
     """
+    require_pipeline(pipe)
     vae, pictures, batch_size = pipe.vae, [], checks.count("batch_size", batch_size)
     checks.tensor("latents", latents, f"n, {vae.config.latent_channels}, height, width")
     if not latents.isfinite().all():
@@ -94,6 +102,7 @@ def tokenize(pipe: Pipeline, prompts: str | Iterable[str]) -> Tensor:
 
     A multi-vector token (Textual Inversion) is expanded as in diffusers. Warns of words that are cut off.
     """
+    require_pipeline(pipe)
     texts = checks.texts("prompts", prompts, blank=True)
     encoded = pipe.tokenizer(
         _expanded(pipe, texts),
@@ -151,6 +160,7 @@ def encode_prompts(pipe: Pipeline, prompts: str | Iterable[str]) -> Tensor:
     >>> text.shape == (2, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
     True
     """
+    require_pipeline(pipe)
     wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in pipe.text_encoder.parameters())
     with torch.set_grad_enabled(wanted):
         return encode_ids(pipe, tokenize(pipe, prompts))
@@ -158,8 +168,9 @@ def encode_prompts(pipe: Pipeline, prompts: str | Iterable[str]) -> Tensor:
 
 def encode_ids(pipe: Pipeline, ids: Tensor) -> Tensor:
     """Text embeddings (n, tokens, width) of token ids (n, tokens)."""
+    require_pipeline(pipe)
     checks.tensor("ids", ids, "n, tokens", floating=False)
-    mask = None
-    if getattr(pipe.text_encoder.config, "use_attention_mask", False):  # as StableDiffusionPipeline.encode_prompt does
+    encoder, mask = uncompiled(pipe.text_encoder), None  # compiled, it might not call a hook that came later
+    if getattr(encoder.config, "use_attention_mask", False):  # as StableDiffusionPipeline.encode_prompt does
         mask = (ids != pipe.tokenizer.pad_token_id).long()
-    return pipe.text_encoder(ids, attention_mask=mask)[0]
+    return encoder(ids, attention_mask=mask)[0]

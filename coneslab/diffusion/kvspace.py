@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError, MismatchError
+from .checks import require_own_projections, require_pipeline, require_plain_weights, uncompiled
 from .pipelines import fingerprint
 
 _ENDINGS = {"to_k": "K", "to_v": "V"}
@@ -154,7 +155,8 @@ class KVSpace:
 
     Give a pipeline or a U-Net. The order is module order, in which diffusers lists the down blocks, then the up
     blocks, then the middle block; `layers` says which block and resolution a slice belongs to.
-    Raises ConeslabError if there is no cross-attention, or its weights are wrapped, quantised or offloaded.
+    Raises ConeslabError if there is no cross-attention, or it does not compute with these weights: they are wrapped,
+    fused, quantised or offloaded.
 
     >>> space = KVSpace(coneslab.load("tiny"))
     >>> space
@@ -168,6 +170,11 @@ class KVSpace:
 
     def __init__(self, model: Any) -> None:
         unet = unet_of(model)
+        if isinstance(unet, nn.Module) and unet is uncompiled(model):
+            require_plain_weights(unet, "U-Net")
+        else:
+            require_pipeline(model)
+        require_own_projections(unet)
         self.modules: dict[str, Any] = cross_attentions(unet)
         self.parameters: dict[str, nn.Parameter] = {}
         layers, start = [], 0
@@ -176,7 +183,7 @@ class KVSpace:
             side = unet.config.sample_size
             side = side if isinstance(side, int) else max(side)
             for ending, kind in _ENDINGS.items():
-                weight = _weight(path, ending, getattr(module, ending))
+                weight = getattr(module, ending).weight
                 name = f"{path}.{ending}.weight"
                 self.parameters[name] = weight
                 shape = (weight.shape[0], weight.shape[1])
@@ -219,8 +226,7 @@ class KVSpace:
 
 def unet_of(model: Any) -> Any:
     """The U-Net of a pipeline (or the U-Net itself), without torch.compile's wrapper."""
-    unet = getattr(model, "unet", model)
-    return getattr(unet, "_orig_mod", unet)
+    return uncompiled(getattr(model, "unet", model))
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, Any]:
@@ -239,17 +245,6 @@ def cross_attentions(unet: nn.Module) -> dict[str, Any]:
             "give a StableDiffusionPipeline or its U-Net"
         )
     return found
-
-
-def _weight(path: str, ending: str, projection: Any) -> nn.Parameter:
-    weight = getattr(projection, "weight", None)
-    if hasattr(projection, "base_layer") or not isinstance(weight, nn.Parameter):
-        raise ConeslabError(f"{path}.{ending} is wrapped, perhaps by a LoRA adapter: fuse or unload it first")
-    if weight.is_meta:
-        raise ConeslabError(f"{path}.{ending} is offloaded: move the pipeline to one device with pipe.to(...) first")
-    if not weight.is_floating_point():
-        raise ConeslabError(f"{path}.{ending} is {weight.dtype}: load the U-Net without quantisation")
-    return weight
 
 
 def _block(unet: Any, path: str) -> tuple[str, int]:

@@ -7,6 +7,7 @@ predicts (`prediction_type`), and the same code serves all three kinds.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -14,18 +15,21 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError
-from .encoding import Pipeline
+from .checks import require_pipeline, require_schedule
+from .pipelines import Pipeline
 
 Reduction: TypeAlias = Literal["mean", "none"]
 
 
 def alphas_cumprod(pipe: Pipeline) -> Tensor:
     """abar_t for every training timestep, (T,) float32 on the U-Net's device; abar falls from near 1 towards 0."""
+    require_pipeline(pipe)
     return pipe.scheduler.alphas_cumprod.to(pipe.unet.device, torch.float32)
 
 
 def snr(pipe: Pipeline, timesteps: Tensor) -> Tensor:
     """Signal-to-noise ratio abar_t / (1 - abar_t) at integer timesteps (Kingma et al. 2021, Eq. 2)."""
+    require_pipeline(pipe)
     require_timesteps(pipe.scheduler, timesteps)
     abar = alphas_cumprod(pipe)[timesteps.to(pipe.unet.device)]
     return abar / (1.0 - abar)
@@ -52,6 +56,7 @@ def _require_latents(latents: Tensor, **others: Tensor) -> None:
 
 def alpha_and_sigma(scheduler: Any, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply a batch of latents."""
+    require_schedule(scheduler)
     abar = scheduler.alphas_cumprod.to(like.device, torch.float32)[timesteps.to(like.device)]
     abar = abar.view(-1, *[1] * (like.ndim - 1))
     return abar.sqrt().to(like.dtype), (1.0 - abar).sqrt().to(like.dtype)
@@ -71,6 +76,7 @@ def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) ->
     epsilon: the noise (Ho et al. 2020, Eq. 14). sample: the clean latent. v_prediction:
     sqrt(abar_t) e - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, Sec. 4). Raises ConeslabError for another type.
     """
+    require_schedule(scheduler)
     _require_latents(latents, noise=noise)
     require_timesteps(scheduler, timesteps, len(latents))
     kind = scheduler.config.prediction_type
@@ -78,13 +84,8 @@ def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) ->
         return noise
     if kind == "sample":
         return latents
-    if kind == "v_prediction":
-        alpha, sigma = alpha_and_sigma(scheduler, latents, timesteps)
-        return alpha * noise - sigma * latents
-    raise ConeslabError(
-        f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample': "
-        "load the model with its own scheduler config"
-    )
+    alpha, sigma = alpha_and_sigma(scheduler, latents, timesteps)
+    return alpha * noise - sigma * latents
 
 
 def stratified_timesteps(n: int, total: int, generator: torch.Generator) -> Tensor:
@@ -99,8 +100,16 @@ def stratified_timesteps(n: int, total: int, generator: torch.Generator) -> Tens
     return ((place + inside) / n * total).long().clamp(max=total - 1)
 
 
+@dataclass(frozen=True)
+class Denoiser:
+    """What the loss needs of a pipeline: its U-Net, or a copy of it, and its scheduler."""
+
+    unet: Any
+    scheduler: Any
+
+
 def denoising_loss(
-    pipe: Pipeline,
+    pipe: Pipeline | Denoiser,
     latents: Tensor,
     text_embeddings: Tensor,
     *,
@@ -115,6 +124,7 @@ def denoising_loss(
     """L = || y - f(x_t, t, c) ||^2, mean over elements (Ho et al. 2020, Eq. 14; y by prediction type).
 
     The one loss of this package: pretraining, neuron search and fine-tuning all minimise it.
+    pipe: a pipeline, or a `Denoiser` for a copy of its U-Net.
     latents: (n, channels, h, w), scaled. text_embeddings: (n, tokens, width), or (1, ...) for one prompt for all.
     noise, timesteps: given, or drawn from `generator` (timesteps uniformly). weights: (n,) factors on each
     picture's loss, not renormalised. mask: (n, 1, h, w), how much each place counts in the mean over a picture's
@@ -131,6 +141,8 @@ def denoising_loss(
     >>> each.shape, torch.allclose(each.mean(), mean)  # one number per picture
     (torch.Size([5]), True)
     """
+    if not isinstance(pipe, Denoiser):
+        require_pipeline(pipe)
     checks.choice("reduction", reduction, get_args(Reduction))
     _require_latents(latents)
     checks.tensor("text_embeddings", text_embeddings, f"n, tokens, {pipe.unet.config.cross_attention_dim}")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError, FileFormatError
-from ..files import data_folder, write_whole
+from ..files import SUMS, data_folder, file_sum, require_folder, user_path, write_whole
+from .checks import require_finite, require_pipeline, uncompiled
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: left until a model is loaded
     from diffusers import StableDiffusionPipeline
@@ -28,7 +29,10 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import: left unt
 Pipeline: TypeAlias = "StableDiffusionPipeline"
 
 SHIPPED = ("tiny", "judge")
-SUMS = "SHA256SUMS.json"
+_CONFIGS = {  # parts without weights, and a file without which they cannot be loaded
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "scheduler": ("scheduler_config.json",),
+}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -45,12 +49,6 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def file_sum(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_sums(models: Path) -> Path:
     """Write the checksums of the files in the shipped folders under `models`, for `verify`."""
     files = sorted(path for name in SHIPPED for path in (models / name).rglob("*") if path.is_file())
@@ -65,8 +63,8 @@ def verify(folder: Path) -> None:
     """
     table = folder.parent / SUMS
     try:
-        sums = json.loads(table.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        sums = {str(name): digest for name, digest in json.loads(table.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise FileFormatError(
             f"the checksums of the shipped models cannot be read ({error}): restore {table}"
         ) from error
@@ -94,7 +92,7 @@ def _check_layout(folder: Path) -> None:
     try:
         parts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
         kind = parts["_class_name"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileFormatError(f"{index} is damaged ({error}): restore the folder or save the pipeline again") from error
     if kind != "StableDiffusionPipeline":
         raise ConeslabError(
@@ -110,14 +108,20 @@ def _check_layout(folder: Path) -> None:
                 "convert them with save_pretrained(folder, safe_serialization=True)"
             )
         raise ConeslabError(f"{folder / part} holds no weights: expected a .safetensors file; restore the folder")
+    for part, names in _CONFIGS.items():
+        if not any((folder / part / name).is_file() for name in names):
+            raise ConeslabError(
+                f"{folder} has no {part}: expected {folder / part / names[0]}; restore the folder, or save the whole "
+                "pipeline again"
+            )
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
     """The device, by default a GPU if there is one. Raises ConeslabError if torch cannot use it here."""
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        torch.zeros(1, device=found).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError, ValueError) as error:
         reason = str(error).split("\n")[0][:100]
         raise ConeslabError(
             f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda with a GPU"
@@ -132,6 +136,27 @@ def require_float(dtype: Any) -> torch.dtype:
     return dtype
 
 
+def source_of(name_or_path: str | Path) -> str | Path:
+    """Where `load` finds a model: a folder, checked as far as it can be without loading it, or a hub id.
+
+    Raises ConeslabError if it is missing, damaged, of another kind, or pickled.
+    """
+    name, folder = str(name_or_path), user_path(name_or_path)
+    if name in SHIPPED:
+        folder = model_folder(name)
+        verify(folder)
+    if folder.is_dir():
+        _check_layout(folder)
+        require_folder(folder)
+        return folder
+    if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+        raise ConeslabError(
+            f"there is no model {name!r}: expected 'tiny', the folder of a StableDiffusionPipeline, or a hub id "
+            "written owner/name"
+        )
+    return name
+
+
 def load(
     name_or_path: str | Path = "tiny",
     *,
@@ -140,9 +165,10 @@ def load(
 ) -> Pipeline:
     """Load a pipeline, without safety checker and with its progress bar off.
 
-    name_or_path: "tiny" (shipped, checksums verified), a folder, or the id of a model on the Hugging Face hub
-    such as "stable-diffusion-v1-5/stable-diffusion-v1-5". device: default a GPU if there is one, else the CPU.
-    Raises ConeslabError if it is missing, damaged, of another kind, or pickled, or the device cannot be used.
+    name_or_path: "tiny" (shipped, checksums verified), a folder (verified if it has checksums), or the id of a model on
+    the Hugging Face hub such as "stable-diffusion-v1-5/stable-diffusion-v1-5". device: default a GPU if there is one,
+    else the CPU. Raises ConeslabError if it is missing, damaged, of another kind, or pickled, if its weights are NaN or
+    infinite, or the device cannot be used.
 
     >>> pipe = coneslab.load("tiny")
     >>> image = pipe("a cat on the beach", num_inference_steps=2, guidance_scale=3.0).images[0]
@@ -151,21 +177,8 @@ def load(
     """
     from diffusers import StableDiffusionPipeline
 
-    where, dtype = usable_device(device), require_float(dtype)
-    name = str(name_or_path)
-    source: str | Path = Path(name).expanduser()
-    if name in SHIPPED:
-        source = model_folder(name)
-        verify(source)
-    if Path(source).is_dir():
-        _check_layout(Path(source))
-    elif isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ConeslabError(
-            f"there is no model {name!r}: expected 'tiny', the folder of a StableDiffusionPipeline, or a hub id "
-            "written owner/name"
-        )
-    else:
-        source = name
+    where, name, dtype = usable_device(device), str(name_or_path), require_float(dtype)
+    source = source_of(name_or_path)
     try:
         with without_bars() if name in SHIPPED else nullcontext():
             pipe = StableDiffusionPipeline.from_pretrained(
@@ -182,6 +195,8 @@ def load(
         if part.dtype != dtype:  # an older diffusers knows this option by another name
             part.to(dtype)
         part.eval()
+    require_pipeline(pipe)
+    require_finite(pipe)
     return pipe
 
 
@@ -230,7 +245,8 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 def pipeline_fingerprint(pipe: Pipeline) -> str:
     """Hex SHA-256 of everything that decides what a pipeline draws: weights, tokenizer, scheduler."""
-    parts = [fingerprint(module) for module in (pipe.unet, pipe.text_encoder, pipe.vae)]
+    require_pipeline(pipe)
+    parts = [fingerprint(uncompiled(module)) for module in (pipe.unet, pipe.text_encoder, pipe.vae)]
     words = repr(sorted(pipe.tokenizer.get_vocab().items()))
     return hashlib.sha256("\n".join([*parts, words, str(pipe.scheduler.config)]).encode()).hexdigest()
 

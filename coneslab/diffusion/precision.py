@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..blocks import Block, Place, attribute
 from ..errors import ConeslabError
+from .checks import NETWORKS, require_own_projections, require_pipeline, separate_weights, uncompiled
 from .kvspace import unet_of
 from .pipelines import Pipeline, require_float
 
@@ -40,17 +41,19 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
     """A copy of a U-Net without gradients, hooks or adapters; it shares the memory of weights already in `dtype`.
 
     Inputs are cast to `dtype`. gradients: the copy is for backward passes (`speed_up_backward`).
-    Raises ConeslabError if the U-Net's weights do not match its config (an adapter, quantisation).
+    Raises ConeslabError if the U-Net's weights do not match its config, or are not those it computes with (an adapter,
+    fused projections).
     """
     dtype = require_float(dtype)
-    weights = {name: weight.detach().to(dtype) for name, weight in unet.state_dict().items()}
+    require_own_projections(unet)
+    weights = {name: weight.detach().to(dtype) for name, weight in separate_weights(unet).items()}
     with torch.device("meta"):
         copy = type(unet).from_config(unet.config)
     try:
         copy.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ConeslabError(
-            f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): fuse or unload adapters first"
+            f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): unload adapters first"
         ) from error
     copy.eval().requires_grad_(False)
     if gradients:
@@ -96,6 +99,7 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Block:
     dtype: default `fast_dtype`. The U-Net itself draws if it already has it or is not plain. No other thread may use
     the pipeline meanwhile.
     """
+    require_pipeline(pipe)
     if dtype is not None:
         require_float(dtype)
 
@@ -115,6 +119,22 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Block:
         return [(attribute(pipe, "unet"), copy)]
 
     return Block(changes, pipe=pipe)
+
+
+def without_compiling(pipe: Pipeline) -> Block:
+    """Let a pipeline compute without torch.compile for the length of a block, so that it calls hooks that come now."""
+    require_pipeline(pipe)
+
+    def changes() -> list[tuple[Place, Any]]:
+        made: list[tuple[Place, Any]] = []
+        for part in NETWORKS:
+            own, module = getattr(pipe, part), uncompiled(getattr(pipe, part))
+            made += [(attribute(pipe, part), module)] if own is not module else []
+            compiled = module.__dict__.get("_compiled_call_impl")  # what module.compile() sets
+            made += [(attribute(module, "_compiled_call_impl"), None)] if compiled is not None else []
+        return made
+
+    return Block(changes, pipe, pipe=pipe)
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager:

@@ -15,6 +15,7 @@ from .. import checks
 from ..blocks import Block, attribute
 from ..callback import Callback
 from ..errors import ArgumentError, ConeslabError
+from .checks import require_finite, require_pipeline
 from .encoding import latent_shape, warn_of_unread
 from .loss import alpha_and_sigma, alphas_cumprod
 from .pipelines import Pipeline
@@ -40,9 +41,7 @@ def clean_and_noise(scheduler: Any, noisy: Tensor, predicted: Tensor, timestep: 
         return (noisy - sigma * predicted) / alpha, predicted
     if kind == "sample":
         return predicted, (noisy - alpha * predicted) / sigma
-    if kind == "v_prediction":
-        return alpha * noisy - sigma * predicted, alpha * predicted + sigma * noisy
-    raise ConeslabError(f"the scheduler's prediction_type is {kind!r}, expected 'epsilon', 'v_prediction' or 'sample'")
+    return alpha * noisy - sigma * predicted, alpha * predicted + sigma * noisy
 
 
 def guided(
@@ -52,6 +51,7 @@ def guided(
 
     The guidance scale s follows diffusers: 1 means no guidance (the paper's w + 1).
     """
+    require_pipeline(pipe)
     checks.tensor("noisy", noisy, f"n, {pipe.unet.config.in_channels}, height, width")
     width = pipe.unet.config.cross_attention_dim
     checks.tensor("text", text, f"{len(noisy)}, tokens, {width}")
@@ -103,6 +103,7 @@ def ddim_sample(
     for guidance. callback: see `coneslab.callback`; further keys: "timestep", "clean" (predicted latents).
     Returns scaled latents. Raises ArgumentError for shapes that do not fit the pipeline, and for numbers out of range.
     """
+    require_pipeline(pipe)
     sampler_steps, guidance_scale = _require_sampling(
         pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
     )
@@ -134,6 +135,7 @@ def ddpm_sample(
     With abar_s at the next timestep, alpha = abar_t / abar_s and beta = 1 - alpha; the step's noise has the posterior
     variance (1 - abar_s) / (1 - abar_t) beta. Arguments as in `ddim_sample`; `generator` draws the fresh noise.
     """
+    require_pipeline(pipe)
     sampler_steps, guidance_scale = _require_sampling(
         pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
     )
@@ -203,6 +205,7 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
     Interval). Outside, the half of a batch with the empty prompt is not computed: it gets the other half's output, so
     that u + s (c - u) is c. A pass is one picture going through the network once.
     """
+    require_pipeline(pipe)
     first, last = checks.interval("guidance interval", (first, last))
     unet = pipe.unet
     own, total, passes = unet.forward, pipe.scheduler.config.num_train_timesteps, 0
@@ -247,8 +250,9 @@ def generate(
     callback: see `coneslab.callback`, after each step of each batch; further keys: "timestep", "latents", "pictures"
     (how many are finished). on_calls(number of network passes) at the end.
     Warns of a prompt that is too long for the text encoder, which reads its beginning alone.
-    Raises ConeslabError without prompts, with another number of seeds, and for numbers out of range: more steps than
-    the schedule has, a guidance scale beyond 0 to 100, an interval that is not two shares in order.
+    Raises ConeslabError without prompts, with another number of seeds, for numbers out of range (more steps than the
+    schedule has, a guidance scale beyond 0 to 100, an interval that is not two shares in order), or for a pipeline that
+    cannot be used (`require_pipeline`, `require_finite`).
 
     >>> pipe = coneslab.load("tiny")
     >>> prompts = ["a cat on the beach", "a dog in the snow"]
@@ -260,6 +264,8 @@ def generate(
     >>> coneslab.generate(pipe, prompts, sampler_steps=2, seed=7) == images
     False
     """
+    require_pipeline(pipe)
+    require_finite(pipe)
     texts = checks.texts("prompts", prompts, blank=True)
     negative = [] if negative_prompt is None else [checks.text("negative_prompt", negative_prompt, blank=True)]
     sampler_steps, batch_size = require_steps(pipe, sampler_steps), checks.count("batch_size", batch_size)

@@ -6,31 +6,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .. import checks
 from ..blocks import Nested
+from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError
-from ..files import write_whole
+from ..files import read_tensors, sealed, tensor_sum, write_whole
 
 FORMAT = "coneslab.edit/1"
 _KINDS: dict[str, type[Edit]] = {}  # by class name, which is what a file stores
 # Rooms above this one that define kinds. No module here needs them; they are imported when a file holds such a kind.
 _ROOMS_WITH_KINDS = ("coneslab.neurons", "coneslab.methods")
+_REMEDY = "download or make it again; pickle files (.pt, .bin, .ckpt) are never loaded"
 
 
 class Edit(ABC):
@@ -78,14 +77,33 @@ class Edit(ABC):
     def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> Self:
         """The inverse of `_pack`; both arguments may be modified."""
 
+    def __eq__(self, other: object) -> bool:
+        """Same kind and same contents: all that a file of it would hold."""
+        return self is other or (type(self) is type(other) and self._contents() == other._contents())
+
+    def __hash__(self) -> int:
+        return hash(self._contents())
+
+    def _contents(self) -> str:
+        tensors, description = self._pack()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return tensor_sum(tensors, {"description": json.dumps(description, sort_keys=True, default=repr)})
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Copied and pickled as its fields, and made anew from them: what is read-only in it stays read-only."""
+        if not is_dataclass(self):
+            return super().__reduce_ex__(protocol)
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+        return _made, (type(self), plain)
+
     def save(self, path: str | Path) -> Path:
         """Write the edit to a safetensors file, atomically: an interruption leaves no half-written file."""
         tensors, description = self._pack()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(description, sort_keys=True)
         metadata = {"format": FORMAT, "kind": type(self).__name__, "description": text}
-        metadata["checksum"] = _checksum(tensors, metadata)
-        return write_whole(path, safetensors_bytes(tensors, metadata))
+        return write_whole(path, safetensors_bytes(tensors, sealed(tensors, metadata)))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -96,8 +114,13 @@ class Edit(ABC):
         return edit
 
 
+def _made(kind: type[Edit], values: dict[str, Any]) -> Edit:
+    return kind(**values)
+
+
 def applied(edit: Edit | None, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
     """Apply an edit inside a `with` block; None leaves the pipeline as it is."""
+    require_pipeline(pipe)
     require_dose(dose)
     return nullcontext(pipe) if require_edit(edit) is None else edit.applied(pipe, dose)  # type: ignore[union-attr]
 
@@ -117,7 +140,7 @@ def load_edit(path: str | Path) -> Edit:
 
     A kind of your own is known once the module that defines it has been imported.
     Raises FileFormatError if the kind is not known, or the file is truncated, damaged, of another format, or a pickle
-    (never loaded), and FileNotFoundError if there is none.
+    (never loaded), and MissingFileError if there is none.
 
     >>> from coneslab.methods import closed_form_edit
     >>> edit = closed_form_edit(coneslab.load("tiny"), "a cat", "a dog")
@@ -125,11 +148,13 @@ def load_edit(path: str | Path) -> Edit:
     >>> coneslab.load_edit(path)
     WeightDelta('a cat': ... weights in ... layers, model ...)
     """
-    tensors, metadata = _read(Path(path))
-    kind = metadata["kind"]
+    tensors, metadata = read_tensors(path, FORMAT, remedy=_REMEDY)
+    kind = metadata.get("kind", "an edit")
     try:
-        return _unpacked(kind, tensors, json.loads(metadata["description"]))
-    except (ConeslabError, KeyError, TypeError, ValueError, AttributeError) as error:
+        edit = _unpacked(metadata["kind"], tensors, json.loads(metadata["description"]))
+        dict(getattr(edit, "settings", {}))  # what lists edits asks each for them
+        return edit
+    except Exception as error:  # a forged file may have the right checksum, and anything in it
         raise FileFormatError(f"{path} cannot be read as {kind}: {error}") from error
 
 
@@ -144,38 +169,6 @@ def _unpacked(kind: str, tensors: dict[str, Tensor], description: dict[str, Any]
             "comes from there"
         )
     return _KINDS[kind]._unpack(tensors, description)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # safetensors raises different errors for different damage
-        raise FileFormatError(
-            f"{path} is not a complete safetensors file ({error}): it may be truncated, or of another format; "
-            "pickle files (.pt, .bin, .ckpt) are never loaded"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(
-            f"{path} is a safetensors file, but not a coneslab edit: its format is {metadata.get('format')!r}, "
-            f"expected {FORMAT!r}"
-        )
-    checksum = metadata.pop("checksum", "")
-    if {"kind", "description"} - set(metadata) or checksum != _checksum(tensors, metadata):
-        raise FileFormatError(f"{path} is damaged: its contents do not match their checksum; download or make it again")
-    return tensors, metadata
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +195,7 @@ class Combined(Edit):
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
         """Apply all edits inside a `with` block, each at this dose. Raises what any of them raises."""
+        require_pipeline(pipe)
         return Nested(lambda: (edit.applied(pipe, dose, check_model=check_model) for edit in self.edits), pipe)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from .. import checks
+from ..diffusion.checks import require_pipeline
 from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError, MismatchError
-from ..files import write_whole
+from ..files import require_writable, safetensors_in, sealed, tensor_sum, user_path, write_whole
 from .base import Combined
 from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from .weights import WeightDelta, model_fingerprint
@@ -28,10 +28,16 @@ def export_tokens(
     """Write one file per token, for `pipe.load_textual_inversion(file)`; returns the files.
 
     names: token -> its name in the file, if it is to differ. diffusers refuses a word that the tokenizer already has,
-    such as the rare word "sks". Raises ConeslabError for such a name.
+    such as the rare word "sks". Raises ConeslabError for such a name, or for a name of a token that the edit lacks.
     """
+    require_pipeline(pipe)
     checks.of_kind("edit", edit, TokenEdit)
-    folder, written, given = Path(folder), [], checks.mapping("names", {} if names is None else names, least=0)
+    given = checks.mapping("names", {} if names is None else names, least=0)
+    if unknown := given.keys() - {*edit.tokens}:
+        raise ConeslabError(
+            f"names are given for {', '.join(sorted(unknown))}, but the tokens are {', '.join(edit.tokens)}: name those"
+        )
+    folder, files = require_writable(folder, folder=True), {}
     chosen = [checks.word("name", given.get(token, token)) for token in edit.tokens]
     words = pipe.tokenizer.get_vocab()
     taken = [name for name in chosen if name in words or f"{name}</w>" in words]
@@ -40,11 +46,12 @@ def export_tokens(
             f"diffusers does not load a token that the tokenizer already has ({', '.join(taken)}): give another name, "
             f'for example names={{"{taken[0]}": "<{taken[0]}>"}}, and use it in prompts'
         )
-    folder.mkdir(parents=True, exist_ok=True)
     for name, vector in zip(chosen, edit.vectors, strict=True):
-        file = folder / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.safetensors"
-        written.append(write_whole(file, save({name: vector.contiguous()})))
-    return written
+        stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+        while stem in files:
+            stem += "_"
+        files[stem] = _write(folder / f"{stem}.safetensors", {name: vector.contiguous()})
+    return list(files.values())
 
 
 def import_tokens(pipe: Pipeline, file: str | Path, *, token: str | None = None) -> TokenEdit:
@@ -54,6 +61,7 @@ def import_tokens(pipe: Pipeline, file: str | Path, *, token: str | None = None)
     which diffusers substitutes for "name" in prompts.
     Raises FileFormatError for any other file, MismatchError for a text encoder of another width.
     """
+    require_pipeline(pipe)
     tensors = _read(file)
     if len(tensors) != 1:
         raise FileFormatError(f"{file} holds {len(tensors)} tensors, expected one embedding: give another file")
@@ -81,6 +89,7 @@ def export_custom_diffusion(
     them with `pipe.unet.load_attn_procs(folder, weight_name=WEIGHTS, _pipeline=pipe)`: without the last argument
     diffusers 0.42 reads the file and then ignores it.
     """
+    require_pipeline(pipe)
     token, delta = custom_diffusion_parts(edit)
     tensors: dict[str, Tensor] = {name: torch.zeros(0) for name in unet_of(pipe).attn_processors}  # untouched ones
     with delta.applied(pipe):
@@ -90,7 +99,7 @@ def export_custom_diffusion(
                 weight = getattr(module, ending).weight.detach().cpu().contiguous().clone()
                 tensors[f"{path}.processor.{ending}_custom_diffusion.weight"] = weight
     written = export_tokens(token, pipe, folder, names=names)
-    return [write_whole(Path(folder) / WEIGHTS, save(tensors, {"format": "pt"})), *written]
+    return [_write(user_path(folder) / WEIGHTS, tensors), *written]
 
 
 def import_custom_diffusion(pipe: Pipeline, folder: str | Path, *, weights: str = WEIGHTS) -> Combined:
@@ -98,7 +107,8 @@ def import_custom_diffusion(pipe: Pipeline, folder: str | Path, *, weights: str 
 
     Raises FileFormatError if they are missing or of another kind, MismatchError for a model of another shape.
     """
-    folder, space, deltas = Path(folder), KVSpace(pipe), {}
+    require_pipeline(pipe)
+    folder, space, deltas = user_path(folder), KVSpace(pipe), {}
     tensors = _read(folder / weights)
     for name, parameter in space.parameters.items():
         path, ending, _ = name.rsplit(".", 2)
@@ -115,16 +125,20 @@ def import_custom_diffusion(pipe: Pipeline, folder: str | Path, *, weights: str 
     return Combined((*tokens, WeightDelta(deltas, model_fingerprint(pipe), subject=folder.name)))
 
 
+def _write(file: Path, tensors: dict[str, Tensor]) -> Path:
+    return write_whole(file, save(tensors, sealed(tensors, {"format": "pt"})))
+
+
 def _read(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises FileFormatError for any other, FileNotFoundError if there is none."""
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(
-            f"{file} is not a safetensors file ({error}); pickle files (.bin, .pt) are never loaded: convert it first"
-        ) from error
+    """The tensors of a safetensors file, with the right checksum if it has one; other programs write none.
+
+    Raises FileFormatError for any other file, MissingFileError if there is none.
+    """
+    remedy = "export it again; pickle files (.bin, .pt) are never loaded: convert them first"
+    tensors, metadata = safetensors_in(file, what="safetensors file", remedy=remedy)
+    if metadata.pop("checksum", None) not in (None, tensor_sum(tensors, metadata)):
+        raise FileFormatError(f"{file} is damaged: its contents do not match their checksum; {remedy}")
+    return tensors
 
 
 def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..blocks import Block, Place, attribute
+from ..diffusion.checks import require_pipeline, uncompiled
 from ..diffusion.encoding import encode_ids, warn_of_unread
 from ..diffusion.pipelines import Pipeline, fingerprint
 from ..errors import ArgumentError, ConeslabError, MismatchError
@@ -26,7 +27,8 @@ from .base import Edit, require_dose
 
 def embedding_of(pipe: Pipeline) -> nn.Embedding:
     """The text encoder's table of token embeddings, (vocabulary, width)."""
-    return pipe.text_encoder.get_input_embeddings()
+    require_pipeline(pipe)
+    return uncompiled(pipe.text_encoder).get_input_embeddings()
 
 
 def vocabulary_fingerprint(pipe: Pipeline) -> str:
@@ -58,7 +60,9 @@ def _require_vocabulary(expected: str, pipe: Pipeline, tokens: Sequence[str]) ->
 def with_tokens(tokenizer: Any, tokens: Iterable[str]) -> tuple[Any, list[int]]:
     """A tokenizer that knows `tokens` as one token each, and their ids; the one given is not changed.
 
-    Raises ConeslabError for a token that is empty, holds a space, comes twice or is a special one.
+    A new token is recognised only as a word of its own, so that texts without it are tokenised as before: "rob" leaves
+    "robot" alone. Raises ConeslabError for an empty, repeated or special token, one with a space in it, or one that the
+    tokenizer has as a piece of longer words, which share its vector.
     """
     tokens = checks.texts("tokens", tokens, blank=True)
     if len(set(tokens)) != len(tokens) or not all(token.split() == [token] for token in tokens):
@@ -69,8 +73,16 @@ def with_tokens(tokenizer: Any, tokens: Iterable[str]) -> tuple[Any, list[int]]:
     ids = tokenizer(list(tokens), add_special_tokens=False).input_ids
     new = [token for token, own in zip(tokens, ids, strict=True) if len(own) != 1]
     if new:
+        pieces = [token for token in new if token.lower() in tokenizer.get_vocab()]
+        if pieces:
+            raise ConeslabError(
+                f"the tokenizer has {', '.join(pieces)} as a piece of longer words, which would change with it: choose "
+                f"another token, for example <{pieces[0]}>"
+            )
+        from transformers import AddedToken  # seconds to import, unless a model is loaded
+
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_tokens(new)
+        tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=True) for token in new])
         ids = tokenizer(list(tokens), add_special_tokens=False).input_ids
         broken = [token for token, own in zip(tokens, ids, strict=True) if len(own) != 1]
         if broken:
@@ -80,8 +92,8 @@ def with_tokens(tokenizer: Any, tokens: Iterable[str]) -> tuple[Any, list[int]]:
 
 def start_vector(pipe: Pipeline, word: str) -> Tensor:
     """The embedding (width,) of a word: the mean over its tokens, or over all tokens for an empty word."""
-    checks.text("word", word, blank=True)
     table = embedding_of(pipe).weight.detach().float()
+    checks.text("word", word, blank=True)
     ids = pipe.tokenizer(word, add_special_tokens=False).input_ids if word else []
     return table[ids].mean(0) if ids else table.mean(0)
 
@@ -136,6 +148,7 @@ class TokenEdit(Edit):
         dose: 0 is the vector a token started from, 1 the learned one.
         Raises MismatchError, with the pipeline untouched, if text encoder or width differ.
         """
+        require_pipeline(pipe)
         require_dose(dose)
         return Block(lambda: self._changes(pipe, dose, check_model), pipe=pipe)
 
@@ -160,7 +173,7 @@ class TokenEdit(Edit):
             weight[token] = (1 - dose) * start + dose * vector
         edited = nn.Embedding.from_pretrained(weight, freeze=True)
         object.__setattr__(edited, "_untouched", getattr(table, "_untouched", table))  # no module of its own
-        encoder = pipe.text_encoder
+        encoder = uncompiled(pipe.text_encoder)
         embeddings = Place(encoder, "input embeddings", encoder.get_input_embeddings, encoder.set_input_embeddings)
         return [(embeddings, edited), (attribute(pipe, "tokenizer"), tokenizer)]
 
@@ -183,6 +196,7 @@ class LearnedText:
     """
 
     def __init__(self, pipe: Pipeline, captions: Iterable[str], tokens: Iterable[str]) -> None:
+        require_pipeline(pipe)
         captions, tokens = checks.texts("captions", captions), checks.texts("tokens", tokens, blank=True)
         tokenizer, self.ids = with_tokens(pipe.tokenizer, tokens)
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..blocks import Block, Place, before_blocks
+from ..blocks import Block, Made, Place, before_blocks
+from ..diffusion.checks import fuse_again, require_own_projections, require_pipeline
 from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.pipelines import fingerprint as fingerprint_of
@@ -33,7 +35,8 @@ class swapped(Block):
     """Give parameters other values inside a `with` block, and restore the old ones bit for bit.
 
     changes: pairs of a parameter and its new values of the same shape, or a function that returns them, called on
-    entry. value, pipe: see `Block`.
+    entry. value: what `with ... as` gives; pipe: the pipeline they belong to; if its projections are fused inside the
+    block, they are fused again from the restored weights. See `Block`.
     Raises MismatchError for a shape that does not fit.
     """
 
@@ -44,6 +47,9 @@ class swapped(Block):
         *,
         pipe: Pipeline | None = None,
     ) -> None:
+        if pipe is not None:
+            require_pipeline(pipe)
+
         def places() -> Iterator[tuple[Place, Tensor]]:
             for parameter, new in changes() if callable(changes) else changes:
                 if parameter.shape != new.shape:
@@ -54,6 +60,11 @@ class swapped(Block):
 
         super().__init__(places, value, pipe=pipe)
 
+    def open(self, made: Made) -> Any:
+        if self._pipe is not None:
+            made.undo(partial(fuse_again, unet_of(self._pipe)))  # undone last
+        return super().open(made)
+
 
 def untouched(parameter: Tensor) -> Tensor:
     """The values a parameter had before any open block changed it (the parameter itself if none did)."""
@@ -62,6 +73,7 @@ def untouched(parameter: Tensor) -> Tensor:
 
 def model_fingerprint(pipe: Pipeline) -> str:
     """Fingerprint of a pipeline's K-V weights without the edits now applied: says which model an edit belongs to."""
+    require_pipeline(pipe)
     return fingerprint_of({name: untouched(weight) for name, weight in KVSpace(pipe).parameters.items()})
 
 
@@ -119,9 +131,11 @@ class WeightDelta(Edit):
         check_model=False allows another model of the same shapes.
         Raises MismatchError, with the pipeline untouched, if model or shapes differ.
         """
+        require_pipeline(pipe)
         require_dose(dose)
 
         def changes() -> Iterator[Change]:
+            require_own_projections(unet_of(pipe))
             if check_model:
                 require_model(self.fingerprint, pipe, "this weight delta")
             weights = dict(unet_of(pipe).named_parameters())

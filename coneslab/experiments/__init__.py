@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .comparison import compare_methods as compare_methods
     from .comparison import dask_client as dask_client
     from .comparison import paper_table as paper_table
+    from .comparison import require_comparison as require_comparison
     from .comparison import tune_methods as tune_methods
     from .methods import METHODS as METHODS
     from .methods import Method as Method
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .registry import COMBINATION_NAMES as COMBINATION_NAMES
     from .registry import EXPERIMENTS as EXPERIMENTS
     from .registry import Experiment as Experiment
+    from .registry import require_experiment as require_experiment
     from .registry import run_experiment as run_experiment
     from .setting import MEASURES as MEASURES
     from .setting import Setting as Setting
@@ -44,6 +46,7 @@ __getattr__, __dir__, __all__ = attach(
             "compare_methods",
             "dask_client",
             "paper_table",
+            "require_comparison",
             "tune_methods",
         ),
         "methods": (
@@ -56,6 +59,7 @@ __getattr__, __dir__, __all__ = attach(
             "COMBINATION_NAMES",
             "EXPERIMENTS",
             "Experiment",
+            "require_experiment",
             "run_experiment",
         ),
         "setting": (

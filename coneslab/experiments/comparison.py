@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import pandas
 
+from .. import checks
 from ..diffusion.pipelines import load
 from ..errors import ConeslabError
-from ..files import data_folder, write_whole
+from ..files import data_folder, read_json, require_writable, write_json
 from ..measure.judge import load_judge
-from ..world.subjects import COMBINATIONS, SUBJECTS, subjects_of, title_of
+from ..world.subjects import COMBINATIONS, SUBJECTS, names_in, subjects_of, title_of
 from .methods import METHODS, Method, chosen_settings, make_edit
 from .setting import Setting, identity_of, measure, stored_bytes
-from .table import Row, rows_of, run_cells
+from .table import Row, open_table, rows_of, run_cells
 from .unions import measure_together
 
 TUNING_SUBJECTS = SUBJECTS[14:]
@@ -156,29 +157,58 @@ def compare_methods(
     `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names and combinations
     ("cat+car") instead of those that ship. settings: for all methods, overriding those chosen. folder: where edits of
     single subjects are kept, so that methods and combinations share them; on a cluster, one that all workers can see.
-    Raises ConeslabError for an unknown method or count.
+    Raises ConeslabError for an unknown method, subject or count, WriteError if table or folder cannot be written.
     """
-    chosen = _named(methods)
-    wrong = [count for count in counts if count != 1 and count not in COMBINATIONS]
-    if wrong:
-        raise ConeslabError(f"there are no combinations of {wrong[0]} subjects: choose from 1, {list(COMBINATIONS)}")
-    subjects = table_titles(counts) if subjects is None else subjects
-    for title in subjects:
-        subjects_of(title)  # refuse an unknown name now, not cell by cell
+    seeds, pictures = checks.count("seeds", seeds), checks.count("pictures", pictures)
+    settings = checks.mapping("settings", {} if settings is None else settings, least=0)
+    chosen, subjects, path, folder = require_comparison(path, methods, counts, subjects, folder)
     cells = [
         {"subject": title, "condition": name, "seed": seed}
         for seed, title, name in product(range(seeds), subjects, chosen)
     ]
-    path = Path(path) if path is not None else data_folder() / "results" / "methods.csv"
     known = {name: chosen_settings(name) if METHODS.get(name) is method else {} for name, method in chosen.items()}
-    ready = {name: (method, {**known[name], **(settings or {})}) for name, method in chosen.items()}
-    run = _Cell(ready, model, judge, pictures, None if folder is None else Path(folder).absolute())
+    ready = {name: (method, {**known[name], **settings}) for name, method in chosen.items()}
+    run = _Cell(ready, model, judge, pictures, folder)
     return run_cells(cells, run, path, identity=run.identity(), client=client, keep_going=True, progress=progress)
+
+
+def require_comparison(
+    path: str | Path | None,
+    methods: Sequence[str] | Mapping[str, Method],
+    counts: Sequence[int],
+    subjects: Sequence[str] | None,
+    folder: str | Path | None,
+) -> tuple[dict[str, Method], list[str], Path, Path | None]:
+    """What `compare_methods` is asked for, checked before a cluster starts: methods, titles, table, folder of edits.
+
+    Raises what `compare_methods` raises.
+    """
+    chosen = _named(methods)
+    counts = [checks.count("one of counts", count) for count in checks.items("counts", counts)]
+    wrong = [count for count in counts if count != 1 and count not in COMBINATIONS]
+    if wrong:
+        raise ConeslabError(f"there are no combinations of {wrong[0]} subjects: choose from 1, {list(COMBINATIONS)}")
+    titles = table_titles(counts) if subjects is None else checks.texts("subjects", subjects)
+    titles = list(dict.fromkeys(title_of(names_in(title)) for title in titles))
+    for title in titles:
+        subjects_of(title)  # refuse an unknown name now, not cell by cell
+    table, _ = open_table(
+        path if path is not None else data_folder() / "results" / "methods.csv", ("subject", "condition", "seed")
+    )
+    return chosen, titles, table, _kept_in(folder)
+
+
+def _kept_in(folder: str | Path | None) -> Path | None:
+    """The folder of edits, checked, as all workers find it."""
+    return None if folder is None else require_writable(folder, folder=True).absolute()
 
 
 def _named(methods: Sequence[str] | Mapping[str, Method]) -> dict[str, Method]:
     if isinstance(methods, Mapping):
+        for name, method in checks.mapping("methods", methods).items():
+            checks.of_kind(f"methods[{name!r}]", method, Method)
         return dict(methods)
+    methods = checks.texts("methods", methods)
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise ConeslabError(f"{', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
@@ -202,8 +232,9 @@ def tune_methods(
     `data/results/settings.json`, in which other methods' settings are kept; the trials are saved beside it, as `.csv`.
     folder: as in `compare_methods`.
     """
-    path = Path(path) if path is not None else data_folder() / "results" / "settings.json"
-    chosen = _named(methods)
+    chosen, subjects, folder = _named(methods), checks.texts("subjects", subjects), _kept_in(folder)
+    path = require_writable(path if path is not None else data_folder() / "results" / "settings.json")
+    others = read_json(path, remedy="restore it, or delete it and tune again") if path.is_file() else {}
     cells = [
         {"subject": name, "condition": method, "seed": 0, "trial": json.dumps({setting: value})}
         for method, name in product(chosen, subjects)
@@ -211,7 +242,7 @@ def tune_methods(
         for value in values
     ]
     ready: dict[str, tuple[Method, dict[str, Any]]] = {name: (method, {}) for name, method in chosen.items()}
-    run = _Cell(ready, model, judge, 1, None if folder is None else Path(folder).absolute())
+    run = _Cell(ready, model, judge, 1, folder)
     trials = path.with_suffix(".csv")
     table = run_cells(cells, run, trials, identity=run.identity(), client=client, progress=progress)
     tried = {(cell["subject"], cell["condition"], cell["trial"]) for cell in cells}
@@ -219,20 +250,20 @@ def tune_methods(
     scored = table[own & table.measure.isin(["text alignment", "image alignment"])]
     score = scored.groupby(["condition", "trial"]).value.mean()
     best = {name: json.loads(score[name].idxmax()) for name, method in chosen.items() if method.choices}
-    others = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     best = {**others, **best}
-    write_whole(path, (json.dumps(best, indent=1, sort_keys=True) + "\n").encode())
+    write_json(path, dict(sorted(best.items())))
     return best
 
 
 def paper_table(table: pandas.DataFrame) -> pandas.DataFrame:
     """Text / image alignment by method and number of subjects, as the paper prints it; means over subjects and seeds.
 
-    Failed cells are left out.
+    Failed cells are left out. Raises ConeslabError if all failed.
     """
-    part = table[table.measure.isin(["text alignment", "image alignment"])]
-    if "error" in part:
-        part = part[part.error.isna()]
+    part = table[table.error.isna()] if "error" in table else table
+    if not len(part):
+        raise ConeslabError("this table holds no cell that was measured: run the comparison again")
+    part = part[part.measure.isin(["text alignment", "image alignment"])]
     means = part.groupby(["condition", "count", "subject", "measure"]).value.mean()
     means = means.groupby(["condition", "count", "measure"]).mean().unstack("measure")
     shown = means.apply(lambda row: f"{row['text alignment']:.3f} / {row['image alignment']:.3f}", axis=1)

@@ -6,17 +6,19 @@ and join them, so that a subject's edit serves every combination and every metho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import checks
+from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined, Edit
-from ..errors import ConeslabError
-from ..files import data_folder
+from ..errors import ConeslabError, FileFormatError
+from ..files import data_folder, read_json
+from ..finetuning.samples import several
 from ..methods.personalization.custom_diffusion import CustomDiffusionSettings, custom_diffusion
 from ..methods.personalization.dreambooth import dreambooth
 from ..methods.personalization.merging import merge
@@ -47,8 +49,8 @@ class Method:
 
 
 @takes(CustomDiffusionSettings)
-def _customised(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> Edit:
-    return custom_diffusion(pipe, subject, seed=seed, progress=False, **settings)
+def _customised(pipe: Pipeline, subjects: Subject | Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
+    return custom_diffusion(pipe, subjects, seed=seed, progress=False, **settings)
 
 
 def _join_graded(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
@@ -82,11 +84,13 @@ def _nothing(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int) -> Edit:
     return Combined(())
 
 
-def _at_once(train: Callable[..., Edit]) -> Callable[..., Edit]:
-    def make(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
-        return train(pipe, subjects, seed=seed, progress=False, **settings)
+# Functions of their own, rather than made by one, so that a method can be pickled.
+def _invert(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
+    return textual_inversion(pipe, subjects, seed=seed, progress=False, **settings)
 
-    return make
+
+def _dreambooth(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
+    return dreambooth(pipe, subjects, seed=seed, progress=False, **settings)
 
 
 # No method takes longer for one subject than Cones' search, and losses are flat by these steps (notebook 02).
@@ -100,11 +104,9 @@ METHODS: dict[str, Method] = {
     "Cones + collaborative tuning": Method(
         _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": _RATES}
     ),
-    "Textual Inversion": Method(
-        _at_once(textual_inversion), choices={"learning_rate": (3e-3, 1e-2, 3e-2)}, settings=_STEPS
-    ),
-    "DreamBooth": Method(_at_once(dreambooth), choices={"learning_rate": (3e-5, 1e-4, 3e-4)}, settings=_STEPS_OF_ALL),
-    "Custom Diffusion, joint": Method(_at_once(custom_diffusion), choices={"learning_rate": _RATES}, settings=_STEPS),
+    "Textual Inversion": Method(_invert, choices={"learning_rate": (3e-3, 1e-2, 3e-2)}, settings=_STEPS),
+    "DreamBooth": Method(_dreambooth, choices={"learning_rate": (3e-5, 1e-4, 3e-4)}, settings=_STEPS_OF_ALL),
+    "Custom Diffusion, joint": Method(_customised, choices={"learning_rate": _RATES}, settings=_STEPS),
     "Custom Diffusion, merged": Method(_merge, _customised, choices={"learning_rate": _RATES}, settings=_STEPS),
 }
 
@@ -114,7 +116,11 @@ def chosen_settings(name: str) -> dict[str, Any]:
     file = data_folder() / "results" / "settings.json"
     if not file.is_file():
         return {}
-    return dict(json.loads(file.read_text(encoding="utf-8")).get(name, {}))
+    remedy = "restore it, or delete it and tune again"
+    found = read_json(file, remedy=remedy).get(name, {})
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{file} has {found!r} for {name!r}, expected settings by name: {remedy}")
+    return found
 
 
 def make_edit(
@@ -138,7 +144,9 @@ def make_edit(
             raise ConeslabError(f"{method!r} is not a method: choose one of {', '.join(METHODS)}, or pass a Method")
         settings = {**chosen_settings(method), **settings}
         method = METHODS[method]
-    settings = {**method.settings, **settings}
+    require_pipeline(pipe)
+    subjects, seed = several(subjects), checks.seed("seed", seed)
+    settings = {**checks.of_kind("method", method, Method).settings, **settings}
     joint = derived(seed, *(subject.name for subject in subjects))
     if method.single is None:
         return timed(partial(method.make, pipe, list(subjects), seed=joint, **settings))

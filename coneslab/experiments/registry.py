@@ -13,15 +13,16 @@ from typing import Any
 
 import pandas
 
+from .. import checks
 from ..errors import ConeslabError
-from ..files import data_folder
-from ..world.subjects import COMBINATIONS, SUBJECTS, subject, subjects_of, title_of
+from ..files import data_folder, require_writable
+from ..world.subjects import COMBINATIONS, SUBJECTS, names_in, subject, subjects_of, title_of
 from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral
 from .conceptor import PLANTED, conceptor, planted
 from .masks import damage, precision, storage
 from .neurons import agreement, controls, density, finders, references
 from .setting import Setting
-from .table import Row, run_cells
+from .table import Row, open_table, run_cells
 from .unions import together
 
 
@@ -69,18 +70,36 @@ def run_experiment(
     subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
     planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
     path: of the table, by default in `data/results`. A table of another model, judge, version or options is not
-    continued. Raises ConeslabError for it and for an unknown experiment, WorldError for an unknown subject, before
-    anything is computed.
+    continued. Raises ConeslabError for it, for an unknown experiment and for nothing to do, WorldError for an unknown
+    subject, WriteError for a table or a folder of masks that cannot be written, before anything is computed.
     """
-    if name not in EXPERIMENTS:
-        raise ConeslabError(f"{name!r} is not an experiment: choose one of {', '.join(EXPERIMENTS)}")
-    experiment = EXPERIMENTS[name]
-    chosen = subjects or experiment.names
-    known = {title: experiment.resolve(title) for title in chosen}
+    seeds = checks.count("seeds", seeds)
+    known, path = require_experiment(name, subjects, path)
+    experiment, chosen = EXPERIMENTS[name], list(known)
+    checks.of_kind("setting", setting, Setting)
+    if setting.masks is not None:
+        require_writable(setting.masks, folder=True)
 
     def cell(subject: str, seed: int) -> list[Row]:
         return experiment.measure(setting, known[subject], seed)
 
     cells = [{"subject": title, "seed": seed} for title in chosen for seed in range(seeds)]
-    path = path or data_folder() / "results" / experiment.table
     return run_cells(cells, cell, path, identity=setting.identity, progress=progress)
+
+
+def require_experiment(
+    name: str, subjects: Sequence[str] | None = None, path: str | Path | None = None
+) -> tuple[dict[str, Any], Path]:
+    """What `run_experiment` is asked for, checked before a model is loaded: title -> what a cell is about, the table.
+
+    Raises what `run_experiment` raises.
+    """
+    if not isinstance(name, str) or name not in EXPERIMENTS:
+        raise ConeslabError(f"{name!r} is not an experiment: choose one of {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[name]
+    chosen = experiment.names if subjects is None else checks.texts("subjects", subjects)
+    titles = [title_of(names_in(title)) for title in chosen]
+    table, _ = open_table(
+        path if path is not None else data_folder() / "results" / experiment.table, ("subject", "seed")
+    )
+    return {title: experiment.resolve(title) for title in titles}, table

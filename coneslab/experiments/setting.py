@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
+from .. import __version__, checks
+from ..diffusion.checks import require_editable, require_pipeline
 from ..diffusion.pipelines import Pipeline, fingerprint, pipeline_fingerprint
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied, load_edit
-from ..files import write_whole
+from ..errors import FileFormatError
+from ..files import read_json, require_writable, write_whole
 from ..finetuning.samples import prior_pictures
 from ..measure.judge import Judge
 from ..neurons.controls import random_neurons
@@ -68,6 +70,8 @@ def measure(
     Draws `pictures` pictures per prompt, and averages the loss over `samples` noise samples. All edits of a subject
     measured with one `seed` start from the same noise; other subjects and seeds share none of it.
     """
+    require_pipeline(pipe)
+    pictures, samples = checks.count("pictures", pictures), checks.count("samples", samples)
     prompts = [prompt for prompt in subject.prompts for _ in range(pictures)]
     with applied(edit, pipe):
         drawn = generate(
@@ -121,6 +125,7 @@ def identity_of(pipe: Pipeline, judge: Judge, **options: Any) -> dict[str, Any]:
 @takes(SearchSettings)
 def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
     """A search without a progress bar; its prior pictures are drawn first, once for all searches from one seed."""
+    require_editable(pipe)
     prior = prior_pictures(pipe, subject, seed=seed)
     return find_concept_neurons(pipe, subject, prior=prior, seed=seed, progress=False, **settings)
 
@@ -131,8 +136,10 @@ def kept(
     """The edit make(pipe, subject, seed=..., **settings) and the seconds it takes to make, from `folder` if kept there.
 
     For another function, model, subject, version of the package or settings, defaults included, the edit is made again,
-    and kept beside the first. Without a folder nothing is kept.
+    and kept beside the first. Without a folder nothing is kept. Raises FileFormatError if what is kept is damaged,
+    WriteError if nothing can be kept there.
     """
+    require_pipeline(pipe)
     make_it = partial(make, pipe, subject, seed=derived(seed, subject.name), **settings)
     if folder is None:
         return timed(make_it)
@@ -140,14 +147,23 @@ def kept(
     facts = [make.__module__, make.__qualname__, pipeline_fingerprint(pipe), prompts, options, __version__]
     pictures = b"".join(repr(picture.size).encode() + picture.tobytes() for picture in subject.images)
     key = hashlib.sha256(repr(facts).encode() + pictures).hexdigest()[:16]
-    file = Path(folder) / f"{subject.name}-{seed}-{key}.safetensors"
+    file = require_writable(folder, folder=True) / f"{subject.name}-{seed}-{key}.safetensors"
     noted = file.with_suffix(".json")
     if noted.is_file():  # written last
-        return load_edit(file), float(json.loads(noted.read_text(encoding="utf-8"))["seconds"])
+        note = read_json(noted)
+        if not file.is_file() or note.get("sha256") != _sum_of(file, note.get("seconds")):
+            raise FileFormatError(f"{noted} or the edit beside it is damaged: delete it, and the edit is made again")
+        return load_edit(file), float(note["seconds"])
     edit, seconds = timed(make_it)
     edit.save(file)
-    write_whole(noted, json.dumps({"seconds": seconds}).encode())
+    note = {"seconds": seconds, "sha256": _sum_of(file, seconds)}
+    write_whole(noted, json.dumps(note).encode())  # as one file, because several workers may write it at a time
     return edit, seconds
+
+
+def _sum_of(file: Path, seconds: Any) -> str:
+    """The checksum of a kept edit, its name, and the seconds that it took to make."""
+    return hashlib.sha256(f"{file.name} {seconds!r} ".encode() + file.read_bytes()).hexdigest()
 
 
 def _filled(make: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +179,7 @@ class Setting:
 
     rounds: of a search; pictures: per prompt; sampler_steps, guidance_scale: of pictures; samples: of a denoising
     loss; masks: folder in which found neurons are kept between experiments.
+    Raises ConeslabError for a pipeline that cannot be edited, or a count below 1.
     """
 
     pipe: Pipeline
@@ -174,6 +191,12 @@ class Setting:
     guidance_scale: float = 3.0
     samples: int = 160
     masks: Path | None = None
+
+    def __post_init__(self) -> None:
+        require_editable(self.pipe)
+        for name in ("rounds", "finetune_steps", "pictures", "sampler_steps", "samples"):
+            object.__setattr__(self, name, checks.count(name, getattr(self, name)))
+        checks.number("guidance_scale", self.guidance_scale, checks.GUIDANCE)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 import pandas
 from tqdm.auto import tqdm
 
-from ..errors import ConeslabError
-from ..files import write_whole
+from .. import files
+from ..errors import ConeslabError, FileFormatError
 from ..measure.statistics import MIN_CLUSTERS, bootstrap_interval, share_interval
 
 Row = dict[str, Any]
@@ -43,12 +43,13 @@ def run_cells(
     client: a `distributed.Client` (Dask) whose workers share the cells; `measure` must then be picklable. keep_going: a
     cell that fails becomes one row with its message in the column error, and the others go on; the next call retries
     it. Otherwise the error is raised.
-    Raises ConeslabError if the file at `path` is not a table of these cells, or was made otherwise.
+    The file's checksum is beside it (see `files`). Raises ConeslabError, before anything is measured, if the file at
+    `path` is damaged, is not a table of these cells, was made otherwise, or cannot be written.
     """
-    path = Path(path)
     wanted: dict[tuple, Row] = {tuple(cell.values()): dict(cell) for cell in cells}
     names = list(next(iter(wanted.values()))) if wanted else []
-    rows = _rows_of_file(path, wanted, names)
+    path, begun = open_table(path, names)
+    rows = _rows_of_table(path, begun, wanted)
     _require_identity(path, rows, names, identity)
     known: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -68,7 +69,7 @@ def run_cells(
             result = [{"error": f"{type(result).__name__}: {result}"}]
         about = cell | _identity_of(cell, identity)
         known[tuple(cell.values())] = [about | {name: _rounded(value) for name, value in row.items()} for row in result]
-        write_whole(path, table().to_csv(index=False).encode())
+        files.write_table(path, table())
         bar.update()
     bar.close()
     return table()
@@ -78,8 +79,11 @@ _TEXT = ("subject", "condition", "measure", "kind", "component", "error", "model
 
 
 def read_table(path: str | Path, *, text: Iterable[str] = ()) -> pandas.DataFrame:
-    """Read a table of measurements. text: columns that are left as they are written, down to an empty name."""
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+    """Read a table of measurements. text: columns that are left as they are written, down to an empty name.
+
+    Raises what `files.read_table` raises.
+    """
+    table = files.read_table(path, dtype=str, keep_default_na=False)
     for name in set(table.columns) - {*text}:
         table[name] = table[name].replace("", np.nan)
         if name not in _TEXT:
@@ -88,19 +92,31 @@ def read_table(path: str | Path, *, text: Iterable[str] = ()) -> pandas.DataFram
     return table
 
 
-def _rows_of_file(path: Path, wanted: Mapping[tuple, Row], names: Sequence[str]) -> list[Row]:
-    """The rows of a table that was begun, without those of cells that failed; cells as plain values again."""
+def open_table(path: str | Path, names: Sequence[str]) -> tuple[Path, pandas.DataFrame]:
+    """The path of a table and what it holds, empty if there is none. names: the columns that say what a cell is.
+
+    Raises ConeslabError if the file is damaged, is not a table of such cells, or cannot be written.
+    """
+    path = files.require_writable(path)
     if not path.exists():
-        return []
+        return path, pandas.DataFrame()
     table = read_table(path, text=names)
     if not set(names) <= set(table.columns):
         raise ConeslabError(
             f"{path} has the columns {', '.join(table.columns)}, cells need {', '.join(names)}: name another file"
         )
+    return path, table
+
+
+def _rows_of_table(path: Path, table: pandas.DataFrame, wanted: Mapping[tuple, Row]) -> list[Row]:
+    """The rows of a table that was begun, without those of cells that failed; cells as plain values again."""
     if "error" in table:
         table = table[table.error.isna()].drop(columns="error")
-    for name, like in next(iter(wanted.values()), {}).items():
-        table[name] = [_like(like, text) for text in table[name]]
+    for name, like in next(iter(wanted.values()), {}).items() if len(table) else ():
+        try:
+            table[name] = [_like(like, text) for text in table[name]]
+        except ValueError as error:
+            raise FileFormatError(f"{path} has something else than numbers as {name} ({error}): correct it") from error
     return [{name: value for name, value in row.items() if value == value} for row in table.to_dict("records")]
 
 

@@ -75,7 +75,10 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
             conditions.append((f"union, {steps} steps", steps, tuned))
 
     options: dict[str, Any] = {"steps": max(TUNING_STEPS), "seed": own_seed, "progress": False, "callback": keep}
-    finetune_together(setting.pipe, union, subjects, **options)
+    if union.density:
+        finetune_together(setting.pipe, union, subjects, **options)
+    else:  # the searches found nothing, so there is nothing to tune
+        conditions += [(f"union, {steps} steps", steps, union) for steps in TUNING_STEPS]
     rows = []
     for name, steps, edit in conditions:
         values = measure_together(setting, subjects, edit, seed)

@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileFormatError, MismatchError
-from ..files import replacing
+from ..files import replacing, require_sum, require_writable, safetensors_in, sealed
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+FORMAT = "coneslab.checkpoint/1"
+_REMEDY = "delete it to start again, or name another file"
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and facts as one safetensors file, atomically."""
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and facts as one safetensors file, atomically. Raises WriteError if it cannot be written."""
     with replacing(path) as unfinished:
         kept = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(kept, unfinished, {"facts": json.dumps(facts)})
+        save_file(kept, unfinished, sealed(kept, {"format": FORMAT, "facts": json.dumps(facts)}))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_checkpoint` wrote. Raises FileFormatError if the file is damaged, or not a checkpoint."""
+    tensors, metadata = safetensors_in(path, what="coneslab checkpoint", remedy=_REMEDY)
+    if metadata.keys() != {"facts"}:  # nothing else: it was written before checkpoints had a checksum
+        require_sum(path, tensors, metadata, FORMAT, remedy=_REMEDY)
     try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise FileFormatError(
-            f"{path} is not a complete coneslab checkpoint ({error}): delete it to start again"
-        ) from error
+        return tensors, dict(json.loads(metadata["facts"]))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not a complete coneslab checkpoint ({error}): {_REMEDY}") from error
+
+
+def resumable(function: Function) -> Function:
+    """Check `resume`, the file to continue from, when a function is called: much is computed before the first step.
+
+    The function then raises WriteError if the file cannot be written, FileFormatError if it is damaged or of another
+    kind.
+    """
+
+    @wraps(function)
+    def checked(*arguments: Any, resume: str | Path | None = None, **options: Any) -> Any:
+        if resume is not None and require_writable(resume).is_file():
+            load_checkpoint(resume)
+        return function(*arguments, resume=resume, **options)
+
+    return cast(Function, checked)
 
 
 def training_state(weights: Mapping[str, Tensor], optimisers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -49,6 +69,7 @@ class TuningCheckpoint:
     """Weights, the optimiser's state and the history, in one safetensors file.
 
     identity: everything that the state depends on, by name; a file with another one is refused.
+    Raises WriteError if the file cannot be written.
     """
 
     def __init__(
@@ -58,7 +79,7 @@ class TuningCheckpoint:
         optimiser: torch.optim.Optimizer,
         identity: Mapping[str, Any],
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else require_writable(path)
         self.weights, self.optimiser = weights, optimiser
         self.identity = json.loads(json.dumps(dict(identity)))
 
@@ -76,6 +97,8 @@ class TuningCheckpoint:
         if self.path is None or not self.path.is_file():
             return 0, {}
         tensors, facts = load_checkpoint(self.path)
+        if not {"identity", "step", "history"} <= facts.keys():
+            raise FileFormatError(f"{self.path} is a checkpoint of other training than this one: name another file")
         was, now = facts["identity"], self.identity
         other = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
         if other:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
 from ..callback import Callback
+from ..diffusion.checks import require_editable
 from ..diffusion.kvspace import KVSpace, cross_attentions, unet_of
-from ..diffusion.loss import add_noise, denoising_loss
+from ..diffusion.loss import Denoiser, add_noise, denoising_loss
 from ..diffusion.pipelines import Pipeline, require_float
 from ..diffusion.precision import fast_dtype, frozen_copy
 from ..errors import ConeslabError, MismatchError
@@ -54,15 +55,16 @@ class KVGradient:
         dtype: torch.dtype | None = None,
         chunk: int | None = None,
     ) -> None:
+        require_editable(pipe)
         unet = unet_of(pipe)
         data = checks.items("data", data, CaptionedLatents)
         require_passes(dtype, chunk)
         dtype = fast_dtype(unet) if dtype is None else dtype
         self.space, self.data, self.dtype, self.chunk = KVSpace(pipe), tuple(data), dtype, chunk
-        self._pipe = _WithUNet(pipe, frozen_copy(unet, dtype, gradients=True))
+        self._denoiser = Denoiser(frozen_copy(unet, dtype, gradients=True), pipe.scheduler)
         self._text = torch.stack([part.text for part in data])  # (captions, tokens, width)
         self._attentions = []
-        for path, module in cross_attentions(self._pipe.unet).items():
+        for path, module in cross_attentions(self._denoiser.unet).items():
             processor = _ProjectedText()
             module.set_processor(processor)
             self._attentions.append((path, module, processor))
@@ -136,7 +138,7 @@ class KVGradient:
     ) -> tuple[Tensor, Tensor]:
         target = batch.regression_target
         each = denoising_loss(
-            self._pipe,
+            self._denoiser,
             batch.latents[rows],
             self._project(theta, text, counts),
             noise=batch.noise[rows],
@@ -156,8 +158,8 @@ class KVGradient:
         made = []
         for rows, counts in self._chunks():
             samples = self._project(theta, text, counts)
-            noisy = add_noise(self._pipe.scheduler, batch.latents[rows], batch.noise[rows], batch.timesteps[rows])
-            made.append(self._pipe.unet(noisy, batch.timesteps[rows], encoder_hidden_states=samples).sample.float())
+            noisy = add_noise(self._denoiser.scheduler, batch.latents[rows], batch.noise[rows], batch.timesteps[rows])
+            made.append(self._denoiser.unet(noisy, batch.timesteps[rows], encoder_hidden_states=samples).sample.float())
         return torch.cat(made)
 
     def _project(self, theta: Tensor, text: Tensor, counts: list[int]) -> Tensor:
@@ -183,16 +185,6 @@ class KVGradient:
 
 def _like(bias: Tensor | None, theta: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(theta.dtype)
-
-
-class _WithUNet:
-    """The pipeline as the loss sees it: its own in everything but the U-Net."""
-
-    def __init__(self, pipe: Pipeline, unet: nn.Module) -> None:
-        self._pipe, self.unet = pipe, unet
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipe, name)
 
 
 class _ProjectedText:

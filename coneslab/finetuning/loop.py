@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
@@ -23,14 +22,15 @@ from tqdm.auto import tqdm
 
 from .. import checks
 from ..callback import Callback
+from ..diffusion.checks import require_editable, separated
 from ..diffusion.kvspace import unet_of
-from ..diffusion.loss import denoising_loss
+from ..diffusion.loss import Denoiser, denoising_loss
 from ..diffusion.pipelines import Pipeline, fingerprint
 from ..diffusion.precision import fast_dtype, is_plain, mixed_precision, speed_up_backward
 from ..errors import ConeslabError
 from ..settings import Settings
 from .checkpoints import TuningCheckpoint
-from .kv_gradient import KVGradient
+from .kv_gradient import KVGradient, require_passes
 from .samples import CaptionedLatents, NoisyBatch, loss_values
 
 Step = Callable[[int], dict[str, float]]
@@ -189,6 +189,12 @@ def tune_kv(
     return tune(weights, step, settings, title=title, identity=identity, rates=rates, **run)
 
 
+def require_training_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ConeslabError unless `tune_unet` can run its passes in this precision."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16)):
+        raise ConeslabError(f"dtype is {dtype}: passes run in torch.float32 or torch.bfloat16")
+
+
 def tune_unet(
     pipe: Pipeline,
     data: Sequence[CaptionedLatents],
@@ -199,42 +205,49 @@ def tune_unet(
     identity: Mapping[str, Any] | None = None,
     only: Callable[[str], bool] = lambda name: True,
     dtype: torch.dtype | None = None,
+    chunk: int | None = None,
     **run: Unpack[RunOptions],
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """Minimise the captions' weighted losses in weights of the U-Net itself; returns their change, and the history.
 
     Trains a copy in float32, with passes in bfloat16 where that is faster. batch_at(step, the copy) -> the samples;
-    only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16. title, identity and run: see
-    `tune`. Raises ConeslabError for another dtype.
+    only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16; chunk: samples at a time, whose
+    gradients are added up, for models that would not fit in memory otherwise. title, identity and run: see `tune`.
+    Raises ConeslabError for another dtype, or a chunk below 1.
     """
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16)):
-        raise ConeslabError(f"dtype is {dtype}: passes run in torch.float32 or torch.bfloat16")
-    unet = copy.deepcopy(unet_of(pipe)).float().requires_grad_(False).train()
+    require_editable(pipe)
+    require_passes(dtype, chunk)
+    require_training_dtype(dtype)
+    unet = separated(copy.deepcopy(unet_of(pipe))).float().requires_grad_(False).train()
     dtype = dtype or fast_dtype(unet)
     if dtype == torch.bfloat16 and is_plain(unet):
         speed_up_backward(unet)
     weights = {name: weight.requires_grad_(True) for name, weight in unet.named_parameters() if only(name)}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    stand_in: Any = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
+    denoiser = Denoiser(unet, pipe.scheduler)
     text = torch.cat([part.text.expand(part.batch_size, -1, -1) for part in data]).float()
     counts = [part.batch_size for part in data]
     shares = torch.cat([text.new_full((part.batch_size,), part.weight / part.batch_size) for part in data])
 
     def step(number: int) -> dict[str, float]:
-        batch = batch_at(number, unet)
-        with mixed_precision(unet.device, dtype):
-            each = denoising_loss(
-                stand_in,
-                batch.latents.float(),
-                text,
-                noise=batch.noise.float(),
-                timesteps=batch.timesteps,
-                mask=batch.mask,
-                regression_target=batch.regression_target,
-                reduction="none",
-            )
-        (each * shares).sum().backward()
-        return loss_values(data, [float(own.mean()) for own in each.detach().split(counts)])
+        batch, losses = batch_at(number, unet), []
+        for first in range(0, len(text), chunk or len(text)):
+            rows = slice(first, first + (chunk or len(text)))
+            part = batch.part(rows)
+            with mixed_precision(unet.device, dtype):
+                each = denoising_loss(
+                    denoiser,
+                    part.latents.float(),
+                    text[rows],
+                    noise=part.noise.float(),
+                    timesteps=part.timesteps,
+                    mask=part.mask,
+                    regression_target=part.regression_target,
+                    reduction="none",
+                )
+            (each * shares[rows]).sum().backward()
+            losses.append(each.detach())
+        return loss_values(data, [float(own.mean()) for own in torch.cat(losses).split(counts)])
 
     if run.get("resume") is not None:
         identity = {**(identity or {}), **_facts(data, dtype)}

@@ -17,14 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from .. import checks
+from ..diffusion.checks import require_pipeline
 from ..diffusion.encoding import encode_images, encode_prompts, require_read
 from ..diffusion.loss import stratified_timesteps
 from ..diffusion.pipelines import Pipeline, pipeline_fingerprint
 from ..diffusion.sampling import generate, require_steps, seeds_for
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ConeslabError
 from ..pictures import Images, as_pictures
 from ..seeds import derived
-from ..settings import Settings
+from ..settings import ByValue, Settings
 
 _DRAWN: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `generate_once`
 _DRAWN_SETS = 64
@@ -58,14 +59,14 @@ Subject = TypeVar("Subject", bound=ConceptSubject)
 def require_subject(subject: Any, *, with_token: bool = False) -> None:
     """Raise ArgumentError unless this is a `ConceptSubject`, or with a token a `TokenSubject`, and its texts say what.
 
-    The token has to be one word, and none of the class prompt, whose meaning would change with it. The class word may
-    be empty, as some methods do without.
+    The token has to be one word, and none of the class prompt, whose meaning would change with it. Class word and
+    class prompt may be empty, as some methods do without.
     """
     needed = ("name", "images", "prompt", "prior_prompt") + (("token", "class_word") if with_token else ())
     checks.having("subject", subject, 'a subject, such as coneslab.subject("cat")', *needed)
     for name in needed:
         if name != "images":
-            checks.text(f"the subject's {name}", getattr(subject, name), blank=name == "class_word")
+            checks.text(f"the subject's {name}", getattr(subject, name), blank=name in ("class_word", "prior_prompt"))
     if with_token and checks.word("the subject's token", subject.token) in subject.prior_prompt.split():
         raise ArgumentError(
             f"the token {subject.token!r} is a word of {subject.prior_prompt!r}, which would change with it: give the "
@@ -146,8 +147,8 @@ class ConceptSettings(SamplerSettings):
         return self.prior_batch_size > 0 and self.prior_weight > 0
 
 
-@dataclass(frozen=True)
-class CaptionedLatents:
+@dataclass(frozen=True, eq=False)
+class CaptionedLatents(ByValue):
     """Latents that share one caption, and their part in a loss: weight · mean loss over `batch_size` of them per step.
 
     latents: (pictures, channels, height, width); text: (tokens, width); mask: (pictures, 1, height, width), where a
@@ -171,8 +172,8 @@ class CaptionedLatents:
         object.__setattr__(self, "weight", checks.number("weight", self.weight, "[0, inf)"))
 
 
-@dataclass(frozen=True)
-class NoisyBatch:
+@dataclass(frozen=True, eq=False)
+class NoisyBatch(ByValue):
     """One step's samples, all captions end to end: latents, noise (samples, c, h, w); timesteps (samples,).
 
     mask: (samples, 1, h, w), or None if everything counts everywhere. regression_target: what the network must predict
@@ -207,6 +208,7 @@ def prior_pictures(
     class, or several searches, share them; different seeds share no noise. Call it on the untouched model, outside any
     `applied` block.
     """
+    require_pipeline(pipe)
     require_subject(subject)
     settings = SamplerSettings(sampler_steps=sampler_steps, guidance_scale=guidance_scale, seed=seed)
     prompts = [subject.prior_prompt] * checks.count("n", n)
@@ -223,6 +225,7 @@ def generate_once(
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
     """Pictures for prompts as the pipeline draws them; the sets drawn last are cached until the process ends."""
+    require_pipeline(pipe)
     prompts = checks.texts("prompts", prompts, blank=True)
     seeds = tuple(seeds_for(seed, len(prompts)))
     sampler_steps = require_steps(pipe, sampler_steps)
@@ -241,6 +244,7 @@ def generate_once(
 
 def generated_latents(pipe: Pipeline, prompts: Sequence[str], **options: Any) -> Tensor:
     """Latents of pictures drawn for prompts, (pictures, channels, height, width). options: of `generate_once`."""
+    require_pipeline(pipe)
     return encode_images(pipe, list(generate_once(pipe, prompts, **options))).detach()
 
 
@@ -256,11 +260,20 @@ def concept_latents(
     """Everything in L_con that does not depend on θ: the subject's latents, then the prior's (if it has a part).
 
     prior: pictures of the class, by default drawn by the pipeline (`prior_pictures`). changes: of `ConceptSettings`.
-    Raises ConeslabError if the subject has no pictures or a setting is out of range.
+    Raises ConeslabError if the subject has no pictures, a setting is out of range, or there are pictures of the class
+    without a part in the loss.
     """
+    require_pipeline(pipe)
     settings = ConceptSettings.chosen(settings, changes)
     require_subject(subject)
     shown = as_pictures(subject.images, name=f"pictures of the subject {subject.name!r}")
+    if prior is not None and not settings.has_prior:
+        raise ConeslabError(
+            f"pictures of the class were given (prior=), but prior_batch_size is {settings.prior_batch_size} and "
+            f"prior_weight is {settings.prior_weight:g}: give both more than 0, or leave the pictures out"
+        )
+    if settings.has_prior:
+        checks.text("the subject's prior_prompt", subject.prior_prompt)
     prior = None if prior is None else as_pictures(prior, name="prior pictures")
     require_read(pipe, subject.prompt, subject.prior_prompt)
     text = encode_prompts(pipe, [subject.prompt, subject.prior_prompt]).detach()
@@ -284,6 +297,7 @@ def joint_latents(
     **changes: Any,
 ) -> list[CaptionedLatents]:
     """The latents of several subjects, whose losses are minimised together: `concept_latents` of each in turn."""
+    require_pipeline(pipe)
     return [data for subject in several(subjects) for data in concept_latents(pipe, subject, settings, **changes)]
 
 
@@ -316,6 +330,7 @@ def sample_batches(
     of `batch_size` equal intervals of the schedule (a reading; unbiased, and less noisy than independent ones). bands:
     batches take turns in that many equal parts of the schedule, from little noise to much.
     """
+    require_pipeline(pipe)
     last = pipe.scheduler.config.num_train_timesteps
     parts = checks.count("bands", bands, most=last)
     edges = [last * band // parts for band in range(parts + 1)]
@@ -343,6 +358,7 @@ def _endless(
 
 def numbered_batches(pipe: Pipeline, data: Sequence[CaptionedLatents], seed: int) -> Callable[[int], NoisyBatch]:
     """`sample_batches` by number, so that a resumed run sees the same batches; numbers must not decrease."""
+    require_pipeline(pipe)
     source, coming = sample_batches(pipe, data, seed=seed), count()
 
     def batch_at(number: int) -> NoisyBatch:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..blocks import Block, Made, Place
+from ..diffusion.checks import require_own_projections, require_pipeline, uncompiled
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
 from ..diffusion.pipelines import Pipeline, require_float
+from ..diffusion.precision import without_compiling
 from ..errors import ArgumentError, ConeslabError
 
 __all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities", "record_attention"]
@@ -29,7 +31,6 @@ __all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabi
 _RECORDABLE = (
     "AttnProcessor",
     "AttnProcessor2_0",
-    "FusedAttnProcessor2_0",
     "SlicedAttnProcessor",
     "XFormersAttnProcessor",
     "AttnProcessorNPU",
@@ -211,7 +212,7 @@ class AttentionMaps:
         if not self._runs or not self._runs[0].maps:
             raise ConeslabError(
                 "nothing was recorded: was a picture drawn inside the block, with the same pipeline and a non-empty "
-                "prompt, and does that pipeline run its own U-Net (not a compiled or copied one)?"
+                "prompt, and does that pipeline run its own U-Net (not a copied one)?"
             )
         row = checks.count("picture", picture, least=0)
         for run in self._runs:
@@ -246,13 +247,14 @@ class _RecordingProcessor:
 class record_attention(Block):
     """Record every cross-attention map while a pipeline draws, and put everything back afterwards.
 
-    The pictures are bit for bit those of an unrecorded run: the maps are computed beside the attention. With
-    classifier-free guidance only the conditional half is kept.
+    The pictures are bit for bit those of an unrecorded run: the maps are computed beside the attention. (A compiled
+    pipeline computes uncompiled in the block.) With classifier-free guidance only the conditional half is kept.
 
     keep_heads: keep the heads apart instead of their mean; dtype: of the maps, which are kept on the CPU;
     max_bytes: how much may be kept. guided: whether the first half of each batch is the unconditional one; default:
     recognised by its latents being those of the second half, unless the pipeline's last guidance scale says no.
-    Raises ConeslabError for a processor whose probabilities cannot be known, and when `max_bytes` is used up.
+    Raises ConeslabError for a processor whose probabilities cannot be known, such as one with fused projections, and
+    when `max_bytes` is used up.
 
     >>> pipe = coneslab.load("tiny")
     >>> with coneslab.record_attention(pipe) as maps:
@@ -276,16 +278,21 @@ class record_attention(Block):
         max_bytes: int = 2 * 2**30,
         guided: bool | None = None,
     ) -> None:
+        require_pipeline(pipe)
         checks.flag("keep_heads", keep_heads)
         dtype, max_bytes = require_float(dtype), checks.count("max_bytes", max_bytes, most=2**63)
         if guided is not None:
             checks.flag("guided", guided)
         maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes)
         self._recorder = _Recorder(pipe, maps, guided)
-        super().__init__(self._processors, maps, pipe=pipe)
+        super().__init__(partial(_processors, pipe, self._recorder), maps, pipe=pipe)
 
     def open(self, made: Made) -> AttentionMaps:
         recorder, pipe = self._recorder, self._pipe
+        require_own_projections(uncompiled(pipe.unet))
+        plain = without_compiling(pipe)
+        made.undo(plain.close)
+        plain.__enter__()
         recorder.stopped = False
         hooked = (
             (pipe.unet, "forward_pre_hook", recorder.before_step),
@@ -298,18 +305,19 @@ class record_attention(Block):
             getattr(module, f"register_{kind}")(function, with_kwargs=True)
         return maps
 
-    def _processors(self) -> Iterator[tuple[Place, _RecordingProcessor]]:
-        """Every cross-attention's processor, and one that records around it."""
-        for path, module in cross_attentions(self._pipe.unet).items():
-            original = module.processor
-            kind = type(original).__name__
-            if kind not in _RECORDABLE:
-                raise ConeslabError(
-                    f"cannot record {path}: the attention inside {kind} is not known; "
-                    "call pipe.unet.set_default_attn_processor() first"
-                )
-            place = Place(module, "processor", partial(getattr, module, "processor"), module.set_processor)
-            yield place, _RecordingProcessor(original, partial(self._recorder.add, short_name(path)))
+
+def _processors(pipe: Pipeline, recorder: _Recorder) -> Iterator[tuple[Place, _RecordingProcessor]]:
+    """Every cross-attention's processor, and one that records around it. (Not a method: see `Made.undo`.)"""
+    for path, module in cross_attentions(pipe.unet).items():
+        original = module.processor
+        kind = type(original).__name__
+        if kind not in _RECORDABLE:
+            raise ConeslabError(
+                f"cannot record {path}: the attention inside {kind} is not known; "
+                "call pipe.unet.set_default_attn_processor() first"
+            )
+        place = Place(module, "processor", partial(getattr, module, "processor"), module.set_processor)
+        yield place, _RecordingProcessor(original, partial(recorder.add, short_name(path)))
 
 
 def _unhook(*, module: nn.Module, kind: str, recorder: _Recorder) -> None:

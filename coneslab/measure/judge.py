@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError, MismatchError
+from ..files import require_folder, user_path
 from ..pictures import Images, as_pictures
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ class Judge:
             long = [text for text, row in zip(own, ids, strict=True) if len(row) > most]
             if long:
                 more = f" and of {len(long) - 1} more" if len(long) > 1 else ""
-                checks.warn(f"the judge reads {length} tokens at most, so the beginning alone of {long[0]!r}{more}")
+                checks.warn(
+                    f"the judge reads {length} tokens at most, so the beginning alone of {checks.shown(long[0])}{more}"
+                )
 
     def label_features(self, labels: Iterable[str | Iterable[str]]) -> Tensor:
         """One embedding per label, (k, d); for a label with several phrasings, the direction of their mean.
@@ -177,10 +180,39 @@ class Judge:
         return self.similarity(images, labels).argmax(1)
 
 
+def judge_source(name_or_path: str | Path) -> str | Path:
+    """Where `load_judge` finds a judge: a folder with the right checksums, if it has any, or a hub id.
+
+    Raises ConeslabError if there is no such judge, or its files are damaged.
+    """
+    from ..diffusion.pipelines import model_folder, verify
+
+    name, folder = str(name_or_path), user_path(name_or_path)
+    if name == "judge":
+        folder = model_folder("judge")
+        verify(folder)
+    elif folder.is_dir():
+        require_folder(folder)
+        if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise ConeslabError(
+                f"the judge {name!r} has no tokenizer: expected {folder / 'tokenizer.json'}; restore the folder, or "
+                "save model and processor again"
+            )
+    elif isinstance(name_or_path, Path) or folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ArgumentError(
+            f"got {name!r} as a judge, expected 'judge', a folder with a CLIP model and its processor in the "
+            "transformers format, or a hub id written owner/name"
+        )
+    else:
+        return name
+    return folder
+
+
 def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device = "cpu") -> Judge:
     """The shipped judge, or any CLIP folder or hub id in the transformers format.
 
-    Raises ConeslabError if the folder holds no CLIP model.
+    Raises ConeslabError if it is damaged, the folder holds no CLIP model with its tokenizer, its weights are NaN or
+    infinite, or the device cannot be used.
 
     >>> judge = coneslab.load_judge()
     >>> judge
@@ -190,28 +222,21 @@ def load_judge(name_or_path: str | Path = "judge", *, device: str | torch.device
     """
     from transformers import CLIPModel, CLIPProcessor  # imported here, as only loading needs them
 
-    from ..diffusion.pipelines import model_folder, usable_device, without_bars
+    from ..diffusion.checks import require_finite_weights
+    from ..diffusion.pipelines import usable_device, without_bars
 
-    where = usable_device(device)
-    name = str(name_or_path)
-    shipped = name == "judge"
-    folder = model_folder("judge") if shipped else Path(name).expanduser()
-    if not folder.is_dir():
-        if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise ArgumentError(
-                f"there is no judge {name!r}: expected 'judge', a folder with a CLIP model in the transformers format, "
-                "or a hub id written owner/name"
-            )
-        folder = name_or_path  # type: ignore[assignment]
+    where, shipped = usable_device(device), str(name_or_path) == "judge"
+    folder = judge_source(name_or_path)
     try:
         with without_bars() if shipped else nullcontext():
             model = CLIPModel.from_pretrained(folder, use_safetensors=True)
         processor = CLIPProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # transformers has its own ways to say "damaged" or "not found"
         raise ConeslabError(
             f"got {str(name_or_path)!r} as a judge, expected 'judge' or a folder with a CLIP model and its "
             f"processor in the transformers format: {error}"
         ) from error
+    require_finite_weights(dict(model.named_parameters()), "judge")
     return Judge(model.to(where).eval().requires_grad_(False), processor)
 
 

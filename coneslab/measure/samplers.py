@@ -19,9 +19,10 @@ import pandas
 from .. import checks
 from .. import world as shipped_world
 from ..blocks import Block, attribute
+from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import require_steps
-from ..files import write_whole
+from ..files import require_writable, write_table
 from .evaluation import evaluate_model
 from .judge import Judge
 
@@ -58,6 +59,7 @@ class Sampler:
 
 def use_scheduler(pipe: Pipeline, name: str) -> None:
     """Give a pipeline the named scheduler, with the pipeline's own noise schedule and prediction type."""
+    require_pipeline(pipe)
     kind, changed = SCHEDULERS[checks.choice("scheduler", name, SCHEDULERS)]
     # without the private entries, or the defaults of one class would become those of another
     kept = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
@@ -74,19 +76,26 @@ def compare_samplers(
     kid_pictures: int = 512,
     seed: int = 0,
     world: Any = shipped_world,
-    out: Path | None = None,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
     """Draw the same questions with each sampler and ask the judge: one row per sampler; `out` is written after each.
 
     Columns: scheduler, sampler_steps, guidance_scale, guided_from, guided_to, calls (network passes per picture),
     the shares of `evaluate_model` with the bounds of their intervals, KID, seconds per picture. The pipeline's
-    scheduler is restored.
+    scheduler is restored. Raises ConeslabError without a sampler, or for a count below 1, WriteError at once if `out`
+    cannot be written.
     """
+    require_pipeline(pipe)
     samplers = checks.items("samplers", samplers, Sampler)
     for sampler in samplers:
         require_steps(pipe, sampler.sampler_steps)
+    checks.count("seeds", seeds)
+    if limit is not None:
+        checks.count("limit", limit)
     own, rows = pipe.scheduler, []
+    if out is not None:
+        require_writable(out)
     with Block([(attribute(pipe, "scheduler"), own)], pipe=pipe):
         for sampler in samplers:
             pipe.scheduler = own
@@ -122,5 +131,5 @@ def compare_samplers(
             row |= {"KID": report.settings.get("KID"), "seconds": (time.perf_counter() - start) / pictures}
             rows.append(row)
             if out is not None:
-                write_whole(out, pandas.DataFrame(rows).to_csv(index=False).encode())
+                write_table(out, pandas.DataFrame(rows))
     return pandas.DataFrame(rows)

@@ -11,7 +11,9 @@ import numpy as np
 from scipy.stats import norm
 from torch import Tensor
 
-from ..errors import ConeslabError, MismatchError
+from .. import checks
+from ..errors import ArgumentError, ConeslabError, MismatchError
+from ..settings import ByValue
 
 MIN_CLUSTERS = 5  # below it, an interval over clusters says nothing: show the clusters themselves
 
@@ -50,7 +52,12 @@ def kid(
     >>> kid(same, same, paired=True)
     0.0
     """
-    a, b = (np.asarray(features, dtype=np.float64) for features in (features_a, features_b))
+    checks.flag("paired", paired)
+    subsets, degree = checks.count("subsets", subsets), checks.count("degree", degree, most=100)
+    gamma = None if gamma is None else checks.number("gamma", gamma, "(0, inf)")
+    coef0, seed = checks.number("coef0", coef0), checks.seed("seed", seed)
+    subset_size = None if subset_size is None else checks.count("subset_size", subset_size)
+    a, b = _array("features_a", features_a), _array("features_b", features_b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise MismatchError(
             f"got features of shape {a.shape} and {b.shape}, expected (n, d) and (m, d): take both from one judge"
@@ -90,8 +97,8 @@ def kid(
     return float(np.mean([of_subset() for _ in range(subsets)]))
 
 
-@dataclass(frozen=True)
-class Interval:
+@dataclass(frozen=True, eq=False)
+class Interval(ByValue):
     """A mean with its interval; low and high are NaN where there is too little to say how far it may be off.
 
     values: how many numbers it is the mean of; clusters: how many of them are independent.
@@ -154,7 +161,9 @@ def bootstrap_interval(
     >>> bootstrap_interval([0] * 24)  # none of 24
     0.000 [0.000, 0.138]
     """
-    numbers = _checked(values, clusters, minus, level, resamples)
+    clusters = checks.items("clusters", clusters, least=0)
+    numbers = _checked(values, clusters, minus, level, checks.count("resamples", resamples))
+    seed = checks.seed("seed", seed)
     shares = np.isin(numbers, (0.0, 1.0)).all()
     if minus is None and shares:
         return share_interval(numbers, clusters=clusters, level=level)
@@ -183,6 +192,7 @@ def share_interval(values: Numbers, *, clusters: Sequence[Sequence] = (), level:
     >>> share_interval([1] * 30 + [0] * 2)
     0.938 [0.799, 0.983]
     """
+    clusters = checks.items("clusters", clusters, least=0)
     numbers = _checked(values, clusters, None, level)
     if ((numbers < 0) | (numbers > 1)).any():
         raise ConeslabError(f"got values from {numbers.min():g} to {numbers.max():g}, expected shares, from 0 to 1")
@@ -215,17 +225,25 @@ def _difference_of_shares(differences: np.ndarray, tree: list[_Tree], level: flo
     return Interval(mean, max(-1.0, middle - reach), min(1.0, middle + reach), level, len(differences), count)
 
 
+def _array(name: str, values: Numbers) -> np.ndarray:
+    """Numbers as an array. Raises ArgumentError for anything else."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} is {checks.shown(values)}: give numbers") from error
+
+
 def _checked(
     values: Numbers, clusters: Sequence[Sequence], minus: Numbers | None, level: float, resamples: int = 1
 ) -> np.ndarray:
     """The values as an array (n,); raises what the functions above raise."""
-    numbers = np.asarray(values, dtype=np.float64)
+    numbers, level = _array("values", values), checks.number("level", level)
     lengths = {"values": numbers.shape, **{f"clusters[{i}]": (len(c),) for i, c in enumerate(clusters)}}
     if minus is not None:
         lengths["minus"] = np.shape(minus)
     if numbers.ndim != 1 or len(set(lengths.values())) != 1:
         raise MismatchError(f"got shapes {lengths}, expected one length for all")
-    finite = np.isfinite(numbers).all() and (minus is None or np.isfinite(np.asarray(minus, dtype=np.float64)).all())
+    finite = np.isfinite(numbers).all() and (minus is None or np.isfinite(_array("minus", minus)).all())
     if not len(numbers) or not finite:
         raise ConeslabError(f"got {len(numbers)} values, expected at least one, and all finite")
     if not 0 < level < 1 or resamples < 1:

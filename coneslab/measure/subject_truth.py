@@ -15,6 +15,7 @@ from ..new_world.catalogue import full_drawing
 from ..new_world.subjects import KINDS, SUBJECTS, truth, wanted
 from ..pictures import Images
 from ..seeds import derived
+from ..settings import ByValue
 from .asking import nearest, right_class
 from .judge import Judge, require_judge
 
@@ -41,8 +42,8 @@ def _prototypes(judge: Judge, stickers: tuple[new_world.Sticker, ...]) -> Tensor
     return means / means.norm(dim=1, keepdim=True)
 
 
-@dataclass(frozen=True)
-class CameThrough:
+@dataclass(frozen=True, eq=False)
+class CameThrough(ByValue):
     """Which parts of a subject's truth a judge finds in pictures: (n,) bool each, and the hue error in degrees."""
 
     kept_class: np.ndarray

@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 
 from .. import checks
 from ..callback import Callback
+from ..diffusion.checks import require_editable
 from ..diffusion.kvspace import KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.weights import WeightDelta, model_fingerprint
 from ..errors import ConeslabError, MismatchError
+from ..finetuning.checkpoints import resumable
 from ..finetuning.kv_gradient import KVGradient, require_passes
 from ..finetuning.loop import Point, TuningSettings, tune_kv
 from ..finetuning.samples import (
@@ -124,6 +126,7 @@ def top_k_neurons(
     changes: see `TopKSettings`; prior: see `concept_latents`; dtype, chunk: see `KVGradient`.
     Raises ConeslabError unless exactly one of density and like is given, or for an unknown criterion.
     """
+    require_editable(pipe)
     settings = TopKSettings.chosen(settings, changes)
     require_passes(dtype, chunk)
     require_subject(subject)
@@ -154,7 +157,8 @@ def top_k_neurons(
     if like is not None:
         counts = like.counts().tolist() if per_layer else [len(like.shut())]
     else:
-        density = float(settings.density or 0.0)
+        assert settings.density is not None
+        density = settings.density
         counts = [math.floor(density * (part.stop - part.start) + 0.5) for part in parts]
     scale = torch.ones_like(score)
     for part, k in zip(parts, counts, strict=True):
@@ -178,6 +182,7 @@ def mean_gradient(
     **changes: Any,
 ) -> Tensor:
     """∂L_con/∂θ of the untouched model, (n,), averaged over `rounds` batches."""
+    require_editable(pipe)
     rounds, settings = checks.count("rounds", rounds), ConceptSettings.chosen(settings, changes)
     require_passes(dtype, chunk)
     data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)
@@ -196,6 +201,7 @@ class FinetuneSettings(TuningSettings, ConceptSettings):
     method: ClassVar[str] = "K-V fine-tuning"
 
 
+@resumable
 @takes(FinetuneSettings)
 def finetune_kv(
     pipe: Pipeline,
@@ -218,6 +224,7 @@ def finetune_kv(
     The pipeline is not changed; `history` holds the losses of every step. Raises ConeslabError for settings out of
     range, or if the loss diverges.
     """
+    require_editable(pipe)
     settings = FinetuneSettings.chosen(settings, changes)
     require_passes(dtype, chunk, callback)
     data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)

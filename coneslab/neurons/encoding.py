@@ -24,6 +24,7 @@ import numpy as np
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError, FileFormatError
+from ..settings import ByValue
 
 PRECISIONS = ("float32", "float16", "quaternary", "binary")
 LEVELS = np.array([0, 1 / 3, 2 / 3], np.float32)  # of a quaternary mask; the fourth, 1, means "not in the mask"
@@ -104,8 +105,8 @@ def entropy_bound(indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int])
     return bits / 8
 
 
-@dataclass(frozen=True)
-class MaskFile:
+@dataclass(frozen=True, eq=False)
+class MaskFile(ByValue):
     """The contents of a mask file; `ConceptNeurons` explains the fields."""
 
     indices: np.ndarray

@@ -9,16 +9,19 @@ import torch
 
 from .. import checks
 from ..callback import Callback
+from ..diffusion.checks import require_finite, require_pipeline
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import denoising_loss
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, applied, require_dose, require_edit
+from ..errors import ConeslabError
 from ..finetuning.samples import ConceptSubject, concept_latents, sample_batches
 from ..pictures import Images
+from ..settings import ByValue
 
 
-@dataclass(frozen=True, repr=False)
-class ConceptLoss:
+@dataclass(frozen=True, eq=False, repr=False)
+class ConceptLoss(ByValue):
     """L_con on held-out noise: its means, and the loss of each sample, in the same order for every condition.
 
     subject_values, prior_values: (samples,) float64; the latter is empty if no prior was asked for.
@@ -60,13 +63,17 @@ def concept_loss(
     edits is far less noisy than either. The default seed is far from those of searches, so the noise is held out. edit:
     applied while measuring (one that is already applied stays). prior: pictures for `prior_samples`; by default the
     pipeline draws them before the edit is applied. batch_size: samples at a time. callback: see `coneslab.callback`,
-    once per batch. Raises what the edit raises.
+    once per batch. Raises what the edit raises, and ConeslabError for pictures of the prior without samples of it.
     """
+    require_pipeline(pipe)
+    require_finite(pipe)
     samples, batch_size = checks.count("samples", samples), checks.count("batch_size", batch_size)
     prior_samples = checks.count("prior_samples", prior_samples, least=0)
     require_edit(edit)
     require_dose(dose)
     checks.function("callback", callback)
+    if prior is not None and not prior_samples:
+        raise ConeslabError("got pictures of the prior and prior_samples=0: say how many samples to take")
     data = concept_latents(pipe, subject, batch_size=samples, prior_batch_size=prior_samples, prior=prior)
     batch = next(sample_batches(pipe, data, seed=seed))
     values = []

@@ -7,6 +7,7 @@ docstring says "a reading". The search that finds them is in `search.py`, the fo
 from __future__ import annotations
 
 import hashlib
+import html
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..diffusion.checks import require_pipeline
 from ..diffusion.kvspace import KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, require_dose
 from ..edits.weights import Change, require_model, swapped
-from ..errors import ConeslabError, MismatchError
-from ..files import write_whole
+from ..errors import ConeslabError, FileFormatError, MismatchError
+from ..files import read_whole, write_whole
 from . import encoding
 
 
@@ -224,13 +226,13 @@ class ConceptNeurons(Edit):
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{row['layer']}</td><td>{row['resolution']}×{row['resolution']}</td><td>{row['neurons']:,}</td>"
+            f"<tr><td>{html.escape(row['layer'])}</td><td>{row['resolution']}×{row['resolution']}</td><td>{row['neurons']:,}</td>"
             f"<td>{row['shut']:,}</td><td>{row['density']:.2%}</td></tr>"
             for row in self.per_layer()
         )
         head = "<tr><th>layer</th><th>grid</th><th>neurons</th><th>shut</th><th>density</th></tr>"
         return (
-            f"<p>Concept neurons of <b>{self.subject}</b>: {len(self.shut()):,} of {self.n:,} shut "
+            f"<p>Concept neurons of <b>{html.escape(self.subject)}</b>: {len(self.shut()):,} of {self.n:,} shut "
             f"({self.density:.2%})</p><details><summary>layer by layer</summary><table>{head}{rows}</table></details>"
         )
 
@@ -263,6 +265,7 @@ class ConceptNeurons(Edit):
         >>> torch.equal(space.gather(), before)
         True
         """
+        require_pipeline(pipe)
         require_dose(dose)
         scales = torch.tensor(self.scales)
 
@@ -326,8 +329,13 @@ class ConceptNeurons(Edit):
 
     @classmethod
     def load_mask(cls, path: str | Path, pipe: Pipeline) -> ConceptNeurons:
-        """Read `save_mask` back: see `from_bytes`."""
-        return cls.from_bytes(Path(path).read_bytes(), pipe)
+        """Read `save_mask` back: see `from_bytes`. Raises MissingFileError if there is no such file."""
+        require_pipeline(pipe)
+        data = read_whole(path)
+        try:
+            return cls.from_bytes(data, pipe)
+        except FileFormatError as error:
+            raise FileFormatError(f"{path}: {error}") from error
 
     @property
     def entropy_bound(self) -> float:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .. import checks
 from ..callback import Callback
+from ..diffusion.checks import require_editable
 from ..diffusion.kvspace import KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.weights import model_fingerprint
@@ -109,7 +110,8 @@ def find_concept_neurons(
     see `KVGradient`. callback: see `coneslab.callback`; further keys: "density", and copies on the CPU, (n,) each, of
     "scale", "gradient" (the running mean) and "hits".
     The pipeline is never changed, not even for a moment. Same seed, same neurons.
-    Raises ConeslabError for settings out of range, MismatchError if `start` belongs to another model.
+    Raises ConeslabError for settings out of range or a pipeline that cannot be edited (`require_editable`),
+    MismatchError if `start` belongs to another model.
 
     >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
     >>> found = coneslab.find_concept_neurons(pipe, cat, rounds=3, batch_size=8, prior_batch_size=0)  # a first look
@@ -120,6 +122,7 @@ def find_concept_neurons(
     >>> with found.applied(pipe):
     ...     images = coneslab.generate(pipe, cat.prompts[0], sampler_steps=2)
     """
+    require_editable(pipe)
     settings = SearchSettings.chosen(settings, changes)
     require_passes(dtype, chunk, callback)
     require_subject(subject)

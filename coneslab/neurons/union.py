@@ -19,12 +19,14 @@ from torch import Tensor
 
 from .. import checks
 from ..callback import Callback
+from ..diffusion.checks import require_editable, require_pipeline
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import add_noise
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, applied, require_dose, require_edit
 from ..edits.weights import require_model, swapped
 from ..errors import ArgumentError, ConeslabError, MismatchError
+from ..finetuning.checkpoints import resumable
 from ..finetuning.kv_gradient import KVGradient, require_passes
 from ..finetuning.loop import Point, TuningSettings, tune_kv
 from ..finetuning.samples import (
@@ -129,6 +131,7 @@ def output_changes(
     Measured on noised reference pictures of all subjects in turn, with the prompt that names them all. seed: of the
     noises, by default far from those of searches.
     """
+    require_editable(pipe)
     edits, subjects = [require_edit(edit) for edit in checks.items("edits", edits)], several(subjects)
     samples = checks.count("samples", samples)
     data = [concept_latents(pipe, subject, prior_batch_size=0, batch_size=samples)[0] for subject in subjects]
@@ -166,6 +169,7 @@ def additivity(
 
     Raises ConeslabError unless there are two masks or more, and a subject for each.
     """
+    require_editable(pipe)
     found, subjects = checks.items("masks", found, ConceptNeurons), several(subjects)
     if len(found) != len(subjects) or len(found) < 2:
         raise ConeslabError(f"got {len(found)} masks and {len(subjects)} subjects: give two or more of each, in pairs")
@@ -223,6 +227,7 @@ class TunedNeurons(Edit):
 
         Raises what `ConceptNeurons.applied` raises.
         """
+        require_pipeline(pipe)
         require_dose(dose)
         values = torch.tensor(self.values)
 
@@ -257,6 +262,7 @@ class TogetherSettings(TuningSettings, ConceptSettings):
     prior_batch_size: int = 8
 
 
+@resumable
 @takes(TogetherSettings)
 def finetune_together(
     pipe: Pipeline,
@@ -291,10 +297,13 @@ def finetune_together(
     ...     (space.gather() != before).nonzero().flatten().tolist()
     [0, 1, 2]
     """
+    require_editable(pipe)
     settings, subjects = TogetherSettings.chosen(settings, changes), several(subjects)
     require_passes(dtype, chunk, callback)
     checks.of_kind("union", union, ConceptNeurons)
     require_model(union.fingerprint, pipe, "the union")
+    if not len(union):
+        raise ConeslabError(f"the mask of {union.subject!r} has no neurons: there is nothing to tune")
     data = joint_latents(pipe, subjects, settings)
     gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
     theta, batch_at = gradient.theta(), numbered_batches(pipe, data, settings.seed)
@@ -306,7 +315,7 @@ def finetune_together(
         lambda number: Point(batch_at(number), theta=theta.index_copy(0, where, values)),
         settings,
         title=f"tuning {union.subject}",
-        identity={"model": union.fingerprint},
+        identity={"model": union.fingerprint, "union": union._identity()},
         progress=progress,
         callback=callback,
         resume=resume,

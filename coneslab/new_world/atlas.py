@@ -19,8 +19,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import ConeslabError
-from ..files import data_folder
+from ..errors import ConeslabError, FileFormatError
+from ..files import data_folder, read_whole, replacing, require_writable, user_path, write_json
+from ..pictures import open_picture
 
 TILE = 64  # pixels; the longer side of every sprite fills it
 COLUMNS = 12
@@ -49,7 +50,10 @@ def sprite_codes(world: dict) -> dict[str, str]:
 
 @cache
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads(read_whole(path).decode()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not complete JSON ({error}): install the art packages again") from error
 
 
 def _drawn(package: Path, name: str) -> Image.Image:
@@ -76,10 +80,10 @@ def _read_art(node_modules: Path, style: str, code: str) -> Image.Image:
     """One sprite as it is in the package. Raises FileNotFoundError or KeyError if the set lacks it."""
     package = node_modules / SOURCES[style]
     if style == "3d":
-        return Image.open(package / "assets" / f"{code}.webp").convert("RGBA")
+        return open_picture(package / "assets" / f"{code}.webp").convert("RGBA")
     if style in ("cartoon", "twemoji"):
         folder = "google" if style == "cartoon" else "twitter"
-        return Image.open(package / "img" / folder / "64" / f"{code}.png").convert("RGBA")
+        return open_picture(package / "img" / folder / "64" / f"{code}.png").convert("RGBA")
     names = _json((package if style == "flat" else node_modules / _NAMES) / "chars.json")
     return _drawn(package, names.get(code) or names[code.replace("-fe0f", "")])
 
@@ -102,7 +106,8 @@ def build_atlas(node_modules: Path | str, world: dict, folder: Path | None = Non
     Returns the folder. A set may lack a drawing. Raises ConeslabError, and writes nothing, if a package is missing
     from `node_modules`, or a drawing from every set.
     """
-    node_modules, folder = Path(node_modules), folder or data_folder() / "world"
+    node_modules = user_path(node_modules)
+    folder = require_writable(folder or data_folder() / "world", folder=True)
     codes = sprite_codes(world)
     for package in (*SOURCES.values(), _NAMES):
         if not (node_modules / package / "package.json").exists():
@@ -127,7 +132,8 @@ def build_atlas(node_modules: Path | str, world: dict, folder: Path | None = Non
     if nowhere:
         raise ConeslabError(f"no package has art for {', '.join(nowhere)}: choose other code points")
     for style, atlas in sheets.items():
-        atlas.save(folder / f"{style}.png", optimize=True)
+        with replacing(folder / f"{style}.png") as unfinished:
+            atlas.save(unfinished, "PNG", optimize=True)
     index = {"tile": TILE, "columns": COLUMNS, "sprites": sprites, "sources": sources}
-    (folder / "atlas.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "atlas.json", index)
     return folder

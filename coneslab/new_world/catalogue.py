@@ -5,20 +5,18 @@ A class ("cat") has one drawing or several ("cat/face", "cat/whole"), and an art
 
 from __future__ import annotations
 
-import json
-import tomllib
 from dataclasses import dataclass
 from functools import cache
 from random import Random
 from typing import Any
 
 from .. import checks
-from ..files import data_folder
+from ..files import data_folder, read_json, read_toml
 from ..world.pictures import known
 
 FOLDER = data_folder() / "world"
-DATA: dict[str, Any] = tomllib.loads((FOLDER / "world.toml").read_text(encoding="utf-8"))
-ATLAS: dict[str, Any] = json.loads((FOLDER / "atlas.json").read_text(encoding="utf-8"))
+DATA: dict[str, Any] = read_toml(FOLDER / "world.toml")
+ATLAS: dict[str, Any] = read_json(FOLDER / "atlas.json", remedy="restore it, or reinstall coneslab")
 STYLES: tuple[str, ...] = tuple(DATA["styles"])
 TRAIN_STYLES: tuple[str, ...] = tuple(DATA["train_styles"])
 STYLE_WORDS: dict[str, list[str]] = DATA["style_words"]

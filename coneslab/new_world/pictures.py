@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import checks
 from ..errors import WorldError
+from ..settings import ByValue
 from ..world.pictures import chosen_styles, shares_of_objects, triple
 from ..world.scenes import SIZE as RESOLUTION
 from ..world.scenes import VARIANTS, backgrounds
@@ -40,8 +41,8 @@ from .sprites import rendered
 LARGEST = 54.0  # pixels: a square object of this size still fits into the picture when turned as far as `RANGES` allows
 
 
-@dataclass(frozen=True)
-class Thing:
+@dataclass(frozen=True, eq=False)
+class Thing(ByValue):
     """One object in a picture, with its exact values.
 
     drawing: "cat/face"; word: what the caption calls it (None if it goes unnamed); gender, hat: set for professions;
@@ -77,8 +78,8 @@ class Record:
     fact: str | None = None
 
 
-@dataclass(frozen=True)
-class Pictures:
+@dataclass(frozen=True, eq=False)
+class Pictures(ByValue):
     """A batch from the world: `images` uint8 (n, 64, 64, 3) and one record per picture."""
 
     images: np.ndarray

@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image
 
+from ..pictures import open_picture
 from .captions import Plan
 from .catalogue import ATLAS, COLOURS, DATA, FOLDER, HATS, MARKINGS, STYLES, full_drawing, known
 
@@ -17,7 +18,7 @@ TILE: int = ATLAS["tile"]
 @cache
 def _atlas(style: str) -> dict[str, np.ndarray]:
     columns = ATLAS["columns"]
-    sheet = np.asarray(Image.open(FOLDER / f"{style}.png").convert("RGBA"))
+    sheet = np.asarray(open_picture(FOLDER / f"{style}.png").convert("RGBA"))
     places = ((i // columns * TILE, i % columns * TILE) for i in range(len(ATLAS["sprites"][style])))
     return {
         name: sheet[y : y + TILE, x : x + TILE] for name, (y, x) in zip(ATLAS["sprites"][style], places, strict=True)

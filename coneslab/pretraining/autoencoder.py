@@ -17,6 +17,8 @@ from .. import new_world as world
 from ..diffusion.encoding import to_tensor, to_uint8
 from ..diffusion.pipelines import usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision
+from ..errors import ConeslabError
+from ..files import replacing, replacing_folder, require_folder, seal_folder, user_path
 from .loop import Feed, Log, batches, fit
 from .recipe import Recipe
 
@@ -29,8 +31,9 @@ NOTHING = len(world.DRAWINGS)  # the label of scenery
 def save_grid(path: Path, rows: list[np.ndarray]) -> None:
     """Save rows of uint8 pictures, each (n, h, w, 3), as one picture."""
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.Resampling.NEAREST).save(path)
+    enlarged = Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.Resampling.NEAREST)
+    with replacing(path) as unfinished:
+        enlarged.save(unfinished, "PNG")
 
 
 def object_weights(records: Sequence[world.Record], weight: float, device: torch.device) -> Tensor:
@@ -107,11 +110,11 @@ def train_vae(
     makes them easier to model. Once the encoder is trained its latents are fixed: the U-Net learns on them, while the
     decoder may be trained further.
     """
-    device = usable_device(device)
+    device, runs = usable_device(device), user_path(runs)
     folder, options = runs / ("decoder" if decoder else "vae"), settings["loss"]
     torch.manual_seed(recipe.seed)
     if decoder:
-        vae = AutoencoderKL.from_pretrained(runs / "vae" / "model")
+        vae = load_autoencoder(runs / "vae" / "model")
         vae.requires_grad_(False)
         modules: dict[str, nn.Module] = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
         for module in modules.values():
@@ -156,11 +159,25 @@ def train_vae(
             total = pixels + options["gradient_weight"] * edges + options["kl_weight"] * kl
             return {"loss": total, "pixels": pixels, "edges": edges, "kl": kl}
 
-        log = fit(folder, modules=modules, loss=loss, recipe=recipe, preview=preview, measure=measure)
+        own = {"vae": settings, "decoder": decoder or {}}
+        identity = {stage: {name: given[name] for name in given if name != "training"} for stage, given in own.items()}
+        log = fit(
+            folder, modules=modules, loss=loss, recipe=recipe, identity=identity, preview=preview, measure=measure
+        )
     if not decoder:
         standardise_latents(vae, device)
-    vae.save_pretrained(folder / "model")
+    with replacing_folder(folder / "model", "config.json") as unfinished:
+        vae.save_pretrained(unfinished)
+        seal_folder(unfinished)
     return log
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """The autoencoder that `train_vae` saved. Raises ConeslabError if it is missing or damaged."""
+    if not folder.is_dir():
+        raise ConeslabError(f"there is no autoencoder in {folder}: train it first (coneslab pretrain vae)")
+    require_folder(folder)
+    return AutoencoderKL.from_pretrained(folder)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from .. import new_world as world
 from ..diffusion.encoding import to_tensor
 from ..diffusion.pipelines import usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision
+from ..files import replacing_folder, seal_folder, user_path
 from ..new_world import Described, plain_caption
 from .autoencoder import place_labels
 from .loop import Feed, Log, fit
@@ -163,7 +164,7 @@ def train_judge(
 
     settings: the recipe's `judge`.
     """
-    device = usable_device(device)
+    device, runs = usable_device(device), user_path(runs)
     folder, vision, wrong = runs / "judge", settings["vision"], settings["loss"]["wrong_captions"]
     model, processor = build_judge(tokenizer, settings, seed=recipe.seed)
     model.set_attn_implementation("eager")  # the default's CPU kernel has a slow backward pass
@@ -249,10 +250,20 @@ def train_judge(
 
     with Feed(16 * recipe.batch_size, seed=recipe.seed + 901, styles=world.STYLES, everything=True) as feed:
         modules = {"judge": model, "patch_head": patch_head, "single_head": single_head}
-        log = fit(folder, modules=modules, loss=loss, recipe=recipe, measure=measure, checkpoint_every=240)
+        log = fit(
+            folder,
+            modules=modules,
+            loss=loss,
+            recipe=recipe,
+            identity={name: part for name, part in settings.items() if name != "training"},
+            measure=measure,
+            checkpoint_every=240,
+        )
     model.set_attn_implementation("sdpa")
-    model.save_pretrained(folder / "model", safe_serialization=True)
-    processor.save_pretrained(folder / "model")
+    with replacing_folder(folder / "model", "config.json") as unfinished:
+        model.save_pretrained(unfinished, safe_serialization=True)
+        processor.save_pretrained(unfinished)
+        seal_folder(unfinished)
     return log
 
 

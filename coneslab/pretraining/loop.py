@@ -29,11 +29,13 @@ from tqdm.auto import tqdm
 
 from .. import new_world as world
 from ..diffusion.precision import bfloat16_pays, flushing_denormals
-from ..errors import ConeslabError, FileFormatError
-from ..files import write_whole
+from ..errors import ConeslabError, FileFormatError, MismatchError
+from ..files import read_json, require_writable, user_path, write_json
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint, training_state
 from .optimizers import Average, Muon, optimizers
 from .recipe import Recipe
+
+_REMEDY = "restore it, or train that model again"
 
 
 @dataclass
@@ -57,14 +59,17 @@ class Log:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     def save(self, path: Path) -> None:
-        write_whole(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Log:
-        """Read a log. Raises ConeslabError if there is none."""
-        if not path.is_file():
+        """Read a log. Raises ConeslabError if there is none, FileFormatError if it is damaged."""
+        if not user_path(path).is_file():
             raise ConeslabError(f"there is no training log {path}: train that model first")
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        found = read_json(path, remedy=_REMEDY)  # older logs have no checksum
+        if not {"facts", "rows"} <= found.keys() <= {"facts", "rows", "measures"}:
+            raise FileFormatError(f"{path} is not a training log: {_REMEDY}")
+        return cls(**found)
 
 
 class Feed:
@@ -232,6 +237,7 @@ def fit(
     loss: Loss,
     recipe: Recipe,
     facts: dict[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
     preview: Callable[[int], None] | None = None,
     measure: Callable[[int], dict[str, float]] | None = None,
     measure_every: int = 50_000,
@@ -243,21 +249,27 @@ def fit(
 
     loss(step, part, generator) -> {"loss": scalar to minimise, further scalars for the log}. The generator is seeded
     from the recipe, the step and the part, so a resumed run sees what an uninterrupted one sees, with any number of
-    cores. Resumes from folder/checkpoint.safetensors if it exists, and writes it every `checkpoint_every`
+    cores. Resumes from folder/checkpoint.safetensors if it is of the same run, and writes it every `checkpoint_every`
     seconds, at the end, and when interrupted (KeyboardInterrupt, at the end of the step). `preview(step)` runs at
     every checkpoint, `measure(step)` every `measure_every` pictures and at the end, both with averaged weights in
     place; the log's `measures` keep what the latter returns. `stop_after` ends the call (not the budget) at a step.
+    identity: what else the checkpoint of this run depends on, as JSON can hold it.
+    Raises MismatchError if the checkpoint is of another identity or recipe, budget and batches aside, or has seen more
+    pictures than the budget has; ConeslabError if the loss is no longer finite.
     """
+    folder = require_writable(folder, folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / "checkpoint.safetensors", Log(facts=_run_facts(recipe, modules) | dict(facts or {}))
     weights = _named(modules)
     steppers = optimizers(weights, recipe)
     averages = [Average(weights, decay) for decay in recipe.averages]
     step, seconds = 0, 0.0
+    kind = json.loads(json.dumps(_lasting(recipe) | dict(identity or {})))
     if path.is_file():
         tensors, kept = load_checkpoint(path)
+        _require_same_run(path, kept, kind, recipe)
+        _restore(path, weights, steppers, averages, tensors, kept)
         step, seconds, log.rows, log.measures = kept["step"], kept["seconds"], kept["rows"], kept.get("measures", [])
-        _restore(weights, steppers, averages, tensors)
 
     def with_average(act: Callable[[int], Any]) -> Any:
         trained = {k: w.detach().clone() for k, w in weights.items()}
@@ -274,7 +286,8 @@ def fit(
         tensors = training_state(weights, steppers)
         for average in averages:
             tensors |= {f"average {average.decay}/{name}": weight for name, weight in average.shadow.items()}
-        save_checkpoint(path, tensors, {"step": step, "seconds": seconds, "rows": log.rows, "measures": log.measures})
+        done = {"step": step, "seconds": seconds, "rows": log.rows, "measures": log.measures}
+        save_checkpoint(path, tensors, {**done, "identity": kind})
         log.save(folder / "log.json")
         if show and preview is not None:
             with_average(preview)
@@ -335,18 +348,41 @@ def fit(
     return log
 
 
+def _lasting(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe may not change in the middle of a run: all but the budget, and how it is cut into batches."""
+    free = ("pictures", "minutes", "batch_size", "parts")
+    return {name: value for name, value in asdict(recipe).items() if name not in free}
+
+
+def _require_same_run(path: Path, kept: Mapping[str, Any], kind: Mapping[str, Any], recipe: Recipe) -> None:
+    was = kept.get("identity", kind)  # older checkpoints do not say
+    other = [name for name in sorted(was.keys() | kind.keys()) if was.get(name) != kind.get(name)]
+    if other:
+        said = ", ".join(f"{name} was {was.get(name)!r}, now {kind.get(name)!r}"[:120] for name in other)
+        raise MismatchError(f"{path} belongs to another run ({said}): train in another folder, or delete it")
+    if (kept["step"] - 1) * recipe.batch_size >= recipe.pictures > 0:
+        raise MismatchError(
+            f"{path} holds {kept['step']} steps, more than {recipe.pictures} pictures in batches of "
+            f"{recipe.batch_size} take: give a larger budget, or train in another folder"
+        )
+
+
 def _restore(
+    path: Path,
     weights: Mapping[str, nn.Parameter],
     steppers: Sequence[torch.optim.Optimizer],
     averages: Sequence[Average],
     tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
 ) -> None:
     """Restore a checkpoint: weights, their averages, and the optimisers' states."""
-    missing = [name for name in weights if f"weight/{name}" not in tensors]
-    if missing:
+    kept = {name.removeprefix("weight/"): tensor.shape for name, tensor in tensors.items() if name[:7] == "weight/"}
+    wanted = {name: weight.shape for name, weight in weights.items()}
+    missing = [name for name in wanted if name not in kept]
+    if kept != wanted or not {"step", "seconds", "rows"} <= facts.keys():
+        first = f"lacks {len(missing)} weights, starting with {missing[0]}" if missing else "is of other training"
         raise FileFormatError(
-            f"the checkpoint lacks {len(missing)} weights, starting with {missing[0]}: it belongs to another model; "
-            "delete it, or train in another folder"
+            f"the checkpoint {path} {first}: it belongs to another model; delete it, or train in another folder"
         )
     with torch.no_grad():
         for name, weight in weights.items():

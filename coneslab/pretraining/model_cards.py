@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..errors import ConeslabError
+from ..files import replacing, write_whole
 from .loop import Log
 
 _TITLES = {
@@ -105,25 +107,36 @@ def _run_table(stage: str, log: Log) -> list[str]:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {k} | {v} |" for k, v in rows.items()),
+        *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items()),
         "",
     ]
 
 
+def _cell(text: Any) -> str:
+    """A text in a Markdown table, as it is: no HTML, one line, one column."""
+    return " ".join(html.escape(str(text), quote=False).replace("|", "\\|").split())
+
+
 def write_model_card(
-    folder: Path, logs: Mapping[str, Log], figures: Mapping[str, Any] | None = None, *, sheet: Figure | None = None
+    folder: Path,
+    logs: Mapping[str, Log],
+    figures: Mapping[str, Any] | None = None,
+    *,
+    sheet: Figure | None = None,
+    name: str = "",
 ) -> Path:
     """Write folder/README.md and folder/loss.png from training logs, stage by stage.
 
     figures: what was measured, name -> value or formatted text; None leaves the table for later. sheet: of captions
-    (`caption_sheet`), saved as captions.png.
-    Raises ConeslabError for a folder that is not one of the shipped models, or without logs.
+    (`caption_sheet`), saved as captions.png. name: of the model, if it is not the folder's.
+    Raises ConeslabError for what is not one of the shipped models, or without logs.
     """
-    if folder.name not in _ABOUT:
-        raise ConeslabError(f"{folder} is not a shipped model: expected a folder named {' or '.join(_ABOUT)}")
-    title, what, data, use = _ABOUT[folder.name]
+    name = name or folder.name
+    if name not in _ABOUT:
+        raise ConeslabError(f"{name} is not a shipped model: expected a folder named {' or '.join(_ABOUT)}")
+    title, what, data, use = _ABOUT[name]
     kind = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    if folder.name == "judge":
+    if name == "judge":
         kind = ["library_name: transformers", "pipeline_tag: zero-shot-image-classification"]
     lines = ["---", "license: apache-2.0", *kind, "---", "", f"# {title}", "", what, "", "## Data", "", data, ""]
     lines += ["## Use", "", use, "", "## Training", ""]
@@ -137,13 +150,16 @@ def write_model_card(
     ]
     if figures:
         lines += ["| | |", "|---|---|"]
-        lines += [f"| {k} | {f'{v:.3f}' if isinstance(v, float) else v} |" for k, v in figures.items()]
+        lines += [f"| {_cell(k)} | {_cell(f'{v:.3f}' if isinstance(v, float) else v)} |" for k, v in figures.items()]
     else:
         lines += ["Not measured yet: `coneslab evaluate-model` prints them."]
     if sheet is not None:
-        sheet.savefig(folder / "captions.png", dpi=110)
+        _save(sheet, folder / "captions.png", dpi=110)
         lines += ["", "![Sixteen captions, each with the model's picture and a real one](captions.png)"]
-    loss_curve(logs).savefig(folder / "loss.png", dpi=80)
-    card = folder / "README.md"
-    card.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return card
+    _save(loss_curve(logs), folder / "loss.png", dpi=80)
+    return write_whole(folder / "README.md", ("\n".join(lines) + "\n").encode())
+
+
+def _save(figure: Figure, path: Path, *, dpi: int) -> None:
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=dpi)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import checks
 from ..errors import ConeslabError
-from ..files import data_folder
+from ..files import data_folder, read_toml
 
 
 def load_recipe(replaced: Sequence[str] = ()) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def load_recipe(replaced: Sequence[str] = ()) -> dict[str, Any]:
     >>> load_recipe(["unet.loss.immiscible=false"])["unet"]["loss"]["immiscible"]
     False
     """
-    recipe = tomllib.loads((data_folder() / "pretraining" / "recipe.toml").read_text(encoding="utf-8"))
+    replaced = checks.texts("replaced", replaced, least=0)
+    recipe = read_toml(data_folder() / "pretraining" / "recipe.toml")
     for text in replaced:
         path, _, value = text.partition("=")
         *parents, name = path.strip().split(".")
@@ -34,7 +35,7 @@ def load_recipe(replaced: Sequence[str] = ()) -> dict[str, Any]:
             raise ConeslabError(f"the recipe has no value {path!r}: see data/pretraining/recipe.toml for those it has")
         try:
             new = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConeslabError(f"{value!r} is not a value for {path} ({error}): write it as in TOML") from error
         old = section[name]
         if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):

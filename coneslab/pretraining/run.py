@@ -9,7 +9,6 @@ plain `StableDiffusionPipeline`.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,23 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
+from .. import checks
 from .. import new_world as world
 from ..diffusion.pipelines import load, write_sums
 from ..diffusion.sampling import generate
-from ..errors import ConeslabError
-from ..files import data_folder, write_whole
+from ..errors import ConeslabError, FileFormatError
+from ..files import (
+    SUMS,
+    data_folder,
+    read_json,
+    read_table,
+    replacing_folder,
+    require_folder,
+    require_writable,
+    user_path,
+    write_table,
+    write_whole,
+)
 from ..measure.evaluation import evaluate_model
 from ..measure.judge import load_judge
-from .autoencoder import train_vae
+from .autoencoder import load_autoencoder, train_vae
 from .judge import train_judge
 from .loop import Log
 from .model_cards import caption_sheet, write_model_card
 from .recipe import Recipe, load_recipe
 from .unet import build_tokenizer, train_unet
 
+STAGES = ("vae", "unet", "judge", "decoder")
 SHEET_SEED = 2026  # of the sixteen captions in the model card
 
 
@@ -43,8 +54,16 @@ def train(
     """Train stages ("vae", "unet", "judge", "decoder") in turn; a finished one is only saved again.
 
     U-Net and decoder build on runs/vae. recipe: as `load_recipe` returns it. minutes: a time budget for each stage.
+    Raises ConeslabError for another stage, a budget of 0 or less, or without the autoencoder that a stage builds on.
     """
-    recipe = recipe or load_recipe()
+    stages = checks.texts("stages", stages, least=0)
+    recipe = load_recipe() if recipe is None else recipe
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise ConeslabError(f"{', '.join(unknown)}: no stage of the training; choose from {', '.join(STAGES)}")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise ConeslabError(f"minutes is {minutes}: give a positive number, or None for the recipe's budget alone")
+    runs = require_writable(runs, folder=True)
     for stage in stages:
         settings = recipe[stage]
         options = settings["training"] | ({} if minutes is None else {"minutes": minutes})
@@ -68,7 +87,11 @@ def note_trial(
     """Add the results of a short run as a row of `data/pretraining/trials.csv`; a row with that name is replaced.
 
     changed: what differed from the recipe. judge: of the new world; if given, asked about a few pictures of a U-Net.
+    Raises ConeslabError for a judge with another stage.
     """
+    changed = checks.texts("changed", changed, least=0)
+    if judge and stage != "unet":
+        raise ConeslabError(f"a judge is asked about pictures of the U-Net, the stage is {stage!r}: leave it out")
     log = Log.load(runs / stage / "log.json")
     row: dict[str, Any] = {
         "trial": name,
@@ -80,7 +103,7 @@ def note_trial(
         "weights": log.facts["weights"],
         **{key: round(value, 5) for key, value in log.measures[-1].items() if key not in ("step", "seconds")},
     }
-    if judge and stage == "unet":
+    if judge:
         pipe = load(runs / "unet" / "model", device="cpu")
         report = evaluate_model(
             pipe,
@@ -94,9 +117,9 @@ def note_trial(
         )
         row |= {share.name: round(share.interval.estimate, 3) for share in report.shares}
         row["KID"] = round(report.settings["KID"], 4)
-    table = pandas.read_csv(TRIALS, dtype={"trial": str}) if TRIALS.is_file() else pandas.DataFrame({"trial": []})
+    table = read_table(TRIALS, dtype={"trial": str}) if TRIALS.is_file() else pandas.DataFrame({"trial": []})
     table = pandas.concat([table[table.trial != name], pandas.DataFrame([row])], ignore_index=True)
-    write_whole(TRIALS, table.to_csv(index=False).encode())
+    write_table(TRIALS, table)
     return row
 
 
@@ -109,34 +132,34 @@ def export(runs: Path, models: Path | None = None) -> Path:
     The U-Net's weights are stored in float16, everything else in float32. The autoencoder comes from runs/decoder if
     there is one, else from runs/vae. Raises ConeslabError if the U-Net or the judge is missing.
     """
-    models = models or data_folder() / "models"
+    runs, models = user_path(runs), require_writable(models or data_folder() / "models", folder=True)
     for stage in ("unet", "judge"):
         if not (runs / stage / "model").is_dir():
             raise ConeslabError(f"there is no trained model in {runs / stage}: run coneslab pretrain {stage} first")
-    pipe = StableDiffusionPipeline.from_pretrained(
-        runs / "unet" / "model", use_safetensors=True, safety_checker=None, requires_safety_checker=False
-    )
-    decoder = runs / "decoder" / "model"
-    pipe.vae = AutoencoderKL.from_pretrained(decoder if decoder.is_dir() else runs / "vae" / "model")
-    pipe.unet.half()
-    pipe.save_pretrained(models / "tiny", safe_serialization=True)
-    for config in (models / "tiny").rglob("*.json"):
-        text = config.read_text(encoding="utf-8")  # the folder it was trained in means nothing elsewhere
-        config.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", text), encoding="utf-8")
-    shutil.copytree(runs / "judge" / "model", models / "judge", dirs_exist_ok=True)
+    pipe, decoder = load(runs / "unet" / "model", device="cpu"), runs / "decoder" / "model"
+    pipe.vae = load_autoencoder(decoder if decoder.is_dir() else runs / "vae" / "model")
+    require_folder(runs / "judge" / "model")
+    pipe.unet.half().float()  # drawn with the weights that are stored
     logs = {
         stage: Log.load(runs / stage / "log.json")
-        for stage in ("vae", "decoder", "unet", "judge")
+        for stage in ("vae", "decoder", "unet")
         if (runs / stage / "log.json").is_file()
     }
-    by_model = {"judge": {"judge": logs.pop("judge")}, "tiny": logs}
+    by_model = {"judge": {"judge": Log.load(runs / "judge" / "log.json")}, "tiny": logs}
+    figures = {name: _evaluated(models.parent / "results" / f"evaluation_{name}.json") for name in by_model}
     pictures = world.sample(16, seed=SHEET_SEED)
     real = [Image.fromarray(image) for image in pictures.images]
-    pipe.unet.float()
     sheet = caption_sheet(generate(pipe, pictures.captions, seed=SHEET_SEED), real, pictures.captions)
-    for name, own in by_model.items():
-        figures = _evaluated(models.parent / "results" / f"evaluation_{name}.json")
-        write_model_card(models / name, own, figures, sheet=sheet if name == "tiny" else None)
+    pipe.unet.half()
+    with replacing_folder(models / "tiny", "model_index.json") as folder:
+        pipe.save_pretrained(folder, safe_serialization=True)
+        for config in folder.rglob("*.json"):
+            text = config.read_text(encoding="utf-8")  # the folder it was trained in means nothing elsewhere
+            write_whole(config, re.sub(r'\n *"_name_or_path": "[^"]*",', "", text).encode())
+        write_model_card(folder, by_model["tiny"], figures["tiny"], sheet=sheet, name="tiny")
+    with replacing_folder(models / "judge", "config.json") as folder:
+        shutil.copytree(runs / "judge" / "model", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMS))
+        write_model_card(folder, by_model["judge"], figures["judge"], name="judge")
     write_sums(models)
     return models
 
@@ -145,10 +168,16 @@ def _evaluated(file: Path) -> dict[str, str] | None:
     """What `coneslab evaluate-model --json FILE` found, one line of text per share; None if it has not been run."""
     if not file.is_file():
         return None
-    rows = {}
-    for row in json.loads(file.read_text(encoding="utf-8"))["shares"]:
-        bar = "" if row["bar"] is None else f"; bar {row['bar']:.2f}: {'met' if row['met'] else 'missed'}"
-        real = "" if row["real"] is None else f"; on real pictures {row['real']['estimate']:.3f}"
-        interval = f"{row['estimate']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['values']}"
-        rows[row["name"]] = interval + bar + real
-    return rows
+    remedy = "restore it, or make it again with coneslab evaluate-model"
+    found = read_json(file, remedy=remedy)
+    try:
+        return dict(map(_told, found["shares"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{file} is not what coneslab evaluate-model writes ({error!r}): {remedy}") from error
+
+
+def _told(row: dict[str, Any]) -> tuple[str, str]:
+    bar = "" if row["bar"] is None else f"; bar {row['bar']:.2f}: {'met' if row['met'] else 'missed'}"
+    real = "" if row["real"] is None else f"; on real pictures {row['real']['estimate']:.3f}"
+    interval = f"{row['estimate']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['values']}"
+    return row["name"], interval + bar + real

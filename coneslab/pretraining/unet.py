@@ -23,14 +23,16 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .. import new_world as world
+from ..diffusion.checks import require_pipeline
 from ..diffusion.encoding import tokenize
 from ..diffusion.loss import add_noise, snr, stratified_timesteps, target
 from ..diffusion.pipelines import Pipeline, usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision
 from ..diffusion.sampling import generate
-from ..errors import ConeslabError
+from ..errors import ConeslabError, FileFormatError
+from ..files import replacing_folder, seal_folder, user_path
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
-from .autoencoder import HELD_OUT_PICTURES, NOTHING, encode, place_labels, save_grid
+from .autoencoder import HELD_OUT_PICTURES, NOTHING, encode, load_autoencoder, place_labels, save_grid
 from .loop import Log, batches, fit
 from .recipe import Recipe
 
@@ -117,14 +119,14 @@ def encode_pictures(
 
 @cache
 def _autoencoder(folder: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder).requires_grad_(False)
+    return load_autoencoder(folder).requires_grad_(False)
 
 
 def _keep_chunk(path: Path, folder: Path, n: int, seed: int, objects: Sequence[float]) -> None:
     """Encode one chunk and save it (in another process, during training)."""
     if not path.is_file():
         tensors, captions = encode_pictures(_autoencoder(folder), n, seed=seed, objects=objects)
-        save_checkpoint(path, tensors, {"captions": captions})
+        save_checkpoint(path, tensors, {"captions": captions, "chunk": path.name})
 
 
 class Latents:
@@ -177,7 +179,10 @@ class Latents:
                 self._ask(self._chunk_number(later))
             number = self._chunk_number(turn)
             self._jobs[number].result()
-            tensors, facts = load_checkpoint(self.folder / f"{number:05d}.safetensors")
+            path = self.folder / f"{number:05d}.safetensors"
+            tensors, facts = load_checkpoint(path)
+            if facts.get("chunk", path.name) != path.name or len(facts.get("captions", ())) != CHUNK:
+                raise FileFormatError(f"{path} holds other pictures than it should: delete it, and it is made again")
             generator = torch.Generator().manual_seed(self.recipe.seed * 7919 + turn)
             order = torch.randperm(CHUNK, generator=generator)
             tensors["ids"] = self.tokens_of(facts["captions"])
@@ -267,6 +272,7 @@ def held_out_losses(pipe: Pipeline, latents: Tensor, ids: Tensor) -> dict[str, f
 
     "loss_280" is the loss at timestep 280; "loss" is the mean of all.
     """
+    require_pipeline(pipe)
     device = pipe.unet.device
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
     errors: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
@@ -289,9 +295,9 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
 
     settings: the recipe's `unet`.
     """
-    device = usable_device(device)
+    device, runs = usable_device(device), user_path(runs)
     folder, options = runs / "unet", settings["loss"]
-    vae = AutoencoderKL.from_pretrained(runs / "vae" / "model").to(device).requires_grad_(False)
+    vae = load_autoencoder(runs / "vae" / "model").to(device).requires_grad_(False)
     pipe = build_pipeline(vae, settings, seed=recipe.seed)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
@@ -342,7 +348,10 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
             preview=preview,
             measure=lambda step: held_out_losses(pipe, *held_out),
             facts={"settings": settings},
+            identity={name: part for name, part in settings.items() if name != "training"},
             checkpoint_every=600,
         )
-    pipe.save_pretrained(folder / "model", safe_serialization=True)
+    with replacing_folder(folder / "model", "model_index.json") as unfinished:
+        pipe.save_pretrained(unfinished, safe_serialization=True)
+        seal_folder(unfinished)
     return log

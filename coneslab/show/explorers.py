@@ -55,6 +55,8 @@ def slider(
     checks.text("label", label, blank=True)
     if not low < high or (value is not None and not low <= value <= high):
         raise ConeslabError(f"got a slider from {low} to {high} at {value}: expected low < high and a value in between")
+    if step is not None and not step > 0:
+        raise ConeslabError(f"got a slider with steps of {step}: expected a positive number")
     whole = all(isinstance(number, int) for number in given)
     if value is None:
         value = (low + high) // 2 if whole else (low + high) / 2
@@ -63,7 +65,7 @@ def slider(
         value=value,
         min=low,
         max=high,
-        step=step or (1 if whole else (high - low) / 20),
+        step=(1 if whole else (high - low) / 20) if step is None else step,
         description=label,
         continuous_update=False,
     )

@@ -7,6 +7,7 @@ with its alt text, which plain inline display would drop.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PALETTE = seaborn.color_palette("colorblind").as_hex()
 MAP = "cividis"
+_PLAIN: dict[str, Any] = {"parse_math": False}  # for names and prompts: a "$" in them begins no formula
 
 
 def _finish(figure: Figure, alt: str) -> Figure:
@@ -69,7 +71,7 @@ def show(figure: Figure, dpi: int = 110) -> None:
     from IPython.display import HTML, display
 
     data = base64.b64encode(to_png(figure, dpi)).decode()
-    alt = str(figure.get_label()).replace('"', "&quot;")
+    alt = html.escape(str(figure.get_label()))
     display(HTML(f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{data}">'))
 
 
@@ -86,6 +88,11 @@ def _labels(name: str, given: str | Iterable[str]) -> list[str]:
 def _texts(**given: str) -> list[str]:
     """Titles and the like; any of them may be empty."""
     return [checks.text(name, one, blank=True) for name, one in given.items()]
+
+
+def _without_formulas(names: Sequence[str]) -> list[str]:
+    """Names for seaborn, which draws them before they can be told to be plain."""
+    return [str(name).replace("$", r"\$") for name in names]
 
 
 def picture_grid(
@@ -128,15 +135,15 @@ def picture_grid(
                 continue
             axes.imshow(np.asarray(row[c]), interpolation="nearest" if np.asarray(row[c]).shape[0] <= 128 else None)
             if r == 0 and c < len(column_labels):
-                axes.set_title(column_labels[c], fontsize=8)
+                axes.set_title(column_labels[c], fontsize=8, **_PLAIN)
             if number < len(captions):
-                axes.set_xlabel(captions[number], fontsize=6.5, labelpad=2)
+                axes.set_xlabel(captions[number], fontsize=6.5, labelpad=2, **_PLAIN)
             if c == 0 and r < len(row_labels):
-                axes.set_ylabel(row_labels[r], rotation=0, ha="right", va="center", fontsize=8)
+                axes.set_ylabel(row_labels[r], rotation=0, ha="right", va="center", fontsize=8, **_PLAIN)
             number += 1
     if title:
         lines = max((text.count("\n") + 1 for text in column_labels), default=0)
-        figure.suptitle(title, fontsize=10, y=0.9 + 0.16 * lines / figure.get_figheight(), va="bottom")
+        figure.suptitle(title, fontsize=10, y=0.9 + 0.16 * lines / figure.get_figheight(), va="bottom", **_PLAIN)
     labels = ", ".join([*row_labels, *column_labels]) or title
     return _finish(figure, f"A grid of {number} pictures{': ' + labels if labels else ''}")
 
@@ -173,7 +180,7 @@ def curves(
         axes.axhline(height, color="0.4", linestyle=style, linewidth=1.2, label=name)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, **_PLAIN)
     if log_x:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
@@ -181,7 +188,9 @@ def curves(
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
     if len(lines) + len(baseline or {}) > 1 or banded:
-        axes.legend(fontsize=7.5, frameon=False, title=f"band: {band_means}" if banded else None, title_fontsize=7)
+        note = f"band: {band_means}" if banded else None
+        for text in axes.legend(fontsize=7.5, frameon=False, title=note, title_fontsize=7).get_texts():
+            text.set(**_PLAIN)
     seaborn.despine(figure)
     return _finish(figure, f"Line plot of {y_label} against {x_label}: {', '.join(lines)}")
 
@@ -224,7 +233,7 @@ def intervals(
         columns = checks.count("columns", columns)
     names = list(dict.fromkeys(table[by]))
     groups = list(dict.fromkeys(table[panels])) if panels else [""]
-    columns = min(columns or len(groups), len(groups))
+    columns = len(groups) if columns is None else min(columns, len(groups))
     lines = -(-len(groups) // columns)
     height = 0.3 * len(names) + 0.9
     figure = Figure(figsize=(3.1 * columns + 1.8, height * lines), layout="constrained")
@@ -243,7 +252,7 @@ def intervals(
             axes.plot(row[value], place, "o", color=colour, markerfacecolor=filled, markersize=5.5)
         if zero:
             axes.axvline(0, color="0.3", linestyle="--", linewidth=1)
-        axes.set_xlabel(group or value, fontsize=9)
+        axes.set_xlabel(group or value, fontsize=9, **_PLAIN)
         axes.tick_params(labelsize=8)
         if group in log:
             axes.set_xscale("log")
@@ -254,11 +263,11 @@ def intervals(
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
-        axes.set_yticks(range(len(names)), names[::-1])
+        axes.set_yticks(range(len(names)), names[::-1], **_PLAIN)
         axes.set_ylim(-0.6, len(names) - 0.4)
     seaborn.despine(figure, left=True)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, **_PLAIN)
     if note:
         figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left")
     return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
@@ -307,15 +316,15 @@ def heatmap(
         cmap=MAP,
         annot=annotate,
         fmt=form,
-        xticklabels=list(columns),
-        yticklabels=list(rows),
+        xticklabels=_without_formulas(columns),
+        yticklabels=_without_formulas(rows),
         cbar_kws={"label": label},
         annot_kws={"fontsize": 7},
         mask=np.isnan(np.asarray(values, float)),
     )
     axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
     axes.set_xlabel(x_label)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, **_PLAIN)
     return _finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
 
 
@@ -346,13 +355,13 @@ def pictures_and_map(
         cmap=MAP,
         vmin=0,
         xticklabels=False,
-        yticklabels=list(rows),
+        yticklabels=_without_formulas(rows),
         cbar_kws={"label": label},
     )
     axes.collections[0].colorbar.ax.tick_params(labelsize=7)
     axes.tick_params(labelsize=7)
     axes.set_xlabel(x_label, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, **_PLAIN)
     return _finish(figure, f"{title}: {len(pictures)} pictures, and a heat map of {label} in {len(rows)} rows")
 
 
@@ -386,6 +395,6 @@ def attention_overlay(
             np.asarray(weights, float), extent=(0, width, height, 0), cmap=MAP, alpha=0.75, interpolation="bilinear"
         )
         if i < len(labels):
-            grid[0][i].set_title(labels[i], fontsize=8)
-    figure.suptitle(title, fontsize=10, y=1.0, va="bottom")
+            grid[0][i].set_title(labels[i], fontsize=8, **_PLAIN)
+    figure.suptitle(title, fontsize=10, y=1.0, va="bottom", **_PLAIN)
     return _finish(figure, f"Pictures with attention maps over them: {', '.join(labels) or title}")

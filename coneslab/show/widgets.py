@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import checks
+from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate, require_steps
 from ..edits.base import Edit, applied, load_edit, require_edit
 from ..errors import ConeslabError
+from ..files import user_path
 from ..measure.attention import AttentionMaps, record_attention
 from ..neurons.mask import ConceptNeurons
 from . import plots
@@ -63,13 +65,18 @@ def sketched(
             for made in widgets.sketched(pipe, ["a cat"] * 4, edit=found, dose=dose):
                 yield plots.picture_grid(made)
     """
+    require_pipeline(pipe)
     sampler_steps, preview_steps = require_steps(pipe, sampler_steps), checks.count("preview_steps", preview_steps)
     require_edit(edit)
     prompts = checks.texts("prompts", prompts, blank=True)
-    for number in dict.fromkeys((min(preview_steps, sampler_steps), sampler_steps)):
-        with applied(edit, pipe, dose):
-            made = generate(pipe, prompts, sampler_steps=number, **options)
-        yield made
+
+    def drawn() -> Iterator[list[Image.Image]]:
+        for number in dict.fromkeys((min(preview_steps, sampler_steps), sampler_steps)):
+            with applied(edit, pipe, dose):
+                made = generate(pipe, prompts, sampler_steps=number, **options)
+            yield made
+
+    return drawn()
 
 
 # --- views of one thing ---------------------------------------------------------------------------------
@@ -91,6 +98,7 @@ def neuron_explorer(
     `prompts`. bins: columns of the heat map, each a run of output channels. options: of `sketched`,
     e.g. seed, sampler_steps.
     """
+    require_pipeline(pipe)
     if not checks.mapping("masks", masks, least=0):
         raise ConeslabError("there are no masks to explore: give at least one by name, such as {'found': neurons}")
     for name, one in masks.items():
@@ -138,6 +146,7 @@ def attention_browser(
     A picture is drawn once for each prompt and seed, and its maps are kept: layer and stage change what is shown of
     them. edit: applied while it is drawn. Raises ConeslabError, in the status line, for an empty prompt.
     """
+    require_pipeline(pipe)
     checks.text("prompt", prompt)
     seed, sampler_steps = checks.count("seed", seed, least=0, most=_SEEDS), require_steps(pipe, sampler_steps)
     require_edit(edit)
@@ -248,11 +257,13 @@ class Playground(Explorer):
     def _menu(self) -> list[tuple[str, str]]:
         """The entries, with the words that an edit was made for: without them in the prompt it has little effect."""
         words = {name: _words(edit) for name, edit in self.edits.items()}
-        return [("no edit", ""), *((f"{name} (“{words[name]}”)" if words[name] else name, name) for name in self.edits)]
+        labels = [f"{name} (“{words[name]:.60}”)" if words[name] else name for name in self.edits]
+        return [("no edit", ""), *zip(labels, self.edits, strict=True)]
 
     def _own_prompt(self, name: str) -> str:
         words = _words(self.edits.get(name, ""))
-        return f"{words} on the beach" if words else _PROMPT
+        own = f"{words} on the beach"
+        return own if words and len(own) <= self.limits.prompt else _PROMPT
 
     def _follow(self, change: dict[str, Any]) -> None:
         """Switch to the prompt of the new edit, unless the reader wrote one."""
@@ -270,7 +281,7 @@ class Playground(Explorer):
         if isinstance(chosen, str):
             raise ConeslabError(chosen)
         quick = min(self.preview_steps, asked["steps"])
-        title = textwrap.fill(f"“{asked['prompt']}”", 70).replace("$", r"\$")  # matplotlib would read it as a formula
+        title = textwrap.fill(f"“{asked['prompt']}”", 70)
 
         def figure(edited: list[Image.Image], untouched: list[Image.Image]) -> Figure:
             rows = [edited, untouched] if edited else [untouched]
@@ -320,19 +331,28 @@ class Playground(Explorer):
 def _words(edit: Edit | str) -> str:
     """The words of the subject that an edit was made for, such as "a qtp robot"; empty if it does not say."""
     settings = getattr(edit, "settings", None)
-    return str(settings.get("prompt", "")) if isinstance(settings, Mapping) else ""
+    return _text(settings.get("prompt", "")) if isinstance(settings, Mapping) else ""
 
 
-def _edits_in(folder: Path) -> dict[str, Edit | str]:
-    """The edits in a folder: name -> edit, or what is wrong with a file that cannot be read."""
+def _text(given: Any) -> str:
+    """What a browser can be sent: bytes that are no text, as a file's name may have, become "�"."""
+    return str(given).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def edits_in(folder: str | Path) -> dict[str, Edit | str]:
+    """The edits in a folder: name -> edit, or what is wrong with a file that cannot be read.
+
+    Raises ConeslabError if there is no such folder.
+    """
+    folder = user_path(folder)
     if not folder.is_dir():
         raise ConeslabError(f"{folder} is not a folder: give one with edit files (edit.save), or a mapping of edits")
     found: dict[str, Edit | str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            found[file.stem] = load_edit(file)
+            found[_text(file.stem)] = load_edit(file)
         except ConeslabError as error:
-            found[file.stem] = str(error)
+            found[_text(file.stem)] = _text(error)
     return found
 
 
@@ -358,10 +378,12 @@ def playground(
 
         widgets.playground(pipe, {"cat": found.binary()})
     """
+    require_pipeline(pipe)
+    checks.count("preview_steps", preview_steps)
     limits = Limits() if limits is None else checks.of_kind("limits", limits, Limits)
     known: Mapping[str, Edit | str]
     if isinstance(edits, str | Path):
-        known = _edits_in(Path(edits))
+        known = edits_in(edits)
     else:
         known = checks.mapping("edits", {} if edits is None else edits, least=0)
         for one in known.values():

@@ -7,8 +7,6 @@ Everything that can be in a picture, what it is called and which facts are plant
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -20,11 +18,13 @@ from PIL import Image
 
 from .. import checks
 from ..errors import ArgumentError, WorldError
-from ..files import data_folder
+from ..files import data_folder, read_json, read_toml
+from ..pictures import open_picture
+from ..settings import ByValue
 from .scenes import SIZE as RESOLUTION
 from .scenes import VARIANTS, backgrounds
 
-DATA: dict[str, Any] = tomllib.loads((data_folder() / "stickers" / "world.toml").read_text(encoding="utf-8"))
+DATA: dict[str, Any] = read_toml(data_folder() / "stickers" / "world.toml")
 STYLES: tuple[str, ...] = tuple(DATA["styles"])
 TRAIN_STYLES: tuple[str, ...] = tuple(DATA["train_styles"])
 STYLE_WORDS: dict[str, list[str]] = DATA["style_words"]
@@ -58,8 +58,8 @@ CLASSES: dict[str, ClassInfo] = {
 }
 
 
-@dataclass(frozen=True)
-class Thing:
+@dataclass(frozen=True, eq=False)
+class Thing(ByValue):
     """One object in a picture.
 
     `word` is what the caption calls it (None if it goes unnamed); `gender` is set for professions;
@@ -85,8 +85,8 @@ class Record:
     fact: str | None = None
 
 
-@dataclass(frozen=True)
-class Pictures:
+@dataclass(frozen=True, eq=False)
+class Pictures(ByValue):
     """A batch from the world: `images` uint8 (n, 64, 64, 3) and one record a picture."""
 
     images: np.ndarray
@@ -116,9 +116,9 @@ class _Plan:
 @cache
 def _atlas(style: str) -> dict[str, np.ndarray]:
     folder = data_folder() / "stickers"
-    index = json.loads((folder / "atlas.json").read_text())
+    index = read_json(folder / "atlas.json", remedy="restore it, or reinstall coneslab")
     tile, columns = index["tile"], index["columns"]
-    sheet = np.asarray(Image.open(folder / f"{style}.png").convert("RGBA"))
+    sheet = np.asarray(open_picture(folder / f"{style}.png").convert("RGBA"))
     places = ((i // columns * tile, i % columns * tile) for i in range(len(index["sprites"])))
     return {name: sheet[y : y + tile, x : x + tile] for name, (y, x) in zip(index["sprites"], places, strict=True)}
 

@@ -8,6 +8,7 @@ token that stands for it (V* in the papers). `subject` gives the ones that ship 
 from __future__ import annotations
 
 import base64
+import html
 import io
 import zlib
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError, WorldError
+from ..files import user_path
 from ..pictures import as_pictures
 from .pictures import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, WORDS, Record, article, compose, with_article
 
@@ -106,8 +108,9 @@ class Subject:
         buffer = io.BytesIO()
         self._strip.save(buffer, "PNG")
         data = base64.b64encode(buffer.getvalue()).decode()
-        alt = f"{len(self.images)} reference pictures of the subject {self.name}"
-        return f'<p><b>{self.name}</b>: “{self.prompt}”</p><img alt="{alt}" src="data:image/png;base64,{data}">'
+        name, prompt = html.escape(self.name), html.escape(self.prompt)
+        alt = f"{len(self.images)} reference pictures of the subject {name}"
+        return f'<p><b>{name}</b>: “{prompt}”</p><img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
 def evaluation_prompts(class_word: str, token: str) -> tuple[str, ...]:
@@ -172,9 +175,14 @@ def title_of(names: Sequence[str]) -> str:
     return "+".join(checks.texts("names", names))
 
 
+def names_in(title: str) -> list[str]:
+    """The names in a title: "cat+car" and "cat + car" have the same two."""
+    return [name.strip() for name in checks.text("title", title).split("+")]
+
+
 def subjects_of(title: str) -> list[Subject]:
     """The subjects that a title such as "cat" or "cat+car" names. Raises WorldError for an unknown name."""
-    return [subject(name) for name in checks.text("title", title).split("+")]
+    return [subject(name) for name in names_in(title)]
 
 
 def subject_from_folder(
@@ -203,7 +211,7 @@ def subject_from_folder(
     >>> mine.images[0].size
     (64, 64)
     """
-    folder = Path(path)
+    folder = user_path(path)
     checks.text("class_word", class_word, blank=True)
     if not folder.is_dir():
         raise ConeslabError(f"{folder} is not a folder: give the folder that holds 3 to 10 pictures of the subject")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ... import checks
 from ...callback import Callback
-from ...diffusion.encoding import encode_images, encode_prompts, require_read
+from ...diffusion.checks import require_editable, require_pipeline
+from ...diffusion.encoding import encode_images, encode_prompts
 from ...diffusion.loss import add_noise
 from ...diffusion.loss import target as regression_target
 from ...diffusion.pipelines import Pipeline
@@ -26,12 +28,13 @@ from ...edits.base import Edit
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
+from ...finetuning.checkpoints import resumable
 from ...finetuning.kv_gradient import KVGradient, require_passes
-from ...finetuning.loop import Point, TuningSettings, tune_kv, tune_unet
+from ...finetuning.loop import Point, TuningSettings, require_training_dtype, tune_kv, tune_unet
 from ...finetuning.samples import CaptionedLatents, NoisyBatch, SamplerSettings, generated_latents, numbered_batches
 from ...pictures import Images, as_pictures
-from ...settings import takes
-from .prompts import Prompts, paired
+from ...settings import ByValue, takes
+from .prompts import Prompts, captioned, paired
 
 Objective = Literal["model", "noise"]
 Teacher = Literal["frozen", "current"]
@@ -42,9 +45,11 @@ Parameters = Literal["cross_attention_kv", "attention", "embedding", "all"]
 class AblationSettings(TuningSettings, SamplerSettings):
     """Settings of `ablate`: those of `TuningSettings` and `SamplerSettings`, and
 
-    objective: "model" minimises ||f_θ(x_t, t, c*) − f(x_t, t, c)||², whose target is the anchor's own prediction, by
-    the untouched model (teacher "frozen") or, without a gradient, by the one in training ("current"); "noise" minimises
-    the denoising loss of the anchor's pictures under the target's caption.
+    objective: "model" minimises ||f_θ(x_t, t, c*) − f(x_t, t, c)||², whose target is the anchor's own prediction;
+    "noise" minimises the denoising loss of the anchor's pictures under the target's caption.
+    teacher: who makes the anchor's prediction, the untouched model ("frozen", a reading) or, as in the paper and its
+    code, the model in training, without a gradient ("current"). On the shipped model both forget the target, and the
+    frozen one leaves other concepts more as they were.
     parameters: keys and values of cross-attention; all attention; the token embeddings of the words that the target
     has and the anchor lacks; the whole U-Net, which memorised pictures need.
     learning_rate: None means 1e-3 for keys and values, 1e-2 for embeddings, 1e-4 for the others.
@@ -74,6 +79,11 @@ class AblationSettings(TuningSettings, SamplerSettings):
         self._check(checks.count, "pictures", "batch_size")
         self._check(checks.count, "preserve_batch_size", least=0)
         self._check(checks.number, "preserve_weight", interval="[0, inf)")
+        if self.teacher == "current" and (self.parameters == "embedding" or self.objective == "noise"):
+            why = "the anchor's prediction never changes" if self.objective == "model" else "nobody predicts anything"
+            raise ConeslabError(
+                f"with parameters={self.parameters!r} and objective={self.objective!r} {why}: use teacher='frozen'"
+            )
 
     @property
     def rate(self) -> float:
@@ -81,8 +91,8 @@ class AblationSettings(TuningSettings, SamplerSettings):
         return usual if self.learning_rate is None else self.learning_rate
 
 
-@dataclass(frozen=True)
-class AblationData:
+@dataclass(frozen=True, eq=False)
+class AblationData(ByValue):
     """What an ablation is trained on: one entry for every target in every template.
 
     captions, anchors: prompts with the target, and with its anchor in its place; latents: (pictures, c, h, w) of
@@ -113,27 +123,21 @@ def ablation_data(
 
     images: pictures of the anchor to use instead, for every entry. Several targets have an anchor each, or share one.
     settings, changes: see `AblationSettings`.
-    Raises ConeslabError if a target is its own anchor, the numbers differ, or one is empty.
+    Raises ConeslabError if the model cannot tell a target from its anchor, the numbers differ, or one is empty.
     """
+    require_pipeline(pipe)
     settings = AblationSettings.chosen(settings, changes)
-    targets, anchors = paired(target, anchor)
-    same = [one for one, other in zip(targets, anchors, strict=True) if one.split() == other.split()]
-    if same or not all(text.strip() for text in (*targets, *anchors)):
-        raise ConeslabError(
-            f"target and anchor are the same or empty ({', '.join(map(repr, same))}): name different ones"
-        )
-    captions = tuple(template.format(one) for one in targets for template in settings.templates)
-    named = tuple(template.format(one) for one in anchors for template in settings.templates)
-    require_read(pipe, *captions, *named)
+    captions, named = captioned(pipe, target, anchor, settings.templates)
     if images is not None:
         latents = encode_images(pipe, as_pictures(images, name="pictures of the anchor")).detach()
-        return AblationData(captions, named, (latents,) * len(captions))
+        return AblationData(tuple(captions), tuple(named), (latents,) * len(captions))
     each = max(1, -(-settings.pictures // len(named)))
     prompts = [caption for caption in named for _ in range(each)]
     drawn = generated_latents(pipe, prompts, **settings.sampler, progress=progress)
-    return AblationData(captions, named, drawn.split(each))
+    return AblationData(tuple(captions), tuple(named), drawn.split(each))
 
 
+@resumable
 @takes(AblationSettings)
 def ablate(
     pipe: Pipeline,
@@ -163,8 +167,11 @@ def ablate(
     >>> coneslab.ablate(pipe, "a cat", "a dog", parameters="embedding", **options)
     TokenEdit(cat: ... numbers each)
     """
+    require_editable(pipe)
     settings = AblationSettings.chosen(settings, changes)
     require_passes(dtype, chunk, callback)
+    if settings.parameters in ("attention", "all"):
+        require_training_dtype(dtype)
     target, anchor = paired(target, anchor)
     shown = ablation_data(pipe, target, anchor, settings, images=images, progress=progress)
     data = _captioned(pipe, shown, settings)
@@ -229,20 +236,31 @@ class _Aim:
         chunk: int | None,
     ) -> None:
         self.scheduler, self.counts = pipe.scheduler, [part.batch_size for part in data]
-        by_model = settings.objective == "model"
-        self.teacher = KVGradient(pipe, data, dtype=dtype, chunk=chunk) if by_model else None
-        self.theta = self.teacher.theta() if self.teacher is not None else None
+        self.by_model, self.by_student = settings.objective == "model", settings.teacher == "current"
         self.text = encode_prompts(pipe, list(anchors)).detach()
+        self._make_teacher = partial(KVGradient, pipe, data, dtype=dtype, chunk=chunk)
+
+    @cached_property
+    def teacher(self) -> KVGradient:
+        """Predicts with any keys and values, by default those of the untouched model."""
+        return self._make_teacher()
+
+    @cached_property
+    def untouched(self) -> Tensor:
+        return self.teacher.theta()
 
     def __call__(
         self, batch: NoisyBatch, *, student: Callable[[NoisyBatch, Tensor], Tensor] | None = None
     ) -> NoisyBatch:
-        """The batch with its `regression_target`. student(batch, texts): predicts instead of the untouched model."""
-        if self.teacher is None or self.theta is None:
+        """The batch with its `regression_target`.
+
+        student(batch, texts): the prediction of the model in training, the target if the teacher is "current".
+        """
+        if not self.by_model:
             return batch
         rows = slice(0, sum(self.counts))
-        if student is None:
-            predicted = self.teacher.outputs(self.theta, self.text, batch.part(rows))
+        if student is None or not self.by_student:
+            predicted = self.teacher.outputs(self.untouched, self.text, batch.part(rows))
         else:
             with torch.no_grad():
                 predicted = student(batch.part(rows), self.text)
@@ -268,10 +286,6 @@ class _Plan:
     record: dict[str, Any]
     run: dict[str, Any]
 
-    @property
-    def by_student(self) -> bool:
-        return self.settings.teacher == "current"
-
     def delta(self, deltas: dict[str, Tensor], history: dict[str, list[float]]) -> WeightDelta:
         return WeightDelta(deltas, self.model, subject=self.subject, settings=self.record, history=history)
 
@@ -281,26 +295,29 @@ def _train_kv(plan: _Plan) -> WeightDelta:
     theta = gradient.theta().requires_grad_()
 
     def student(batch: NoisyBatch, anchors: Tensor) -> Tensor:
-        assert plan.aim.teacher is not None  # the noise-based loss never calls this
         return plan.aim.teacher.outputs(theta, anchors, batch)
 
     def point(number: int) -> Point:
-        batch = plan.aim(plan.batch_at(number), student=student if plan.by_student else None)
-        return Point(batch, theta=theta)
+        return Point(plan.aim(plan.batch_at(number), student=student), theta=theta)
 
     history = tune_kv(gradient, {"theta": theta}, point, plan.settings, **plan.run)
     return plan.delta(gradient.deltas(theta), history)
 
 
 def _train_embedding(plan: _Plan) -> TokenEdit:
-    if plan.by_student:
-        raise ConeslabError("with parameters='embedding' the anchor's prediction never changes: use teacher='frozen'")
     captions, pipe = plan.shown.captions, plan.pipe
-    kept = {word for caption in plan.shown.anchors for word in caption.split()}
-    words = list(dict.fromkeys(word for caption in captions for word in caption.split() if word not in kept))
-    if not words:
+
+    def words_of(texts: Sequence[str]) -> dict[tuple[int, ...], str]:
+        """The words of texts by their token ids: to the model, "Cat" is "cat"."""
+        words = list(dict.fromkeys(word for text in texts for word in text.split()))
+        ids = pipe.tokenizer(words, add_special_tokens=False).input_ids
+        return {tuple(tokens): word for tokens, word in zip(ids, words, strict=True)}
+
+    kept = words_of(plan.shown.anchors)
+    own = {ids: word for ids, word in words_of(captions).items() if ids not in kept}
+    if not own:
         raise ConeslabError(f"{plan.subject!r} has no word that its anchor lacks: there is no embedding to change")
-    long = [word for word in words if len(pipe.tokenizer(word, add_special_tokens=False).input_ids) != 1]
+    words, long = list(own.values()), [word for ids, word in own.items() if len(ids) != 1]
     if long:
         raise ConeslabError(
             f"{', '.join(long)} is not in the vocabulary as one token: ablate keys and values instead "
@@ -313,6 +330,7 @@ def _train_embedding(plan: _Plan) -> TokenEdit:
     rows = slice(0, sum(part.batch_size for part in data))
 
     def point(number: int) -> Point:
+        # no caption of the anchor has a word that is trained: either teacher is the untouched model
         return Point(plan.aim(plan.batch_at(number)).part(rows), text=text(vectors))
 
     history = tune_kv(gradient, {"vectors": vectors}, point, plan.settings, **plan.run)
@@ -323,14 +341,17 @@ def _train_embedding(plan: _Plan) -> TokenEdit:
 def _train_unet(plan: _Plan) -> WeightDelta:
     def batch_at(number: int, unet: Any) -> NoisyBatch:
         def student(batch: NoisyBatch, anchors: Tensor) -> Tensor:
-            own = anchors.repeat_interleave(torch.tensor(plan.aim.counts, device=anchors.device), 0)
-            noisy = add_noise(plan.pipe.scheduler, batch.latents, batch.noise, batch.timesteps)
-            with mixed_precision(unet.device):
-                return unet(noisy.float(), batch.timesteps, encoder_hidden_states=own.float()).sample.float()
+            own = anchors.repeat_interleave(torch.tensor(plan.aim.counts, device=anchors.device), 0).float()
+            noisy = add_noise(plan.pipe.scheduler, batch.latents, batch.noise, batch.timesteps).float()
+            parts = [part.split(plan.chunk or len(noisy)) for part in (noisy, batch.timesteps, own)]
+            with mixed_precision(unet.device, plan.dtype):
+                made = [unet(x, t, encoder_hidden_states=c).sample.float() for x, t, c in zip(*parts, strict=True)]
+            return torch.cat(made)
 
-        return plan.aim(plan.batch_at(number), student=student if plan.by_student else None)
+        return plan.aim(plan.batch_at(number), student=student)
 
     def only(name: str) -> bool:
         return plan.settings.parameters == "all" or ".attn1." in name or ".attn2." in name
 
-    return plan.delta(*tune_unet(plan.pipe, plan.data, batch_at, plan.settings, only=only, **plan.run))
+    options: dict[str, Any] = {"only": only, "dtype": plan.dtype, "chunk": plan.chunk, **plan.run}
+    return plan.delta(*tune_unet(plan.pipe, plan.data, batch_at, plan.settings, **options))

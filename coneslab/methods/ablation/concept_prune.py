@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ...diffusion.encoding import encode_prompts, require_read
+from ...diffusion.checks import require_editable
+from ...diffusion.encoding import encode_prompts
 from ...diffusion.kvspace import unet_of
 from ...diffusion.loss import add_noise
 from ...diffusion.pipelines import Pipeline
+from ...diffusion.precision import without_compiling
 from ...edits.weights import WeightDelta, model_fingerprint
 from ...errors import ConeslabError
 from ...finetuning.samples import CaptionedLatents, SamplerSettings, generated_latents, sample_batches
 from ...settings import takes
+from .prompts import one_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +54,16 @@ def prune_feed_forward(
     """ConceptPrune: set to 0 the feed-forward weights that the target needs more than its anchor (arXiv 2405.19237).
 
     The score of a weight is |W_ij| · ||A_j||, A_j the activations it reads (Wanda, Sun et al. 2024), over noised
-    pictures at all timesteps. In every row of the second matrix of each feed-forward layer, the `share` of weights with
-    the largest score under the target are pruned, except where the score under the anchor is as large.
+    pictures at all timesteps (a reading: the authors' code listens while target and anchor are drawn, scores each step
+    of sampling by itself, and prunes what any of the first few steps picks; on the shipped model that removes no more,
+    and takes several times as long). In every row of the second matrix of each feed-forward layer, the `share` of
+    weights with the largest score under the target are pruned, except where the score under the anchor is as large.
     settings, changes: see `ConceptPruneSettings`.
+    Raises ConeslabError if the model cannot tell target and anchor apart, or has no such layers.
     """
+    require_editable(pipe)
     settings = ConceptPruneSettings.chosen(settings, changes)
-    target, anchor = checks.text("target", target), checks.text("anchor", anchor)
-    require_read(pipe, target, anchor)
+    target, anchor = one_pair(pipe, target, anchor)
     unet = unet_of(pipe)
     layers = {name: module for name, module in unet.named_modules() if name.endswith("ff.net.2")}
     if not layers:
@@ -93,10 +99,11 @@ def _activation_norms(pipe: Pipeline, layers: dict[str, Any], data: CaptionedLat
 
     handles = [module.register_forward_pre_hook(listen(name)) for name, module in layers.items()]
     try:
-        noisy = add_noise(pipe.scheduler, batch.latents, batch.noise, batch.timesteps)
-        text = data.text.expand(len(noisy), -1, -1)
-        for part in torch.arange(len(noisy)).split(32):
-            unet_of(pipe)(noisy[part], batch.timesteps[part], encoder_hidden_states=text[part])
+        with without_compiling(pipe):
+            noisy = add_noise(pipe.scheduler, batch.latents, batch.noise, batch.timesteps)
+            text = data.text.expand(len(noisy), -1, -1)
+            for part in torch.arange(len(noisy)).split(32):
+                unet_of(pipe)(noisy[part], batch.timesteps[part], encoder_hidden_states=text[part])
     finally:
         for handle in handles:
             handle.remove()

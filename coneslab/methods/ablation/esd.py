@@ -11,9 +11,12 @@ import torch
 
 from ... import checks
 from ...callback import Callback
-from ...diffusion.encoding import encode_prompts, require_read
+from ...diffusion.checks import require_editable
+from ...diffusion.encoding import encode_prompts, require_read, tokenize
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
+from ...errors import ConeslabError
+from ...finetuning.checkpoints import resumable
 from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import CaptionedLatents, SamplerSettings, generated_latents, numbered_batches
@@ -42,6 +45,7 @@ class ESDSettings(TuningSettings, SamplerSettings):
         self._check(checks.count, "pictures", "batch_size")
 
 
+@resumable
 @takes(ESDSettings)
 def erase(
     pipe: Pipeline,
@@ -60,11 +64,15 @@ def erase(
     The regression target is f(x_t, t, ∅) − η (f(x_t, t, c) − f(x_t, t, ∅)) by the untouched model (arXiv 2303.07345,
     Eq. 7), on noised pictures of the target drawn beforehand (a reading: the paper's are half-denoised by the model in
     training). settings, changes: see `ESDSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see
-    `RunOptions`.
+    `RunOptions`. Raises ConeslabError if the target is no text to the model.
     """
+    require_editable(pipe)
     settings = ESDSettings.chosen(settings, changes)
     require_passes(dtype, chunk, callback)
-    require_read(pipe, checks.text("target", target))
+    target = checks.text("target", target)
+    require_read(pipe, target)
+    if tokenize(pipe, [target, ""]).unique(dim=0).shape[0] == 1:
+        raise ConeslabError(f"target is {target!r}: name the concept to erase, for example 'a cat'")
     latents = generated_latents(pipe, [target] * settings.pictures, **settings.sampler, progress=progress)
     text = encode_prompts(pipe, [target, ""]).detach()
     data = [CaptionedLatents(latents, text[0], settings.batch_size)]

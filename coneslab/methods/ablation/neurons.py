@@ -11,13 +11,14 @@ from PIL import Image
 
 from ... import checks
 from ...callback import Callback
-from ...diffusion.encoding import require_read
+from ...diffusion.checks import require_editable
 from ...diffusion.pipelines import Pipeline
 from ...finetuning.kv_gradient import require_passes
 from ...finetuning.samples import generate_once
 from ...neurons.mask import ConceptNeurons
 from ...neurons.search import SearchSettings, find_concept_neurons
 from ...settings import takes
+from .prompts import one_pair
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,19 @@ def ablating_neurons(
 
     L_con(θ) = L(anchor's pictures, target) + λ L(anchor's pictures, anchor). pictures: of the anchor, drawn beforehand.
     settings, changes: see `SearchSettings`; the others: see `find_concept_neurons`.
+    Raises ConeslabError if the model cannot tell target and anchor apart, and what the search raises.
     """
+    require_editable(pipe)
     settings = SearchSettings.chosen(settings, changes)
     require_passes(dtype, chunk, callback)
-    target, anchor = checks.text("target", target), checks.text("anchor", anchor)
-    require_read(pipe, target, anchor)
+    target, anchor = one_pair(pipe, target, anchor)
     drawn = generate_once(pipe, [anchor] * checks.count("pictures", pictures), **settings.sampler)
     subject = AblationSubject(f"{target} → {anchor}", drawn, target, anchor)
     return find_concept_neurons(
         pipe,
         subject,
         settings,
-        prior=drawn,
+        prior=drawn if settings.has_prior else None,
         start=start,
         dtype=dtype,
         chunk=chunk,

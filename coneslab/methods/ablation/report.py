@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from ... import checks
+from ...diffusion.checks import require_editable, require_pipeline
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import drawing
 from ...diffusion.sampling import generate, require_steps
@@ -30,6 +31,7 @@ from ...pictures import Images
 from ...seeds import derived
 from ...world.pictures import CLASSES, FACTS
 from ..personalization.textual_inversion import textual_inversion
+from .prompts import require_different
 
 
 def near_and_far(name: str) -> dict[str, tuple[str, ...]]:
@@ -87,11 +89,16 @@ class CopyDetector:
         return self.similarity(images) > self.threshold
 
 
-def _require_task(judge: Judge, edit: Edit | None, target: str, anchor: str, pictures: int) -> tuple[str, str, int]:
+def _require_task(
+    pipe: Pipeline, judge: Judge, edit: Edit | None, target: str, anchor: str, pictures: int, least: int = 1
+) -> tuple[str, str, int]:
     """What both reports check first: who judges which edit, of what, on how many pictures."""
+    require_pipeline(pipe)
+    target, anchor = checks.text("target", target), checks.text("anchor", anchor)
+    require_different(pipe, [target], [anchor])
     require_judge(judge)
     require_edit(edit)
-    return checks.text("target", target), checks.text("anchor", anchor), checks.count("pictures", pictures)
+    return target, anchor, checks.count("pictures", pictures, least=least)
 
 
 def evaluate_ablation(
@@ -116,14 +123,13 @@ def evaluate_ablation(
     "CLIP score": cosine of picture and prompt; "CLIP accuracy": share nearer to the prompt than to the anchor (for the
     anchor: than to the target; for the others: than to any other prompt here); "accuracy before": the same without the
     edit; "KID": to the pictures without the edit, as pairs; "change": 1 − cosine of the two pictures from one noise.
+    Raises ConeslabError if the model cannot tell target and anchor apart, or for fewer than two pictures.
     """
-    target, anchor, pictures = _require_task(judge, edit, target, anchor, pictures)
+    target, anchor, pictures = _require_task(pipe, judge, edit, target, anchor, pictures, least=2)
     seed, groups = checks.seed("seed", seed), checks.mapping("others", {} if others is None else others, least=0)
     prompts = {"target": [target], "anchor": [anchor]}
     prompts |= {name: checks.texts(f"others[{name!r}]", group, least=0) for name, group in groups.items()}
     everything = list(dict.fromkeys(prompt for group in prompts.values() for prompt in group))
-    if len(everything) < 2:
-        raise ConeslabError("target and anchor are the same prompt: there is nothing to tell apart")
     texts = judge.text_features(everything)
     wanted = [prompt for prompt in everything for _ in range(pictures)]
     options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale, "progress": progress}
@@ -201,8 +207,11 @@ def attacks(
     misspelled in the target's prompt. Then: img2img from pictures of the target at `strength`; Textual Inversion of
     `token` on such pictures, on the edited model; `finetune_steps` steps of K-V fine-tuning on them, both with
     `batch_size` samples per step. The untouched model draws the target's pictures.
+    Raises ConeslabError if the model cannot tell target and anchor apart, a count is below 1, or `word` is not in the
+    target.
     """
-    target, anchor, pictures = _require_task(judge, edit, target, anchor, pictures)
+    require_editable(pipe)
+    target, anchor, pictures = _require_task(pipe, judge, edit, target, anchor, pictures)
     paraphrases = checks.texts("paraphrases", paraphrases, least=0)
     synonyms = checks.texts("synonyms", synonyms, least=0)
     if checks.text("word", word, blank=True) not in target:

@@ -89,7 +89,7 @@ def rebalance(
 
 
 def group_shares(judge: Judge, images: Images, groups: Groups, *, template: str = "a {}") -> dict[str, Interval]:
-    """Share of pictures that the judge assigns to each group, with Wilson intervals."""
+    """Share of pictures that the judge assigns to each group, with Wilson intervals; template: with {} for a word."""
     require_judge(judge)
     groups, template = _groups(groups), checks.template("template", template)
     labels = [[template.format(word) for word in words] for words in groups.values()]

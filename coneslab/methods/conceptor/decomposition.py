@@ -6,6 +6,7 @@ the model's own vocabulary, few of which matter. The words with the largest coef
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...callback import Callback
+from ...diffusion.checks import require_editable, require_pipeline
 from ...diffusion.encoding import encode_images, encode_prompts, require_read
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate, require_steps
@@ -104,8 +106,8 @@ class Decomposition(Edit):
         return f"Decomposition({self.concept!r}: {words}, …)"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{word}</td><td>{share:.1%}</td></tr>" for word, share in self.top(10))
-        return f"<p><b>{self.concept}</b></p><table><tr><th>word</th><th>share</th></tr>{rows}</table>"
+        rows = "".join(f"<tr><td>{html.escape(word)}</td><td>{share:.1%}</td></tr>" for word, share in self.top(10))
+        return f"<p><b>{html.escape(self.concept)}</b></p><table><tr><th>word</th><th>share</th></tr>{rows}</table>"
 
     # --- changing it ---
 
@@ -142,6 +144,7 @@ class Decomposition(Edit):
 
     def vector(self, pipe: Pipeline) -> Tensor:
         """The pseudo-token's vector w*_N (width,): the words in use, weighted, rescaled to `norm`."""
+        require_pipeline(pipe)
         ids = pipe.tokenizer(list(self.words[: self.explain]), add_special_tokens=False).input_ids
         rows = embedding_of(pipe).weight.detach().float()[[own[0] for own in ids]]
         return _rescaled(torch.tensor(self.coefficients[: self.explain]).to(rows) @ rows, self.norm)
@@ -247,6 +250,7 @@ def decompose(
     name: str = "",
     vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
+    chunk: int | None = None,
     progress: bool = True,
     callback: Callback | None = None,
     **changes: Any,
@@ -259,7 +263,7 @@ def decompose(
     pictures under the template with the pseudo-token, plus `sparsity` · (1 − cos(w*_N, w*)), w*_N being made of the N
     largest coefficients alone. Every `validate_every` steps w*_N, as it is used later, draws pictures from fixed seeds;
     the coefficients whose pictures are nearest to the concept's are kept.
-    settings, changes: see `DecompositionSettings`; vocabulary: see `encode_vocabulary`; dtype: see `KVGradient`;
+    settings, changes: see `DecompositionSettings`; vocabulary: see `encode_vocabulary`; dtype, chunk: see `KVGradient`;
     callback: see `RunOptions`, with "coefficients" (M,) as a further key.
     The pipeline is not changed. Raises ConeslabError for settings out of range or an empty dictionary.
 
@@ -272,6 +276,7 @@ def decompose(
     >>> with parts.applied(pipe):
     ...     images = coneslab.generate(pipe, parts.prompt, sampler_steps=2)  # "a photo of a <concept>"
     """
+    require_editable(pipe)
     settings = DecompositionSettings.chosen(settings, changes)
     require_passes(dtype, callback=callback)
     require_judge(judge)
@@ -282,11 +287,11 @@ def decompose(
     shown = _pictures(pipe, concept, settings, progress)
     seen = judge.image_features(shown)
     target = seen.mean(0)
-    words = vocabulary or encode_vocabulary(pipe, judge, progress=False)
+    words = encode_vocabulary(pipe, judge, progress=False) if vocabulary is None else vocabulary
     if settings.token in words.words:
         raise ArgumentError(f"token is {settings.token!r}, a word of the vocabulary: give a new one, such as <concept>")
-    size = settings.dictionary or -(-len(words) // 10)
-    explain = settings.explain or max(10, size // 100)
+    size = -(-len(words) // 10) if settings.dictionary is None else settings.dictionary
+    explain = max(10, size // 100) if settings.explain is None else settings.explain
     prompt = concept if isinstance(concept, str) else ""
     allowed = choose_dictionary(
         words,
@@ -340,7 +345,7 @@ def decompose(
             best, best_step = now, done
 
     history = tune_kv(
-        KVGradient(pipe, data, dtype=dtype),
+        KVGradient(pipe, data, dtype=dtype, chunk=chunk),
         dict(weights.named_parameters()),
         point,
         settings,

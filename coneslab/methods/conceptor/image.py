@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 
 from ... import checks
 from ...callback import Callback
+from ...diffusion.checks import require_pipeline
 from ...diffusion.encoding import require_read
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate, require_steps
 from ...edits.tokens import TokenEdit
-from ...errors import ArgumentError
+from ...errors import ArgumentError, ConeslabError
 from ...measure.judge import Judge, require_judge
 from ...pictures import Picture, as_pictures
 from .decomposition import Decomposition
@@ -71,21 +72,25 @@ def decompose_image(
     such a pass are drawn in one batch. A word that cannot go is skipped. At the end each remaining word is tried alone,
     and then all that could go alone, half of them, a quarter, down to the one that matters least, until none can go.
     callback: see `coneslab.callback`, after each pass; a further key: "words", those left.
-    Raises ConeslabError for a threshold that is not a cosine.
+    Raises ConeslabError for a threshold that is not a cosine, a count below 1, or a prompt that nothing is drawn from.
     """
+    require_pipeline(pipe)
     require_judge(judge)
     checks.of_kind("decomposition", decomposition, Decomposition)
     threshold, seed = checks.number("threshold", threshold, "[-1, 1]", kind="cosine"), checks.seed("seed", seed)
     max_words, batch_size = checks.count("max_words", max_words), checks.count("batch_size", batch_size)
     sampler_steps = require_steps(pipe, sampler_steps)
     near_synonyms = [
-        checks.texts("group of near_synonyms", own) for own in checks.items("near_synonyms", near_synonyms, least=0)
+        checks.texts("a group of near_synonyms", _as_group(own))
+        for own in checks.items("near_synonyms", near_synonyms, least=0)
     ]
     checks.function("callback", callback)
+    if isinstance(target, str) and target not in ("concept", "decomposition"):
+        raise ArgumentError(f"target is {checks.shown(target)}: give 'concept', 'decomposition' or a picture")
     if prompt is not None:
         require_read(pipe, checks.text("prompt", prompt))
-    if isinstance(target, str):
-        checks.choice("target", target, ("concept", "decomposition"))
+        if not isinstance(target, str) or target != "concept":
+            raise ConeslabError(f"prompt is {prompt!r}, which only the target 'concept' is drawn from: leave it out")
     count = {"drawn": 0, "passes": 0}
     groups = {word: {word} for word in decomposition.words}
     for group in near_synonyms:
@@ -211,3 +216,10 @@ class _Left:
                 return True
             free = free[: len(free) // 2]
         return False
+
+
+def _as_group(given: Any) -> Any:
+    """A text would count as a group of one word, which says nothing."""
+    if isinstance(given, str):
+        raise ArgumentError(f"a group of near_synonyms is the text {given!r}: give several words for each group")
+    return given

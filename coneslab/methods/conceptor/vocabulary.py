@@ -10,23 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ... import checks
+from ...diffusion.checks import require_pipeline
 from ...diffusion.pipelines import Pipeline, fingerprint
 from ...edits.tokens import embedding_of
-from ...errors import ConeslabError
-from ...files import write_whole
+from ...errors import ConeslabError, FileFormatError
+from ...files import read_tensors, require_writable, sealed, write_whole
 from ...measure.judge import Judge, require_judge
+from ...settings import ByValue
 
+FORMAT = "coneslab.vocabulary/1"
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "the {}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Vocabulary:
+class Vocabulary(ByValue):
     """Words that are one token each.
 
     ids: (n,) in the tokenizer; vectors: (n, width), their rows in the table of token embeddings; features: (n, d),
@@ -86,8 +88,9 @@ def encode_vocabulary(
 
     words: only these. templates: with {} for the word; features are averaged over them. cache: a folder; features are
     stored there by the judge's weights, words and templates, and read the next time.
-    Raises ConeslabError if a word is not one token, or a template lacks {}.
+    Raises ConeslabError if a word is not one token, or a template lacks {}; WriteError if the folder cannot be written.
     """
+    require_pipeline(pipe)
     require_judge(judge)
     templates, known = checks.templates("templates", templates), whole_words(pipe.tokenizer)
     chosen = list(known) if words is None else checks.texts("words", words, least=0)
@@ -98,27 +101,28 @@ def encode_vocabulary(
     vectors = embedding_of(pipe).weight.detach()[torch.tensor(ids)].float().cpu()
     file = None
     if cache is not None:
+        folder = require_writable(cache, folder=True)
         model = fingerprint(dict(judge.model.named_parameters()))
         key = hashlib.sha256(repr((model, chosen, tuple(templates))).encode()).hexdigest()[:24]
-        file = Path(cache) / f"vocabulary-{key}.safetensors"
-    features = _read(file, len(chosen))
+        file = folder / f"vocabulary-{key}.safetensors"
+    features = _read(file)
     if features is None:
         total = torch.zeros(len(chosen), judge.width)
         for template in tqdm(templates, desc="vocabulary", disable=not progress):
             total += judge.text_features([template.format(word) for word in chosen])
         features = total / total.norm(dim=1, keepdim=True)
         if file is not None:
-            write_whole(file, save({"features": features}))
+            metadata = {"format": FORMAT, "key": file.stem}
+            write_whole(file, save({"features": features}, sealed({"features": features}, metadata)))
     return Vocabulary(tuple(chosen), ids, vectors, features)
 
 
-def _read(file: Path | None, rows: int) -> Tensor | None:
+def _read(file: Path | None) -> Tensor | None:
     """Features stored before, or None; a damaged cache counts as none."""
     if file is None or not file.is_file():
         return None
     try:
-        with safe_open(file, "pt") as kept:
-            features = kept.get_tensor("features")
-    except SafetensorError:
+        tensors, metadata = read_tensors(file, FORMAT)
+    except FileFormatError:
         return None
-    return features if len(features) == rows else None
+    return tensors.get("features") if metadata.get("key") == file.stem else None

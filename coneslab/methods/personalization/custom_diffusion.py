@@ -13,11 +13,13 @@ from PIL import Image
 
 from ... import checks
 from ...callback import Callback
+from ...diffusion.checks import require_editable, require_pipeline
 from ...diffusion.encoding import encode_images, encode_prompts, require_read
 from ...diffusion.pipelines import Pipeline
 from ...edits.base import Combined
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import WeightDelta, model_fingerprint
+from ...finetuning.checkpoints import resumable
 from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import (
@@ -62,9 +64,10 @@ class CustomDiffusionSettings(TuningSettings, ConceptSettings):
         self._check(checks.number, "token_learning_rate", interval="(0, inf)", optional=True)
         self._check(checks.flag, "augment")
         self._check(checks.texts, "small_words", "large_words", least=0)
-        self._check(checks.text, "initial", optional=True)
+        self._check(checks.text, "initial", optional=True, blank=True)
 
 
+@resumable
 @takes(CustomDiffusionSettings)
 def custom_diffusion(
     pipe: Pipeline,
@@ -89,6 +92,7 @@ def custom_diffusion(
     >>> word.tokens, sorted({name.split(".")[-2] for name in weights.deltas})
     (('sks',), ['to_k', 'to_v'])
     """
+    require_editable(pipe)
     settings = CustomDiffusionSettings.chosen(settings, changes)
     require_passes(dtype, chunk, callback)
     taught = several(subjects, with_token=True)
@@ -112,7 +116,8 @@ def custom_diffusion(
         data += own
         captions += named
     text = LearnedText(pipe, captions, tokens)
-    vectors = torch.stack([start_vector(pipe, settings.initial or token) for token in tokens]).requires_grad_()
+    words = tokens if settings.initial is None else [settings.initial] * len(tokens)
+    vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
     gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
     theta, batch_at = gradient.theta().requires_grad_(), numbered_batches(pipe, data, settings.seed)
     names, model = names_of(taught), model_fingerprint(pipe)
@@ -123,15 +128,16 @@ def custom_diffusion(
         settings,
         title=f"Custom Diffusion of {names}",
         identity={"model": model},
-        rates={"vectors": settings.token_learning_rate or settings.rate},
+        rates={"vectors": settings.rate if settings.token_learning_rate is None else settings.token_learning_rate},
         progress=progress,
         callback=callback,
         resume=resume,
     )
     record = settings.record()
-    words = TokenEdit(tuple(tokens), vectors, vocabulary_fingerprint(pipe), initial=tuple(tokens), settings=record)
+    table = vocabulary_fingerprint(pipe)
+    learned = TokenEdit(tuple(tokens), vectors, table, initial=tuple(words), settings=record)
     weights = WeightDelta(gradient.deltas(theta), model, subject=names, settings=record, history=history)
-    return Combined((words, weights))
+    return Combined((learned, weights))
 
 
 def scaled_latents(
@@ -151,6 +157,7 @@ def scaled_latents(
     of the `large` words. The mask leaves the background out of the loss. `versions` of each picture are made and
     encoded once.
     """
+    require_pipeline(pipe)
     require_subject(subject, with_token=True)
     checks.text("class_word", subject.class_word)
     batch_size, versions = checks.count("batch_size", batch_size), checks.count("versions", versions)

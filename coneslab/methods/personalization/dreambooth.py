@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ... import checks
 from ...callback import Callback
+from ...diffusion.checks import require_editable
 from ...diffusion.pipelines import Pipeline
 from ...edits.weights import WeightDelta, model_fingerprint
-from ...finetuning.loop import TuningSettings, tune_unet
+from ...finetuning.checkpoints import resumable
+from ...finetuning.kv_gradient import require_passes
+from ...finetuning.loop import TuningSettings, require_training_dtype, tune_unet
 from ...finetuning.samples import ConceptSettings, ConceptSubject, joint_latents, names_of, numbered_batches, several
 from ...settings import takes
 
@@ -29,6 +31,7 @@ class DreamBoothSettings(TuningSettings, ConceptSettings):
     prior_batch_size: int = 8
 
 
+@resumable
 @takes(DreamBoothSettings)
 def dreambooth(
     pipe: Pipeline,
@@ -36,6 +39,7 @@ def dreambooth(
     settings: DreamBoothSettings | Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    chunk: int | None = None,
     progress: bool = True,
     callback: Callback | None = None,
     resume: str | Path | None = None,
@@ -44,8 +48,8 @@ def dreambooth(
     """Tune the whole U-Net on the subjects, with prior preservation (Ruiz et al. 2023, Eq. 2).
 
     The text encoder stays as it is. Trains a copy of the U-Net in float32, with passes in `dtype`: float32 or bfloat16,
-    by default bfloat16 where that is faster. settings, changes: see `DreamBoothSettings`; progress, callback, resume:
-    see `RunOptions`.
+    by default bfloat16 where that is faster. settings, changes: see `DreamBoothSettings`; chunk: see `tune_unet`;
+    progress, callback, resume: see `RunOptions`.
 
     >>> pipe, cat = coneslab.load("tiny"), coneslab.subject("cat")
     >>> tuned = coneslab.dreambooth(pipe, cat, steps=1, batch_size=2, prior_batch_size=0)
@@ -54,8 +58,10 @@ def dreambooth(
     >>> tuned.deltas.keys() == dict(pipe.unet.named_parameters()).keys()
     True
     """
+    require_editable(pipe)
+    require_passes(dtype, chunk, callback)
+    require_training_dtype(dtype)
     settings = DreamBoothSettings.chosen(settings, changes)
-    checks.function("callback", callback)
     taught = several(subjects)
     data = joint_latents(pipe, taught, settings)
     batch_at = numbered_batches(pipe, data, settings.seed)
@@ -68,6 +74,7 @@ def dreambooth(
         title=f"DreamBooth of {names}",
         identity={"model": model},
         dtype=dtype,
+        chunk=chunk,
         progress=progress,
         callback=callback,
         resume=resume,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...diffusion.checks import require_editable
 from ...diffusion.encoding import encode_prompts, require_read
 from ...diffusion.kvspace import KVSpace
 from ...diffusion.pipelines import Pipeline
@@ -42,7 +43,9 @@ def merge(
     subjects share (the words before their tokens), which would require different values at once.
     With G = C_reg^T C_reg and D = C G^-1, W = W0 + (V^T − W0 C^T)(D C^T)^-1 D.
     ridge: added to G's diagonal, relative to its mean; by default none if G has full rank, else 1e-6; the result's
-    settings record it. Raises ConeslabError unless there are two or more edits, each with a subject.
+    settings record it. subjects: in any order; each belongs to the edit that taught its token.
+    Raises ConeslabError unless there are two or more edits, of one token each, and a subject for each, or for a
+    template without {} or no captions.
 
     >>> pipe, subjects = coneslab.load("tiny"), [coneslab.subject("cat"), coneslab.subject("dog")]
     >>> options = {"steps": 2, "batch_size": 4, "prior_batch_size": 0}
@@ -51,6 +54,7 @@ def merge(
     >>> words.tokens, weights.subject
     (('sks', 'zwx'), 'cat, dog')
     """
+    require_editable(pipe)
     edits, subjects = checks.items("edits", edits), several(subjects, with_token=True)
     templates = checks.templates("templates", templates)
     captions = captions if captions is None else checks.texts("captions", captions)
@@ -63,6 +67,7 @@ def merge(
     tokens = [token for own, _ in parts for token in own.tokens]
     if len(set(tokens)) != len(tokens):
         raise ConeslabError(f"the edits use the tokens {', '.join(tokens)}: train each with a token of its own")
+    subjects = _in_order(tokens, subjects)
     vectors = torch.cat([own.vectors for own, _ in parts])
     initial = tuple(word for own, _ in parts for word in own.initial)
     table = TokenEdit(tuple(tokens), vectors, parts[0][0].fingerprint, initial=initial)
@@ -91,6 +96,17 @@ def merge(
     settings = {"method": "Custom Diffusion, merged", "templates": list(templates), "ridge": max(ridges)}
     names = ", ".join(subject.name for subject in subjects)
     return Combined((table, WeightDelta(deltas, model, subject=names, settings=settings)))
+
+
+def _in_order(tokens: Sequence[str], subjects: Sequence[Any]) -> list[Any]:
+    """The subjects in the order of the edits, which have one token each."""
+    by_token = {subject.token: subject for subject in subjects}
+    if len(tokens) != len(subjects) or by_token.keys() != {*tokens}:
+        raise ConeslabError(
+            f"the edits teach {', '.join(tokens)}, the subjects have {', '.join(one.token for one in subjects)}: give "
+            "edits of single subjects, and those subjects"
+        )
+    return [by_token[token] for token in tokens]
 
 
 @cache

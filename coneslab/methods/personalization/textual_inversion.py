@@ -11,10 +11,12 @@ import torch
 
 from ... import checks
 from ...callback import Callback
+from ...diffusion.checks import require_editable
 from ...diffusion.pipelines import Pipeline
 from ...edits.tokens import LearnedText, TokenEdit, start_vector, vocabulary_fingerprint
 from ...edits.weights import model_fingerprint
 from ...errors import ArgumentError
+from ...finetuning.checkpoints import resumable
 from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import TokenSubject, concept_latents, numbered_batches, several
@@ -45,6 +47,7 @@ class TextualInversionSettings(TuningSettings):
         self._check(check, "initial", optional=True, blank=True)
 
 
+@resumable
 @takes(TextualInversionSettings)
 def textual_inversion(
     pipe: Pipeline,
@@ -74,6 +77,7 @@ def textual_inversion(
     >>> with learned.applied(pipe, dose=0.5):  # halfway from "cat" to what was learned
     ...     images = coneslab.generate(pipe, cat.prompt, sampler_steps=2)
     """
+    require_editable(pipe)
     settings = TextualInversionSettings.chosen(settings, changes)
     require_passes(dtype, chunk, callback)
     taught = several(subjects, with_token=True)
@@ -83,7 +87,7 @@ def textual_inversion(
         initial = [checks.text("class_word", subject.class_word) for subject in taught]
     words = [initial] * len(taught) if isinstance(initial, str) else list(initial)
     if len(words) != len(taught):
-        raise ArgumentError(f"got {len(words)} initial words and {len(taught)} subjects: give one for all, or one each")
+        raise ArgumentError(f"got {len(words)} initial words for {len(taught)} subjects: give one, or one for each")
     data = [concept_latents(pipe, subject, batch_size=settings.batch_size, prior_batch_size=0)[0] for subject in taught]
     text = LearnedText(pipe, [subject.prompt for subject in taught], tokens)
     vectors = torch.stack([start_vector(pipe, word) for word in words]).requires_grad_()
