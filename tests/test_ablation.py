@@ -71,8 +71,8 @@ def parted(pipe, edit, teacher):
     return float((own - anchor).square().mean())
 
 
-@pytest.mark.parametrize("teacher", ["frozen", "current"])
-@pytest.mark.parametrize("parameters", ["cross_attention_kv", "attention", "all"])
+@pytest.mark.parametrize("teacher", ["frozen", pytest.param("current", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parameters", ["cross_attention_kv", pytest.param("attention", marks=pytest.mark.slow), "all"])
 def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_pipe, parameters, teacher):
     options = FAST | {"steps": 12, "preserve_batch_size": 0}
     edit = ablate(v_pipe, "a cat", "a dog", parameters=parameters, teacher=teacher, **options)
@@ -226,7 +226,10 @@ def test_words_that_differ_in_capitals_alone_are_one_word(v_pipe):
 # --- options that used to be dropped ---
 
 
-@pytest.mark.parametrize("parameters", ["cross_attention_kv", "attention", "embedding", "all"])
+@pytest.mark.parametrize(
+    "parameters",
+    ["cross_attention_kv", *(pytest.param(one, marks=pytest.mark.slow) for one in ("attention", "all")), "embedding"],
+)
 @pytest.mark.parametrize("teacher", ["frozen", "current"])
 def test_a_chunk_at_a_time_gives_the_same_edit(v_pipe, parameters, teacher, monkeypatch):
     if (parameters, teacher) == ("embedding", "current"):

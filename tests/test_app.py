@@ -169,6 +169,7 @@ def test_without_bad_files_nothing_is_said(v_pipe: Any, tmp_path: Path) -> None:
     assert make(v_pipe, tmp_path).left_out.value == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_file_does_not_stand_in_the_way_of_a_search(
     kind: str, v_pipe: Any, searches: list[str], tmp_path: Path

@@ -140,7 +140,7 @@ def test_a_block_that_was_left_runs_nothing_when_it_is_dropped(kind, v_pipe):
     assert not passed(kept.clear, partial(_is_in, blocks.__file__), "opcode")
 
 
-@pytest.mark.parametrize("kind", ["combined", "recorder", "drawing"])
+@pytest.mark.parametrize("kind", ["combined", "recorder", pytest.param("drawing", marks=pytest.mark.slow)])
 def test_real_signals_leave_nothing_changed_and_are_not_lost(kind, v_pipe):
     before = state(v_pipe)
     with KINDS[kind](v_pipe):

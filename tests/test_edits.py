@@ -419,6 +419,7 @@ def test_a_class_that_is_defined_again_takes_the_place_of_the_one_before(tmp_pat
         base._KINDS["Turned"] = Turned
 
 
+@pytest.mark.slow
 def test_every_kind_of_the_package_is_found_by_a_process_that_imported_none_of_them(tmp_path):
     for module in pkgutil.walk_packages(coneslab.__path__, "coneslab."):
         importlib.import_module(module.name)
@@ -437,6 +438,7 @@ def test_every_kind_of_the_package_is_found_by_a_process_that_imported_none_of_t
     assert python(code, *own) == [kind.__module__ for kind in own.values()]
 
 
+@pytest.mark.slow
 def test_a_file_is_read_by_a_process_that_knows_nothing_of_its_kind(tmp_path):
     found = Decomposition("cat", ("cat", "dog"), np.array([0.75, 0.25]), 2, 1.0, "ab" * 32)
     path = Combined((small_delta(), found)).save(tmp_path / "both")

@@ -144,6 +144,7 @@ def test_a_missing_object_is_not_found(drawing, position):
     assert found["all three of three"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_rule_for_finding_objects_is_a_permutation_test():
     """Noise features: nothing is in the pictures, so an object is found in about `level` of them."""
     rng = np.random.default_rng(0)
@@ -291,6 +292,7 @@ def test_nearest_wants_one_list_of_options_a_picture():
         nearest(ORACLE, [showing("a cat")], [["a dog"], ["a cat"]])
 
 
+@pytest.mark.slow
 def test_command_line_prints_the_table_for_a_saved_pipeline(v_pipe, tmp_path, capsys):
     judge, model, table = tmp_path / "judge", tmp_path / "model", tmp_path / "table.json"
     judge.mkdir()

@@ -89,6 +89,7 @@ def broken(pipe, subjects, *, seed):
     raise RuntimeError("no luck")
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_smallest_file(world_pipe, tmp_path):
     mask, _ = make_edit("Cones, binary", world_pipe, subjects_of("cat"), folder=tmp_path, **SHORT["Cones, binary"])
     assert stored_bytes(mask) == len(mask.to_bytes()) < mask.nbytes

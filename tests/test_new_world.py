@@ -150,6 +150,7 @@ def test_the_atlas_is_what_its_index_says():
         assert len(seen) == len(names) - 1, f"{style} has the same drawing under two names"
 
 
+@pytest.mark.slow
 def test_every_learned_drawing_is_drawn_and_no_other(pictures):
     drawn = {(thing.drawing, thing.style) for record in pictures.records for thing in record.objects}
     learned = {

@@ -390,7 +390,14 @@ def ablate_class(pipe, subject, **options):
 
 @pytest.mark.parametrize(
     "method",
-    [textual_inversion, dreambooth, custom_diffusion, finetune_kv, tune_union, erase_class, ablate_class],
+    [
+        custom_diffusion,
+        dreambooth,
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in (textual_inversion, finetune_kv, tune_union, erase_class, ablate_class)
+        ),
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, method, monkeypatch):
     from coneslab.finetuning import loop

@@ -429,6 +429,7 @@ def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pi
     assert len(list(widgets.sketched(v_pipe, prompts, sampler_steps=2, preview_steps=6))) == 1
 
 
+@pytest.mark.slow
 def test_neurons_are_explored_by_threshold_and_place(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = KVSpace(v_pipe).layout
     scale = torch.where(torch.arange(layout.n) % 3 == 0, 0.3, 1.0)
@@ -563,6 +564,7 @@ def test_limits_hold_for_whatever_is_sent(v_pipe: Any, name: str, value: Any, sa
     assert view.image.layout.display == "none"
 
 
+@pytest.mark.slow
 def test_a_folder_of_edits_is_a_menu_and_a_damaged_file_says_so_when_it_is_chosen(
     v_pipe: Any, pictured: Any, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def test_same_seed_same_pictures_other_seed_others():
     assert not np.array_equal(one.images, other.images)
 
 
+@pytest.mark.slow
 def test_captions_use_only_known_words_and_no_reserved_token(pictures):
     used = {word for caption in pictures.captions for word in caption.replace(",", "").split()}
     assert used <= set(world.WORDS)
