@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import CodeType
@@ -79,6 +80,7 @@ KINDS: dict[str, Callable] = {
     "low rank": lambda pipe: compress(weight_delta(pipe), energy=1.0).applied(pipe),
     "mask": lambda pipe: mask(pipe).applied(pipe),
     "tuned mask": lambda pipe: TunedNeurons(mask(pipe), np.ones(3, np.float32)).applied(pipe),
+    "mask at words": lambda pipe: replace(mask(pipe), scope=("sks", "cat")).applied(pipe),
     "token": lambda pipe: token_edit(pipe).applied(pipe),
     "combined": lambda pipe: Combined((token_edit(pipe), weight_delta(pipe))).applied(pipe),
     "combined twice": lambda pipe: Combined((Combined((weight_delta(pipe),)), token_edit(pipe))).applied(pipe),

@@ -40,7 +40,8 @@ def fast_dtype(unet: Any) -> torch.dtype:
 def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> Any:
     """A copy of a U-Net without gradients, hooks or adapters; it shares the memory of weights already in `dtype`.
 
-    Inputs are cast to `dtype`. gradients: the copy is for backward passes (`speed_up_backward`).
+    Only hooks that say so, by an attribute `copied_with_the_unet`, are taken along. Inputs are cast to `dtype`.
+    gradients: the copy is for backward passes (`speed_up_backward`).
     Raises ConeslabError if the U-Net's weights do not match its config, or are not those it computes with (an adapter,
     fused projections).
     """
@@ -56,6 +57,10 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
             f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): unload adapters first"
         ) from error
     copy.eval().requires_grad_(False)
+    for name, module in unet.named_modules():
+        for hook in module._forward_hooks.values():
+            if _goes_along(hook):
+                copy.get_submodule(name).register_forward_hook(hook)
     if gradients:
         speed_up_backward(copy)
 
@@ -82,13 +87,20 @@ def speed_up_backward(unet: Any) -> None:
         unet.set_attn_processor(AttnProcessor())
 
 
+def _goes_along(hook: Any) -> bool:
+    return getattr(hook, "copied_with_the_unet", False)
+
+
 def is_plain(unet: Any) -> bool:
     """Whether a copy does what the U-Net does: no hooks, adapters or custom attention processors."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     if hasattr(unet, "_orig_mod") or getattr(unet, "peft_config", None):
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules()):
+    if any(
+        module._forward_pre_hooks or not all(map(_goes_along, module._forward_hooks.values()))
+        for module in unet.modules()
+    ):
         return False
     return all(type(used) in (AttnProcessor, AttnProcessor2_0) for used in unet.attn_processors.values())
 

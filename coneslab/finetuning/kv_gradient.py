@@ -43,8 +43,10 @@ class KVGradient:
     step and distinct caption, in the precision of θ, rather than for every sample. No other weight gets a gradient, and
     nothing before the first cross-attention.
 
-    data: see `concept_latents`; dtype: of the copy, default bfloat16 where the device computes in it and the pipeline
-    is float32, else the pipeline's own; chunk: samples at a time, for models that would not fit in memory otherwise.
+    data: see `concept_latents`; where: (captions, tokens) bool, the tokens whose keys and values are projected by θ,
+    all others by the pipeline's own weights, or None for all; dtype: of the copy, default bfloat16 where the device
+    computes in it and the pipeline is float32, else the pipeline's own; chunk: samples at a time, for models that would
+    not fit in memory otherwise.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class KVGradient:
         pipe: Pipeline,
         data: Sequence[CaptionedLatents],
         *,
+        where: Tensor | None = None,
         dtype: torch.dtype | None = None,
         chunk: int | None = None,
     ) -> None:
@@ -68,6 +71,7 @@ class KVGradient:
             processor = _ProjectedText()
             module.set_processor(processor)
             self._attentions.append((path, module, processor))
+        self._where, self._own = where, {} if where is None else self._projected(self.theta(), self._text)
 
     def theta(self) -> Tensor:
         """The pipeline's K-V weights as they are now, (n,), in float32 or better."""
@@ -164,13 +168,30 @@ class KVGradient:
 
     def _project(self, theta: Tensor, text: Tensor, counts: list[int]) -> Tensor:
         """Set the keys and values of every attention; return the texts that the U-Net requires, one per sample."""
-        matrices, text = self.space.layout.matrices(theta), text.to(theta.dtype)
-        for path, module, processor in self._attentions:
-            own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
-            key = F.linear(own, matrices[f"{path}.to_k.weight"], _like(module.to_k.bias, theta))
-            value = F.linear(own, matrices[f"{path}.to_v.weight"], _like(module.to_v.bias, theta))
+        if self._where is None:
+            projected = self._projected(theta, text)
+        else:
+            some = self._projected(theta, text[self._where])
+            projected = {path: tuple(map(self._placed, own, some[path])) for path, own in self._own.items()}
+        for path, _, processor in self._attentions:
+            key, value = projected[path]
             processor.key, processor.value, processor.counts = key.to(self.dtype), value.to(self.dtype), counts
         return torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
+
+    def _projected(self, theta: Tensor, text: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Keys and values of every attention, (..., channels) each, for texts (..., width)."""
+        matrices, text = self.space.layout.matrices(theta), text.to(theta.dtype)
+        projected = {}
+        for path, module, _ in self._attentions:
+            own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
+            layers = (module.to_k, f"{path}.to_k.weight"), (module.to_v, f"{path}.to_v.weight")
+            projected[path] = tuple(F.linear(own, matrices[name], _like(layer.bias, theta)) for layer, name in layers)
+        return projected
+
+    def _placed(self, everywhere: Tensor, some: Tensor) -> Tensor:
+        """`everywhere` (captions, tokens, channels) with `some` (chosen tokens, channels) where θ projects."""
+        assert self._where is not None
+        return everywhere.index_put(self._where.nonzero(as_tuple=True), some)
 
     def _chunks(self) -> Iterator[tuple[slice, list[int]]]:
         """Slices of the samples, and how many of each caption are in a slice."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -63,15 +63,8 @@ def random_neurons(found: ConceptNeurons, *, seed: int = 0) -> ConceptNeurons:
         indices.append(places[order])
         scales.append(found.scales[first:last][order])
     settings = {**found.settings, "control": "random", "control_seed": seed}
-    return ConceptNeurons(
-        found.layout,
-        np.concatenate(indices),
-        np.concatenate(scales),
-        found.fingerprint,
-        subject=f"random, as {found.subject}",
-        cut=found.cut,
-        settings=settings,
-    )
+    moved: dict[str, Any] = {"indices": np.concatenate(indices), "scales": np.concatenate(scales)}
+    return replace(found, **moved, subject=f"random, as {found.subject}", settings=settings, history={})
 
 
 def reversed_neurons(pipe: Pipeline, subject: ConceptSubject, **options: Any) -> ConceptNeurons:

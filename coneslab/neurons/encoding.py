@@ -5,10 +5,11 @@ in [0, 1), with the sizes of the layers they lie in. `ConceptNeurons.to`, `.to_b
 functions.
 
 The file (little-endian): a header of 172 bytes, a stream of 32-bit words from a range coder, then, for float masks
-only, the scales as they are. The coder is that of `constriction` (Bamler 2022, arXiv 2201.01741). In each layer,
-neurons are treated as independent with the layer's own density p, so a binary mask takes close to sum n H(p) bits. It
-codes the lengths of runs of open neurons between shut ones, which are geometrically distributed, in steps of at most
-RUN: as short as coding neuron by neuron, in a fraction of the time.
+only, the scales as they are, and at the end the words of a scope, if the mask has one. The coder is that of
+`constriction` (Bamler 2022, arXiv 2201.01741). In each layer, neurons are treated as independent with the layer's own
+density p, so a binary mask takes close to sum n H(p) bits. It codes the lengths of runs of open neurons between shut
+ones, which are geometrically distributed, in steps of at most RUN: as short as coding neuron by neuron, in a fraction
+of the time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ RUN = 512
 _FLOATS = {"float32": "<f4", "float16": "<f2"}
 
 _MAGIC, _VERSION = b"conemask", 1
+_SCOPED = 2  # the version of files that end with the words of a scope
 _HEADER = struct.Struct("<8sHBBdQ8s32s64s32sII")  # ... fingerprint, subject, checksum, words, bytes of scales
 _CHECKSUM = slice(_HEADER.size - 8 - 32, _HEADER.size - 8)
 _MODEL = constriction.stream.model
@@ -115,14 +117,22 @@ class MaskFile(ByValue):
     cut: float
     fingerprint: str
     subject: str
+    scope: tuple[str, ...] = ()
 
 
 def encode(
-    indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int], *, fingerprint: str, subject: str, cut: float
+    indices: np.ndarray,
+    scales: np.ndarray,
+    sizes: Sequence[int],
+    *,
+    fingerprint: str,
+    subject: str,
+    cut: float,
+    scope: Sequence[str] = (),
 ) -> bytes:
     """Write a mask in the smallest precision that keeps it exactly.
 
-    fingerprint: 64 hexadecimal digits; subject: its first 64 bytes are kept.
+    fingerprint: 64 hexadecimal digits; subject: its first 64 bytes are kept; scope: words, written if there are any.
     Raises ConeslabError for any other fingerprint.
     """
     indices, scales, sizes = _places(indices), numbers("scales", scales).reshape(-1), _sizes(sizes)
@@ -142,11 +152,22 @@ def encode(
     words = coder.get_compressed().astype("<u4").tobytes()
     values = scales.astype(_FLOATS[precision]).tobytes() if precision in _FLOATS else b""
     name = subject.encode()[:64].decode(errors="ignore").encode()
-    fields = (_VERSION, PRECISIONS.index(precision), len(name), cut, sum(sizes), _shape(sizes), model, name)
+    words_of_scope = "\0".join(scope).encode()
+    fields = (
+        _SCOPED if scope else _VERSION,
+        PRECISIONS.index(precision),
+        len(name),
+        cut,
+        sum(sizes),
+        _shape(sizes),
+        model,
+        name,
+    )
     lengths = (len(words) // 4, len(values))
     blank = _HEADER.pack(_MAGIC, *fields, bytes(32), *lengths)
-    digest = hashlib.blake2b(blank + words + values, digest_size=32).digest()
-    return _HEADER.pack(_MAGIC, *fields, digest, *lengths) + words + values
+    body = words + values + words_of_scope
+    digest = hashlib.blake2b(blank + body, digest_size=32).digest()
+    return _HEADER.pack(_MAGIC, *fields, digest, *lengths) + body
 
 
 def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
@@ -159,11 +180,12 @@ def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
     if len(data) < _HEADER.size or data[:8] != _MAGIC:
         raise FileFormatError("this is not a mask file of coneslab: it is too short, or begins differently")
     _, version, kind, letters, cut, n, shape, model, name, digest, words, values = _HEADER.unpack_from(data)
-    if version != _VERSION:
-        raise FileFormatError(f"this mask file is of version {version}, this coneslab reads {_VERSION}: update it")
-    if len(data) != _HEADER.size + 4 * words + values:
+    if version not in (_VERSION, _SCOPED):
+        raise FileFormatError(f"this mask file is of version {version}, this coneslab reads {_SCOPED}: update it")
+    end = _HEADER.size + 4 * words + values
+    if len(data) < end or (len(data) > end) != (version == _SCOPED):
         raise FileFormatError(
-            f"this mask file has {len(data)} bytes, its header says {_HEADER.size + 4 * words + values}: it was "
+            f"this mask file has {len(data)} bytes, its header says {end}: it was "
             "truncated, or something was added; copy it again"
         )
     blank = data[: _CHECKSUM.start] + bytes(32) + data[_CHECKSUM.stop :]
@@ -178,13 +200,14 @@ def decode(data: bytes, sizes: Sequence[int]) -> MaskFile:
         precision, subject = PRECISIONS[kind], name[:letters].decode()
         indices, scales = _decode_words(data[_HEADER.size : _HEADER.size + 4 * words], precision, sizes)
         if precision in _FLOATS:
-            raw = np.frombuffer(data[_HEADER.size + 4 * words :], _FLOATS[precision])
+            raw = np.frombuffer(data[_HEADER.size + 4 * words : end], _FLOATS[precision])
             scales = raw.astype(np.float32)
+        scope = tuple(data[end:].decode().split("\0")) if version == _SCOPED else ()
         if len(scales) != len(indices):
             raise ValueError(f"{len(indices)} neurons and {len(scales)} scales")
     except (ValueError, IndexError, AssertionError) as error:  # a forged file may have the right checksum
         raise FileFormatError(f"this mask file is not one that coneslab wrote ({error})") from error
-    return MaskFile(indices, scales, precision, cut, model.hex(), subject)
+    return MaskFile(indices, scales, precision, cut, model.hex(), subject, scope)
 
 
 def _shape(sizes: Sequence[int]) -> bytes:

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from .. import checks
 from ..diffusion.checks import require_pipeline
-from ..diffusion.kvspace import KVLayout, KVSpace
+from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Edit, require_dose
 from ..edits.weights import Change, require_model, swapped
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import read_whole, write_whole
 from . import encoding
+from .scope import Scope, ScopedScales, at_words, word_ids
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class ConceptNeurons(Edit):
 
     layout: the K-V space, n neurons; indices: (k,) sorted, read-only, the neurons whose scale is not 1; scales: (k,)
     float32 in [0, 1], read-only; fingerprint: of the model's K-V weights; cut: a neuron whose scale is below it is shut
-    in the binary mask; settings: of the search; history: name -> array with one row per round.
+    in the binary mask; settings: of the search; history: name -> array with one row per round; scope: the words of a
+    prompt at which the mask acts, a rare token and its class word, or () for all words, as in the paper.
     Raises ConeslabError for indices that are out of range, unsorted or repeated, and for scales outside [0, 1].
     """
 
@@ -77,6 +79,7 @@ class ConceptNeurons(Edit):
     cut: float = 0.5
     settings: Mapping[str, Any] = field(default_factory=dict)
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
+    scope: Scope = ()
 
     def __post_init__(self) -> None:
         checks.of_kind("layout", self.layout, KVLayout)
@@ -106,6 +109,7 @@ class ConceptNeurons(Edit):
             ("scales", _read_only(scales)),
             ("settings", MappingProxyType(dict(self.settings))),
             ("history", MappingProxyType(history)),
+            ("scope", tuple(self.scope)),
         ):
             object.__setattr__(self, name, value)
 
@@ -214,15 +218,19 @@ class ConceptNeurons(Edit):
         return hash(self._identity())
 
     def _identity(self) -> str:
-        digest = hashlib.sha256(f"{self.fingerprint} {self.layout} ".encode())
+        digest = hashlib.sha256(f"{self.fingerprint} {self.layout} {self.scope} ".encode())
         digest.update(self.indices.tobytes() + self.scales.tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
         return (
             f"ConceptNeurons({self.subject!r}: {len(self.shut()):,} of {self.n:,} neurons shut ({self.density:.2%}), "
-            f"{len(self):,} scaled, model {self.fingerprint[:8]})"
+            f"{len(self):,} scaled, model {self.fingerprint[:8]}{self._where})"
         )
+
+    @property
+    def _where(self) -> str:
+        return f", at {' '.join(self.scope)!r} only" if self.scope else ""
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -250,6 +258,8 @@ class ConceptNeurons(Edit):
 
         dose: 0 leaves the weights as they are, 1 is the whole mask; a scale s acts as 1 − dose · (1 − s).
         Masks nest: their scales multiply. check_model=False allows a mask on another model of the same shape.
+        With a scope, the weights stay as they are, and only project the words of the scope when scaled: see
+        `scope.at_words`.
         Raises MismatchError, with the pipeline untouched, for a mask of another model or shape.
 
         >>> pipe = coneslab.load("tiny")
@@ -272,7 +282,24 @@ class ConceptNeurons(Edit):
         def scaled(old: Tensor, part: slice) -> Tensor:
             return old * (1 - dose * (1 - scales[part].to(old)))
 
+        if self.scope:
+            return at_words(pipe, lambda: [self._scoped(pipe, dose, check_model)], pipe)
         return swapped(lambda: self.changes(pipe, scaled, check_model=check_model), pipe=pipe)
+
+    def _scoped(self, pipe: Pipeline, dose: float, check_model: bool) -> ScopedScales:
+        """The scales of every layer that the mask changes, at a dose, for the words of its scope."""
+        word_ids(pipe.tokenizer, self.scope)
+        scales = torch.tensor(self.scales)
+        space = KVSpace(pipe)
+        self._require_fit(space, pipe, check_model)
+
+        def dosed(old: Tensor, part: slice) -> Tensor:
+            return 1 - dose * (1 - scales[part].to(old))
+
+        layers = [layer for layer in self.layout if dose and self._part(layer) is not None]
+        blank = {layer: torch.ones(layer.shape, device=pipe.unet.device) for layer in layers}
+        scaled = {layer.name: self._fill(ones, layer, dosed) for layer, ones in blank.items()}
+        return ScopedScales(self.scope, scaled)
 
     def changes(
         self, pipe: Pipeline, update: Callable[[Tensor, slice], Tensor], *, check_model: bool = True
@@ -283,6 +310,15 @@ class ConceptNeurons(Edit):
         Raises MismatchError for a pipeline of another model or shape.
         """
         space = KVSpace(pipe)
+        self._require_fit(space, pipe, check_model)
+        for layer in self.layout:
+            if self._part(layer) is not None:
+                weight = space.parameters[layer.name]
+                exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
+                yield weight, self._fill(exact, layer, update)
+
+    def _require_fit(self, space: KVSpace, pipe: Pipeline, check_model: bool) -> None:
+        """Raise MismatchError for a pipeline of another shape, or of another model if that is to be checked."""
         if space.layout != self.layout:
             raise MismatchError(
                 f"the mask of {self.subject!r} covers {self.n:,} neurons in {len(self.layout)} layers, this "
@@ -291,25 +327,30 @@ class ConceptNeurons(Edit):
             )
         if check_model:
             require_model(self.fingerprint, pipe, f"the mask of {self.subject!r}")
-        for layer in self.layout:
-            first, last = np.searchsorted(self.indices, [layer.start, layer.start + layer.size])
-            if first == last:
-                continue
-            weight = space.parameters[layer.name]
-            new = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten().clone()
-            where = torch.tensor(self.indices[first:last] - layer.start, dtype=torch.long, device=new.device)
-            new[where] = update(new[where], slice(first, last))
-            yield weight, new.view(layer.shape)
+
+    def _part(self, layer: KVLayer) -> slice | None:
+        """The slice of `indices` in a layer; None if it has none."""
+        first, last = np.searchsorted(self.indices, [layer.start, layer.start + layer.size])
+        return slice(int(first), int(last)) if first < last else None
+
+    def _fill(self, matrix: Tensor, layer: KVLayer, update: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """A layer's matrix with its neurons of the mask updated, in place."""
+        part = self._part(layer)
+        assert part is not None
+        flat = matrix.flatten()
+        where = torch.tensor(self.indices[part] - layer.start, dtype=torch.long, device=flat.device)
+        flat[where] = update(flat[where], part)
+        return flat.view(layer.shape)
 
     def to_bytes(self) -> bytes:
         """The mask in the smallest precision that keeps it exactly, close to the entropy bound (`encoding.encode`).
 
-        It holds fingerprint, subject and cut, but no settings, history or table of layers: a reader takes the layers
-        from the model. `save` keeps everything.
+        It holds fingerprint, subject, cut and scope, but no settings, history or table of layers: a reader takes the
+        layers from the model. `save` keeps everything.
         """
         sizes = [layer.size for layer in self.layout]
         facts: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
-        return encoding.encode(self.indices, self.scales, sizes, **facts)
+        return encoding.encode(self.indices, self.scales, sizes, scope=self.scope, **facts)
 
     @classmethod
     def from_bytes(cls, data: bytes, pipe: Pipeline) -> ConceptNeurons:
@@ -319,7 +360,7 @@ class ConceptNeurons(Edit):
         """
         layout = KVSpace(pipe).layout
         found = encoding.decode(data, [layer.size for layer in layout])
-        facts: dict[str, Any] = {"subject": found.subject, "cut": found.cut}
+        facts: dict[str, Any] = {"subject": found.subject, "cut": found.cut, "scope": found.scope}
         settings = {"precision": found.precision}
         return cls(layout, found.indices, found.scales, found.fingerprint, settings=settings, **facts)
 
@@ -347,7 +388,8 @@ class ConceptNeurons(Edit):
         if self.scales.any():
             tensors["scales"] = torch.tensor(self.scales)
         tensors |= {f"history.{name}": torch.tensor(rows) for name, rows in self.history.items()}
-        description = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
+        description: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject, "cut": self.cut}
+        description |= {"scope": list(self.scope)} if self.scope else {}
         return tensors, {**description, "settings": dict(self.settings), "layers": self.layout.as_json()}
 
     @classmethod

@@ -36,9 +36,11 @@ from ..finetuning.samples import (
 from ..pictures import Images, as_pictures
 from ..settings import takes
 from .mask import ConceptNeurons
+from .scope import scope_of, where_scope
 
 Rule = Literal["adaptive", "curvature", "bands", "straight-through"]
 RULES: tuple[str, ...] = get_args(Rule)
+_KINDS = {"keys and values": ("K", "V"), "values": ("V",), "keys": ("K",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,9 @@ class SearchSettings(ConceptSettings):
     or over all layers if not `per_layer`, recomputed every round and never below 0 (a reading). momentum: share of the
     running average in the gradient, 0 for none (a reading: averaging over rounds stands in for a larger batch). rate:
     ρ. cut: scale below which a neuron counts as shut. sign: −1 for the reversed control, which shuts what the concept
-    relies on.
+    relies on. scope: "all" (the paper's) or "subject", for a mask that acts at the subject's token and class word only:
+    the gradient goes through these words alone, and there is no prior, because no other prompt can change. kinds: which
+    projections may be masked, "keys and values" (the paper's), "values" or "keys".
     """
 
     method: ClassVar[str] = "concept neurons"
@@ -69,6 +73,8 @@ class SearchSettings(ConceptSettings):
     density: float = 0.04
     bands: int = 4
     sign: int = 1
+    scope: Literal["all", "subject"] = "all"
+    kinds: Literal["keys and values", "values", "keys"] = "keys and values"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +88,12 @@ class SearchSettings(ConceptSettings):
         self._check(checks.count, "bands", most=1000)
         self._check(checks.flag, "per_layer")
         self._check(checks.choice, "sign", among=(1, -1))
+        self._check(checks.choice, "scope", among=("all", "subject"))
+        self._check(checks.choice, "kinds", among=tuple(_KINDS))
+
+    @property
+    def has_prior(self) -> bool:
+        return self.scope == "all" and super().has_prior
 
 
 @takes(SearchSettings)
@@ -134,10 +146,14 @@ def find_concept_neurons(
     model = model_fingerprint(pipe)
     if start is not None and (start.fingerprint != model or start.layout != KVSpace(pipe).layout):
         raise MismatchError(f"start was found on model {start.fingerprint[:8]}…, this pipeline is {model[:8]}…")
+    scope = scope_of(pipe, subject) if settings.scope == "subject" else ()
     data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)
-    gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
+    where = where_scope(pipe, [subject.prompt], scope) if scope else None
+    gradient = KVGradient(pipe, data, where=where, dtype=dtype, chunk=chunk)
     layout, theta, rounds = gradient.space.layout, gradient.theta(), settings.rounds
     scale = torch.ones_like(theta) if start is None else start.scale().to(theta)
+    kinds = [layer.kind in _KINDS[settings.kinds] for layer in layout]
+    maskable = spread(torch.tensor(kinds).to(theta), layout)
     rule = _StraightThrough if settings.rule == "straight-through" else _Adaptive
     scaling: _Scaling = rule(theta, scale, layout, settings)
     history = _History(layout)
@@ -148,7 +164,7 @@ def find_concept_neurons(
     for number in bar:
         losses, now = gradient(scaling.scale * theta, next(batches))
         noise = sum(own.weight * loss / own.batch_size for own, loss in zip(data, losses, strict=True)) / len(data)
-        hits, tau = scaling.update(settings.sign * now, noise / data[0].latents[0].numel())
+        hits, tau = scaling.update(settings.sign * now * maskable, noise / data[0].latents[0].numel())
         values = loss_values(data, losses)
         density = history.add(values, hits, tau, scaling.scale < settings.cut)
         bar.set_postfix(loss=f"{values['loss']:.4f}", shut=f"{density:.2%}")
@@ -172,6 +188,7 @@ def find_concept_neurons(
         subject=subject.name,
         cut=settings.cut,
         settings=record,
+        scope=scope,
     )
 
 

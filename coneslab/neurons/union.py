@@ -69,6 +69,11 @@ def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
                 f"the mask of {other.subject!r} was found on model {other.fingerprint[:8]}…, that of "
                 f"{found[0].subject!r} on {found[0].fingerprint[:8]}…: join masks of one model"
             )
+    if any(other.scope != found[0].scope for other in found[1:]):
+        raise ConeslabError(
+            "the masks act at different words, so no single mask can do what they do together: combine them instead "
+            "(coneslab.Combined)"
+        )
     cuts = {mask.cut for mask in found if mask.scales.any()}
     if len(cuts) > 1:
         raise ConeslabError(f"the masks have different cuts {sorted(cuts)}: make each binary first (mask.binary())")
@@ -77,10 +82,8 @@ def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
         indices, scales = _minimum(indices, scales, other)
     names = sorted({name for mask in found for name in mask.subject.split(" + ")})
     cut = cuts.pop() if cuts else max(mask.cut for mask in found)
-    settings = {"concatenated": names}
-    return ConceptNeurons(
-        found[0].layout, indices, scales, found[0].fingerprint, subject=" + ".join(names), cut=cut, settings=settings
-    )
+    facts: dict[str, Any] = {"subject": " + ".join(names), "cut": cut, "settings": {"concatenated": names}}
+    return ConceptNeurons(found[0].layout, indices, scales, found[0].fingerprint, scope=found[0].scope, **facts)
 
 
 def _minimum(indices: np.ndarray, scales: np.ndarray, other: ConceptNeurons) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,242 @@
+"""Masks that act at some words of a prompt only (ours; Cones masks the weights for every word alike).
+
+Cross-attention computes keys and values token by token, so a mask can act at the tokens of a subject alone: there the
+masked weights project the text, everywhere else the model's own. A prompt without the subject's token gives the same
+picture to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import Block, Made
+from ..diffusion.checks import require_own_projections
+from ..diffusion.encoding import tokenize
+from ..diffusion.kvspace import cross_attentions, unet_of
+from ..diffusion.pipelines import Pipeline
+from ..diffusion.precision import without_compiling
+from ..errors import ConeslabError
+
+#: The words at which a mask acts: a rare token, and the class word after it; empty for all words.
+Scope: TypeAlias = tuple[str, ...]
+
+
+def positions(ids: Sequence[int], words: Sequence[Sequence[int]]) -> list[int]:
+    """Where a subject stands among token ids: its token, wherever it occurs, and the class word that follows.
+
+    words: the ids of the token, and those of the class word if there is one; each word may be several tokens. The class
+    word need not follow at once ("a sks red cat"), but it is only the first after each token.
+
+    >>> positions([0, 5, 7, 3, 1, 5, 3], [[7], [3]])
+    [2, 3]
+    """
+    ids, (token, *others) = list(ids), [list(word) for word in words]
+
+    def occurrences(word: list[int], start: int, end: int) -> list[int]:
+        return [at for at in range(start, end - len(word) + 1) if ids[at : at + len(word)] == word]
+
+    found: set[int] = set()
+    starts = occurrences(token, 0, len(ids))
+    for start, end in pairwise([*starts, len(ids)]):
+        found |= {*range(start, start + len(token))}
+        for word in others:
+            for first in occurrences(word, start + len(token), end)[:1]:
+                found |= {*range(first, first + len(word))}
+    return sorted(found)
+
+
+def word_ids(tokenizer: Any, scope: Scope) -> list[list[int]]:
+    """The token ids of each word of a scope. Raises ConeslabError unless each has some."""
+    ids = [list(tokenizer(word, add_special_tokens=False).input_ids) for word in scope]
+    if not ids or not all(ids):
+        raise ConeslabError(f"the scope is {scope}: give the rare token, and its class word if it has one")
+    return ids
+
+
+def scope_of(pipe: Pipeline, subject: Any) -> Scope:
+    """A subject's rare token and class word. Raises ConeslabError without a token, or a prompt that names it."""
+    token, class_word = getattr(subject, "token", ""), getattr(subject, "class_word", "")
+    scope = (token, class_word) if class_word else (token,)
+    if not token or not scope_positions(pipe.tokenizer, tokenize(pipe, subject.prompt)[0].tolist(), scope):
+        raise ConeslabError(
+            f"the subject {subject.name!r} has the token {token!r} and the prompt {subject.prompt!r}: a mask at its "
+            "words needs a token that its prompt names"
+        )
+    return scope
+
+
+def where_scope(pipe: Pipeline, prompts: Sequence[str], scope: Scope) -> Tensor:
+    """Which tokens of prompts are words of a scope, (prompts, tokens) bool."""
+    ids = tokenize(pipe, prompts)
+    where = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    for row, own in enumerate(ids.tolist()):
+        where[row, scope_positions(pipe.tokenizer, own, scope)] = True
+    return where
+
+
+def scope_positions(tokenizer: Any, ids: Sequence[int], scope: Scope) -> list[int]:
+    """Where the words of a scope are among the token ids of a prompt."""
+    return positions(ids, word_ids(tokenizer, scope))
+
+
+@dataclass(frozen=True, eq=False)
+class ScopedScales:
+    """A mask as it acts at some words: weight name -> scales of its shape, for the weights that it changes."""
+
+    scope: Scope
+    scales: Mapping[str, Tensor]
+
+
+class at_words(Block):
+    """Let masks act at the words of their scopes, for the length of a block.
+
+    Masks on the same words multiply, as nested masks on all words do. Drawing, losses, recorded attention and the fast
+    copy that pictures are drawn with all see them. (A compiled pipeline computes uncompiled in the block.) Prompts must
+    be given as text inside the block.
+    Raises ConeslabError for a U-Net whose cross-attention does not see the text encoder's output as it is, or whose
+    projections are fused.
+    """
+
+    def __init__(self, pipe: Pipeline, masks: Any, value: Any = None) -> None:
+        super().__init__(value=value, pipe=pipe)
+        self._masks = masks
+
+    def open(self, made: Made) -> Any:
+        masks = list(self._masks())
+        pipe = self._pipe
+        unet = unet_of(pipe)
+        require_own_projections(unet)
+        plain = without_compiling(pipe)  # compiled code calls no hooks that come now
+        made.undo(plain.close)
+        plain.__enter__()
+        attentions = cross_attentions(unet)
+        if unet.config.get("encoder_hid_dim") or any(module.norm_cross for module in attentions.values()):
+            raise ConeslabError("this U-Net changes the text before it attends to it: masks at words need it unchanged")
+        acting = _ACTING.get(unet)
+        if acting is None:
+            acting = _ACTING[unet] = _Acting(pipe)
+        made.undo(partial(_remove, pipe, unet, acting, tuple(masks)))
+        if not acting.masks:
+            pipe.text_encoder.register_forward_hook(acting.after_text, with_kwargs=True)
+            for path, module in attentions.items():
+                for kind in ("to_k", "to_v"):
+                    getattr(module, kind).register_forward_hook(_Projection(acting, f"{path}.{kind}.weight"))
+        acting.masks = (*acting.masks, *masks)
+        return self._value
+
+
+def _remove(pipe: Pipeline, unet: nn.Module, acting: _Acting, masks: tuple[ScopedScales, ...]) -> None:
+    """Let masks act no longer; remove the hooks with the last of them."""
+    acting.masks = tuple(mask for mask in acting.masks if not any(mask is one for one in masks))
+    if acting.masks:
+        return
+    for hooks, extra in _hooks_of(pipe.text_encoder, unet):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__self__", getattr(hook, "acting", None)) is acting:
+                hooks.pop(key, None)
+                extra.pop(key, None)
+    _ACTING.pop(unet, None)
+
+
+def _hooks_of(*roots: nn.Module) -> list[tuple[dict, dict]]:
+    modules = [module for root in roots for module in root.modules()]
+    return [(module._forward_hooks, module._forward_hooks_with_kwargs) for module in modules]
+
+
+_ACTING: WeakKeyDictionary[nn.Module, _Acting] = WeakKeyDictionary()  # by U-Net
+_REMEMBERED = 512  # embeddings whose words are known
+
+
+class _Acting:
+    """The masks that act on one U-Net now, and what is known of the texts that it is given."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self._pipe = pipe
+        self.masks: tuple[ScopedScales, ...] = ()
+        self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()  # by the bytes of an embedding
+        self._last: tuple[Tensor, tuple[ScopedScales, ...], dict[tuple[int, ...], Tensor]] | None = None
+        self._weights: dict[tuple, Tensor] = {}
+
+    def after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Remember which token ids gave which embedding; the U-Net may get it in another precision."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            return
+        for row, embedding in zip(ids, output[0].detach(), strict=True):
+            for dtype in {embedding.dtype, torch.float32, torch.bfloat16, torch.float16}:
+                self._ids[_bytes(embedding.to(dtype))] = tuple(row.tolist())
+        while len(self._ids) > _REMEMBERED:
+            self._ids.popitem(last=False)
+
+    def groups(self, text: Tensor) -> dict[tuple[int, ...], Tensor]:
+        """Which masks act where in a batch of texts (n, tokens, width): numbers of masks -> bool (n, tokens)."""
+        if self._last is not None and self._last[0] is text and self._last[1] is self.masks:
+            return self._last[2]
+        acting: dict[tuple[int, int], tuple[int, ...]] = {}
+        for row, embedding in enumerate(text.detach()):
+            ids = self._ids.get(_bytes(embedding))
+            if ids is None:
+                raise ConeslabError(
+                    "a mask acts at some words only, and the words of this text are not known: give prompts as text, "
+                    "inside the block, and no embeddings that were computed before or changed since"
+                )
+            for number, mask in enumerate(self.masks):
+                for at in scope_positions(self._pipe.tokenizer, ids, mask.scope):
+                    acting[row, at] = (*acting.get((row, at), ()), number)
+        groups: dict[tuple[int, ...], Tensor] = {}
+        for (row, at), numbers in acting.items():
+            if numbers not in groups:
+                groups[numbers] = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
+            groups[numbers][row, at] = True
+        self._last = text, self.masks, groups
+        return groups
+
+    def weight(self, module: nn.Linear, name: str, numbers: tuple[int, ...]) -> Tensor | None:
+        """A layer's weights under some of the masks, or None if none of them changes it."""
+        masks = [self.masks[number] for number in numbers]
+        scales = [mask.scales[name] for mask in masks if name in mask.scales]
+        if not scales:
+            return None
+        own = module.weight.detach()
+        key = (name, *masks, own.data_ptr(), own._version, own.dtype)
+        if key not in self._weights:
+            if len(self._weights) > 4096:
+                self._weights.clear()
+            exact = own.to(torch.promote_types(own.dtype, torch.float32))
+            for scale in scales:
+                exact = exact * scale.to(exact)
+            self._weights[key] = exact.to(own.dtype)
+        return self._weights[key]
+
+
+def _bytes(embedding: Tensor) -> bytes:
+    return embedding.dtype.__repr__().encode() + embedding.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+
+class _Projection:
+    """Forward hook of a key or value projection: where masks act, their weights project the text."""
+
+    copied_with_the_unet = True  # `precision.frozen_copy` takes it along
+
+    def __init__(self, acting: _Acting, name: str) -> None:
+        self.acting, self.name = acting, name
+
+    def __call__(self, module: nn.Linear, args: tuple, output: Tensor) -> Tensor | None:
+        (text,) = args
+        changed = None
+        for numbers, where in self.acting.groups(text).items():
+            weight = self.acting.weight(module, self.name, numbers)
+            if weight is not None:
+                changed = output.clone() if changed is None else changed
+                changed[where] = F.linear(text[where], weight, module.bias)
+        return changed
