@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import CodeType
@@ -80,7 +79,8 @@ KINDS: dict[str, Callable] = {
     "low rank": lambda pipe: compress(weight_delta(pipe), energy=1.0).applied(pipe),
     "mask": lambda pipe: mask(pipe).applied(pipe),
     "tuned mask": lambda pipe: TunedNeurons(mask(pipe), np.ones(3, np.float32)).applied(pipe),
-    "mask at words": lambda pipe: replace(mask(pipe), scope=("sks", "cat")).applied(pipe),
+    "mask at words": lambda pipe: mask(pipe).at("sks", "cat").applied(pipe),
+    "tuned mask at words": lambda pipe: TunedNeurons(mask(pipe).at("sks"), np.ones(3, np.float32)).applied(pipe),
     "token": lambda pipe: token_edit(pipe).applied(pipe),
     "combined": lambda pipe: Combined((token_edit(pipe), weight_delta(pipe))).applied(pipe),
     "combined twice": lambda pipe: Combined((Combined((weight_delta(pipe),)), token_edit(pipe))).applied(pipe),

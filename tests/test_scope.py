@@ -24,7 +24,7 @@ from coneslab.neurons.controls import random_neurons
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.neurons.scope import positions, scope_of, where_scope
 from coneslab.neurons.search import find_concept_neurons
-from coneslab.neurons.union import concatenate
+from coneslab.neurons.union import TunedNeurons, additivity, concatenate, finetune_together
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,57 @@ def test_a_mask_at_a_learned_token_acts_there(v_pipe):
         assert any(not torch.equal(now[key], before[key]) for key in before)
 
 
+def test_a_mask_may_be_put_at_some_words_and_at_all_again(v_pipe):
+    mask = mask_of(v_pipe, ())
+    assert mask.at("sks", "cat").scope == ("sks", "cat") and mask.at("sks", "cat").at() == mask
+    with pytest.raises(ConeslabError, match="scope"):
+        mask.at(3)
+
+
+def test_tuned_values_act_at_the_words_alone(v_pipe, pictured):
+    mask = mask_of(v_pipe)
+    tuned = TunedNeurons(mask, np.full(len(mask), 0.25, np.float32))
+    before, text = projections(v_pipe), encode_prompts(v_pipe, PROMPTS)
+    where = where_scope(v_pipe, PROMPTS, mask.scope)
+    with tuned.applied(v_pipe):
+        now = projections(v_pipe)
+    everywhere = TunedNeurons(mask.at(), tuned.values)
+    with everywhere.applied(v_pipe):
+        expected = projections(v_pipe)
+    for key, own in before.items():
+        assert torch.equal(now[key][~where], own[~where]), key
+        torch.testing.assert_close(now[key][where], expected[key][where])
+    with tuned.applied(v_pipe, 0.0):
+        assert all(torch.equal(own, before[key]) for key, own in projections(v_pipe).items())
+
+
+def test_tuning_at_the_words_lowers_the_loss_there_and_needs_them_in_every_prompt(v_pipe, pictured):
+    own, mask = subject(pictured), mask_of(v_pipe, share=0.3)
+    options = {"steps": 12, "batch_size": 8, "learning_rate": 3e-3, "progress": False}
+    tuned = finetune_together(v_pipe, mask, [own], **options)
+    assert tuned.neurons == mask and set(tuned.history) == {"loss", "subject_loss"}
+    assert np.mean(tuned.history["loss"][-4:]) < np.mean(tuned.history["loss"][:4])
+    with pytest.raises(ConeslabError, match="'sks cat' only, which not all prompts have"):
+        finetune_together(v_pipe, mask, [own, subject(pictured, token="zwx")], **options)
+
+
+def test_how_nearly_masks_at_different_words_add_up_is_measured(v_pipe, pictured):
+    masks = [mask_of(v_pipe, ("sks", "cat"), 1), mask_of(v_pipe, ("zwx", "cat"), 2)]
+    sums = additivity(v_pipe, masks, [subject(pictured), subject(pictured, token="zwx")], samples=4)
+    assert 0.5 < sums.cosine <= 1 and np.isfinite([sums.ratio, sums.error]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_pipeline_sees_the_mask(own_pipe):
+    pipe = own_pipe
+    pipe.unet.compile(backend="eager")
+    before = [np.asarray(generate(pipe, prompt, sampler_steps=1)[0]) for prompt in ("a sks cat", "a cat")]
+    with mask_of(pipe, share=0.5).applied(pipe):
+        now = [np.asarray(generate(pipe, prompt, sampler_steps=1)[0]) for prompt in ("a sks cat", "a cat")]
+    assert not np.array_equal(now[0], before[0]) and np.array_equal(now[1], before[1])
+
+
 def test_texts_whose_words_are_not_known_are_refused(v_pipe):
     embeds = encode_prompts(v_pipe, ["a sks cat"])
     with mask_of(v_pipe).applied(v_pipe):
@@ -232,5 +283,5 @@ def test_a_search_at_the_subjects_words_has_no_prior_and_lowers_its_loss(v_pipe,
     assert len(values) and not shut.any()
     with pytest.raises(ConeslabError, match="needs a token"):
         find_concept_neurons(v_pipe, subject(pictured, token=""), scope="subject", **options)
-    with pytest.raises(ConeslabError, match="'all' or 'subject'"):
+    with pytest.raises(ConeslabError, match="scope is 'words': choose one of all, subject"):
         find_concept_neurons(v_pipe, subject(pictured), scope="words", **options)

@@ -156,6 +156,8 @@ def _find(arguments: Arguments) -> dict[str, Any]:
         subject,
         rounds=arguments.rounds,
         seed=arguments.seed,
+        scope=arguments.scope,
+        kinds=arguments.kinds,
         sampler_steps=arguments.sampler_steps,
         guidance_scale=arguments.guidance_scale,
         progress=not arguments.quiet,
@@ -171,6 +173,7 @@ def _find(arguments: Arguments) -> dict[str, Any]:
         "subject": subject.name,
         **_about_edit(found, path),
         "precision": arguments.precision,
+        "scope": list(found.scope),
         "neurons": found.n,
         "shut": len(found.shut()),
         "density": found.density,
@@ -462,6 +465,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     find.add_argument("--class-word", type=as_text, help="what the pictures of a folder show, such as cat")
     find.add_argument("--token", type=as_word, help="the rare word that stands for the subject of a folder")
     find.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
+    find.add_argument(
+        "--scope",
+        choices=("all", "subject"),
+        default="all",
+        help="where the neurons are shut: for all words of a prompt, or at the subject's token and class word only",
+    )
+    find.add_argument(
+        "--kinds", choices=("all", "keys", "values"), default="all", help="which neurons to look among (default: all)"
+    )
     find.add_argument("--precision", choices=("float32", "float16", "quaternary", "binary"), default="binary")
     add_common(find, "output file (default: SUBJECT.safetensors)")
 

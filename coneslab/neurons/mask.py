@@ -11,15 +11,17 @@ import html
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..blocks import Block
 from ..diffusion.checks import require_pipeline
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
@@ -28,7 +30,9 @@ from ..edits.weights import Change, require_model, swapped
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import read_whole, write_whole
 from . import encoding
-from .scope import Scope, ScopedScales, at_words, word_ids
+from .scope import Scope, ScopedChange, at_words, word_ids
+
+Update: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class ConceptNeurons(Edit):
             ("scales", _read_only(scales)),
             ("settings", MappingProxyType(dict(self.settings))),
             ("history", MappingProxyType(history)),
-            ("scope", tuple(self.scope)),
+            ("scope", tuple(checks.texts("scope", self.scope, least=0))),
         ):
             object.__setattr__(self, name, value)
 
@@ -206,6 +210,15 @@ class ConceptNeurons(Edit):
             checks.warn(f"the mask of {self.subject!r} has no neuron in the layers asked for: nothing is left of it")
         return replace(self, indices=self.indices[kept], scales=self.scales[kept])
 
+    def at(self, *words: str) -> ConceptNeurons:
+        """The mask at some words only, a rare token and the class word after it; at all words again if none is given.
+
+        >>> space = KVSpace(coneslab.load("tiny"))
+        >>> ConceptNeurons(space.layout, [0], [0.0], space.fingerprint(), subject="cat").at("sks", "cat")
+        ConceptNeurons('cat': 1 of ... neurons shut (0.00%), 1 scaled, model ..., at 'sks cat' only)
+        """
+        return replace(self, scope=words)
+
     def __len__(self) -> int:
         """Number of neurons whose scale is not 1."""
         return len(self.indices)
@@ -282,28 +295,26 @@ class ConceptNeurons(Edit):
         def scaled(old: Tensor, part: slice) -> Tensor:
             return old * (1 - dose * (1 - scales[part].to(old)))
 
-        if self.scope:
-            return at_words(pipe, lambda: [self._scoped(pipe, dose, check_model)], pipe)
-        return swapped(lambda: self.changes(pipe, scaled, check_model=check_model), pipe=pipe)
+        return self.updated(pipe, scaled, dose=dose, check_model=check_model)
 
-    def _scoped(self, pipe: Pipeline, dose: float, check_model: bool) -> ScopedScales:
-        """The scales of every layer that the mask changes, at a dose, for the words of its scope."""
-        word_ids(pipe.tokenizer, self.scope)
-        scales = torch.tensor(self.scales)
-        space = KVSpace(pipe)
-        self._require_fit(space, pipe, check_model)
+    def updated(self, pipe: Pipeline, update: Update, *, dose: float = 1.0, check_model: bool = True) -> Block:
+        """A block with the mask's neurons updated, for all words or for those of its scope. update: see `changes`.
 
-        def dosed(old: Tensor, part: slice) -> Tensor:
-            return 1 - dose * (1 - scales[part].to(old))
+        dose: at 0 the words of a scope are projected with all others, so that pictures stay the same to the last bit.
+        """
+        if not self.scope:
+            return swapped(lambda: self.changes(pipe, update, check_model=check_model), pipe=pipe)
 
-        layers = [layer for layer in self.layout if dose and self._part(layer) is not None]
-        blank = {layer: torch.ones(layer.shape, device=pipe.unet.device) for layer in layers}
-        scaled = {layer.name: self._fill(ones, layer, dosed) for layer, ones in blank.items()}
-        return ScopedScales(self.scope, scaled)
+        def masks() -> list[ScopedChange]:
+            word_ids(pipe.tokenizer, self.scope)
+            self._require_fit(KVSpace(pipe), pipe, check_model)
+            layers = [layer for layer in self.layout if dose and self._part(layer) is not None]
+            filled = {layer.name: partial(self._fill, layer=layer, update=update) for layer in layers}
+            return [ScopedChange(self.scope, filled)]
 
-    def changes(
-        self, pipe: Pipeline, update: Callable[[Tensor, slice], Tensor], *, check_model: bool = True
-    ) -> Iterator[Change]:
+        return at_words(pipe, masks)
+
+    def changes(self, pipe: Pipeline, update: Update, *, check_model: bool = True) -> Iterator[Change]:
         """What `edits.swapped` needs to change this mask's neurons, layer by layer.
 
         update(old, part) -> new weights, (neurons of the mask in the layer,); part: their slice of `indices`.
@@ -333,7 +344,7 @@ class ConceptNeurons(Edit):
         first, last = np.searchsorted(self.indices, [layer.start, layer.start + layer.size])
         return slice(int(first), int(last)) if first < last else None
 
-    def _fill(self, matrix: Tensor, layer: KVLayer, update: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def _fill(self, matrix: Tensor, layer: KVLayer, update: Update) -> Tensor:
         """A layer's matrix with its neurons of the mask updated, in place."""
         part = self._part(layer)
         assert part is not None

@@ -8,7 +8,7 @@ picture to the last bit.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -90,11 +90,11 @@ def scope_positions(tokenizer: Any, ids: Sequence[int], scope: Scope) -> list[in
 
 
 @dataclass(frozen=True, eq=False)
-class ScopedScales:
-    """A mask as it acts at some words: weight name -> scales of its shape, for the weights that it changes."""
+class ScopedChange:
+    """What projects the words of a scope: weight name -> function of a float32 copy of the weights as they then are."""
 
     scope: Scope
-    scales: Mapping[str, Tensor]
+    weights: Mapping[str, Callable[[Tensor], Tensor]]
 
 
 class at_words(Block):
@@ -107,13 +107,12 @@ class at_words(Block):
     projections are fused.
     """
 
-    def __init__(self, pipe: Pipeline, masks: Any, value: Any = None) -> None:
-        super().__init__(value=value, pipe=pipe)
+    def __init__(self, pipe: Pipeline, masks: Callable[[], Iterable[ScopedChange]]) -> None:
+        super().__init__(pipe=pipe)
         self._masks = masks
 
     def open(self, made: Made) -> Any:
-        masks = list(self._masks())
-        pipe = self._pipe
+        pipe, masks = self._pipe, list(self._masks())
         unet = unet_of(pipe)
         require_own_projections(unet)
         plain = without_compiling(pipe)  # compiled code calls no hooks that come now
@@ -135,7 +134,7 @@ class at_words(Block):
         return self._value
 
 
-def _remove(pipe: Pipeline, unet: nn.Module, acting: _Acting, masks: tuple[ScopedScales, ...]) -> None:
+def _remove(pipe: Pipeline, unet: nn.Module, acting: _Acting, masks: tuple[ScopedChange, ...]) -> None:
     """Let masks act no longer; remove the hooks with the last of them."""
     acting.masks = tuple(mask for mask in acting.masks if not any(mask is one for one in masks))
     if acting.masks:
@@ -162,9 +161,9 @@ class _Acting:
 
     def __init__(self, pipe: Pipeline) -> None:
         self._pipe = pipe
-        self.masks: tuple[ScopedScales, ...] = ()
+        self.masks: tuple[ScopedChange, ...] = ()
         self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()  # by the bytes of an embedding
-        self._last: tuple[Tensor, tuple[ScopedScales, ...], dict[tuple[int, ...], Tensor]] | None = None
+        self._last: tuple[Tensor, tuple[ScopedChange, ...], dict[tuple[int, ...], Tensor]] | None = None
         self._weights: dict[tuple, Tensor] = {}
 
     def after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -204,17 +203,17 @@ class _Acting:
     def weight(self, module: nn.Linear, name: str, numbers: tuple[int, ...]) -> Tensor | None:
         """A layer's weights under some of the masks, or None if none of them changes it."""
         masks = [self.masks[number] for number in numbers]
-        scales = [mask.scales[name] for mask in masks if name in mask.scales]
-        if not scales:
+        changes = [mask.weights[name] for mask in masks if name in mask.weights]
+        if not changes:
             return None
         own = module.weight.detach()
         key = (name, *masks, own.data_ptr(), own._version, own.dtype)
         if key not in self._weights:
             if len(self._weights) > 4096:
                 self._weights.clear()
-            exact = own.to(torch.promote_types(own.dtype, torch.float32))
-            for scale in scales:
-                exact = exact * scale.to(exact)
+            exact = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+            for change in changes:
+                exact = change(exact)
             self._weights[key] = exact.to(own.dtype)
         return self._weights[key]
 

@@ -40,7 +40,7 @@ from .scope import scope_of, where_scope
 
 Rule = Literal["adaptive", "curvature", "bands", "straight-through"]
 RULES: tuple[str, ...] = get_args(Rule)
-_KINDS = {"keys and values": ("K", "V"), "values": ("V",), "keys": ("K",)}
+_KINDS = {"all": ("K", "V"), "keys": ("K",), "values": ("V",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class SearchSettings(ConceptSettings):
     ρ. cut: scale below which a neuron counts as shut. sign: −1 for the reversed control, which shuts what the concept
     relies on. scope: "all" (the paper's) or "subject", for a mask that acts at the subject's token and class word only:
     the gradient goes through these words alone, and there is no prior, because no other prompt can change. kinds: which
-    projections may be masked, "keys and values" (the paper's), "values" or "keys".
+    projections may be masked, "all" (the paper's), "keys" or "values".
     """
 
     method: ClassVar[str] = "concept neurons"
@@ -74,7 +74,7 @@ class SearchSettings(ConceptSettings):
     bands: int = 4
     sign: int = 1
     scope: Literal["all", "subject"] = "all"
-    kinds: Literal["keys and values", "values", "keys"] = "keys and values"
+    kinds: Literal["all", "keys", "values"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -23,8 +23,8 @@ from ..diffusion.checks import require_editable, require_pipeline
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import add_noise
 from ..diffusion.pipelines import Pipeline
-from ..edits.base import Edit, applied, require_dose, require_edit
-from ..edits.weights import require_model, swapped
+from ..edits.base import Combined, Edit, applied, require_dose, require_edit
+from ..edits.weights import require_model
 from ..errors import ArgumentError, ConeslabError, MismatchError
 from ..finetuning.checkpoints import resumable
 from ..finetuning.kv_gradient import KVGradient, require_passes
@@ -42,6 +42,7 @@ from ..settings import takes
 from ..world.pictures import listed
 from .encoding import numbers
 from .mask import ConceptNeurons
+from .scope import where_scope
 
 
 def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
@@ -176,7 +177,9 @@ def additivity(
     found, subjects = checks.items("masks", found, ConceptNeurons), several(subjects)
     if len(found) != len(subjects) or len(found) < 2:
         raise ConeslabError(f"got {len(found)} masks and {len(subjects)} subjects: give two or more of each, in pairs")
-    whole, *parts = output_changes(pipe, [concatenate(*found), *found], subjects, samples=samples, seed=seed)
+    apart = len({mask.scope for mask in found}) > 1
+    union = Combined(tuple(found)) if apart else concatenate(*found)
+    whole, *parts = output_changes(pipe, [union, *found], subjects, samples=samples, seed=seed)
     total = torch.stack(parts).sum(0)
     size, sum_size = whole.norm(dim=1).clamp_min(1e-12), total.norm(dim=1).clamp_min(1e-12)
     error = (whole - total).norm(dim=1) / size
@@ -237,7 +240,7 @@ class TunedNeurons(Edit):
         def tuned(old: Tensor, part: slice) -> Tensor:
             return (1 - dose) * old + dose * values[part].to(old)
 
-        return swapped(lambda: self.neurons.changes(pipe, tuned, check_model=check_model), pipe=pipe)
+        return self.neurons.updated(pipe, tuned, dose=dose, check_model=check_model)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, description = self.neurons._pack()
@@ -282,7 +285,8 @@ def finetune_together(
 ) -> TunedNeurons:
     """Collaborative fine-tuning (Cones, Sec. 3.3): tune the union's weights on the sum of the subjects' losses.
 
-    Starts at the shut (or scaled) weights; every weight outside `union` keeps its value. settings, changes: see
+    Starts at the shut (or scaled) weights; every weight outside `union` keeps its value. A mask with a scope is tuned
+    at its words, without a prior: masks at different words do not meet, so each is tuned alone. settings, changes: see
     `TogetherSettings`; dtype, chunk: see `KVGradient`; progress, callback, resume: see `RunOptions`.
     The pipeline is not changed.
     Raises ConeslabError without a subject or a step, or if the loss diverges; MismatchError for a union of another
@@ -301,21 +305,28 @@ def finetune_together(
     [0, 1, 2]
     """
     require_editable(pipe)
-    settings, subjects = TogetherSettings.chosen(settings, changes), several(subjects)
-    require_passes(dtype, chunk, callback)
     checks.of_kind("union", union, ConceptNeurons)
+    settings, subjects = TogetherSettings.chosen(settings, changes), several(subjects)
+    if union.scope:
+        settings = replace(settings, prior_weight=0.0, prior_batch_size=0)  # the prior's prompts have no such words
+    require_passes(dtype, chunk, callback)
     require_model(union.fingerprint, pipe, "the union")
     if not len(union):
         raise ConeslabError(f"the mask of {union.subject!r} has no neurons: there is nothing to tune")
     data = joint_latents(pipe, subjects, settings)
-    gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
+    where = where_scope(pipe, [subject.prompt for subject in subjects], union.scope) if union.scope else None
+    if where is not None and not where.any(1).all():
+        raise ConeslabError(
+            f"the mask acts at {' '.join(union.scope)!r} only, which not all prompts have: tune each subject's own mask"
+        )
+    gradient = KVGradient(pipe, data, where=where, dtype=dtype, chunk=chunk)
     theta, batch_at = gradient.theta(), numbered_batches(pipe, data, settings.seed)
-    where = torch.tensor(union.indices, dtype=torch.long, device=theta.device)
-    values = (theta[where] * torch.tensor(union.scales).to(theta)).requires_grad_()
+    chosen = torch.tensor(union.indices, dtype=torch.long, device=theta.device)
+    values = (theta[chosen] * torch.tensor(union.scales).to(theta)).requires_grad_()
     history = tune_kv(
         gradient,
         {"values": values},
-        lambda number: Point(batch_at(number), theta=theta.index_copy(0, where, values)),
+        lambda number: Point(batch_at(number), theta=theta.index_copy(0, chosen, values)),
         settings,
         title=f"tuning {union.subject}",
         identity={"model": union.fingerprint, "union": union._identity()},
