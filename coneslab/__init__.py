@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .methods import dreambooth as dreambooth
     from .methods import encode_vocabulary as encode_vocabulary
     from .methods import evaluate_ablation as evaluate_ablation
+    from .methods import lora as lora
     from .methods import merge as merge
     from .methods import textual_inversion as textual_inversion
     from .neurons import ConceptNeurons as ConceptNeurons
@@ -86,6 +87,7 @@ __getattr__, __dir__, __all__ = attach(
             "dreambooth",
             "encode_vocabulary",
             "evaluate_ablation",
+            "lora",
             "merge",
             "textual_inversion",
         ),

@@ -588,6 +588,11 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         {"initial": (3, [], ["a", "b"], [3])},
     ),
     "dreambooth": lambda m: (coneslab.dreambooth, (m.pipe,), dict(subjects=m.cat, dtype=None, **TUNED, **CONCEPT)),
+    "lora": lambda m: (
+        coneslab.lora,
+        (m.pipe,),
+        dict(subjects=m.cat, dtype=None, **TUNED, **CONCEPT, rank=2, alpha=None, targets="all"),
+    ),
     "scaled_latents": lambda m: (
         methods.scaled_latents,
         (m.pipe,),

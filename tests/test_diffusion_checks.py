@@ -363,6 +363,7 @@ def test_edits_that_would_do_nothing_are_refused(own_pipe, edits, name):
         "record": lambda: record_attention(own_pipe).__enter__(),
         "find": lambda: find_concept_neurons(own_pipe, subject, rounds=1, progress=False),
         "dreambooth": lambda: coneslab.dreambooth(own_pipe, subject, **TRAIN),
+        "lora": lambda: coneslab.lora(own_pipe, subject, rank=2, **TRAIN),
         "inversion": lambda: coneslab.textual_inversion(own_pipe, subject, steps=1, progress=False),
         "ablate": lambda: ablate(own_pipe, "a cat", "a dog", steps=1, **FEW),
         "closed form": lambda: closed_form_edit(own_pipe, "a cat", "a dog"),

@@ -29,6 +29,7 @@ CALLED_FIRST = (
     "load_edit",
     "textual_inversion",
     "dreambooth",
+    "lora",
     "custom_diffusion",
     "merge",
     "ablate",

@@ -22,8 +22,11 @@ SHORT = {
     "Cones, float": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9},
     "Cones, binary": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9},
     "Cones + collaborative tuning": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9, "tuning_steps": 1},
+    "Cones, token-local": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9},
     "Textual Inversion": {"steps": 1},
     "DreamBooth": {"steps": 1, "batch_size": 2, "prior_batch_size": 2},
+    "LoRA, joint": {"steps": 1, "batch_size": 2, "prior_batch_size": 2},
+    "LoRA, merged": {"steps": 1, "batch_size": 2, "prior_batch_size": 2},
     "Custom Diffusion, joint": {"steps": 1, "batch_size": 2, "prior_batch_size": 2},
     "Custom Diffusion, merged": {"steps": 1, "batch_size": 2, "prior_batch_size": 2},
 }

@@ -459,6 +459,7 @@ def test_what_cannot_be_written_is_found_out_and_nothing_is_made(tmp_path):
 RESUMABLE: dict[str, Callable[..., Any]] = {
     "custom_diffusion": coneslab.custom_diffusion,
     "dreambooth": coneslab.dreambooth,
+    "lora": lambda pipe, subject, **run: coneslab.lora(pipe, subject, rank=2, **run),
     "textual_inversion": coneslab.textual_inversion,
     "finetune_kv": coneslab.finetune_kv,
     "finetune_together": lambda pipe, subject, **run: coneslab.finetune_together(pipe, mask_of(pipe), [subject], **run),

@@ -151,7 +151,7 @@ def test_a_mask_may_be_put_at_some_words_and_at_all_again(v_pipe):
 def test_tuned_values_act_at_the_words_alone(v_pipe, pictured):
     mask = mask_of(v_pipe)
     tuned = TunedNeurons(mask, np.full(len(mask), 0.25, np.float32))
-    before, text = projections(v_pipe), encode_prompts(v_pipe, PROMPTS)
+    before = projections(v_pipe)
     where = where_scope(v_pipe, PROMPTS, mask.scope)
     with tuned.applied(v_pipe):
         now = projections(v_pipe)

@@ -9,8 +9,10 @@ from .base import Combined, Edit, applied, load_edit, require_dose
 from .interchange import (
     custom_diffusion_parts,
     export_custom_diffusion,
+    export_lora,
     export_tokens,
     import_custom_diffusion,
+    import_lora,
     import_tokens,
 )
 from .low_rank import LowRankDelta, compress
@@ -29,8 +31,10 @@ __all__ = [
     "custom_diffusion_parts",
     "embedding_of",
     "export_custom_diffusion",
+    "export_lora",
     "export_tokens",
     "import_custom_diffusion",
+    "import_lora",
     "import_tokens",
     "load_edit",
     "model_fingerprint",

@@ -1,4 +1,7 @@
-"""Files of diffusers, read and written: Textual Inversion embeddings, Custom Diffusion weights. Only safetensors."""
+"""Files of diffusers, read and written: Textual Inversion embeddings, LoRA and Custom Diffusion weights.
+
+Only safetensors. What other programs write is read as far as diffusers reads it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import require_writable, safetensors_in, sealed, tensor_sum, user_path, write_whole
 from .base import Combined
+from .low_rank import LowRankDelta
 from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from .weights import WeightDelta, model_fingerprint
 
-WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # as diffusers' own training script names it
+WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # as diffusers' own training scripts name them
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def export_tokens(
@@ -123,6 +128,60 @@ def import_custom_diffusion(pipe: Pipeline, folder: str | Path, *, weights: str 
     files = sorted(file for file in folder.glob("*.safetensors") if file.name != weights)
     tokens = [import_tokens(pipe, file) for file in files]
     return Combined((*tokens, WeightDelta(deltas, model_fingerprint(pipe), subject=folder.name)))
+
+
+def export_lora(edit: LowRankDelta, folder: str | Path) -> Path:
+    """Write a low-rank change of the U-Net's linear layers for `pipe.load_lora_weights(folder)`; returns the file.
+
+    The factors hold the edit at dose 1, so diffusers' scale 1 is all of it.
+    """
+    checks.of_kind("edit", edit, LowRankDelta)
+    tensors: dict[str, Tensor] = {}
+    for name, (left, right) in edit.factors.items():
+        layer = f"unet.{name.removesuffix('.weight')}"
+        tensors |= {f"{layer}.lora_A.weight": right.contiguous(), f"{layer}.lora_B.weight": left.contiguous()}
+    return _write(require_writable(folder, folder=True) / LORA, tensors)
+
+
+def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
+    """Read a LoRA file for a U-Net as an edit: one of diffusers, peft or kohya's scripts, or the folder it is in.
+
+    Raises FileFormatError for any other file, and for one that changes more than linear layers of the U-Net;
+    MismatchError for a model of another shape.
+    """
+    require_pipeline(pipe)
+    from diffusers import StableDiffusionPipeline  # imported here, as it takes seconds
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    file = user_path(path) / LORA if user_path(path).is_dir() else user_path(path)
+    unet, found = unet_of(pipe), _read(file)
+    try:
+        state, alphas = StableDiffusionPipeline.lora_state_dict(dict(found), unet_config=unet.config)
+    except Exception as error:  # each of diffusers' converters has its own ways to say so
+        raise FileFormatError(f"{file} holds no LoRA that diffusers can read ({error}): give another file") from error
+    if other := [name for name in state if not name.startswith("unet.")]:
+        raise FileFormatError(
+            f"{file} changes more than the U-Net ({other[0]}), which edits here leave as it is: give one of the U-Net"
+        )
+    state = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in state.items()})
+    layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in state)
+    factors = {}
+    for layer in layers:
+        left, right = (state.get(f"{layer}.lora_{part}.weight") for part in "BA")
+        if not layer or left is None or right is None or left.ndim != 2:
+            raise FileFormatError(f"{file} holds more than pairs of matrices for linear layers ({layer or 'unnamed'})")
+        name = layer.replace(".processor.", ".")
+        weight = dict(unet.named_parameters()).get(f"{name}.weight")
+        shape = None if weight is None else tuple(weight.shape)
+        change = (left.shape[0], right.shape[1])
+        if shape != change:
+            raise MismatchError(
+                f"{file} changes {name} by a matrix of shape {change}, and it is {shape or 'not there'} in this "
+                "pipeline's U-Net: it was trained for another model"
+            )
+        alpha = (alphas or {}).get(f"unet.{layer}.alpha", left.shape[1])
+        factors[f"{name}.weight"] = left.float() * (alpha / left.shape[1]), right.float()
+    return LowRankDelta(factors, model_fingerprint(pipe), file.stem, {"file": file.name})
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> Path:

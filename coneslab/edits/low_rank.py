@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,16 @@ from .weights import WeightDelta
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankDelta(Edit):
-    """A weight change as products of thin matrices: name -> (left (out, rank), right (rank, in)); an edit."""
+    """A weight change as products of thin matrices: name -> (left (out, rank), right (rank, in)); an edit.
+
+    history: name -> numbers, one per step, of what was trained in this form.
+    """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     fingerprint: str
     subject: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +46,8 @@ class LowRankDelta(Edit):
     def dense(self) -> WeightDelta:
         """The product: a `WeightDelta`."""
         deltas = {name: left.float() @ right.float() for name, (left, right) in self.factors.items()}
-        return WeightDelta(deltas, self.fingerprint, subject=self.subject, settings=self.settings)
+        facts: dict[str, Any] = {"subject": self.subject, "settings": self.settings, "history": self.history}
+        return WeightDelta(deltas, self.fingerprint, **facts)
 
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
@@ -53,7 +59,9 @@ class LowRankDelta(Edit):
         tensors: dict[str, Tensor] = {}
         for name, (left, right) in self.factors.items():
             tensors |= {f"left:{name}": left, f"right:{name}": right}
-        return tensors, {"fingerprint": self.fingerprint, "subject": self.subject, "settings": dict(self.settings)}
+        facts: dict[str, Any] = {"fingerprint": self.fingerprint, "subject": self.subject}
+        history = {key: list(values) for key, values in self.history.items()}
+        return tensors, {**facts, "settings": dict(self.settings), "history": history}
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> LowRankDelta:
@@ -79,4 +87,4 @@ def compress(edit: WeightDelta, *, energy: float = 0.6, dtype: torch.dtype = tor
         root = values[:rank].sqrt()
         thin = left[:, :rank] * root, root[:, None] * right[:rank]
         factors[name] = (thin[0].to(dtype).contiguous(), thin[1].to(dtype).contiguous())
-    return LowRankDelta(factors, edit.fingerprint, edit.subject, {**edit.settings, "energy": energy})
+    return LowRankDelta(factors, edit.fingerprint, edit.subject, {**edit.settings, "energy": energy}, edit.history)

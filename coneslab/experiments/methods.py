@@ -21,6 +21,7 @@ from ..files import data_folder, read_json
 from ..finetuning.samples import several
 from ..methods.personalization.custom_diffusion import CustomDiffusionSettings, custom_diffusion
 from ..methods.personalization.dreambooth import dreambooth
+from ..methods.personalization.lora import LoRASettings, lora
 from ..methods.personalization.merging import merge
 from ..methods.personalization.textual_inversion import textual_inversion
 from ..neurons.mask import ConceptNeurons
@@ -61,6 +62,11 @@ def _join_binary(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[Co
     return concatenate(*[mask.binary() for mask in found])
 
 
+def _at_their_words(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
+    """Masks that act at their subjects' words do not meet."""
+    return _add(pipe, subjects, [mask.binary() for mask in found], seed=seed)
+
+
 def _join_and_tune(
     pipe: Pipeline,
     subjects: Sequence[Subject],
@@ -93,6 +99,16 @@ def _dreambooth(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int, **set
     return dreambooth(pipe, subjects, seed=seed, progress=False, **settings)
 
 
+@takes(LoRASettings)
+def _lora(pipe: Pipeline, subjects: Subject | Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
+    return lora(pipe, subjects, seed=seed, progress=False, **settings)
+
+
+def _add(pipe: Pipeline, subjects: Sequence[Subject], edits: Sequence[Edit], *, seed: int) -> Edit:
+    """All of them, one after the other: the changes of LoRAs add up, as in diffusers."""
+    return edits[0] if len(edits) == 1 else Combined(tuple(edits))
+
+
 # No method takes longer for one subject than Cones' search, and losses are flat by these steps (notebook 02).
 _STEPS, _STEPS_OF_ALL = {"steps": 80}, {"steps": 40}
 _RATES = (3e-4, 1e-3, 3e-3)
@@ -104,8 +120,11 @@ METHODS: dict[str, Method] = {
     "Cones + collaborative tuning": Method(
         _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": _RATES}
     ),
+    "Cones, token-local": Method(_at_their_words, neurons, choices=_TAU, settings={"scope": "subject"}),
     "Textual Inversion": Method(_invert, choices={"learning_rate": (3e-3, 1e-2, 3e-2)}, settings=_STEPS),
     "DreamBooth": Method(_dreambooth, choices={"learning_rate": (3e-5, 1e-4, 3e-4)}, settings=_STEPS_OF_ALL),
+    "LoRA, joint": Method(_lora, choices={"learning_rate": _RATES}, settings=_STEPS_OF_ALL),
+    "LoRA, merged": Method(_add, _lora, choices={"learning_rate": _RATES}, settings=_STEPS_OF_ALL),
     "Custom Diffusion, joint": Method(_customised, choices={"learning_rate": _RATES}, settings=_STEPS),
     "Custom Diffusion, merged": Method(_merge, _customised, choices={"learning_rate": _RATES}, settings=_STEPS),
 }

@@ -203,6 +203,7 @@ def tune_unet(
     *,
     title: str,
     identity: Mapping[str, Any] | None = None,
+    adapt: Callable[[Any], object] = lambda unet: None,
     only: Callable[[str], bool] = lambda name: True,
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
@@ -211,17 +212,20 @@ def tune_unet(
     """Minimise the captions' weighted losses in weights of the U-Net itself; returns their change, and the history.
 
     Trains a copy in float32, with passes in bfloat16 where that is faster. batch_at(step, the copy) -> the samples;
-    only(name): whether a weight is trained; dtype: of the passes, float32 or bfloat16; chunk: samples at a time, whose
-    gradients are added up, for models that would not fit in memory otherwise. title, identity and run: see `tune`.
+    adapt(the copy): adds weights to it, in place; only(name): whether a weight is trained; dtype: of the passes,
+    float32 or bfloat16; chunk: samples at a time, whose gradients are added up, for models that would not fit in memory
+    otherwise. title, identity and run: see `tune`.
     Raises ConeslabError for another dtype, or a chunk below 1.
     """
     require_editable(pipe)
     require_passes(dtype, chunk)
     require_training_dtype(dtype)
-    unet = separated(copy.deepcopy(unet_of(pipe))).float().requires_grad_(False).train()
+    unet = separated(copy.deepcopy(unet_of(pipe))).float().train()
     dtype = dtype or fast_dtype(unet)
     if dtype == torch.bfloat16 and is_plain(unet):
         speed_up_backward(unet)
+    adapt(unet)
+    unet.requires_grad_(False)
     weights = {name: weight.requires_grad_(True) for name, weight in unet.named_parameters() if only(name)}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     denoiser = Denoiser(unet, pipe.scheduler)

@@ -38,6 +38,7 @@ from .conceptor import (
 )
 from .personalization.custom_diffusion import CustomDiffusionSettings, custom_diffusion, scaled_latents
 from .personalization.dreambooth import DreamBoothSettings, dreambooth
+from .personalization.lora import LoRASettings, lora
 from .personalization.merging import merge, merge_matrices
 from .personalization.textual_inversion import TextualInversionSettings, textual_inversion
 
@@ -52,6 +53,7 @@ __all__ = [
     "DreamBoothSettings",
     "ESDSettings",
     "ImageDecomposition",
+    "LoRASettings",
     "TextualInversionSettings",
     "UCESettings",
     "Vocabulary",
@@ -70,6 +72,7 @@ __all__ = [
     "erase",
     "evaluate_ablation",
     "group_shares",
+    "lora",
     "merge",
     "merge_matrices",
     "near_and_far",
