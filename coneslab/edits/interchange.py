@@ -163,7 +163,10 @@ def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
         raise FileFormatError(
             f"{file} changes more than the U-Net ({other[0]}), which edits here leave as it is: give one of the U-Net"
         )
-    state = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in state.items()})
+    state, alphas = (
+        convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in given.items()})
+        for given in (state, alphas or {})
+    )
     layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in state)
     factors = {}
     for layer in layers:
@@ -179,7 +182,7 @@ def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
                 f"{file} changes {name} by a matrix of shape {change}, and it is {shape or 'not there'} in this "
                 "pipeline's U-Net: it was trained for another model"
             )
-        alpha = (alphas or {}).get(f"unet.{layer}.alpha", left.shape[1])
+        alpha = alphas.get(f"{layer}.lora_A.weight.alpha", left.shape[1])
         factors[f"{name}.weight"] = left.float() * (alpha / left.shape[1]), right.float()
     return LowRankDelta(factors, model_fingerprint(pipe), file.stem, {"file": file.name})
 
