@@ -389,6 +389,12 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         dict(edit=m.token, pipe=m.pipe, folder=m.folder / "out", names=None),
         {"edit": NEURONS, "names": (3, [], {"<x>": "a b"}, {"<x>": 3})},
     ),
+    "export_lora": lambda m: (
+        edits.export_lora,
+        (),
+        dict(edit=edits.compress(m.trained.edits[1]), folder=m.folder / "out"),
+        {"edit": NEURONS},
+    ),
     # fine-tuning
     "concept_latents": lambda m: (
         finetuning.concept_latents,
@@ -1110,8 +1116,8 @@ ELSEWHERE = {  # what takes no value that could be bad in these ways, or is trie
     "diffusion": "alphas_cumprod bfloat16_pays cross_attentions drawing fast_dtype fingerprint flushing_denormals "
     "is_plain latent_shape mixed_precision model_folder require_editable require_finite require_pipeline short_name "
     "uncompiled unet_of verify write_sums",
-    "edits": "custom_diffusion_parts embedding_of export_custom_diffusion import_custom_diffusion import_tokens "
-    "load_edit model_fingerprint require_dose require_model untouched vocabulary_fingerprint",
+    "edits": "custom_diffusion_parts embedding_of export_custom_diffusion import_custom_diffusion import_lora "
+    "import_tokens load_edit model_fingerprint require_dose require_model untouched vocabulary_fingerprint",
     "finetuning": "generated_latents load_checkpoint loss_values numbered_batches save_checkpoint tune tune_kv "
     "tune_unet",
     "measure": "as_pictures attention_probabilities",

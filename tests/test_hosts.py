@@ -235,7 +235,7 @@ def test_colab_keeps_what_it_has():
             lacking.add(name)
         else:
             assert [*map(int, COLAB[name].split("."))] >= [*map(int, bound.split("."))], requirement
-    assert lacking == {"constriction", "dask", "distributed"}, "what else would be installed there?"
+    assert lacking == {"constriction", "dask", "distributed", "peft"}, "what else would be installed there?"
 
 
 # --- Colab in small -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import Block, Made
-from ..diffusion.checks import require_own_projections
+from ..diffusion.checks import require_own_projections, require_pipeline
 from ..diffusion.encoding import tokenize
 from ..diffusion.kvspace import cross_attentions, unet_of
 from ..diffusion.pipelines import Pipeline
@@ -65,6 +65,7 @@ def word_ids(tokenizer: Any, scope: Scope) -> list[list[int]]:
 
 def scope_of(pipe: Pipeline, subject: Any) -> Scope:
     """A subject's rare token and class word. Raises ConeslabError without a token, or a prompt that names it."""
+    require_pipeline(pipe)
     token, class_word = getattr(subject, "token", ""), getattr(subject, "class_word", "")
     scope = (token, class_word) if class_word else (token,)
     if not token or not scope_positions(pipe.tokenizer, tokenize(pipe, subject.prompt)[0].tolist(), scope):
@@ -108,6 +109,7 @@ class at_words(Block):
     """
 
     def __init__(self, pipe: Pipeline, masks: Callable[[], Iterable[ScopedChange]]) -> None:
+        require_pipeline(pipe)
         super().__init__(pipe=pipe)
         self._masks = masks
 

@@ -84,7 +84,7 @@ def lora(
     require_training_dtype(dtype)
     settings = LoRASettings.chosen(settings, changes)
     taught = several(subjects)
-    layers = target_layers(pipe, settings.targets)
+    layers = _target_layers(pipe, settings.targets)
     narrow = min(min(layer.weight.shape) for layer in layers.values())
     if settings.rank > narrow:
         raise ArgumentError(f"rank is {settings.rank}, but the narrowest layer has {narrow} channels: give less")
@@ -121,7 +121,7 @@ def lora(
     return LowRankDelta(factors, model, names, settings.record(), history)
 
 
-def target_layers(pipe: Pipeline, targets: Targets) -> dict[str, nn.Linear]:
+def _target_layers(pipe: Pipeline, targets: Targets) -> dict[str, nn.Linear]:
     """The U-Net's linear layers that are meant: name -> module, in module order."""
     parts = {"cross-attention": (".attn2.",), "attention": (".attn1.", ".attn2."), "all": ("",)}[targets]
     modules = unet_of(pipe).named_modules()
