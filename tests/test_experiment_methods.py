@@ -11,11 +11,13 @@ from conftest import weights_of
 from small_judge import save_small_judge
 
 from coneslab.cli import main
+from coneslab.diffusion.sampling import generate
 from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import comparison
 from coneslab.experiments.methods import METHODS, Method, make_edit
 from coneslab.experiments.setting import stored_bytes
+from coneslab.neurons.union import joint_prompt
 from coneslab.world.subjects import subjects_of
 
 SHORT = {
@@ -44,12 +46,13 @@ def test_the_control_is_the_model_as_it_is(world_pipe):
 @pytest.mark.parametrize("title", ["cat", "cat+dog"])
 @pytest.mark.parametrize("name", SHORT)
 def test_every_method_makes_an_edit_that_goes_on_and_off(name, title, world_pipe, tmp_path):
-    before = weights_of(world_pipe)
-    edit, seconds = make_edit(name, world_pipe, subjects_of(title), folder=tmp_path, **SHORT[name])
+    subjects, before = subjects_of(title), weights_of(world_pipe)
+    edit, seconds = make_edit(name, world_pipe, subjects, folder=tmp_path, **SHORT[name])
     assert seconds > 0 and edit.nbytes > 0
+    prompt, plain = joint_prompt(subjects), generate(world_pipe, joint_prompt(subjects), sampler_steps=1)
     with edit.applied(world_pipe):
-        now = weights_of(world_pipe)
-        assert any(before[key].shape != now[key].shape or not torch.equal(before[key], now[key]) for key in before)
+        assert generate(world_pipe, prompt, sampler_steps=1) != plain
+    assert generate(world_pipe, prompt, sampler_steps=1) == plain
     now = weights_of(world_pipe)
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
 

@@ -281,6 +281,12 @@ def test_a_search_at_the_subjects_words_has_no_prior_and_lowers_its_loss(v_pipe,
     values = find_concept_neurons(v_pipe, subject(pictured), scope="subject", kinds="values", **options)
     shut = values.layout.where(kind="K")[torch.tensor(values.indices, dtype=torch.long)]
     assert len(values) and not shut.any()
+    with pytest.raises(ConeslabError, match="does not use"):
+        find_concept_neurons(v_pipe, subject(pictured), scope="subject", prior=pictured.images, **options)
+    again = find_concept_neurons(v_pipe, subject(pictured), scope="subject", start=found, **options)
+    assert again.scope == found.scope
+    with pytest.raises(ConeslabError, match="start acts at"):
+        find_concept_neurons(v_pipe, subject(pictured), start=found, **options)
     with pytest.raises(ConeslabError, match="needs a token"):
         find_concept_neurons(v_pipe, subject(pictured, token=""), scope="subject", **options)
     with pytest.raises(ConeslabError, match="scope is 'words': choose one of all, subject"):

@@ -126,7 +126,7 @@ def identity_of(pipe: Pipeline, judge: Judge, **options: Any) -> dict[str, Any]:
 def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
     """A search without a progress bar; its prior pictures are drawn first, once for all searches from one seed."""
     require_editable(pipe)
-    prior = prior_pictures(pipe, subject, seed=seed)
+    prior = prior_pictures(pipe, subject, seed=seed) if SearchSettings.chosen(None, settings).has_prior else None
     return find_concept_neurons(pipe, subject, prior=prior, seed=seed, progress=False, **settings)
 
 

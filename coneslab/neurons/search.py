@@ -139,6 +139,10 @@ def find_concept_neurons(
     require_passes(dtype, chunk, callback)
     require_subject(subject)
     prior = None if prior is None else as_pictures(prior, name="prior pictures")
+    if prior is not None and settings.scope == "subject":
+        raise ConeslabError(
+            "pictures of the class were given (prior=), which a search at the subject's words does not use"
+        )
     if start is not None:
         checks.of_kind("start", start, ConceptNeurons)
     if start is not None and settings.rule == "straight-through":
@@ -147,6 +151,8 @@ def find_concept_neurons(
     if start is not None and (start.fingerprint != model or start.layout != KVSpace(pipe).layout):
         raise MismatchError(f"start was found on model {start.fingerprint[:8]}…, this pipeline is {model[:8]}…")
     scope = scope_of(pipe, subject) if settings.scope == "subject" else ()
+    if start is not None and start.scope != scope:
+        raise MismatchError(f"start acts at {start.scope or 'all words'}, the search is at {scope or 'all words'}")
     data = concept_latents(pipe, subject, settings, prior=prior, progress=progress)
     where = where_scope(pipe, [subject.prompt], scope) if scope else None
     gradient = KVGradient(pipe, data, where=where, dtype=dtype, chunk=chunk)
