@@ -171,6 +171,17 @@ def test_ddim_gives_what_the_pipeline_gives(request, name, guidance_scale):
     assert [i for i, _ in seen] == list(range(10)) and seen[0][1] > seen[-1][1]
 
 
+def test_a_width_for_each_block_is_a_width(own_pipe):
+    """As in the configs of some U-Nets of Stable Diffusion."""
+    text, empty = (diffusion.encode_prompts(own_pipe, [prompt]) for prompt in ("a cat", ""))
+    noise, options = diffusion.start_noise(own_pipe, 0), {"empty_embeddings": empty, "sampler_steps": 2}
+    before = diffusion.ddim_sample(own_pipe, text, noise, **options)
+    width = own_pipe.unet.config.cross_attention_dim
+    own_pipe.unet.register_to_config(cross_attention_dim=[width] * len(own_pipe.unet.config.down_block_types))
+    assert torch.equal(diffusion.ddim_sample(own_pipe, text, noise, **options), before)
+    assert diffusion.denoising_loss(own_pipe, before, text).isfinite()
+
+
 def test_ddim_from_pure_noise_with_zero_terminal_snr(v_pipe):
     """Trailing steps on a schedule that ends in noise alone, as the shipped model has."""
     kept = v_pipe.scheduler

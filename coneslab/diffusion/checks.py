@@ -130,6 +130,12 @@ def _require_fitting_parts(pipe: Any) -> None:
         )
 
 
+def text_width(unet: Any) -> int:
+    """Width of the text embeddings that a U-Net reads; a config may give one for each of its blocks."""
+    widths = uncompiled(unet).config.cross_attention_dim
+    return int(widths[0] if isinstance(widths, list | tuple) else widths)
+
+
 def _require_fitting_words(tokenizer: Any, encoder: Any) -> None:
     longest, most = tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", None)
     rows = len(encoder.get_input_embeddings().weight)

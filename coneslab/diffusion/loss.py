@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError
-from .checks import require_pipeline, require_schedule
+from .checks import require_pipeline, require_schedule, text_width
 from .pipelines import Pipeline
 
 Reduction: TypeAlias = Literal["mean", "none"]
@@ -145,7 +145,7 @@ def denoising_loss(
         require_pipeline(pipe)
     checks.choice("reduction", reduction, get_args(Reduction))
     _require_latents(latents)
-    checks.tensor("text_embeddings", text_embeddings, f"n, tokens, {pipe.unet.config.cross_attention_dim}")
+    checks.tensor("text_embeddings", text_embeddings, f"n, tokens, {text_width(pipe.unet)}")
     n = latents.shape[0]
     if text_embeddings.shape[0] == 1 and n > 1:
         text_embeddings = text_embeddings.expand(n, -1, -1)

@@ -15,7 +15,7 @@ from .. import checks
 from ..blocks import Block, attribute
 from ..callback import Callback
 from ..errors import ArgumentError, ConeslabError
-from .checks import require_finite, require_pipeline
+from .checks import require_finite, require_pipeline, text_width
 from .encoding import latent_shape, warn_of_unread
 from .loss import alpha_and_sigma, alphas_cumprod
 from .pipelines import Pipeline
@@ -53,7 +53,7 @@ def guided(
     """
     require_pipeline(pipe)
     checks.tensor("noisy", noisy, f"n, {pipe.unet.config.in_channels}, height, width")
-    width = pipe.unet.config.cross_attention_dim
+    width = text_width(pipe.unet)
     checks.tensor("text", text, f"{len(noisy)}, tokens, {width}")
     if empty is not None and (len(checks.tensor("empty", empty, f"n, {text.shape[1]}, {width}")) not in (1, len(text))):
         raise ArgumentError(f"got {len(empty)} empty embeddings: give one, or one for each text")
@@ -169,7 +169,7 @@ def _require_sampling(
 ) -> tuple[int, float]:
     """What both samplers check; returns steps and guidance scale."""
     checks.tensor("noise", noise, f"n, {pipe.unet.config.in_channels}, height, width")
-    width = pipe.unet.config.cross_attention_dim
+    width = text_width(pipe.unet)
     checks.tensor("text_embeddings", text, f"{len(noise)}, tokens, {width}")
     if empty is not None:
         checks.tensor("empty_embeddings", empty, f"1, {text.shape[1]}, {width}")
