@@ -82,6 +82,7 @@ def test_misspellings_are_near_misses():
         assert word not in misspelled(word) and all(abs(len(word) - len(wrong)) <= 1 for wrong in misspelled(word))
 
 
+@pytest.mark.slow
 def test_attacks_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit):
     before = {name: tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
     tokenizer, unet = v_pipe.tokenizer, v_pipe.unet

@@ -1088,6 +1088,7 @@ def run(function: Callable[..., Any], *args: Any, **options: Any) -> None:
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_bad_values_are_refused_in_a_sentence_and_leave_no_trace(made, v_pipe, name):
     function, args, options, *more = CALLS[name](made)

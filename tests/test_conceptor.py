@@ -301,6 +301,7 @@ def test_a_template_without_a_place_for_the_word_is_refused(judge):
         group_shares(judge, make_subject(16).images, {"cat": ["cat"], "dog": ["dog"]}, template="a picture")
 
 
+@pytest.mark.slow
 def test_a_vocabulary_can_be_taken_a_few_samples_at_a_time(v_pipe, judge, monkeypatch):
     whole = decompose(v_pipe, "a house", judge, **FAST)
     sizes = []

@@ -130,6 +130,7 @@ def test_wrong_class_and_scene_are_counted(drawing):
     assert "(cactus)" in repr(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0, -1])
 def test_a_missing_object_is_not_found(drawing, position):
     def flaw(prompt, index):
@@ -278,6 +279,7 @@ def test_report_reads_well_and_goes_to_json(drawing):
         report.share("righteous class")
 
 
+@pytest.mark.slow
 def test_intervals_keep_the_pictures_of_a_prompt_together(drawing):
     drawing(lambda prompt, index: prompt if index // SEEDS % 2 else "a star at night")  # whole prompts fail
     together = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, limit=LIMIT, extras=False).share("right class").interval

@@ -98,6 +98,7 @@ def marked(example: Example) -> Any:
     return pytest.param(example, id=f"{example.module}.{example.name}", marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", [marked(example) for example in EXAMPLES])
 def test_an_example_shows_what_one_gets(example, request, monkeypatch, tmp_path):
     # every example loads what it needs, as a reader does; here that is done once for all

@@ -42,6 +42,7 @@ def test_the_layers_asked_for_change_and_no_other(v_pipe, pictured, targets):
     assert changed == expected
 
 
+@pytest.mark.slow
 def test_it_learns_from_b_at_zero_and_the_loss_falls(v_pipe, pictured):
     edit = lora(v_pipe, pictured, rank=4, **FAST | {"steps": 30, "learning_rate": 3e-3})
     losses = edit.history["loss"]

@@ -309,6 +309,7 @@ def test_prior_pictures_are_drawn_once(v_pipe, pictured, monkeypatch):
         weight.copy_(kept)
 
 
+@pytest.mark.slow
 def test_a_large_stable_diffusions_structure_is_searched(sd_pipe, pictured):
     before = state(sd_pipe)
     found = find_concept_neurons(sd_pipe, pictured, **{**SEARCH, "rounds": 2}, chunk=5)
@@ -571,6 +572,7 @@ def test_random_neurons_keep_count_and_scales_in_every_layer(found):
     assert random_neurons(found.binary()).nbytes == found.binary().nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["gradient", "gradient_times_weight", "weight"])
 @pytest.mark.parametrize("per_layer", [True, False])
 def test_top_k_takes_the_largest(v_pipe, pictured, criterion, per_layer):

@@ -203,6 +203,7 @@ def words_and_commas(caption: str) -> list[str]:
     return caption.replace(",", " ,").split()
 
 
+@pytest.mark.slow
 def test_captions_use_only_known_words_and_no_reserved_token(pictures, everything):
     for some in (pictures, everything):
         used = {word for caption in some.captions for word in words_and_commas(caption)} - {","}

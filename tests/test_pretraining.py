@@ -364,6 +364,7 @@ def test_objects_outweigh_scenery():
     assert weights[mask].min() / weights.min() == pytest.approx(4.0)
 
 
+@pytest.mark.slow
 def test_standard_latents_decode_to_the_same_pictures():
     torch.manual_seed(0)
     vae = AutoencoderKL(**RECIPE["vae"]["config"]).eval()

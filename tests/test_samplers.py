@@ -70,6 +70,7 @@ def test_each_scheduler_keeps_the_noise_schedule_and_the_prediction_type(v_pipe,
         v_pipe.scheduler = own
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_a_sampler_and_puts_the_scheduler_back(v_pipe, tmp_path):
     save_small_judge(tmp_path)
     own, out = v_pipe.scheduler, tmp_path / "samplers.csv"

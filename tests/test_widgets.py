@@ -637,6 +637,7 @@ def test_a_folder_may_hold_what_is_no_file_and_names_that_are_no_text(v_pipe: An
         view.status.value.encode()  # as it is sent to the browser
 
 
+@pytest.mark.slow
 def test_names_of_edits_are_no_formulas_and_long_words_no_prompt(v_pipe: Any) -> None:
     edit = Stretch(8.0)
     object.__setattr__(edit, "settings", {"prompt": "word " * 1000})

@@ -40,6 +40,7 @@ def test_captions_use_only_known_words_and_no_reserved_token(pictures):
     assert longest <= 30  # 32 positions less start and end
 
 
+@pytest.mark.slow
 def test_no_word_is_always_present(pictures):
     n = len(pictures.records)
     counts = Counter(word for caption in pictures.captions for word in set(caption.replace(",", "").split()))
