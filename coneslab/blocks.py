@@ -224,6 +224,11 @@ class Made:
         """Add a step that is safe to repeat. Neither it nor the changes may hold the block: it could not be dropped."""
         self._steps.append(step)
 
+    def enter(self, block: Block) -> None:
+        """Enter another block, which is left with this one."""
+        self.undo(block.close)  # in advance: it does nothing for one that is not open
+        block.__enter__()
+
     def change(self, changes: Sequence[tuple[Place, Any]]) -> None:
         saved = {place.key: (place, place.get()) for place, _ in changes}
         for key in saved:
@@ -297,8 +302,7 @@ class Nested(Block):
     def open(self, made: Made) -> Any:
         for manager in self._managers():
             if isinstance(manager, Block):
-                made.undo(manager.close)  # in advance: it does nothing for one that is not open
-                manager.__enter__()
+                made.enter(manager)
             else:
                 manager.__enter__()
                 made.undo(partial(manager.__exit__, None, None, None))

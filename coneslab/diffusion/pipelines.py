@@ -136,6 +136,13 @@ def require_float(dtype: Any) -> torch.dtype:
     return dtype
 
 
+def is_hub_id(name_or_path: str | Path) -> bool:
+    """Whether this can only be the id of a model on the Hugging Face hub, written owner/name."""
+    name = str(name_or_path)
+    written = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return written and not isinstance(name_or_path, Path) and not user_path(name_or_path).exists()
+
+
 def source_of(name_or_path: str | Path) -> str | Path:
     """Where `load` finds a model: a folder, checked as far as it can be without loading it, or a hub id.
 
@@ -149,7 +156,7 @@ def source_of(name_or_path: str | Path) -> str | Path:
         _check_layout(folder)
         require_folder(folder)
         return folder
-    if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+    if not is_hub_id(name_or_path):
         raise ConeslabError(
             f"there is no model {name!r}: expected 'tiny', the folder of a StableDiffusionPipeline, or a hub id "
             "written owner/name"

@@ -168,13 +168,13 @@ def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
         for given in (state, alphas or {})
     )
     layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in state)
-    factors = {}
+    weights, factors = dict(unet.named_parameters()), {}
     for layer in layers:
         left, right = (state.get(f"{layer}.lora_{part}.weight") for part in "BA")
         if not layer or left is None or right is None or left.ndim != 2:
             raise FileFormatError(f"{file} holds more than pairs of matrices for linear layers ({layer or 'unnamed'})")
         name = layer.replace(".processor.", ".")
-        weight = dict(unet.named_parameters()).get(f"{name}.weight")
+        weight = weights.get(f"{name}.weight")
         shape = None if weight is None else tuple(weight.shape)
         change = (left.shape[0], right.shape[1])
         if shape != change:

@@ -290,9 +290,7 @@ class record_attention(Block):
     def open(self, made: Made) -> AttentionMaps:
         recorder, pipe = self._recorder, self._pipe
         require_own_projections(uncompiled(pipe.unet))
-        plain = without_compiling(pipe)
-        made.undo(plain.close)
-        plain.__enter__()
+        made.enter(without_compiling(pipe))
         recorder.stopped = False
         hooked = (
             (pipe.unet, "forward_pre_hook", recorder.before_step),

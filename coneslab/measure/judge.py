@@ -185,7 +185,7 @@ def judge_source(name_or_path: str | Path) -> str | Path:
 
     Raises ConeslabError if there is no such judge, or its files are damaged.
     """
-    from ..diffusion.pipelines import model_folder, verify
+    from ..diffusion.pipelines import is_hub_id, model_folder, verify
 
     name, folder = str(name_or_path), user_path(name_or_path)
     if name == "judge":
@@ -198,7 +198,7 @@ def judge_source(name_or_path: str | Path) -> str | Path:
                 f"the judge {name!r} has no tokenizer: expected {folder / 'tokenizer.json'}; restore the folder, or "
                 "save model and processor again"
             )
-    elif isinstance(name_or_path, Path) or folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    elif not is_hub_id(name_or_path):
         raise ArgumentError(
             f"got {name!r} as a judge, expected 'judge', a folder with a CLIP model and its processor in the "
             "transformers format, or a hub id written owner/name"

@@ -68,7 +68,7 @@ def scope_of(pipe: Pipeline, subject: Any) -> Scope:
     require_pipeline(pipe)
     token, class_word = getattr(subject, "token", ""), getattr(subject, "class_word", "")
     scope = (token, class_word) if class_word else (token,)
-    if not token or not scope_positions(pipe.tokenizer, tokenize(pipe, subject.prompt)[0].tolist(), scope):
+    if not token or not where_scope(pipe, [subject.prompt], scope).any():
         raise ConeslabError(
             f"the subject {subject.name!r} has the token {token!r} and the prompt {subject.prompt!r}: a mask at its "
             "words needs a token that its prompt names"
@@ -78,16 +78,11 @@ def scope_of(pipe: Pipeline, subject: Any) -> Scope:
 
 def where_scope(pipe: Pipeline, prompts: Sequence[str], scope: Scope) -> Tensor:
     """Which tokens of prompts are words of a scope, (prompts, tokens) bool."""
-    ids = tokenize(pipe, prompts)
+    ids, words = tokenize(pipe, prompts), word_ids(pipe.tokenizer, scope)
     where = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
     for row, own in enumerate(ids.tolist()):
-        where[row, scope_positions(pipe.tokenizer, own, scope)] = True
+        where[row, positions(own, words)] = True
     return where
-
-
-def scope_positions(tokenizer: Any, ids: Sequence[int], scope: Scope) -> list[int]:
-    """Where the words of a scope are among the token ids of a prompt."""
-    return positions(ids, word_ids(tokenizer, scope))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +112,7 @@ class at_words(Block):
         pipe, masks = self._pipe, list(self._masks())
         unet = unet_of(pipe)
         require_own_projections(unet)
-        plain = without_compiling(pipe)  # compiled code calls no hooks that come now
-        made.undo(plain.close)
-        plain.__enter__()
+        made.enter(without_compiling(pipe))  # compiled code calls no hooks that come now
         attentions = cross_attentions(unet)
         if unet.config.get("encoder_hid_dim") or any(module.norm_cross for module in attentions.values()):
             raise ConeslabError("this U-Net changes the text before it attends to it: masks at words need it unchanged")
@@ -184,6 +177,7 @@ class _Acting:
         if self._last is not None and self._last[0] is text and self._last[1] is self.masks:
             return self._last[2]
         acting: dict[tuple[int, int], tuple[int, ...]] = {}
+        words = [word_ids(self._pipe.tokenizer, mask.scope) for mask in self.masks]
         for row, embedding in enumerate(text.detach()):
             ids = self._ids.get(_bytes(embedding))
             if ids is None:
@@ -191,8 +185,8 @@ class _Acting:
                     "a mask acts at some words only, and the words of this text are not known: give prompts as text, "
                     "inside the block, and no embeddings that were computed before or changed since"
                 )
-            for number, mask in enumerate(self.masks):
-                for at in scope_positions(self._pipe.tokenizer, ids, mask.scope):
+            for number, own in enumerate(words):
+                for at in positions(ids, own):
                     acting[row, at] = (*acting.get((row, at), ()), number)
         groups: dict[tuple[int, ...], Tensor] = {}
         for (row, at), numbers in acting.items():
