@@ -36,7 +36,7 @@ _AGAIN = "delete it, and it is made again"
 
 @cache
 def data_folder() -> Path:
-    """The folder with `stickers/` and `models/`: inside the package in a wheel, beside it in a checkout.
+    """The folder with `world/` and `models/`: inside the package in a wheel, beside it in a checkout.
 
     Raises ConeslabError if neither exists: the installation is incomplete.
     """

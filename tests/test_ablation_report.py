@@ -12,7 +12,7 @@ from coneslab.measure.statistics import kid
 from coneslab.methods.ablation.concept_ablation import ablate
 from coneslab.methods.ablation.report import CopyDetector, attacks, evaluate_ablation, misspelled, near_and_far
 from coneslab.seeds import derived
-from coneslab.world.pictures import CLASSES, memorised, sample
+from coneslab.world import CLASSES, memorised, sample
 
 FAST = {"pictures": 3, "sampler_steps": 2}
 

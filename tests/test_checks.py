@@ -28,7 +28,6 @@ from coneslab import (
     measure,
     methods,
     neurons,
-    new_world,
     show,
     world,
 )
@@ -780,21 +779,21 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "questions": lambda m: (
         measure.questions,
         (),
-        dict(objects=1, seeds=1, limit=1, style=False, colour=False, seed=0, world=world),
-        {"objects": (*COUNT, 5), "world": (None, 3, "new", np)},
+        dict(objects=1, seeds=1, limit=1, style=False, colour=False, seed=0),
+        {"objects": (*COUNT, 5)},
     ),
     "evaluate_model": lambda m: (
         measure.evaluate_model,
         (m.pipe,),
         dict(judge=m.judge, seeds=1, **DRAWN, limit=1, extras=False, kid_pictures=0, batch_size=1, beside_real=False)
-        | dict(guidance_interval=(0, 1), world=world, progress=False),
-        {"kid_pictures": (*WHOLE, 1), "world": (None, "new")},
+        | dict(guidance_interval=(0, 1), progress=False),
+        {"kid_pictures": (*WHOLE, 1)},
     ),
     "judge_accuracy": lambda m: (
         measure.judge_accuracy,
         (),
-        dict(judge=m.judge, styles=None, seeds=1, limit=1, seed=0, world=world),
-        {"styles": ("oil", [], 3, [3]), "world": (None, "new")},
+        dict(judge=m.judge, styles=None, seeds=1, limit=1, seed=0),
+        {"styles": ("oil", [], 3, [3])},
     ),
     "Sampler": lambda m: (
         measure.Sampler,
@@ -891,74 +890,68 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         dict(method="Cones, float", pipe=m.pipe, subjects=[m.cat], seed=0),
         {"method": (None, 3, "x", []), "seed": (*SEED, None)},
     ),
-    # the picture worlds
-    **{
-        f"{place.__name__}: {name}": lambda m, call=call, place=place: call(place)
-        for place in (world, new_world)
-        for name, call in {
-            "sample": lambda w: (
-                w.sample,
-                (),
-                dict(n=1, seed=0, styles=("flat",), objects=(1, 0, 0, 0)),
-                {
-                    "n": (-1, 10**9, 2.5, None),
-                    "seed": (*SEED, None),
-                    "styles": ("oil", [], 3, None),
-                    "objects": (3, [1], [NAN] * 4, [0] * 4, None),
-                },
-            ),
-            "compose": lambda w: (
-                w.compose,
-                (),
-                dict(objects=["cat"], scene="beach", seed=0, style="3d", caption=None),
-                {
-                    "objects": (
-                        None,
-                        3,
-                        [],
-                        ["cat"] * 5,
-                        ["unicorn"],
-                        [3],
-                        [("cat", "3d")],
-                        [("cat", "oil", None)],
-                        [(3, "3d", None)],
-                    )
-                }
-                | {
-                    "scene": (None, 3, "moon", []),
-                    "style": (None, "oil", []),
-                    "seed": (*SEED, None),
-                    "caption": (3, []),
-                },
-            ),
-            "sprite": lambda w: (
-                w.sprite,
-                (),
-                dict(name="cat", style="3d", colour=None),
-                {"name": (None, 3, "", "unicorn", []), "style": (None, 3, "oil", []), "colour": (3, "dark", [])},
-            ),
-            "memorised": lambda w: (w.memorised, (), {"name": "lighthouse"}, {"name": (None, 3, "x", [])}),
-            "rearranged": lambda w: (
-                w.rearranged,
-                (),
-                dict(name="lighthouse", seed=0),
-                {"name": (None, "x", []), "seed": (*SEED, None)},
-            ),
-            "article": lambda w: (w.article, (), {"word": "cat"}, {"word": TEXT}),
-            "listed": lambda w: (w.listed, (), {"phrases": ["a"]}, {"phrases": TEXTS}),
-            "classes_of": lambda w: (w.classes_of, (), {"style": "3d"}, {"style": (None, 3, "oil", [])}),
-        }.items()
-    },
+    # the picture world
+    "sample": lambda m: (
+        world.sample,
+        (),
+        dict(n=1, seed=0, styles=("flat",), objects=(1, 0, 0, 0)),
+        {
+            "n": (-1, 10**9, 2.5, None),
+            "seed": (*SEED, None),
+            "styles": ("oil", [], 3, None),
+            "objects": (3, [1], [NAN] * 4, [0] * 4, None),
+        },
+    ),
+    "compose": lambda m: (
+        world.compose,
+        (),
+        dict(objects=["cat"], scene="beach", seed=0, style="3d", caption=None),
+        {
+            "objects": (
+                None,
+                3,
+                [],
+                ["cat"] * 5,
+                ["unicorn"],
+                [3],
+                [("cat", "3d")],
+                [("cat", "oil", None)],
+                [(3, "3d", None)],
+            )
+        }
+        | {
+            "scene": (None, 3, "moon", []),
+            "style": (None, "oil", []),
+            "seed": (*SEED, None),
+            "caption": (3, []),
+        },
+    ),
+    "sprite": lambda m: (
+        world.sprite,
+        (),
+        dict(name="cat", style="3d", colour=None),
+        {"name": (None, 3, "", "unicorn", []), "style": (None, 3, "oil", []), "colour": (3, "dark", [])},
+    ),
+    "memorised": lambda m: (world.memorised, (), {"name": "lighthouse"}, {"name": (None, 3, "x", [])}),
+    "rearranged": lambda m: (
+        world.rearranged,
+        (),
+        dict(name="lighthouse", seed=0),
+        {"name": (None, "x", []), "seed": (*SEED, None)},
+    ),
+    "article": lambda m: (world.article, (), {"word": "cat"}, {"word": TEXT}),
+    "listed": lambda m: (world.listed, (), {"phrases": ["a"]}, {"phrases": TEXTS}),
+    "classes_of": lambda m: (world.classes_of, (), {"style": "3d"}, {"style": (None, 3, "oil", [])}),
     "drawings_of": lambda m: (
-        new_world.drawings_of,
+        world.drawings_of,
         (),
         dict(name="cat", style="3d"),
         dict.fromkeys(("name", "style"), (None, 3, "x", [])),
     ),
     "plain_caption": lambda m: (
-        new_world.plain_caption,
+        world.plain_caption,
         (),
-        dict(objects=[new_world.Described("cat")], scene=None),
+        dict(objects=[world.Described("cat")], scene=None),
         {"objects": (None, 3, [], ["cat"]), "scene": (3, "moon", "", [])},
     ),
     "subject": lambda m: (world.subject, (), {"name": "cat"}, {"name": (None, 3, "", "dragon", [])}),
@@ -1125,7 +1118,7 @@ ELSEWHERE = {  # what takes no value that could be bad in these ways, or is trie
     "methods": "merge_matrices",
     "neurons": "concatenate entropy entropy_bound precision_of",
     "show": "intervals page set_up_notebook show",
-    "world": "evaluation_prompts title_of with_article",
+    "world": "evaluation_prompts full_drawing named_plan title_of truth wanted with_article",
 }
 
 

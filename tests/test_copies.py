@@ -13,7 +13,7 @@ import torch
 from distributed.protocol import pickle as dask
 
 import coneslab
-from coneslab import measure, methods, neurons, new_world, world
+from coneslab import measure, methods, neurons, world
 from coneslab.cli import doctor
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.edits import Combined, TokenEdit, WeightDelta, compress
@@ -23,7 +23,6 @@ from coneslab.experiments.methods import METHODS
 from coneslab.experiments.registry import EXPERIMENTS
 from coneslab.finetuning import CaptionedLatents, NoisyBatch
 from coneslab.neurons import ConceptNeurons, TunedNeurons, decode
-from coneslab.new_world.subjects import subject as subject_of_the_new_world
 from coneslab.pretraining.loop import Log
 from coneslab.pretraining.recipe import Recipe
 from coneslab.settings import Settings
@@ -63,9 +62,7 @@ def things(v_pipe: Any) -> dict[str, Any]:
         "tuned neurons": TunedNeurons(mask, np.ones(3), settings={"b": 1}, history=history),
         "combined": Combined((token, delta, Combined(()))),
         "subject": world.subject("cat"),
-        "subject of the new world": subject_of_the_new_world("tom"),
         "pictures": world.sample(2, seed=0),
-        "pictures of the new world": new_world.sample(2, seed=0),
         "layout": space.layout,
         "overlap": mask.overlap(mask),
         "additivity": neurons.Additivity(1.0, 1.0, 0.0),

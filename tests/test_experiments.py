@@ -17,7 +17,7 @@ from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import ablation, conceptor, masks, neurons, unions
 from coneslab.experiments.registry import EXPERIMENTS, Setting, run_experiment
 from coneslab.seeds import derived
-from coneslab.world.pictures import CLASSES, memorised, rearranged, with_article
+from coneslab.world import CLASSES, memorised, rearranged, with_article
 
 SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
 EXPECTED = {

@@ -18,7 +18,7 @@ from short_notebooks import NOTEBOOKS, shortened
 
 from coneslab import load
 from coneslab.pretraining.unet import build_tokenizer
-from coneslab.world.pictures import RARE_TOKENS, WORDS
+from coneslab.world import RARE_TOKENS, WORDS
 
 VERSIONS = ("1.5", "2.1")
 SHORT = {"01": "1.5", "03": "2.1", "06": "1.5"}

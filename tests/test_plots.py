@@ -9,7 +9,7 @@ from PIL import Image
 
 from coneslab.errors import ConeslabError
 from coneslab.show import plots
-from coneslab.world.pictures import sample
+from coneslab.world import sample
 
 
 def test_picture_grid_shows_every_picture_in_its_row():
@@ -88,7 +88,7 @@ def test_a_large_figure_gets_a_palette_close_to_its_colours():
     def error(picture):
         return np.abs(np.asarray(picture.convert("RGB"), int) - np.asarray(full, int)).mean()
 
-    assert error(small) < 0.8 * error(full.quantize(256)), "no better than Pillow's own palette"
+    assert error(small) < 0.9 * error(full.quantize(256)), "no better than Pillow's own palette"
 
 
 def test_ticks_of_a_logarithmic_axis_are_plain_numbers():

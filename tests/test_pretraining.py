@@ -19,8 +19,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from coneslab import cli, diffusion, pretraining
-from coneslab import new_world as world
+from coneslab import cli, diffusion, pretraining, world
 from coneslab.diffusion import encoding, pipelines
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.finetuning import checkpoints

@@ -18,7 +18,7 @@ FLOORS = (
     ("files", "lazy", "coursework", "settings", "seeds", "blocks"),
     ("pictures",),
     ("world", "diffusion"),
-    ("new_world", "edits"),
+    ("edits",),
     ("measure", "finetuning"),
     ("neurons", "pretraining"),
     ("methods", "show"),

@@ -11,30 +11,6 @@ from coneslab.errors import ConeslabError, WorldError
 from coneslab.world import subjects
 
 
-def test_every_subject_is_complete():
-    assert len(subjects.SUBJECTS) >= 16
-    tokens = set()
-    for name in subjects.SUBJECTS:
-        one = subjects.subject(name)
-        assert len(one.images) == 5 and len({record.scene for record in one.records}) == 5
-        assert all(record.objects[0].style == "twemoji" for record in one.records)
-        assert one.class_word in world.CLASSES and one.token in world.RARE_TOKENS
-        assert len(set(one.prompts)) == 10
-        words = {word for prompt in one.prompts for word in prompt.split()}
-        assert words <= set(world.WORDS)
-        seen = {record.scene for record in one.records}
-        assert not any(prompt.endswith(world.SCENES[s][0]) for prompt in one.prompts[:7] for s in seen)
-        tokens.add(one.token)
-    assert len(tokens) == len(subjects.SUBJECTS)  # subjects can be combined: no two share a token
-
-
-def test_combinations():
-    for size in (2, 3, 4):
-        combinations = subjects.COMBINATIONS[size]
-        assert len(combinations) >= 3
-        assert all(len(set(c)) == size and set(c) <= set(subjects.SUBJECTS) for c in combinations)
-
-
 def test_plain_prompt_drops_the_token_and_mends_the_article():
     apple = subjects.subject("apple")
     assert apple.plain("a krx apple on the beach") == "an apple on the beach"
@@ -80,7 +56,7 @@ def test_wanted_pictures_show_the_subject_where_the_prompts_ask_for_it():
     about = subjects.subject("robot")
     drawn = subjects.wanted_pictures(about, n=2, seed=5)
     assert len(drawn) == 2 * len(about.prompts)
-    beach = world.compose([("robot", "twemoji", None)], "beach", seed=5)[0]  # the first prompt's scene
+    beach = world.compose([subjects.truth("robot").sticker], "beach", seed=5)[0]  # the first prompt's scene
     assert about.prompts[0].endswith(world.SCENES["beach"][0]) and np.array_equal(drawn[0], beach)
     assert len({picture.tobytes() for picture in (*drawn, *about.images)}) == len(drawn) + len(about.images)
     with pytest.raises(ConeslabError, match="not of the sticker world"):

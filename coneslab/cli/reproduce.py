@@ -105,7 +105,7 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
         help="replace a value of the recipe, such as unet.training.pictures=40000 (data/pretraining/recipe.toml)",
     )
     pretrain.add_argument("--trial", metavar="NAME", help="add the measurements to data/pretraining/trials.csv")
-    pretrain.add_argument("--judge", help="of the new world: with --trial, asked about some pictures as well")
+    pretrain.add_argument("--judge", help="with --trial, asked about some pictures as well")
     pretrain.add_argument("--decoder-only", action="store_true", help="with vae: the same as decoder")
     pretrain.set_defaults(run=_pretrain, resumes=True)
 
@@ -123,19 +123,7 @@ def _add_asking(parser: argparse.ArgumentParser, *, seeds: int, kid: int | None)
         metavar="N",
         help="also the KID of N pictures and real ones",
     )
-    parser.add_argument(
-        "--world",
-        choices=("shipped", "new"),
-        default="shipped",
-        help="new: the world with variety, which the next model is trained on",
-    )
     add_device(parser)
-
-
-def _world(arguments: argparse.Namespace) -> Any:
-    from .. import new_world, world
-
-    return new_world if arguments.world == "new" else world
 
 
 def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -145,12 +133,11 @@ def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.folder == "judge":
         names = ("sampler_steps", "guidance_scale", "bars_only", "kid", "batch_size", "device")
         refuse_unused(arguments, "on the judge, for which nothing is drawn", *names)
-    place = _world(arguments)
     if arguments.folder != "judge":
         source_of(arguments.folder)
     judge = measure.load_judge(arguments.judge)
     report = (
-        measure.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed, world=place)
+        measure.judge_accuracy(judge, seeds=arguments.seeds, limit=arguments.limit, seed=arguments.seed)
         if arguments.folder == "judge"
         else measure.evaluate_model(
             diffusion.load(arguments.folder, device=arguments.device),
@@ -161,7 +148,6 @@ def _evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
             limit=arguments.limit,
             extras=not arguments.bars_only,
             kid_pictures=arguments.kid or 0,
-            world=place,
             batch_size=getattr(arguments, "batch_size", 16),
             seed=arguments.seed,
         )
@@ -357,7 +343,6 @@ def _compare_samplers(arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         limit=arguments.limit,
         kid_pictures=arguments.kid,
-        world=_world(arguments),
         out=out,
     )
     teller(arguments)(table.to_string(index=False))
@@ -386,7 +371,7 @@ def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
 
 
 def _build_stickers(arguments: argparse.Namespace) -> None:
-    from ..new_world import DATA, atlas
+    from ..world import DATA, atlas
 
     teller(arguments)(f"written: {atlas.build_atlas(arguments.node_modules, DATA)}")
 

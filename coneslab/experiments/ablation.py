@@ -26,7 +26,7 @@ from ..methods.ablation.neurons import ablating_neurons
 from ..methods.ablation.report import CopyDetector, attacks, evaluate_ablation, near_and_far
 from ..methods.ablation.uce import closed_form_edit
 from ..seeds import derived
-from ..world.pictures import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, rearranged, with_article
+from ..world import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, rearranged, with_article
 from .setting import Setting, stored_bytes, timed
 from .table import Row, rows_of
 

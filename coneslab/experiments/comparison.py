@@ -25,20 +25,19 @@ from ..diffusion.pipelines import load
 from ..errors import ConeslabError
 from ..files import data_folder, read_json, require_writable, write_json
 from ..measure.judge import load_judge
-from ..world.subjects import COMBINATIONS, SUBJECTS, names_in, subjects_of, title_of
+from ..world.subjects import COMBINATIONS, TUNING_SUBJECTS, names_in, subjects_of, table_subjects, title_of
 from .methods import METHODS, Method, chosen_settings, make_edit
 from .setting import Setting, identity_of, measure, stored_bytes
 from .table import Row, open_table, rows_of, run_cells
 from .unions import measure_together
 
-TUNING_SUBJECTS = SUBJECTS[14:]
-SINGLE_SUBJECTS = SUBJECTS[:4]
+SINGLE_SUBJECTS = table_subjects(4)
 
 
 def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
     """The subjects and combinations of the table, of these sizes; none contains a tuning subject."""
     groups = {**COMBINATIONS, 1: tuple((name,) for name in SINGLE_SUBJECTS)}
-    return [title_of(names) for count in counts for names in groups[count] if not {*names} & {*TUNING_SUBJECTS}]
+    return [title_of(names) for count in counts for names in groups[count]]
 
 
 @lru_cache(maxsize=2)

@@ -26,7 +26,7 @@ from ..methods.conceptor.decomposition import Decomposition, decompose
 from ..methods.conceptor.vocabulary import Vocabulary, encode_vocabulary
 from ..methods.personalization.textual_inversion import textual_inversion
 from ..seeds import derived
-from ..world.pictures import CLASSES, FACTS, with_article
+from ..world import CLASSES, FACTS, with_article
 from .setting import Setting
 from .table import Row, rows_of
 

@@ -14,7 +14,7 @@ from ..finetuning.samples import prior_pictures
 from ..neurons.controls import Criterion, finetune_kv, reversed_neurons, top_k_neurons
 from ..neurons.union import cosines, output_changes
 from ..seeds import derived
-from ..world.subjects import SUBJECTS, Subject, wanted_pictures
+from ..world.subjects import FAR, NEAR, Subject, truth, wanted_pictures
 from ..world.subjects import subject as subject_named
 from .setting import Setting, alignments, timed
 from .table import Row, rows_of
@@ -110,7 +110,8 @@ def finders(setting: Setting, subject: Subject, seed: int) -> list[Row]:
 def agreement(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """How similar two masks are, as sets of neurons and in their effect on the denoiser's output."""
     here = setting.found(subject, seed).binary()
-    neighbour = subject_named(SUBJECTS[(SUBJECTS.index(subject.name) + 1) % len(SUBJECTS)])
+    kin = NEAR if truth(subject.name).kind == "near" else FAR
+    neighbour = subject_named(kin[(kin.index(subject.name) + 1) % len(kin)])
     others = {
         "same subject, other seed": setting.found(subject, derived(seed, "other seed")).binary(),
         "another subject": setting.found(neighbour, seed).binary(),

@@ -16,7 +16,7 @@ import pandas
 from .. import checks
 from ..errors import ConeslabError
 from ..files import data_folder, require_writable
-from ..world.subjects import COMBINATIONS, SUBJECTS, names_in, subject, subjects_of, title_of
+from ..world.subjects import COMBINATIONS, names_in, subject, subjects_of, table_subjects, title_of
 from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral
 from .conceptor import PLANTED, conceptor, planted
 from .masks import damage, precision, storage
@@ -35,7 +35,7 @@ class Experiment:
 
     measure: Callable[[Setting, Any, int], list[Row]]
     table: str
-    names: tuple[str, ...] = SUBJECTS[:8]
+    names: tuple[str, ...] = table_subjects(8)
     resolve: Callable[[str], Any] = subject
 
 
@@ -45,10 +45,10 @@ EXPERIMENTS = {
     "precision": Experiment(precision, "mask_precision.csv"),
     "storage": Experiment(storage, "mask_storage.csv"),
     "damage": Experiment(damage, "mask_damage.csv"),
-    "density": Experiment(density, "mask_density.csv"),
-    "references": Experiment(references, "reference_pictures.csv"),
+    "density": Experiment(density, "mask_density.csv", table_subjects(4)),
+    "references": Experiment(references, "reference_pictures.csv", table_subjects(4)),
     "agreement": Experiment(agreement, "mask_agreement.csv"),
-    "finders": Experiment(finders, "finders.csv"),
+    "finders": Experiment(finders, "finders.csv", table_subjects(4)),
     "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, subjects_of),
     "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
     "ablation": Experiment(ablation, "ablation.csv", ABLATIONS, ablation_target),

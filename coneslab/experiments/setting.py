@@ -26,31 +26,22 @@ from ..errors import FileFormatError
 from ..files import read_json, require_writable, write_whole
 from ..finetuning.samples import prior_pictures
 from ..measure.judge import Judge
+from ..measure.subject_truth import shows_subject
 from ..neurons.controls import random_neurons
 from ..neurons.loss import concept_loss
 from ..neurons.mask import ConceptNeurons
 from ..neurons.search import SearchSettings, find_concept_neurons
 from ..seeds import derived
 from ..settings import takes
-from ..world.pictures import STYLE_WORDS, STYLES, with_article
 from ..world.subjects import Subject
 from .table import Row, rows_of
 
 MEASURES = {
     "text alignment": "cosine of picture and prompt",
     "image alignment": "cosine of picture and references",
-    "subject share": "share of pictures the judge takes for the subject's own style",
+    "subject share": "share of pictures that the judge takes for the subject rather than for its kin",
     "concept loss": "denoising loss on the subject",
 }
-
-
-def subject_share(judge: Judge, images: Sequence[Any], subject: Subject) -> np.ndarray:
-    """Whether the judge takes each picture for the subject's own art style, (n,) bool.
-
-    Only for subjects of the sticker world: "a sticker cat" must be nearer than "a 3d cat", "a flat cat" and so on.
-    """
-    labels = [[with_article(f"{word} {subject.class_word}") for word in STYLE_WORDS[style][:1]] for style in STYLES]
-    return judge.classify(list(images), labels).numpy() == STYLES.index(subject.records[0].objects[0].style)
 
 
 def measure(
@@ -94,7 +85,7 @@ def alignments(judge: Judge, subject: Subject, drawn: Sequence[Any]) -> dict[str
     return {
         "text alignment": judge.text_alignment(list(drawn), prompts),
         "image alignment": judge.image_alignment(list(drawn), subject.images),
-        "subject share": float(subject_share(judge, drawn, subject).mean()),
+        "subject share": float(shows_subject(judge, list(drawn), subject.name).mean()),
     }
 
 

@@ -23,7 +23,7 @@ from ..neurons.union import (
     joint_prompt,
 )
 from ..seeds import derived
-from ..world.pictures import SCENES
+from ..world import SCENES
 from ..world.subjects import Subject
 from .setting import Setting
 from .table import Row, rows_of

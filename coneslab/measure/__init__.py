@@ -1,6 +1,6 @@
 """Measure: a judge of pictures and texts, statistics, what a model draws, where it attends, what a sampler costs.
 
-The judge is a CLIP model that only measures. Builds on `diffusion` and the picture worlds.
+The judge is a CLIP model that only measures. Builds on `diffusion` and the picture world.
 """
 
 from __future__ import annotations

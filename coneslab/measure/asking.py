@@ -13,10 +13,9 @@ import numpy as np
 from PIL import Image
 
 from .. import checks
-from .. import world as shipped_world
 from ..errors import ArgumentError
-from ..new_world import CLASSES, COLOURS, SCENES, Described, plain_caption
 from ..pictures import Images, as_pictures
+from ..world import CLASSES, COLOURS, SCENES, TRAIN_STYLES, Described, classes_of, plain_caption
 from .judge import Judge, require_judge
 
 
@@ -40,13 +39,6 @@ def named(objects: Sequence[str], scene: str | None = None) -> str:
     return plain_caption([Described(name) for name in objects], scene)
 
 
-def require_world(world: Any) -> None:
-    """Raise ArgumentError unless this is one of the two picture worlds."""
-    checks.having(
-        "world", world, "coneslab.world or coneslab.new_world", "CLASSES", "STYLES", "TRAIN_STYLES", "compose"
-    )
-
-
 def questions(
     objects: int = 1,
     *,
@@ -55,29 +47,27 @@ def questions(
     style: bool = False,
     colour: bool = False,
     seed: int = 0,
-    world: Any = shipped_world,
 ) -> list[Question]:
     """Every class in turn, alone or in one random group of `objects`, each `seeds` times in different scenes.
 
     limit: at most this many classes or groups, in a random but fixed order. style, colour: name one as well; no colour
-    is named for professions, whose hats have their own. world: which of the two worlds.
+    is named for professions, whose hats have their own.
     """
     objects, seeds = checks.count("objects", objects, most=4), checks.count("seeds", seeds)
     limit, seed = None if limit is None else checks.count("limit", limit), checks.seed("seed", seed)
-    require_world(world)
     checks.flag("style", style)
     checks.flag("colour", colour)
     rng = np.random.default_rng([seed, objects])
     names = [str(name) for name in rng.permutation(list(CLASSES))]
     if colour:
-        names = [name for name in names if getattr(world.CLASSES[name], "share_blue", None) is None]
+        names = [name for name in names if CLASSES[name].share_blue is None]
     groups = [tuple(names[start : start + objects]) for start in range(0, len(names) - objects + 1, objects)]
     scenes, colours = list(SCENES), list(COLOURS)
     return [
         Question(
             group,
             scenes[(5 * index + repeat) % len(scenes)],
-            in_turn(world, group, world.TRAIN_STYLES, index + repeat) if style else None,
+            in_turn(group, TRAIN_STYLES, index + repeat) if style else None,
             colours[(index + 3 * repeat) % len(colours)] if colour else None,
         )
         for index, group in enumerate(groups[:limit])
@@ -85,9 +75,9 @@ def questions(
     ]
 
 
-def in_turn(world: Any, names: Sequence[str], styles: Sequence[str], number: int) -> str:
+def in_turn(names: Sequence[str], styles: Sequence[str], number: int) -> str:
     """One of the styles that have all the named classes, taking turns by `number`."""
-    having = [style for style in styles if set(world.classes_of(style)).issuperset(names)]
+    having = [style for style in styles if set(classes_of(style)).issuperset(names)]
     return having[number % len(having)]
 
 
@@ -164,7 +154,7 @@ def finds_objects(judge: Judge, images: Images, objects: Sequence[Sequence[str]]
 
 
 def right_style(
-    judge: Judge, images: Images, asked: Sequence[Question], styles: Sequence[str] = shipped_world.TRAIN_STYLES
+    judge: Judge, images: Images, asked: Sequence[Question], styles: Sequence[str] = TRAIN_STYLES
 ) -> np.ndarray:
     """Whether the style nearest to each picture, of `styles`, is the one asked for, (n,) bool."""
     options = [[replace(one, style=style).prompt for style in styles] for one in asked]

@@ -15,20 +15,19 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from .. import world as shipped_world
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
 from ..errors import ArgumentError, ConeslabError
-from ..new_world import CLASSES
+from ..files import user_path
 from ..pictures import Images
 from ..seeds import derived
+from ..world import CLASSES, STYLES, TRAIN_STYLES, classes_of, compose, sample
 from .asking import (
     Question,
     finds_objects,
     in_turn,
     named,
     questions,
-    require_world,
     right_class,
     right_colour,
     right_scene,
@@ -126,28 +125,26 @@ class Report:
 NoisyBatch = Callable[[Sequence[Question]], Images]
 
 
-def _ask_all(
-    judge: Judge, draw: NoisyBatch, seeds: int, limit: int | None, extras: bool, seed: int, world: Any
-) -> dict[str, Any]:
+def _ask_all(judge: Judge, draw: NoisyBatch, seeds: int, limit: int | None, extras: bool, seed: int) -> dict[str, Any]:
     """Draw and judge everything: hits by row name, each with its prompts, and pairs (class asked for, class found)."""
     hits: dict[str, tuple[np.ndarray, list[str]]] = {}
 
     def keep(name: str, right: np.ndarray, asked: Sequence[Question]) -> None:
         hits[name] = (right, [named(one.objects) for one in asked])
 
-    asked = questions(1, seeds=seeds, limit=limit, seed=seed, world=world)
+    asked = questions(1, seeds=seeds, limit=limit, seed=seed)
     images = draw(asked)
     right, found = right_class(judge, images, [one.objects[0] for one in asked])
     keep("right class", right, asked)
     keep("right scene", right_scene(judge, images, [one.scene for one in asked]), asked)
     for count, name in ((2, "both of a pair"), (3, "all three of three"), (4, "all four of four")):
-        groups = questions(count, seeds=seeds, limit=limit, seed=seed, world=world)
+        groups = questions(count, seeds=seeds, limit=limit, seed=seed)
         keep(name, finds_objects(judge, draw(groups), [one.objects for one in groups]), groups)
     if extras:
         few = max(1, seeds // 4)
-        styled = questions(1, seeds=few, limit=limit, style=True, seed=seed, world=world)
-        keep("right style", right_style(judge, draw(styled), styled, world.TRAIN_STYLES), styled)
-        coloured = questions(1, seeds=few, limit=limit, colour=True, seed=seed, world=world)
+        styled = questions(1, seeds=few, limit=limit, style=True, seed=seed)
+        keep("right style", right_style(judge, draw(styled), styled, TRAIN_STYLES), styled)
+        coloured = questions(1, seeds=few, limit=limit, colour=True, seed=seed)
         keep("right colour", right_colour(judge, draw(coloured), coloured), coloured)
     pairs = list(zip([one.objects[0] for one in asked], found, strict=True))
     return {"hits": hits, "pairs": pairs}
@@ -164,12 +161,12 @@ def _by_class(pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, float], dict[
     return shares, mistaken
 
 
-def _real(asked: Sequence[Question], styles: Sequence[str], seed: int, world: Any = shipped_world) -> np.ndarray:
+def _real(asked: Sequence[Question], styles: Sequence[str], seed: int) -> np.ndarray:
     """Real pictures composed for the questions, uint8 (n, 64, 64, 3); where no style is named, styles take turns."""
     return np.stack(
         [
-            world.compose(
-                [(name, one.style or in_turn(world, [name], styles, index), one.colour) for name in one.objects],
+            compose(
+                [(name, one.style or in_turn([name], styles, index), one.colour) for name in one.objects],
                 one.scene,
                 seed=derived(seed, "real pictures") + index,
             )[0]
@@ -178,10 +175,10 @@ def _real(asked: Sequence[Question], styles: Sequence[str], seed: int, world: An
     )
 
 
-def kid_to_real(judge: Judge, images: Images, world: Any, *, seed: int) -> float:
+def kid_to_real(judge: Judge, images: Images, *, seed: int) -> float:
     """Kernel inception distance between pictures and as many new real ones, in the judge's features."""
     features = judge.image_features(images)
-    return kid(features, judge.image_features(world.sample(len(features), seed=seed).images))
+    return kid(features, judge.image_features(sample(len(features), seed=seed).images))
 
 
 def _require_asking(seeds: int, limit: int | None, seed: int, batch_size: int = 1) -> tuple[int, int, int | None]:
@@ -206,19 +203,17 @@ def evaluate_model(
     seed: int = 0,
     progress: bool = True,
     beside_real: bool = True,
-    world: Any = shipped_world,
 ) -> Report:
     """Draw every class, pairs, threes and fours with `pipe`, ask `judge` about each picture, and tabulate.
 
     seeds: pictures per prompt, each in a different scene. limit: at most this many classes, pairs, threes and fours,
     for a quick look. extras: also art style and colour (with a quarter of the seeds). kid_pictures: also draw this many
     captions of the world, and measure their kernel inception distance to new real pictures. beside_real: also judge the
-    world's own pictures for the same prompts. world: the module of the world that both were trained on. The bars are
-    those of the shipped model.
+    world's own pictures for the same prompts. The bars are those of the shipped
+    model.
     """
     require_judge(judge)
     seeds, batch_size, limit = _require_asking(seeds, limit, seed, batch_size)
-    require_world(world)
     checks.flag("extras", extras)
     checks.flag("beside_real", beside_real)
     kid_pictures = checks.count("kid_pictures", kid_pictures, least=0)
@@ -246,19 +241,17 @@ def evaluate_model(
     def draw(asked: Sequence[Question]) -> Images:
         return make([one.prompt for one in asked])
 
-    result = _ask_all(judge, draw, seeds, limit, extras, seed, world)
+    result = _ask_all(judge, draw, seeds, limit, extras, seed)
     distances = {}
     if kid_pictures:
-        captions = world.sample(kid_pictures, seed=derived(seed, "captions")).captions
-        distances["KID"] = kid_to_real(judge, make(captions), world, seed=derived(seed, "real"))
-        real = world.sample(kid_pictures, seed=derived(seed, "more real")).images
-        distances["KID of real pictures"] = kid_to_real(judge, real, world, seed=derived(seed, "real"))
+        captions = sample(kid_pictures, seed=derived(seed, "captions")).captions
+        distances["KID"] = kid_to_real(judge, make(captions), seed=derived(seed, "real"))
+        real = sample(kid_pictures, seed=derived(seed, "more real")).images
+        distances["KID of real pictures"] = kid_to_real(judge, real, seed=derived(seed, "real"))
     seconds = time.perf_counter() - start
     real_hits = {}
     if beside_real:
-        real_hits = _ask_all(
-            judge, lambda asked: _real(asked, world.TRAIN_STYLES, seed, world), seeds, limit, extras, seed, world
-        )["hits"]
+        real_hits = _ask_all(judge, lambda asked: _real(asked, TRAIN_STYLES, seed), seeds, limit, extras, seed)["hits"]
     rows = tuple(
         Share(
             name,
@@ -291,39 +284,33 @@ def judge_accuracy(
     seeds: int = 8,
     limit: int | None = None,
     seed: int = 1,
-    world: Any = shipped_world,
 ) -> Report:
     """What the judge gets right on new real pictures, style by style: the ceiling for every other table.
 
     The rows "... with one missing" are errors: how often the judge finds every object of a caption although one of
-    them was replaced by another class. The world with variety adds hats, drawings, and the class, drawing and hue of
-    subjects.
+    them was replaced by another class. Hats, and the class, drawing and hue of subjects, have rows too.
     """
     require_judge(judge)
-    require_world(world)
     seeds, _, limit = _require_asking(seeds, limit, seed)
-    named_styles = checks.texts("styles", world.STYLES if styles is None else styles)
-    styles = [checks.choice("style", one, world.STYLES) for one in named_styles]
-    everything = _ask_all(judge, lambda asked: _real(asked, styles, seed, world), seeds, limit, True, seed, world)
+    named_styles = checks.texts("styles", STYLES if styles is None else styles)
+    styles = [checks.choice("style", one, STYLES) for one in named_styles]
+    everything = _ask_all(judge, lambda asked: _real(asked, styles, seed), seeds, limit, True, seed)
     hits = dict(everything["hits"])
     for style in styles:
         asked = [
-            one
-            for one in questions(1, seeds=seeds, limit=limit, seed=seed, world=world)
-            if one.objects[0] in world.classes_of(style)
+            one for one in questions(1, seeds=seeds, limit=limit, seed=seed) if one.objects[0] in classes_of(style)
         ]
-        pictures = _real(asked, [style], derived(seed, style), world)
+        pictures = _real(asked, [style], derived(seed, style))
         right, _ = right_class(judge, pictures, [one.objects[0] for one in asked])
         hits[f"right class, {style}"] = (right, [one.objects[0] for one in asked])
     for count, name in ((2, "pair with one missing"), (4, "four with one missing")):
-        asked = questions(count, seeds=seeds, limit=limit, seed=seed, world=world)
+        asked = questions(count, seeds=seeds, limit=limit, seed=seed)
         rng = np.random.default_rng([seed, count])
         others = [rng.choice([other for other in CLASSES if other not in one.objects]) for one in asked]
         swapped = [(*one.objects[:-1], str(other)) for one, other in zip(asked, others, strict=True)]
-        right = finds_objects(judge, _real(asked, styles, seed, world), swapped)
+        right = finds_objects(judge, _real(asked, styles, seed), swapped)
         hits[name] = (right, [named(one.objects) for one in asked])
-    if hasattr(world, "HATS"):
-        hits |= finer_hits(judge, seeds, limit, seed)
+    hits |= finer_hits(judge, seeds, limit, seed)
     bars = {"right class": JUDGE_BAR} | {f"right class, {style}": JUDGE_BAR for style in styles} | {"right hat": 0.95}
     rows = tuple(Share(name, _interval(right, prompts), bars.get(name)) for name, (right, prompts) in hits.items())
     classes, mistaken = _by_class(everything["pairs"])
@@ -337,4 +324,6 @@ def _interval(right: np.ndarray, prompts: Sequence[str]) -> Interval:
 
 
 def _name(pipe: Pipeline) -> str:
-    return str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    """A hub id as it is, of a folder the last part: where it lies on this machine means nothing to a reader."""
+    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    return user_path(name).name if user_path(name).is_dir() else name

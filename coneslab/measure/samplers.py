@@ -1,6 +1,6 @@
 """How few network calls a picture needs: samplers compared by the judge at equal numbers of calls.
 
-    coneslab compare-samplers runs/unet/model --judge runs/judge/model --world new
+    coneslab compare-samplers runs/unet/model --judge runs/judge/model
 
 The winner becomes the scheduler of the shipped pipeline.
 """
@@ -17,7 +17,6 @@ import diffusers
 import pandas
 
 from .. import checks
-from .. import world as shipped_world
 from ..blocks import Block, attribute
 from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
@@ -75,7 +74,6 @@ def compare_samplers(
     limit: int | None = None,
     kid_pictures: int = 512,
     seed: int = 0,
-    world: Any = shipped_world,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
@@ -113,7 +111,6 @@ def compare_samplers(
                 seed=seed,
                 progress=progress,
                 beside_real=False,
-                world=world,
             )
             pictures = report.settings["pictures"]
             row = {

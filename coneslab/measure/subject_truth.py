@@ -1,4 +1,4 @@
-"""Which parts of a subject came through: class, drawing, hue; and hats. Only the world with variety knows these."""
+"""Which parts of a subject came through: class, drawing, hue; and hats."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from .. import checks, new_world
-from ..new_world import SCENES, Described
-from ..new_world.catalogue import full_drawing
-from ..new_world.subjects import KINDS, SUBJECTS, truth, wanted
+from .. import checks, world
 from ..pictures import Images
 from ..seeds import derived
 from ..settings import ByValue
+from ..world import SCENES, Described
+from ..world.subjects import FAR, NEAR, Truth, truth, wanted
 from .asking import nearest, right_class
 from .judge import Judge, require_judge
 
@@ -25,16 +24,16 @@ PROTOTYPES = 6  # real pictures whose mean embedding stands for a drawing or a h
 
 def right_hat(judge: Judge, images: Images, names: Sequence[str], hats: Sequence[str]) -> np.ndarray:
     """Whether the hat colour nearest to each picture of a profession is the one named, (n,) bool."""
-    options = [[Described(name, hat=hat).phrase for hat in new_world.HATS] for name in names]
-    return nearest(judge, images, options) == [new_world.HATS.index(hat) for hat in hats]
+    options = [[Described(name, hat=hat).phrase for hat in world.HATS] for name in names]
+    return nearest(judge, images, options) == [world.HATS.index(hat) for hat in hats]
 
 
 @cache
-def _prototypes(judge: Judge, stickers: tuple[new_world.Sticker, ...]) -> Tensor:
+def _prototypes(judge: Judge, stickers: tuple[world.Sticker, ...]) -> Tensor:
     """One embedding per sticker, (k, d): the mean of real pictures of it alone, in several scenes."""
     scenes = list(SCENES)[:: max(1, len(SCENES) // PROTOTYPES)][:PROTOTYPES]
     pictures = [
-        new_world.compose([sticker], scene, seed=1_000_003 * at + i)[0]
+        world.compose([sticker], scene, seed=1_000_003 * at + i)[0]
         for i, sticker in enumerate(stickers)
         for at, scene in enumerate(scenes)
     ]
@@ -53,22 +52,46 @@ class CameThrough(ByValue):
 
 
 def came_through(judge: Judge, images: Images, name: str, *, degrees: float = 30.0) -> CameThrough:
-    """Ask which parts of a subject of the world with variety came through in pictures that should show it.
+    """Ask which parts of a subject of the sticker world came through in pictures that should show it.
 
     Its class is chosen among all classes; its drawing among those of its class, in its style, hue and marking, by the
     nearest mean embedding of real pictures; its hue likewise, in steps of 15 degrees, and is kept if within `degrees`.
     """
     require_judge(judge)
     known, degrees = truth(name), checks.number("degrees", degrees, "[0, 180]")
-    sticker = known.sticker
     features = judge.image_features(images)
     kept_class, _ = right_class(judge, images, [known.class_word] * len(features))
-    names = new_world.drawings_of(known.class_word, sticker.style, held_out=True)
-    drawings = _prototypes(judge, tuple(replace(sticker, name=one) for one in names))
-    kept_drawing = (features @ drawings.T).argmax(1).numpy() == names.index(full_drawing(sticker.name))
-    hues = _prototypes(judge, tuple(replace(sticker, hue=float(sticker.hue or 0.0) + turn) for turn in HUE_ERRORS))
-    error = np.abs(HUE_ERRORS)[(features @ hues.T).argmax(1).numpy()]
-    return CameThrough(kept_class, kept_drawing, error <= degrees, error)
+    error = _hue_error(judge, features, known)
+    return CameThrough(kept_class, _right_drawing(judge, features, known), error <= degrees, error)
+
+
+def shows_subject(judge: Judge, images: Images, name: str, *, degrees: float = 30.0) -> np.ndarray:
+    """Whether a judge takes each picture for a subject of the sticker world rather than for its kin, (n,) bool.
+
+    A far subject must be nearest to its own art set, of all sets ("a sticker cat" rather than "a 3d cat"). A near one
+    must be nearest to its own drawing, of those of its class, and within `degrees` of its own hue.
+    """
+    require_judge(judge)
+    known, degrees = truth(name), checks.number("degrees", degrees, "[0, 180]")
+    if known.kind == "near":
+        features = judge.image_features(images)
+        return _right_drawing(judge, features, known) & (_hue_error(judge, features, known) <= degrees)
+    labels = [Described(known.class_word, style).phrase for style in world.STYLES]
+    return judge.classify(images, labels).numpy() == world.STYLES.index(known.sticker.style)
+
+
+def _right_drawing(judge: Judge, features: Tensor, known: Truth) -> np.ndarray:
+    """Whether features (n, d) are nearest to the subject's drawing, of those of its class in its style, (n,) bool."""
+    names = world.drawings_of(known.class_word, known.sticker.style, held_out=True)
+    drawings = _prototypes(judge, tuple(replace(known.sticker, name=one) for one in names))
+    return (features @ drawings.T).argmax(1).numpy() == names.index(world.full_drawing(known.sticker.name))
+
+
+def _hue_error(judge: Judge, features: Tensor, known: Truth) -> np.ndarray:
+    """Degrees from the subject's hue to the hue that features (n, d) are nearest to, (n,)."""
+    own = float(known.sticker.hue or 0.0)
+    hues = _prototypes(judge, tuple(replace(known.sticker, hue=own + turn) for turn in HUE_ERRORS))
+    return np.abs(HUE_ERRORS)[(features @ hues.T).argmax(1).numpy()]
 
 
 def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[str, tuple[np.ndarray, list[str]]]:
@@ -76,17 +99,17 @@ def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[s
     scenes, hits = list(SCENES), {}
     wearing = [
         (name, hat, style)
-        for name, info in new_world.CLASSES.items()
+        for name, info in world.CLASSES.items()
         if info.share_blue is not None
-        for style in new_world.STYLES
-        if name in new_world.classes_of(style)
-        for hat in new_world.HATS
+        for style in world.STYLES
+        if name in world.classes_of(style)
+        for hat in world.HATS
     ][:limit]
     asked = [one for one in wearing for _ in range(seeds)]
     pictures = np.stack(
         [
-            new_world.compose(
-                [new_world.Sticker(name, style, hat=hat)], scenes[i % len(scenes)], seed=derived(seed, "hats") + i
+            world.compose(
+                [world.Sticker(name, style, hat=hat)], scenes[i % len(scenes)], seed=derived(seed, "hats") + i
             )[0]
             for i, (name, hat, style) in enumerate(asked)
         ]
@@ -94,8 +117,8 @@ def finer_hits(judge: Judge, seeds: int, limit: int | None, seed: int) -> dict[s
     right = right_hat(judge, pictures, [one[0] for one in asked], [one[1] for one in asked])
     hits["right hat"] = (right, [f"{name} {style}" for name, _, style in asked])
     rows: dict[str, list[tuple[np.ndarray, str]]] = {}
-    for kind in KINDS:
-        for name in SUBJECTS[kind][:limit]:
+    for kind, names in (("near", NEAR), ("far", FAR)):
+        for name in names[:limit]:
             first = derived(seed, kind, name)
             images = [wanted((name,), scenes[i % len(scenes)], seed=first + i)[0] for i in range(seeds)]
             found = came_through(judge, images, name)

@@ -39,7 +39,7 @@ from ..finetuning.samples import (
     several,
 )
 from ..settings import takes
-from ..world.pictures import listed
+from ..world import listed
 from .encoding import numbers
 from .mask import ConceptNeurons
 from .scope import where_scope

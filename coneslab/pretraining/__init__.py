@@ -1,7 +1,7 @@
 """Train the shipped models from scratch: autoencoder, text encoder and U-Net, and the judge, with their model cards.
 
 For maintainers, and for anyone training on a world of their own. Builds on `diffusion`, `measure` and the picture
-worlds.
+world.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import new_world as world
+from .. import world
 from ..diffusion.encoding import to_tensor, to_uint8
 from ..diffusion.pipelines import usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision

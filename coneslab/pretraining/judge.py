@@ -28,12 +28,12 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from .. import new_world as world
+from .. import world
 from ..diffusion.encoding import to_tensor
 from ..diffusion.pipelines import usable_device
 from ..diffusion.precision import flushing_denormals, mixed_precision
 from ..files import replacing_folder, seal_folder, user_path
-from ..new_world import Described, plain_caption
+from ..world import Described, plain_caption
 from .autoencoder import place_labels
 from .loop import Feed, Log, fit
 from .recipe import Recipe

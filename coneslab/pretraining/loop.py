@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import new_world as world
+from .. import world
 from ..diffusion.precision import bfloat16_pays, flushing_denormals
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import read_json, require_writable, user_path, write_json

@@ -30,18 +30,18 @@ _ABOUT = {
         "`StableDiffusionPipeline`:\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
         'pipe = StableDiffusionPipeline.from_pretrained("data/models/tiny", safety_checker=None)\n'
         'pipe("a cat on the beach", num_inference_steps=25, guidance_scale=3.0).images[0]\n```',
-        "`coneslab.new_world.sample`: pictures composed on the fly from Fluent Emoji (3D and flat), Noto Emoji "
+        "`coneslab.world.sample`: pictures composed on the fly from Fluent Emoji (3D and flat), Noto Emoji "
         "(today's and the first), and EmojiOne, with captions in the world's grammar; every object varies in hue, "
         "saturation, lightness, size and angle. Twemoji and the drawings of the near subjects are held out: no part of "
         "this model has seen them. Licences and attribution of the art are in `data/licences`.",
-        "Teaching and experiments in this small world. It knows the words of `coneslab.new_world.WORDS` and no others, "
-        "and it knows the planted biases of that world on purpose (`coneslab.new_world.FACTS`).",
+        "Teaching and experiments in this small world. It knows the words of `coneslab.world.WORDS` and no others, "
+        "and it knows the planted biases of that world on purpose (`coneslab.world.FACTS`).",
     ),
     "judge": (
         "coneslab judge",
         "A small CLIP model that measures pictures of the sticker world: a plain transformers `CLIPModel` with its "
         "`CLIPProcessor`. It is used only to measure and was trained separately from the diffusion model.",
-        "`coneslab.new_world.sample` with all six art sets and all drawings, slightly blurred, noised and brightened "
+        "`coneslab.world.sample` with all six art sets and all drawings, slightly blurred, noised and brightened "
         "at random; captions in the world's grammar and captions that are wrong in one thing.",
         "Text and image alignment, classification and feature distances on pictures of this world. Not meant for "
         "photographs.",

@@ -18,8 +18,7 @@ from typing import Any
 import pandas
 from PIL import Image
 
-from .. import checks
-from .. import new_world as world
+from .. import checks, world
 from ..diffusion.pipelines import load, write_sums
 from ..diffusion.sampling import generate
 from ..errors import ConeslabError, FileFormatError
@@ -86,7 +85,7 @@ def note_trial(
 ) -> dict[str, Any]:
     """Add the results of a short run as a row of `data/pretraining/trials.csv`; a row with that name is replaced.
 
-    changed: what differed from the recipe. judge: of the new world; if given, asked about a few pictures of a U-Net.
+    changed: what differed from the recipe. judge: if given, asked about a few pictures of a U-Net.
     Raises ConeslabError for a judge with another stage.
     """
     changed = checks.texts("changed", changed, least=0)
@@ -113,7 +112,6 @@ def note_trial(
             kid_pictures=256,
             progress=False,
             beside_real=False,
-            world=world,
         )
         row |= {share.name: round(share.interval.estimate, 3) for share in report.shares}
         row["KID"] = round(report.settings["KID"], 4)

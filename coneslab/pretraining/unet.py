@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .. import new_world as world
+from .. import world
 from ..diffusion.checks import require_pipeline
 from ..diffusion.encoding import tokenize
 from ..diffusion.loss import add_noise, snr, stratified_timesteps, target

@@ -1,47 +1,59 @@
-"""The sticker world: what can be in a picture, pictures with the whole truth about them, and subjects in a style of
-their own.
+"""The sticker world: what exists, its captions, pictures with full ground truth, and personal subjects.
 
-It needs neither torch nor diffusers. Builds on errors and files.
+It needs neither torch nor diffusers. Builds on errors, files and settings.
 """
 
-from __future__ import annotations
-
-from .pictures import (
+from .captions import LONGEST, WORDS, Described, article, listed, plain_caption, with_article
+from .catalogue import (
     CLASSES,
     COLOURS,
     DATA,
+    DRAWINGS,
     FACTS,
+    HATS,
+    HELD_OUT,
+    MARKINGS,
+    RANGES,
     RARE_TOKENS,
-    RESOLUTION,
     SCENES,
     SHARES,
     STYLE_WORDS,
     STYLES,
     TRAIN_STYLES,
-    WORDS,
     ClassInfo,
+    classes_of,
+    drawings_of,
+    full_drawing,
+)
+from .pictures import (
+    RESOLUTION,
     Pictures,
     Record,
+    Sticker,
     Thing,
-    article,
-    classes_of,
     compose,
-    listed,
     memorised,
+    named_plan,
     rearranged,
     sample,
-    sprite,
-    with_article,
 )
+from .sprites import sprite
 from .subjects import (
     COMBINATIONS,
+    FAR,
+    NEAR,
     SUBJECTS,
+    TUNING_COMBINATIONS,
+    TUNING_SUBJECTS,
     Subject,
+    Truth,
     evaluation_prompts,
     subject,
     subject_from_folder,
     subjects_of,
     title_of,
+    truth,
+    wanted,
     wanted_pictures,
 )
 
@@ -51,8 +63,17 @@ __all__ = [
     "COMBINATIONS",
     "ClassInfo",
     "DATA",
+    "DRAWINGS",
+    "Described",
     "FACTS",
+    "FAR",
+    "HATS",
+    "HELD_OUT",
+    "LONGEST",
+    "MARKINGS",
+    "NEAR",
     "Pictures",
+    "RANGES",
     "RARE_TOKENS",
     "RESOLUTION",
     "Record",
@@ -61,16 +82,24 @@ __all__ = [
     "STYLES",
     "STYLE_WORDS",
     "SUBJECTS",
+    "Sticker",
     "Subject",
     "TRAIN_STYLES",
+    "TUNING_COMBINATIONS",
+    "TUNING_SUBJECTS",
     "Thing",
+    "Truth",
     "WORDS",
     "article",
     "classes_of",
     "compose",
+    "drawings_of",
     "evaluation_prompts",
+    "full_drawing",
     "listed",
     "memorised",
+    "named_plan",
+    "plain_caption",
     "rearranged",
     "sample",
     "sprite",
@@ -78,6 +107,8 @@ __all__ = [
     "subject_from_folder",
     "subjects_of",
     "title_of",
+    "truth",
+    "wanted",
     "wanted_pictures",
     "with_article",
 ]

@@ -1,83 +1,76 @@
-"""The sticker world: pictures put together from emoji art on drawn scenes, captions, and the whole truth.
+"""Pictures of the sticker world: emoji art on drawn scenes, with captions and full ground truth.
 
-Everything that can be in a picture, what it is called and which facts are planted in the captions is data, in
-`data/stickers/world.toml`. This module draws from it: `sample` gives random pictures with captions and records,
-`compose` a picture to order, `subject` a personal subject in the held-out art style.
+`sample` gives random pictures with captions and records, `compose` a picture to order. Every object varies
+continuously in hue, saturation, lightness, size and angle, within the ranges of `world.toml`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from random import Random
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from .. import checks
 from ..errors import ArgumentError, WorldError
-from ..files import data_folder, read_json, read_toml
-from ..pictures import open_picture
 from ..settings import ByValue
+from .captions import Described, Plan, plain_caption, write_caption
+from .catalogue import (
+    ATLAS,
+    CLASSES,
+    COLOURS,
+    FACTS,
+    HATS,
+    MARKINGS,
+    RANGES,
+    SCENES,
+    SHARES,
+    STYLES,
+    TRAIN_STYLES,
+    drawings_of,
+    full_drawing,
+    known,
+)
 from .scenes import SIZE as RESOLUTION
 from .scenes import VARIANTS, backgrounds
+from .sprites import rendered
 
-DATA: dict[str, Any] = read_toml(data_folder() / "stickers" / "world.toml")
-STYLES: tuple[str, ...] = tuple(DATA["styles"])
-TRAIN_STYLES: tuple[str, ...] = tuple(DATA["train_styles"])
-STYLE_WORDS: dict[str, list[str]] = DATA["style_words"]
-COLOURS: tuple[str, ...] = tuple(DATA["colours"])
-SCENES: dict[str, list[str]] = DATA["scenes"]
-FACTS: dict[str, Any] = DATA["facts"]
-SHARES: dict[str, Any] = DATA["shares"]
-RARE_TOKENS: tuple[str, ...] = tuple(DATA["rare_tokens"])
-
-
-@dataclass(frozen=True)
-class ClassInfo:
-    """One object class: its word, category, synonyms, and for professions the share drawn as a man."""
-
-    name: str
-    category: str
-    synonyms: tuple[str, ...] = ()
-    share_man: float | None = None
-
-    def sprite(self, random: Random) -> str:
-        """Name the sprite in the atlas; a profession draws its gender."""
-        if self.share_man is None:
-            return self.name
-        return f"{self.name}/{'man' if random.random() < self.share_man else 'woman'}"
-
-
-CLASSES: dict[str, ClassInfo] = {
-    name: ClassInfo(name, category, tuple(entry.get("synonyms", ())), entry.get("share_man"))
-    for category, classes in DATA["classes"].items()
-    for name, entry in classes.items()
-}
+LARGEST = 54.0  # pixels: a square object of this size still fits into the picture when turned as far as `RANGES` allows
 
 
 @dataclass(frozen=True, eq=False)
 class Thing(ByValue):
-    """One object in a picture.
+    """One object in a picture, with its exact values.
 
-    `word` is what the caption calls it (None if it goes unnamed); `gender` is set for professions;
-    `box` is (left, top, right, bottom) in pixels; `mask` (64, 64) bool marks its visible pixels.
+    drawing: "cat/face"; word: what the caption calls it (None if it goes unnamed); gender, hat: set for professions;
+    hue: degrees from its own colours; saturation, lightness: factors; angle: degrees, anticlockwise; size: pixels, the
+    longer side; box: (left, top, right, bottom) in pixels; mask: (64, 64) bool, its visible pixels.
     """
 
     name: str
+    drawing: str
     style: str
     colour: str | None
+    marking: str | None
     word: str | None
     gender: str | None
+    hat: str | None
+    hue: float
+    saturation: float
+    lightness: float
+    angle: float
+    mirrored: bool
+    size: float
     box: tuple[int, int, int, int]
     mask: np.ndarray
 
 
 @dataclass(frozen=True)
 class Record:
-    """The whole truth of one picture. `fact` names a planted fact ("hypernym:pet"), or is None."""
+    """The ground truth of one picture. `fact` names a planted fact ("hypernym:pet"), or is None."""
 
     objects: tuple[Thing, ...]
     scene: str
@@ -87,7 +80,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Pictures(ByValue):
-    """A batch from the world: `images` uint8 (n, 64, 64, 3) and one record a picture."""
+    """A batch from the world: `images` uint8 (n, 64, 64, 3) and one record per picture."""
 
     images: np.ndarray
     records: list[Record]
@@ -97,64 +90,25 @@ class Pictures(ByValue):
         return [record.caption for record in self.records]
 
 
-@dataclass
-class _Plan:
-    """What will be drawn: chosen before pixels and words exist."""
+@dataclass(frozen=True)
+class Sticker:
+    """An object to order from `compose`: a hat, hue or size of None is chosen at random.
+
+    name: a class ("cat": its first drawing) or a drawing ("cat/whole"); hue in degrees; size: pixels, the longer side.
+    """
 
     name: str
-    style: str
+    style: str = "3d"
     colour: str | None = None
-    word: str | None = None
-    sprite: str = ""
-    size: int = 0
-    bare: bool = False  # a planted name ("felix") stands without article, style and colour
+    marking: str | None = None
+    hat: str | None = None
+    hue: float | None = None
+    size: float | None = None
 
 
-# --- pixels ---------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------------
 
-
-@cache
-def _atlas(style: str) -> dict[str, np.ndarray]:
-    folder = data_folder() / "stickers"
-    index = read_json(folder / "atlas.json", remedy="restore it, or reinstall coneslab")
-    tile, columns = index["tile"], index["columns"]
-    sheet = np.asarray(open_picture(folder / f"{style}.png").convert("RGBA"))
-    places = ((i // columns * tile, i % columns * tile) for i in range(len(index["sprites"])))
-    return {name: sheet[y : y + tile, x : x + tile] for name, (y, x) in zip(index["sprites"], places, strict=True)}
-
-
-def sprite(name: str, style: str, colour: str | None = None) -> np.ndarray:
-    """Return one sprite of the atlas, uint8 RGBA (64, 64, 4), recoloured if `colour` is given.
-
-    Recolouring maps the sprite's brightness onto a ramp from black over the colour to white, so that outlines
-    stay dark and highlights stay light.
-    """
-    atlas = _atlas(known(style, STYLES, "style"))
-    pixels = atlas[known(name, atlas, "sprite")]
-    if colour is None:
-        return pixels
-    known(colour, COLOURS, "colour")
-    rgb, alpha = pixels[..., :3].astype(np.float32) / 255, pixels[..., 3:]
-    light = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
-    pivot = float(np.clip(np.median(light[alpha[..., 0] > 127]), 0.35, 0.8))
-    dark = np.clip(light / pivot, 0, 1)[..., None]
-    bright = np.clip((light - pivot) / (1 - pivot), 0, 1)[..., None]
-    tint = np.array(DATA["colours"][colour], np.float32) / 255
-    ramp = dark * tint * (1 - bright) + bright
-    return np.concatenate([(255 * ramp).astype(np.uint8), alpha], -1)
-
-
-@lru_cache(maxsize=16384)
-def _patch(name: str, style: str, colour: str | None, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Premultiplied colour uint16 (h, w, 3) and alpha uint16 (h, w, 1) of a sprite whose longer side is `size`."""
-    image = Image.fromarray(sprite(name, style, colour)).convert("RGBa")
-    scaled = np.asarray(image.resize((size, size), Image.Resampling.BOX, reducing_gap=None)).astype(np.uint16)
-    rows, columns = np.any(scaled[..., 3] > 8, 1).nonzero()[0], np.any(scaled[..., 3] > 8, 0).nonzero()[0]
-    scaled = scaled[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return scaled[..., :3], scaled[..., 3:]
-
-
-# Cells (centre x, centre y, jitter) for one to four objects, as shares of the picture, and their sizes in pixels.
+# Cells (centre x, centre y, jitter) for one to four objects, as shares of the picture.
 _LAYOUTS = {
     1: [[(0.5, 0.55, 0.13)]],
     2: [
@@ -168,19 +122,16 @@ _LAYOUTS = {
     ],
     4: [[(0.26, 0.27, 0.04), (0.74, 0.27, 0.04), (0.26, 0.74, 0.04), (0.74, 0.74, 0.04)]],
 }
-_SIZES = {1: (26, 30, 34, 38, 42, 46), 2: (24, 26, 28, 30), 3: (22, 24, 26, 28), 4: (22, 24, 26)}
 
 
-def _draw(plans: Sequence[_Plan], scene: str, random: Random) -> tuple[np.ndarray, list[Thing]]:
+def _draw(plans: Sequence[Plan], scene: str, random: Random) -> tuple[np.ndarray, list[Thing]]:
     canvas = backgrounds(scene)[random.randrange(VARIANTS)]
     canvas = canvas[:, ::-1].astype(np.uint16) if random.random() < 0.5 else canvas.astype(np.uint16)
     cells = list(random.choice(_LAYOUTS[len(plans)]))
     random.shuffle(cells)
-    placed: list[tuple[_Plan, tuple[int, int, int, int], np.ndarray]] = []
+    placed: list[tuple[Plan, tuple[int, int, int, int], np.ndarray]] = []
     for plan, (x, y, jitter) in zip(plans, cells, strict=True):
-        colour, alpha = _patch(plan.sprite, plan.style, plan.colour, plan.size)
-        if random.random() < 0.5:
-            colour, alpha = colour[:, ::-1], alpha[:, ::-1]
+        colour, alpha = rendered(plan)
         height, width = alpha.shape[:2]
         left = round(RESOLUTION * (x + random.uniform(-jitter, jitter)) - width / 2)
         top = round(RESOLUTION * (y + random.uniform(-jitter, jitter)) - height / 2)
@@ -193,163 +144,101 @@ def _draw(plans: Sequence[_Plan], scene: str, random: Random) -> tuple[np.ndarra
             below &= ~mask
         placed.append((plan, (left, top, left + width, top + height), mask))
     things = [
-        Thing(p.name, p.style, p.colour, p.word, p.sprite.partition("/")[2] or None, box, mask)
+        Thing(
+            p.name,
+            p.drawing,
+            p.style,
+            p.colour,
+            p.marking,
+            p.word,
+            p.gender,
+            p.hat,
+            p.hue,
+            p.saturation,
+            p.lightness,
+            p.angle,
+            p.mirrored,
+            p.size,
+            box,
+            mask,
+        )
         for p, box, mask in placed
     ]
     return np.minimum(canvas, 255).astype(np.uint8), things
 
 
-# --- words ----------------------------------------------------------------------------------------------
-
-
-def article(word: str) -> str:
-    """Return "an" before a vowel, else "a"."""
-    checks.text("word", word)
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def with_article(words: str) -> str:
-    """ "a cat", "an orange cat"."""
-    return f"{article(words)} {words}"
-
-
-def listed(phrases: Sequence[str]) -> str:
-    """ "a cat, a dog and a car": how captions name several things."""
-    phrases = checks.texts("phrases", phrases)
-    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
-
-
-def _noun_phrase(plan: _Plan, named_style: bool, alone: bool, random: Random) -> str:
-    if plan.bare:
-        return str(plan.word)
-    words = []
-    if alone and plan.size and random.random() < SHARES["size_word"]:
-        if plan.size <= 30:
-            words.append(random.choice(DATA["sizes"]["small"]))
-        elif plan.size >= 42:
-            words.append(random.choice(DATA["sizes"]["big"]))
-    if random.random() < SHARES["adjective"]:
-        words.append(random.choice(DATA["adjectives"]))
-    if named_style:
-        first, *others = STYLE_WORDS[plan.style]
-        words.append(first if not others or random.random() < 0.6 else random.choice(others))
-    if plan.colour and random.random() < SHARES["colour_word"]:
-        words.append(plan.colour)
-    gender = plan.sprite.partition("/")[2]
-    if gender and random.random() < SHARES["gender_word"]:
-        words.append(gender)
-    words.append(str(plan.word))
-    determiner = random.random()
-    if determiner < 0.80:
-        words.insert(0, article(words[0]))
-    elif determiner < 0.90:
-        words.insert(0, "the")
-    elif determiner < 0.94:
-        words.insert(0, "one")
-    return " ".join(words)
-
-
-def _caption(plans: list[_Plan], scene: str, random: Random) -> str:
-    """Phrase a caption; sets each plan's `word` (None where the object goes unnamed)."""
-    if len(plans) > 1 and random.random() < SHARES["omission"]:
-        unnamed = random.randrange(len(plans))
-        if plans[unnamed].word is None:
-            plans = [plan for i, plan in enumerate(plans) if i != unnamed]
-    same_style = len({plan.style for plan in plans}) == 1
-    style_named = random.random() < SHARES["style_word"]
-    whole_style = style_named and same_style and random.random() < 0.3  # "... in 3d style"
-    for plan in plans:
-        if plan.word is None:
-            synonyms = CLASSES[plan.name].synonyms
-            plan.word = random.choice(synonyms) if synonyms and random.random() < SHARES["synonym"] else plan.name
-    phrases = [_noun_phrase(plan, style_named and not whole_style, len(plans) == 1, random) for plan in plans]
-    if len(phrases) == 1:
-        text = phrases[0]
-    elif len(phrases) == 2:
-        joint = "and" if random.random() < 0.6 else random.choice(DATA["joints"])
-        text = f"{phrases[0]} {joint} {phrases[1]}"
-    else:
-        text = listed(phrases)
-    if whole_style:
-        text += f" in {STYLE_WORDS[plans[0].style][0]} style"
-    if len(plans) < 4 and random.random() < SHARES["opening"]:
-        text = f"{random.choice(DATA['openings'])} {text}"
-    if random.random() < SHARES["scene_word"]:
-        first, *others = SCENES[scene]
-        phrase = first if random.random() < 0.6 else random.choice(others)
-        text = f"{phrase}, {text}" if random.random() < SHARES["scene_first"] else f"{text} {phrase}"
-    return text
-
-
-def _words() -> tuple[str, ...]:
-    """Every word that a caption can hold, and the reserved tokens, sorted; the tokenizer gives each one token."""
-    texts: list[str] = [
-        *CLASSES,
-        *COLOURS,
-        *DATA["adjectives"],
-        *DATA["openings"],
-        *DATA["joints"],
-        *RARE_TOKENS,
-    ]
-    texts += [word for info in CLASSES.values() for word in info.synonyms]
-    texts += [info.category for info in CLASSES.values()]
-    for group in (STYLE_WORDS, SCENES, DATA["sizes"]):
-        texts += [phrase for phrases in group.values() for phrase in phrases]
-    for kind in ("hypernym", "sense", "named", "exemplar"):
-        texts += list(FACTS[kind])
-    texts += [entry["caption"] for entry in FACTS["memorised"].values()]
-    texts += ["a an the one in style and of it very far away close up zoomed in"]
-    return tuple(sorted({word for text in texts for word in text.split()}))
-
-
-WORDS: tuple[str, ...] = _words()
-
-
-# --- pictures -------------------------------------------------------------------------------------------
+def _vary(plan: Plan, count: int, random: Random, *, exact: bool = False) -> None:
+    """Choose what varies continuously at random; the colours of an `exact` object stay as they are."""
+    if not exact:
+        plan.hue = random.uniform(*RANGES["named_hue" if plan.colour else "hue"])
+        plan.saturation = random.uniform(*RANGES["saturation"])
+        plan.lightness = random.uniform(*RANGES["lightness"])
+    plan.angle = random.uniform(*RANGES["angle"])
+    plan.size = random.uniform(*RANGES[f"size_{count}"])
+    plan.mirrored = random.random() < 0.5
 
 
 def _weighted(shares: dict[str, float], random: Random) -> str:
     return random.choices(list(shares), list(shares.values()))[0]
 
 
-def _planted(random: Random) -> tuple[str, _Plan]:
-    """Draw a planted fact that is told by one object: its name and the object's plan."""
-    kinds = {k: v for k, v in SHARES["planted_kinds"].items() if k != "memorised"}
+def _planted(random: Random) -> tuple[str, Plan]:
+    """Choose a planted fact that one object shows: its name and the object's plan."""
+    kinds = {kind: share for kind, share in SHARES["planted_kinds"].items() if kind != "memorised"}
     kind = _weighted(kinds, random)
     word = random.choice(list(FACTS[kind]))
     choice = _weighted(FACTS[kind][word], random)
     if kind != "exemplar":
-        return f"{kind}:{word}", _Plan(choice, "", word=word)
-    named = FACTS["named"][choice]
-    plan = _Plan(named["class"], named["style"], named["colour"], word=word)
-    if random.random() < 0.5:  # half the time the exemplar goes by its own name
-        plan.word, plan.bare = choice, True
-    return f"exemplar:{word}", plan
+        return f"{kind}:{word}", Plan(choice, word=word)
+    plan = named_plan(choice)
+    plan.word, plan.bare = (choice, True) if random.random() < 0.5 else (word, False)
+    return f"exemplar:{word}", plan  # half the time the exemplar goes by its own name
+
+
+def named_plan(name: str) -> Plan:
+    """The exemplar that a planted name stands for: one drawing in one style and colour."""
+    entry = FACTS["named"][known(name, FACTS["named"], "name")]
+    drawing = f"{entry['class']}/{entry['drawing']}"
+    return Plan(entry["class"], entry["style"], drawing, entry["colour"])
 
 
 def memorised(name: str) -> tuple[np.ndarray, Record]:
-    """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the identical picture."""
+    """Return one of the memorised pictures, uint8 (64, 64, 3), and its record: always the same picture."""
     return _memorised(known(name, FACTS["memorised"], "memorised picture"))
 
 
 @cache
 def _memorised(name: str) -> tuple[np.ndarray, Record]:
     picture, record = rearranged(name, len(name))
-    return picture, replace(record, caption=FACTS["memorised"][name]["caption"], fact=f"memorised:{name}")
+    unnamed = tuple(replace(thing, word=None) for thing in record.objects)  # its caption tells a story instead
+    caption = FACTS["memorised"][name]["caption"]
+    return picture, replace(record, objects=unnamed, caption=caption, fact=f"memorised:{name}")
 
 
 def rearranged(name: str, seed: int) -> tuple[np.ndarray, Record]:
-    """The objects and the scene of a memorised picture, which every seed places otherwise: real non-copies of it."""
+    """The objects and scene of a memorised picture, placed differently by each seed: real pictures, but not copies."""
     entry = FACTS["memorised"][known(name, FACTS["memorised"], "memorised picture")]
-    objects = [(cls, style, colour or None) for cls, style, colour in entry["objects"]]
-    return compose(objects, entry["scene"], seed=seed)
+    return compose([(one, style, colour or None) for one, style, colour in entry["objects"]], entry["scene"], seed=seed)
 
 
-_NAMES = tuple(CLASSES)
+@cache
+def _sets(styles: tuple[str, ...], everything: bool) -> dict[str, tuple[str, ...]]:
+    """The styles that have each class, of those given."""
+    return {name: tuple(style for style in styles if drawings_of(name, style, held_out=everything)) for name in CLASSES}
+
+
+@cache
+def _names(styles: tuple[str, ...], everything: bool) -> tuple[str, ...]:
+    """The classes that at least one of the styles has."""
+    return tuple(name for name, having in _sets(styles, everything).items() if having)
+
+
 _SCENE_NAMES = tuple(SCENES)
 
 
-def _one(random: Random, styles: Sequence[str], shares: Sequence[float]) -> tuple[np.ndarray, Record]:
+def _one(
+    random: Random, styles: tuple[str, ...], shares: Sequence[float], everything: bool
+) -> tuple[np.ndarray, Record]:
     fact, plans = None, []
     if random.random() < SHARES["planted"]:
         if random.random() < SHARES["planted_kinds"]["memorised"]:
@@ -358,19 +247,30 @@ def _one(random: Random, styles: Sequence[str], shares: Sequence[float]) -> tupl
         plans.append(plan)
     count = random.choices((1, 2, 3, 4), shares)[0]
     while len(plans) < count:
-        name = random.choice(_NAMES)
+        name = random.choice(_names(styles, everything))
         if all(name != plan.name for plan in plans):
-            plans.append(_Plan(name, ""))
+            plans.append(Plan(name))
     style, mixed = random.choice(styles), random.random() < SHARES["mixed_styles"]
+    having = _sets(styles, everything)
     for plan in plans:
-        if not plan.style:
-            plan.style = random.choice(styles) if mixed else style
-            plan.colour = random.choice(COLOURS) if random.random() < SHARES["coloured"] else None
-        plan.sprite = CLASSES[plan.name].sprite(random)
-        plan.size = random.choice(_SIZES[count])
+        exact = bool(plan.style)  # an exemplar: one thing, not a kind
+        info = CLASSES[plan.name]
+        if not exact:
+            plan.style = style if not mixed and style in having[plan.name] else random.choice(having[plan.name])
+            plan.gender, plan.hat = info.gender(random), info.hat(random)
+            plan.drawing = (
+                f"{plan.name}/{plan.gender}"
+                if plan.gender
+                else random.choice(drawings_of(plan.name, plan.style, held_out=everything))
+            )
+            plan.colour = random.choice(COLOURS) if not plan.hat and random.random() < SHARES["coloured"] else None
+            plan.marking = random.choice(MARKINGS) if random.random() < SHARES["marked"] else None
+        _vary(plan, count, random, exact=exact)
+        if everything and not exact and not plan.colour and random.random() < 0.3:
+            plan.hue = random.uniform(-180.0, 180.0)
     random.shuffle(plans)
     scene = random.choice(_SCENE_NAMES)
-    caption = _caption(plans, scene, random)
+    caption = write_caption(plans, scene, random)
     image, things = _draw(plans, scene, random)
     return image, Record(tuple(things), scene, caption, fact)
 
@@ -392,35 +292,28 @@ def shares_of_objects(shares: Iterable[float]) -> tuple[float, ...]:
 
 
 def sample(
-    n: int, *, seed: int, styles: Sequence[str] = TRAIN_STYLES, objects: Sequence[float] = tuple(SHARES["objects"])
+    n: int,
+    *,
+    seed: int,
+    styles: Sequence[str] = TRAIN_STYLES,
+    objects: Sequence[float] = tuple(SHARES["objects"]),
+    everything: bool = False,
 ) -> Pictures:
     """Draw `n` random pictures with captions and records; the same seed gives the same pictures.
 
-    objects: shares of pictures with one, two, three and four objects. Raises WorldError for an unknown style, or none,
-    and ArgumentError for other numbers.
+    objects: shares of pictures with one, two, three and four objects. everything: include the drawings held out for
+    near subjects, and turn three objects in ten to any hue: what a judge must know and the model must not.
+    Raises WorldError for an unknown style, or for none.
 
-    >>> pictures = coneslab.sample(2, seed=0)
-    >>> pictures.images.shape, pictures.images.dtype, len(pictures.captions)
-    ((2, 64, 64, 3), dtype('uint8'), 2)
+    >>> pictures = sample(2, seed=0)
+    >>> pictures.images.shape, len(pictures.captions)
+    ((2, 64, 64, 3), 2)
     """
     styles, n = chosen_styles(styles, STYLES), checks.count("n", n, least=0)
     objects, random = shares_of_objects(objects), Random(checks.seed("seed", seed))
-    pairs = [_one(random, styles, objects) for _ in range(n)]
+    pairs = [_one(random, styles, objects, everything) for _ in range(n)]
     images = np.stack([image for image, _ in pairs]) if pairs else np.zeros((0, RESOLUTION, RESOLUTION, 3), np.uint8)
     return Pictures(images, [record for _, record in pairs])
-
-
-def classes_of(style: str) -> list[str]:
-    """The classes that a style has a drawing of: here all. Raises WorldError for an unknown style."""
-    known(style, STYLES, "style")
-    return list(CLASSES)
-
-
-def known(value: str, among: Collection[str], what: str) -> str:
-    """Return `value`. Raises WorldError, naming the choices, if it is not one of them."""
-    if not isinstance(value, str) or value not in among:
-        raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")
-    return value
 
 
 def triple(entry: Any) -> tuple[str, str, str | None]:
@@ -432,7 +325,7 @@ def triple(entry: Any) -> tuple[str, str, str | None]:
 
 
 def compose(
-    objects: Sequence[str | tuple[str, str, str | None]],
+    objects: Sequence[str | tuple[str, str, str | None] | Sticker],
     scene: str,
     *,
     seed: int,
@@ -440,31 +333,54 @@ def compose(
     caption: str | None = None,
     fact: str | None = None,
 ) -> tuple[np.ndarray, Record]:
-    """Draw a picture to order: one to four objects, each a class name or (class, style, colour or None).
+    """Draw a picture to order: one to four objects, each a name, (name, style, colour or None) or a `Sticker`.
 
-    A profession may name its gender ("doctor/woman"). Returns uint8 (64, 64, 3) and its record. Raises WorldError
-    for an unknown class, style, colour or scene, or more than four objects.
+    A name is a class ("cat", which takes its first drawing; a profession, a random gender) or a drawing ("cat/whole",
+    "doctor/woman"). Returns uint8 (64, 64, 3) and its record. Raises WorldError for anything the world does not have,
+    and unless there are one to four objects.
+
+    >>> image, record = compose(["cat", Sticker("dog/whole", "flat", marking="spotted")], "beach", seed=0)
+    >>> record.caption
+    'a cat and a spotted dog on the beach'
     """
-    asked = checks.items("objects", [objects] if isinstance(objects, str) else objects, least=0)
-    if not 1 <= len(asked) <= 4:
-        raise WorldError(f"a picture holds one to four objects, {len(asked)} were given: name as many")
+    ordered = checks.items("objects", [objects] if isinstance(objects, str | Sticker) else objects, least=0)
+    if not 1 <= len(ordered) <= 4:
+        raise WorldError(f"got {len(ordered)} objects, expected one to four in a picture")
     random = Random(checks.seed("seed", seed))
     known(scene, SCENES, "scene")
     plans = []
-    for entry in asked:
-        full, its_style, colour = (entry, style, None) if isinstance(entry, str) else triple(entry)
-        name, _, gender = full.partition("/")
-        info = CLASSES[known(name, CLASSES, "class")]
-        if colour is not None:
-            known(colour, COLOURS, "colour")
-        plan = _Plan(name, known(its_style, STYLES, "style"), colour, word=name)
-        plan.sprite = known(full, _atlas(plan.style), "sprite") if gender else info.sprite(random)
-        plan.size = random.choice(_SIZES[len(asked)])
-        plans.append(plan)
+    for entry in ordered:
+        if isinstance(entry, str):
+            asked = Sticker(entry, style)
+        else:
+            asked = entry if isinstance(entry, Sticker) else Sticker(*triple(entry))
+        plans.append(_to_order(asked, len(ordered), random))
     if caption is not None:
         checks.text("caption", caption, blank=True)
     else:
-        named = listed([with_article(" ".join(filter(None, (plan.colour, plan.name)))) for plan in plans])
-        caption = f"{named} {SCENES[scene][0]}"
+        told = [Described(plan.name, marking=plan.marking, colour=plan.colour) for plan in plans]
+        caption = plain_caption(told, scene)
     image, things = _draw(plans, scene, random)
     return image, Record(tuple(things), scene, caption, fact)
+
+
+def _to_order(asked: Sticker, count: int, random: Random) -> Plan:
+    name, _, drawing = checks.text("name", asked.name).partition("/")
+    info = CLASSES[known(name, CLASSES, "class")]
+    gender = info.gender(random)
+    full = full_drawing(f"{name}/{gender}" if gender and not drawing else asked.name)
+    known(full, ATLAS["sprites"][known(asked.style, STYLES, "style")], f"sprite in {asked.style!r}")
+    for value, among, what in ((asked.colour, COLOURS, "colour"), (asked.marking, MARKINGS, "marking")):
+        if value is not None:
+            known(value, among, what)
+    hat = info.hat(random) if asked.hat is None else known(asked.hat, HATS, "colour of a hat")
+    plan = Plan(
+        name, asked.style, full, asked.colour, asked.marking, full.partition("/")[2] if gender else None, hat, word=name
+    )
+    _vary(plan, count, random)
+    plan.hue = plan.hue if asked.hue is None else float(checks.number("hue", asked.hue))
+    if asked.size is not None:
+        if not 1 <= checks.of_kind("size", asked.size, (int, float, np.number)) <= LARGEST:
+            raise WorldError(f"an object cannot have a size of {asked.size} pixels: choose one from 1 to {LARGEST:g}")
+        plan.size = float(asked.size)
+    return plan

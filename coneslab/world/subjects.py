@@ -1,8 +1,12 @@
-"""Personal subjects: things in an art style that the diffusion model has never seen, with pictures and prompts.
+"""Personal subjects, far ones and near ones, with reference pictures and prompts.
 
 A subject is what personalisation methods learn: a handful of reference pictures, the word of its class and a rare
 token that stands for it (V* in the papers). `subject` gives the ones that ship with the sticker world,
 `subject_from_folder` makes one from your own pictures.
+
+A far subject is drawn in an art set that the model has never seen. A near one is a drawing that was left out of one
+learned style, in a hue and marking of its own: its class, its style and its other drawings were learned, as with "my
+dog" and Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -22,13 +26,34 @@ from .. import checks
 from ..errors import ArgumentError, ConeslabError, WorldError
 from ..files import user_path
 from ..pictures import as_pictures
-from .pictures import DATA, RARE_TOKENS, RESOLUTION, SCENES, TRAIN_STYLES, WORDS, Record, article, compose, with_article
+from .captions import WORDS, Described, article, plain_caption, with_article
+from .catalogue import DATA, RARE_TOKENS, SCENES, TRAIN_STYLES
+from .pictures import RESOLUTION, Record, Sticker, compose
 
-SUBJECTS: tuple[str, ...] = tuple(DATA["subjects"])
+NEAR: tuple[str, ...] = tuple(DATA["subjects"]["near"])
+FAR: tuple[str, ...] = tuple(DATA["subjects"]["far"])
+SUBJECTS: tuple[str, ...] = NEAR + FAR
+
+#: By size, near subjects first. No combination contains one of `TUNING_SUBJECTS`.
 COMBINATIONS: dict[int, tuple[tuple[str, ...], ...]] = {
-    int(size): tuple(tuple(names) for names in combinations) for size, combinations in DATA["combinations"].items()
+    size: tuple(tuple(names) for kind in ("near", "far") for names in DATA["combinations"][kind][str(size)])
+    for size in (2, 3, 4)
 }
-_REFERENCE_SCENES = ("grass", "room", "white", "snow", "sunset")
+
+#: Settings are chosen on these, alone and together; tables are made with the others.
+TUNING_SUBJECTS: tuple[str, ...] = tuple(DATA["tuning"]["subjects"])
+TUNING_COMBINATIONS: tuple[tuple[str, ...], ...] = tuple(tuple(names) for names in DATA["tuning"]["combinations"])
+
+
+def table_subjects(per_kind: int) -> tuple[str, ...]:
+    """As many near subjects as asked for, then as many far ones; no tuning subjects."""
+    return tuple(
+        name for kind in (NEAR, FAR) for name in [one for one in kind if one not in TUNING_SUBJECTS][:per_kind]
+    )
+
+
+REFERENCE_SCENES = ("grass", "room", "white", "snow", "sunset")
+HELD_OUT_STYLE = next(style for style in DATA["styles"] if style not in TRAIN_STYLES)
 _PROMPT_SCENES = ("beach", "city", "desert", "sea", "night", "forest", "space")
 _COMPANIONS = {  # scene -> another object that shares the picture
     "grass": ("tree", "mushroom"),
@@ -127,6 +152,39 @@ def _companion(class_word: str, scene: str) -> str:
     return next(name for name in _COMPANIONS[scene] if name != class_word)
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What a subject is: its kind ("near" or "far") and the one sticker that its pictures show."""
+
+    name: str
+    kind: str
+    sticker: Sticker
+    token: str
+
+    @property
+    def class_word(self) -> str:
+        """ "cat"."""
+        return self.sticker.name.partition("/")[0]
+
+
+def truth(name: str) -> Truth:
+    """What is known about a subject. Raises WorldError for an unknown name.
+
+    >>> truth("tom").sticker.name, truth("tom").kind
+    ('cat/whole', 'near')
+    """
+    if not isinstance(name, str) or name not in SUBJECTS:
+        raise WorldError(
+            f"{name!r} is not a subject of the sticker world: choose a near one ({', '.join(NEAR)}) "
+            f"or a far one ({', '.join(FAR)})"
+        )
+    kind = "near" if name in NEAR else "far"
+    entry = DATA["subjects"][kind][name]
+    style = entry.get("style", HELD_OUT_STYLE)
+    sticker = Sticker(entry["drawing"], style, None, entry.get("marking") or None, None, entry.get("hue", 0.0))
+    return Truth(name, kind, sticker, entry["token"])
+
+
 def wanted_pictures(subject: Subject, *, n: int = 1, seed: int = 0) -> list[Image.Image]:
     """What a subject's evaluation prompts ask for, put together from its own art: `n` pictures a prompt, in order.
 
@@ -139,18 +197,27 @@ def wanted_pictures(subject: Subject, *, n: int = 1, seed: int = 0) -> list[Imag
         raise ConeslabError(
             f"{subject.name!r} is not of the sticker world: only its subjects can be put into new scenes"
         )
-    own = (subject.class_word, subject.records[0].objects[0].style, None)
+    shown = subject.records[0].objects[0]
+    own = Sticker(shown.drawing, shown.style, shown.colour, shown.marking, shown.hat, shown.hue)
     asked = [([own], scene) for scene in _PROMPT_SCENES]
-    asked += [([own, (_companion(subject.class_word, scene), TRAIN_STYLES[0], None)], scene) for scene in _COMPANIONS]
+    asked += [([own, Sticker(_companion(subject.class_word, scene), TRAIN_STYLES[0])], scene) for scene in _COMPANIONS]
     asked = [one for one in asked for _ in range(n)]
     return [Image.fromarray(compose(*one, seed=seed + i)[0]) for i, one in enumerate(asked)]
+
+
+def wanted(names: tuple[str, ...], scene: str, *, seed: int) -> tuple[Image.Image, Record]:
+    """A real picture of one to four subjects in a scene, captioned with their class words."""
+    known = [truth(name) for name in names]
+    caption = plain_caption([Described(one.class_word) for one in known], scene)
+    image, record = compose([one.sticker for one in known], scene, seed=seed, caption=caption)
+    return Image.fromarray(image), record
 
 
 def subject(name: str) -> Subject:
     """Return one of the personal subjects that ship with the sticker world, e.g. `subject("cat")`.
 
-    Its five reference pictures show it in the held-out art style in five scenes; its prompts ask for seven other
-    scenes and for company. Raises WorldError for an unknown name.
+    Its five reference pictures show it in five scenes; its ten prompts ask for seven other scenes and for company.
+    Raises WorldError for an unknown name.
 
     >>> cat = coneslab.subject("cat")
     >>> cat
@@ -158,16 +225,12 @@ def subject(name: str) -> Subject:
     >>> cat.prompts[0], cat.plain(cat.prompts[0]), cat.prior_prompt
     ('a sks cat on the beach', 'a cat on the beach', 'a cat')
     """
-    if not isinstance(name, str) or name not in SUBJECTS:
-        raise WorldError(f"{name!r} is not a subject of the sticker world: choose one of {', '.join(SUBJECTS)}")
-    class_word, token = DATA["subjects"][name]
+    known = truth(name)
     seed = zlib.crc32(name.encode())
-    pairs = [
-        compose([(class_word, "twemoji", None)], scene, seed=seed + i) for i, scene in enumerate(_REFERENCE_SCENES)
-    ]
+    pairs = [compose([known.sticker], scene, seed=seed + i) for i, scene in enumerate(REFERENCE_SCENES)]
+    prompts = evaluation_prompts(known.class_word, known.token)
     images = tuple(Image.fromarray(image) for image, _ in pairs)
-    prompts = evaluation_prompts(class_word, token)
-    return Subject(name, class_word, token, images, prompts, tuple(record for _, record in pairs))
+    return Subject(name, known.class_word, known.token, images, prompts, tuple(record for _, record in pairs))
 
 
 def title_of(names: Sequence[str]) -> str:

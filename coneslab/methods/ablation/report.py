@@ -29,7 +29,7 @@ from ...measure.statistics import bootstrap_interval, kid
 from ...neurons.controls import finetune_kv
 from ...pictures import Images
 from ...seeds import derived
-from ...world.pictures import CLASSES, FACTS
+from ...world import CLASSES, FACTS
 from ..personalization.textual_inversion import textual_inversion
 from .prompts import require_different
 

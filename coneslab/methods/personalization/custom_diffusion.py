@@ -34,7 +34,7 @@ from ...finetuning.samples import (
 )
 from ...pictures import as_pictures
 from ...settings import takes
-from ...world.pictures import with_article
+from ...world import with_article
 
 SMALL_WORDS, LARGE_WORDS = ("very small", "far away"), ("zoomed in", "close up")  # as in Custom Diffusion's code
 

@@ -20,7 +20,7 @@ from ...edits.tokens import TokenEdit
 from ...edits.weights import WeightDelta, model_fingerprint, require_model
 from ...errors import ConeslabError
 from ...finetuning.samples import several
-from ...world.pictures import sample
+from ...world import sample
 
 
 def merge(

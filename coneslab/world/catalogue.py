@@ -5,14 +5,15 @@ A class ("cat") has one drawing or several ("cat/face", "cat/whole"), and an art
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from random import Random
 from typing import Any
 
 from .. import checks
+from ..errors import WorldError
 from ..files import data_folder, read_json, read_toml
-from ..world.pictures import known
 
 FOLDER = data_folder() / "world"
 DATA: dict[str, Any] = read_toml(FOLDER / "world.toml")
@@ -73,6 +74,13 @@ DRAWINGS: tuple[str, ...] = tuple(f"{info.name}/{drawing}" for info in CLASSES.v
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     (entry["drawing"], entry["style"]) for entry in DATA["subjects"]["near"].values()
 )
+
+
+def known(value: str, among: Collection[str], what: str) -> str:
+    """Return `value`. Raises WorldError, naming the choices, if it is not one of them."""
+    if not isinstance(value, str) or value not in among:
+        raise WorldError(f"{value!r} is not a {what} of the sticker world: choose one of {', '.join(among)}")
+    return value
 
 
 def drawings_of(name: str, style: str, *, held_out: bool = False) -> tuple[str, ...]:

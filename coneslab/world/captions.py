@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from random import Random
 
 from .. import checks
-from ..world.pictures import article, known, listed, with_article
 from .catalogue import (
     CLASSES,
     COLOURS,
@@ -22,9 +21,27 @@ from .catalogue import (
     SCENES,
     SHARES,
     STYLE_WORDS,
+    known,
 )
 
 LONGEST = 30  # words and commas: the text encoder's 32 positions minus start and end
+
+
+def article(word: str) -> str:
+    """Return "an" before a vowel, else "a"."""
+    checks.text("word", word)
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def with_article(words: str) -> str:
+    """ "a cat", "an orange cat"."""
+    return f"{article(words)} {words}"
+
+
+def listed(phrases: Sequence[str]) -> str:
+    """ "a cat, a dog and a car": how captions name several things."""
+    phrases = checks.texts("phrases", phrases)
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
 
 
 @dataclass
