@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from short_notebooks import write
@@ -30,6 +31,7 @@ from short_notebooks import write
 from coneslab import ConceptNeurons, subject
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.edits.weights import model_fingerprint
+from coneslab.show import explorers
 
 pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright: pip install -e '.[test]'")
 from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright  # noqa: E402
@@ -504,3 +506,22 @@ def test_visitors_of_the_app_draw_at_once_and_do_not_see_each_other(browser: Bro
             seed.press("Enter")
         then = [next_picture(body, before) for body, before in zip(bodies, first, strict=True)]
         assert then[0] != then[1] and [seed.input_value() for seed in seeds] == ["3", "4"]
+
+
+def test_a_strip_steps_through_its_pictures_by_mouse_and_keyboard_without_a_script(browser: Browser) -> None:
+    pictures = {label: explorers.png(np.full((8, 8, 3), 60 * i, np.uint8)) for i, label in enumerate(("0", "0.5", "1"))}
+    context = browser.new_context(java_script_enabled=False)
+    try:
+        page = context.new_page()
+        page.set_content(f"<body>{explorers.stepped(pictures, 'dose', '0.5')}</body>")
+        for act, seen in (
+            (lambda: None, "dose 0.5: "),
+            (lambda: page.get_by_label("0", exact=True).check(), "dose 0: "),
+            (lambda: page.keyboard.press("ArrowLeft"), "dose 1: "),
+        ):
+            act()
+            visible = [image for image in page.get_by_role("img").all() if image.is_visible()]
+            assert len(visible) == 1 and (visible[0].get_attribute("alt") or "").startswith(seen)
+        page.screenshot(path=SCREENSHOTS / "strip.png")
+    finally:
+        context.close()

@@ -21,6 +21,7 @@ from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.finetuning.samples import concept_latents, sample_batches
 from coneslab.measure.attention import record_attention
 from coneslab.neurons.controls import random_neurons
+from coneslab.neurons.damage import DAMAGES
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.neurons.scope import positions, scope_of, where_scope
 from coneslab.neurons.search import find_concept_neurons
@@ -239,7 +240,8 @@ def test_files_keep_the_scope_and_controls_have_it(v_pipe, tmp_path):
         data[damage] ^= 4
         with pytest.raises(ConeslabError):
             ConceptNeurons.from_bytes(bytes(data), v_pipe)
-    assert random_neurons(mask).scope == mask.within(kind="V").scope == mask.scope and "'sks cat'" in repr(mask)
+    made = [random_neurons(mask), mask.within(kind="V"), *(damage(mask, 0.3) for damage in DAMAGES.values())]
+    assert all(one.scope == mask.scope for one in made) and "'sks cat'" in repr(mask)
 
 
 # --- the search ---

@@ -8,6 +8,7 @@ import html
 import io
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,6 +354,44 @@ def test_without_a_still_picture_the_first_drawing_is_displayed_once(shown: list
     assert (pixels(view.png) == 100).all()
 
 
+def test_a_strip_is_drawn_beforehand_once_per_value_and_shown_without_a_script(shown: list[Any]) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def render(level: int, seed: int) -> Iterator[np.ndarray]:
+        calls.append((level, seed))
+        yield grey(0)  # a preview, which the strip leaves out
+        yield grey(level + seed)
+
+    view = explorer(render, strip={"level": [0, 100, 200]}, level=slider(0, 255, 100), seed=range(5))
+    assert view.controls["level"].value == 100 and not calls
+    view._ipython_display_()
+    strip = shown[0].data
+    made = [base64.b64decode(part.split('"')[0]) for part in strip.split("base64,")[1:]]
+    assert [int(pixels(data).mean()) for data in made] == [0, 100, 200] and calls == [(0, 0), (100, 0), (200, 0)]
+    assert strip.count(" checked>") == 1 and strip.index(" checked>") > strip.index("-1")  # at the slider's value
+    assert "<script" not in strip and "level 200: A picture" in strip and "<legend>level</legend>" in strip
+    view.controls["level"].value = 200
+    assert (pixels(view.png) == 200).all() and len(calls) == 3  # known already
+
+
+@pytest.mark.parametrize("strip", [{}, {"dose": [1]}, {"level": []}, {"level": [1, 300]}, {"level": ["x"]}, "level", 3])
+def test_a_strip_of_what_cannot_be_drawn_is_refused_and_the_control_is_as_it_was(strip: Any) -> None:
+    level = slider(0, 255, 7)
+    with pytest.raises(ConeslabError, match="strip|level"):
+        explorer(grey, strip=strip, level=level)
+    assert level.value == 7
+
+
+def test_an_error_in_a_strip_leaves_the_controls(shown: list[Any]) -> None:
+    def render(level: int) -> np.ndarray:
+        raise ConeslabError("no model here: load one")
+
+    view = explorer(render, strip={"level": [1]}, level=range(4))
+    view._ipython_display_()
+    assert len(shown) == 1 and "application/vnd.jupyter.widget-view+json" in shown[0]
+    assert "no model here: load one" in view.status.value
+
+
 def test_an_error_in_the_first_drawing_leaves_the_controls(shown: list[Any]) -> None:
     def render(level: int) -> np.ndarray:
         raise ConeslabError("no model here: load one")
@@ -562,6 +601,14 @@ def test_limits_hold_for_whatever_is_sent(v_pipe: Any, name: str, value: Any, sa
     control.value = value
     assert said in html.unescape(view.status.value) and 'role="alert"' in view.status.value
     assert view.image.layout.display == "none"
+
+
+def test_the_menu_says_at_which_words_an_edit_acts(v_pipe: Any) -> None:
+    space = KVSpace(v_pipe)
+    mask = ConceptNeurons(space.layout, np.arange(9), np.zeros(9), space.fingerprint(), subject="cat")
+    view = playground(v_pipe, {"everywhere": mask, "there": mask.at("sks", "cat")}, **SMALL)
+    labels = [label for label, _ in view.controls["edit"].options]
+    assert labels == ["no edit", "everywhere", "there (acts at “sks cat” alone)"]
 
 
 @pytest.mark.slow

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import html
 import io
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from PIL import Image
+from traitlets import TraitError
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError
@@ -145,9 +147,13 @@ class Explorer:
     """
 
     def __init__(
-        self, render: Callable[..., Picture | Iterator[Picture]], controls: dict[str, Any], still: Picture | None
+        self,
+        render: Callable[..., Picture | Iterator[Picture]],
+        controls: dict[str, Any],
+        still: Picture | None,
+        strip: tuple[str, list[Any]] | None = None,
     ) -> None:
-        self.render, self.controls, self.still = render, controls, still
+        self.render, self.controls, self.still, self.strip = render, controls, still, strip
         # not an Image: that one has no alt text, and its view breaks on a tooltip (ipywidgets 8.1)
         self.image = ipywidgets.HTML(layout=ipywidgets.Layout(display="none", max_width="100%"))
         self.png = b""
@@ -231,8 +237,7 @@ class Explorer:
         except Exception as error:  # a notebook must show any error, and the controls must stay usable
             self._failed = True
             self.image.layout.display = "none"  # the old picture would belong to other values
-            kind = "" if isinstance(error, ConeslabError) else f"{type(error).__name__}: "
-            self._say(f"{kind}{error}", error=True)
+            self._tell(error)
         except KeyboardInterrupt:
             self._failed = True
             self._say("Interrupted; move a control to draw again.")
@@ -266,6 +271,10 @@ class Explorer:
             del self._kept[next(iter(self._kept))]
         self._kept[key] = picture
 
+    def _tell(self, error: Exception) -> None:
+        kind = "" if isinstance(error, ConeslabError) else f"{type(error).__name__}: "
+        self._say(f"{kind}{error}", error=True)
+
     def _say(self, text: str, *, busy: bool = False, error: bool = False) -> None:
         style = "font-style:italic" if busy else "color:#b00020" if error else ""
         role = "alert" if error else "status"  # read aloud by screen readers, an error immediately
@@ -274,7 +283,12 @@ class Explorer:
     # --- being displayed ---
 
     def _ipython_display_(self) -> None:
-        if self.still is not None:
+        if self.strip is not None:
+            try:
+                display(HTML(self._drawn_strip(*self.strip)))
+            except Exception as error:  # as in a drawing
+                self._tell(error)
+        elif self.still is not None:
             display(HTML(_img(*png(self.still))))
         else:
             self._asked += 1
@@ -289,6 +303,40 @@ class Explorer:
                 self.png, self.image.value, self.image.layout.display = b"", "", "none"
                 self._say(_START)
         display({**_view(self.box), "text/plain": _NO_KERNEL}, raw=True)
+
+    def _drawn_strip(self, name: str, chosen: list[Any]) -> str:
+        """Draw a control's chosen values, the others as they are, for a reader without a kernel."""
+        drawn = {}
+        for value in chosen:
+            for picture, _ in self._pictures(self.values | {name: value}):
+                drawn[f"{value:g}" if isinstance(value, float) else str(value)] = picture
+        return stepped(drawn, str(self.controls[name].description or name), str(self.values[name]))
+
+
+def stepped(pictures: Mapping[str, tuple[bytes, str]], name: str, start: str = "") -> str:
+    """HTML that steps through pictures with radio buttons, without a kernel or a script.
+
+    pictures: label -> PNG and alt text; name: what the labels are values of; start: the label shown first, default the
+    last. Where a page drops styles, as GitHub does, all pictures are seen, one below the other.
+    """
+    group = "strip-" + hashlib.sha256(b"".join(data for data, _ in pictures.values())).hexdigest()[:10]
+    labels = list(pictures)
+    first = labels.index(start) if start in labels else len(labels) - 1
+    buttons, shown, rules = [], [], [f".{group} figure{{display:none;margin:0}}"]
+    for i, (label, (data, alt)) in enumerate(pictures.items()):
+        checked = " checked" if i == first else ""
+        buttons.append(
+            f'<input type="radio" name="{group}" id="{group}-{i}"{checked}>'
+            f'<label for="{group}-{i}" style="margin:0 0.9em 0 0.2em">{html.escape(label)}</label>'
+        )
+        told = f"{name} {label}: {alt}"
+        shown.append(f"<figure>{_img(data, told)}</figure>")
+        rules.append(f"#{group}-{i}:checked~div>figure:nth-child({i + 1}){{display:block}}")
+    return (
+        f"<style>{''.join(rules)}</style>"
+        f'<fieldset class="{group}" style="border:0;padding:0;margin:0"><legend>{html.escape(name)}</legend>'
+        f"{''.join(buttons)}<div>{''.join(shown)}</div></fieldset>"
+    )
 
 
 def _view(box: ipywidgets.Widget) -> dict[str, Any]:
@@ -331,7 +379,11 @@ def _interruptible() -> Iterator[None]:
 
 
 def explorer(
-    render: Callable[..., Picture | Iterator[Picture]], *, still: Picture | None = None, **controls: Any
+    render: Callable[..., Picture | Iterator[Picture]],
+    *,
+    still: Picture | None = None,
+    strip: Mapping[str, Sequence[Any]] | None = None,
+    **controls: Any,
 ) -> Explorer:
     """Let a reader call `render` with sliders, checkboxes and menus, and see what it draws.
 
@@ -340,7 +392,9 @@ def explorer(
     again for values it has drawn before. Between two pictures of a generator the kernel may run something else, so do
     not yield inside `with edit.applied(pipe)`. controls: name -> what `control` takes.
     still: the picture displayed above the controls, and the only one seen without a kernel; default: what `render`
-    draws for the initial values. Raises ConeslabError for a control that cannot be made.
+    draws for the initial values. strip: the main control and a few of its values, which are drawn beforehand in place
+    of the still picture; a reader without a kernel steps through them.
+    Raises ConeslabError for a control that cannot be made, or a strip of another control or of values it cannot take.
 
         widgets.explorer(lambda dose, seed: draw(dose, seed), dose=widgets.slider(0.0, 1.0, 1.0), seed=range(8))
 
@@ -355,4 +409,22 @@ def explorer(
     if not controls:
         raise ConeslabError("an explorer needs a control: give at least one, such as seed=range(8)")
     made = {name: control(given, name.replace("_", " ")) for name, given in controls.items()}
-    return Explorer(render, made, still)
+    return Explorer(render, made, still, None if strip is None else _strip(strip, made))
+
+
+def _strip(given: Mapping[str, Sequence[Any]], controls: Mapping[str, ipywidgets.Widget]) -> tuple[str, list[Any]]:
+    """The control and the values of a strip. Raises ConeslabError unless it is one of `controls`, and takes them."""
+    if not isinstance(given, Mapping) or len(given) != 1 or next(iter(given)) not in controls:
+        raise ConeslabError(f"the strip is {given!r}: give one of {', '.join(controls)} with some of its values")
+    ((name, values),) = given.items()
+    chosen, before = checks.items(f"values of {name}", values), controls[name].value
+    try:
+        for value in chosen:
+            controls[name].value = value
+            if controls[name].value != value:
+                raise ConeslabError(f"the strip has {name} = {value!r}, which its control cannot be")
+    except TraitError as error:
+        raise ConeslabError(f"the strip has {name} = {value!r}, which its control cannot be: {error}") from error
+    finally:
+        controls[name].value = before
+    return name, chosen

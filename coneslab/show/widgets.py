@@ -256,8 +256,11 @@ class Playground(Explorer):
 
     def _menu(self) -> list[tuple[str, str]]:
         """The entries, with the words that an edit was made for: without them in the prompt it has little effect."""
-        words = {name: _words(edit) for name, edit in self.edits.items()}
-        labels = [f"{name} (“{words[name]:.60}”)" if words[name] else name for name in self.edits]
+        labels = []
+        for name, edit in self.edits.items():
+            words, scope = _words(edit), getattr(edit, "scope", ())
+            where = f"acts at “{' '.join(map(_text, scope)):.60}” alone" if scope else words and f"“{words:.60}”"
+            labels.append(f"{name} ({where})" if where else name)
         return [("no edit", ""), *zip(labels, self.edits, strict=True)]
 
     def _own_prompt(self, name: str) -> str:
