@@ -223,6 +223,7 @@ COLAB = {
     "ipywidgets": "7.7.1",
     "ipython": "7.34.0",
     "tqdm": "4.67.3",
+    "traitlets": "5.7.1",
     "packaging": "26.0",
 }
 
