@@ -229,6 +229,14 @@ class Made:
         self.undo(block.close)  # in advance: it does nothing for one that is not open
         block.__enter__()
 
+    def hook(self, module: Any, kind: str, function: Callable[..., Any]) -> None:
+        """Register a hook on a torch module, such as its "forward_pre_hook", with keyword arguments.
+
+        function: a bound method, or another function that is equal to itself alone.
+        """
+        self.undo(partial(_unhook, module, kind, function))
+        getattr(module, f"register_{kind}")(function, with_kwargs=True)
+
     def change(self, changes: Sequence[tuple[Place, Any]]) -> None:
         saved = {place.key: (place, place.get()) for place, _ in changes}
         for key in saved:
@@ -276,6 +284,15 @@ class Made:
             _release_signals()
         if raised is not None:
             raise raised
+
+
+def _unhook(module: Any, kind: str, function: Callable[..., Any]) -> None:
+    """Remove a function from a module's hooks, whether or not it is there."""
+    hooks, with_arguments = getattr(module, f"_{kind}s"), getattr(module, f"_{kind}s_with_kwargs")
+    for key, hook in list(hooks.items()):
+        if hook == function:
+            with_arguments.pop(key, None)
+            hooks.pop(key, None)
 
 
 _ACTIVE: list[Made] = []  # what the blocks now open have changed, outermost first

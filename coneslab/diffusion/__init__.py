@@ -1,10 +1,11 @@
-"""Work with any pipeline: load it, encode, add noise, denoise, sample; its keys and values; precision.
+"""Work with any pipeline: load it, encode, add noise, denoise, sample; its keys and values, its activations; precision.
 
 Nothing here knows about concepts, edits or the picture world. Builds on errors and files only.
 """
 
 from __future__ import annotations
 
+from .activations import Activations, patch, sites, watch
 from .checks import require_editable, require_finite, require_pipeline, uncompiled
 from .encoding import decode_latents, encode_ids, encode_images, encode_prompts, latent_shape, tokenize
 from .kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name, unet_of
@@ -14,6 +15,7 @@ from .precision import bfloat16_pays, drawing, fast_dtype, flushing_denormals, f
 from .sampling import clean_and_noise, ddim_sample, ddpm_sample, generate, guided, guided_between, start_noise
 
 __all__ = [
+    "Activations",
     "Denoiser",
     "KVLayer",
     "KVLayout",
@@ -43,10 +45,12 @@ __all__ = [
     "load",
     "mixed_precision",
     "model_folder",
+    "patch",
     "require_editable",
     "require_finite",
     "require_pipeline",
     "short_name",
+    "sites",
     "snr",
     "start_noise",
     "stratified_timesteps",
@@ -56,5 +60,6 @@ __all__ = [
     "unet_of",
     "usable_device",
     "verify",
+    "watch",
     "write_sums",
 ]

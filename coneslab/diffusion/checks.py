@@ -16,6 +16,8 @@ from ..errors import ConeslabError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NETWORKS = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder"}
+#: Pipelines with the parts of Stable Diffusion; those after the first draw from pictures.
+KINDS = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FUSED_COPIES = {"to_qkv", "to_kv"}
@@ -30,12 +32,13 @@ def uncompiled(module: Any) -> Any:
 def require_pipeline(pipe: Any) -> None:
     """Raise ConeslabError unless this is a Stable Diffusion pipeline whose weights are in memory, in one precision.
 
+    It may be one that draws from pictures, by img2img or inpainting (`require_from_text` refuses those).
     Refused in words: other kinds of pipelines, such as SDXL, missing parts, parts that do not fit together, weights
     that are quantised, cast to 8 bits, offloaded or on the meta device, and schedulers without a noise schedule.
     """
     kind = type(pipe).__name__
     bases = {base.__name__ for base in type(pipe).__mro__}
-    if ("DiffusionPipeline" in bases and "StableDiffusionPipeline" not in bases) or hasattr(pipe, "text_encoder_2"):
+    if ("DiffusionPipeline" in bases and not bases & {*KINDS}) or hasattr(pipe, "text_encoder_2"):
         raise ConeslabError(
             f"got a {kind}, expected a StableDiffusionPipeline: this works with Stable Diffusion 1 and 2, which have "
             "one text encoder; load such a model with coneslab.load"
@@ -56,6 +59,17 @@ def require_pipeline(pipe: Any) -> None:
     require_schedule(pipe.scheduler)
     _require_fitting_parts(pipe)
     _require_fitting_words(pipe.tokenizer, uncompiled(pipe.text_encoder))
+
+
+def require_from_text(pipe: Any) -> None:
+    """Raise ConeslabError for a pipeline (`require_pipeline`) that draws from pictures and not from texts alone."""
+    require_pipeline(pipe)
+    bases = {base.__name__ for base in type(pipe).__mro__}
+    if bases & {*KINDS} and KINDS[0] not in bases:
+        raise ConeslabError(
+            f"got a {type(pipe).__name__}, which draws from pictures, expected a StableDiffusionPipeline: make one of "
+            "the same parts, StableDiffusionPipeline(**pipe.components), or call this one itself"
+        )
 
 
 def require_schedule(scheduler: Any) -> None:
@@ -152,11 +166,11 @@ def _require_fitting_words(tokenizer: Any, encoder: Any) -> None:
 
 
 def require_editable(pipe: Any) -> None:
-    """Raise ConeslabError unless this is a pipeline (`require_pipeline`) whose U-Net edits and training can act on.
+    """Raise ConeslabError unless this is a pipeline (`require_from_text`) whose U-Net training and searches can act on.
 
     Its attention must use its own, separate projections (`require_own_projections`), and all weights must be finite.
     """
-    require_pipeline(pipe)
+    require_from_text(pipe)
     require_own_projections(uncompiled(pipe.unet))
     require_finite(pipe)
 

@@ -47,6 +47,11 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
     """
     dtype = require_float(dtype)
     require_own_projections(unet)
+    if not _calls_its_own(unet):
+        raise ConeslabError(
+            "something acts on the U-Net at some steps only, such as an edit that is applied with steps=..., and a copy "
+            "of its weights does not have it: leave that block first"
+        )
     weights = {name: weight.detach().to(dtype) for name, weight in separate_weights(unet).items()}
     with torch.device("meta"):
         copy = type(unet).from_config(unet.config)
@@ -91,11 +96,16 @@ def _goes_along(hook: Any) -> bool:
     return getattr(hook, "copied_with_the_unet", False)
 
 
+def _calls_its_own(unet: nn.Module) -> bool:
+    """Whether a U-Net computes with the `forward` of its class."""
+    return getattr(unet.forward, "__func__", None) is type(unet).forward
+
+
 def is_plain(unet: Any) -> bool:
-    """Whether a copy does what the U-Net does: no hooks, adapters or custom attention processors."""
+    """Whether a copy does what the U-Net does: no hooks, adapters, custom attention processors or other `forward`."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-    if hasattr(unet, "_orig_mod") or getattr(unet, "peft_config", None):
+    if hasattr(unet, "_orig_mod") or getattr(unet, "peft_config", None) or not _calls_its_own(unet):
         return False
     if any(
         module._forward_pre_hooks or not all(map(_goes_along, module._forward_hooks.values()))

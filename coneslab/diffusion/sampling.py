@@ -15,11 +15,12 @@ from .. import checks
 from ..blocks import Block, attribute
 from ..callback import Callback
 from ..errors import ArgumentError, ConeslabError
-from .checks import require_finite, require_pipeline, text_width
+from .checks import require_finite, require_from_text, require_pipeline, text_width
 from .encoding import latent_shape, warn_of_unread
 from .loss import alpha_and_sigma, alphas_cumprod
 from .pipelines import Pipeline
 from .precision import drawing
+from .steps import share_of
 
 # --- samplers to read -----------------------------------------------------------------------------------
 
@@ -208,11 +209,11 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
     require_pipeline(pipe)
     first, last = checks.interval("guidance interval", (first, last))
     unet = pipe.unet
-    own, total, passes = unet.forward, pipe.scheduler.config.num_train_timesteps, 0
+    own, passes = unet.forward, 0
 
     def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal passes
-        share = 1 - (float(torch.as_tensor(timestep).flatten()[0]) + 1) / total
+        share = float(share_of(pipe.scheduler, timestep)[0])
         if first <= share <= last or len(sample) % 2:
             passes += len(sample)
             return own(sample, timestep, encoder_hidden_states, *args, **kwargs)
@@ -264,7 +265,7 @@ def generate(
     >>> coneslab.generate(pipe, prompts, sampler_steps=2, seed=7) == images
     False
     """
-    require_pipeline(pipe)
+    require_from_text(pipe)
     require_finite(pipe)
     texts = checks.texts("prompts", prompts, blank=True)
     negative = [] if negative_prompt is None else [checks.text("negative_prompt", negative_prompt, blank=True)]

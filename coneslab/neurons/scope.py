@@ -7,7 +7,6 @@ picture to the last bit.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from ..diffusion.encoding import tokenize
 from ..diffusion.kvspace import cross_attentions, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.precision import without_compiling
+from ..diffusion.steps import KnownTexts
 from ..errors import ConeslabError
 
 #: The words at which a mask acts: a rare token, and the class word after it; empty for all words.
@@ -121,7 +121,7 @@ class at_words(Block):
             acting = _ACTING[unet] = _Acting(pipe)
         made.undo(partial(_remove, pipe, unet, acting, tuple(masks)))
         if not acting.masks:
-            pipe.text_encoder.register_forward_hook(acting.after_text, with_kwargs=True)
+            pipe.text_encoder.register_forward_hook(acting.texts.after_text, with_kwargs=True)
             for path, module in attentions.items():
                 for kind in ("to_k", "to_v"):
                     getattr(module, kind).register_forward_hook(_Projection(acting, f"{path}.{kind}.weight"))
@@ -132,11 +132,12 @@ class at_words(Block):
 def _remove(pipe: Pipeline, unet: nn.Module, acting: _Acting, masks: tuple[ScopedChange, ...]) -> None:
     """Let masks act no longer; remove the hooks with the last of them."""
     acting.masks = tuple(mask for mask in acting.masks if not any(mask is one for one in masks))
+    acting.forget(masks)
     if acting.masks:
         return
     for hooks, extra in _hooks_of(pipe.text_encoder, unet):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "__self__", getattr(hook, "acting", None)) is acting:
+            if getattr(hook, "__self__", None) is acting.texts or getattr(hook, "acting", None) is acting:
                 hooks.pop(key, None)
                 extra.pop(key, None)
     _ACTING.pop(unet, None)
@@ -148,7 +149,6 @@ def _hooks_of(*roots: nn.Module) -> list[tuple[dict, dict]]:
 
 
 _ACTING: WeakKeyDictionary[nn.Module, _Acting] = WeakKeyDictionary()  # by U-Net
-_REMEMBERED = 512  # embeddings whose words are known
 
 
 class _Acting:
@@ -157,20 +157,9 @@ class _Acting:
     def __init__(self, pipe: Pipeline) -> None:
         self._pipe = pipe
         self.masks: tuple[ScopedChange, ...] = ()
-        self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()  # by the bytes of an embedding
+        self.texts = KnownTexts()
         self._last: tuple[Tensor, tuple[ScopedChange, ...], dict[tuple[int, ...], Tensor]] | None = None
         self._weights: dict[tuple, Tensor] = {}
-
-    def after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Remember which token ids gave which embedding; the U-Net may get it in another precision."""
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
-            return
-        for row, embedding in zip(ids, output[0].detach(), strict=True):
-            for dtype in {embedding.dtype, torch.float32, torch.bfloat16, torch.float16}:
-                self._ids[_bytes(embedding.to(dtype))] = tuple(row.tolist())
-        while len(self._ids) > _REMEMBERED:
-            self._ids.popitem(last=False)
 
     def groups(self, text: Tensor) -> dict[tuple[int, ...], Tensor]:
         """Which masks act where in a batch of texts (n, tokens, width): numbers of masks -> bool (n, tokens)."""
@@ -179,7 +168,7 @@ class _Acting:
         acting: dict[tuple[int, int], tuple[int, ...]] = {}
         words = [word_ids(self._pipe.tokenizer, mask.scope) for mask in self.masks]
         for row, embedding in enumerate(text.detach()):
-            ids = self._ids.get(_bytes(embedding))
+            ids = self.texts.ids(embedding)
             if ids is None:
                 raise ConeslabError(
                     "a mask acts at some words only, and the words of this text are not known: give prompts as text, "
@@ -213,9 +202,9 @@ class _Acting:
             self._weights[key] = exact.to(own.dtype)
         return self._weights[key]
 
-
-def _bytes(embedding: Tensor) -> bytes:
-    return embedding.dtype.__repr__().encode() + embedding.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    def forget(self, masks: tuple[ScopedChange, ...]) -> None:
+        """Drop the weights made with masks that act no longer."""
+        self._weights = {key: made for key, made in self._weights.items() if not any(one in masks for one in key[1:-3])}
 
 
 class _Projection:
