@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..blocks import Block, Made, Place
 from ..diffusion.checks import require_own_projections, require_pipeline, uncompiled
-from ..diffusion.encoding import encode_prompts
+from ..diffusion.encoding import encode_prompts, require_read
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
 from ..diffusion.pipelines import Pipeline, require_float
 from ..diffusion.precision import without_compiling
+from ..diffusion.steps import Clock
 from ..errors import ArgumentError, ConeslabError
 
 __all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities", "record_attention"]
@@ -38,7 +39,6 @@ _RECORDABLE = (
 )
 
 
-@torch.no_grad()
 def attention_probabilities(
     attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
@@ -47,26 +47,41 @@ def attention_probabilities(
     hidden_states: (batch, queries, channels); text: (batch, tokens, width); attention_mask: the U-Net's additive
     bias, (batch, 1, tokens). Returns (batch, heads, queries, tokens) float32, or float64 for a float64 model.
     """
+    return _attention_scores(attn, hidden_states, text, attention_mask).softmax(-1)
+
+
+@torch.no_grad()
+def _attention_scores(attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Q Kᵀ / sqrt(d), (batch, heads, queries, tokens)."""
     if attn.norm_cross:
         text = attn.norm_encoder_hidden_states(text)
     query, key = attn.to_q(hidden_states), attn.to_k(text)
     precision = torch.promote_types(query.dtype, torch.float32)
     query, key = (x.to(precision).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key))
     scores = query @ key.transpose(-1, -2) * attn.scale
-    if attention_mask is not None:
-        scores = scores + attention_mask.to(scores)[:, None]
-    return scores.softmax(-1)
+    return scores if attention_mask is None else scores + attention_mask.to(scores)[:, None]
+
+
+def _with_words(scores: Tensor, words: Iterable[Tensor]) -> Tensor:
+    """Probabilities from scores (..., tokens), with those that the tokens of each word would have beside the prompt's.
+
+    words: the scores (..., own tokens) of each word. With Z the prompt's sum of exp(score), a word's tokens get
+    exp(score) / (Z + the sum of its own): it is added to the prompt, alone, and the others are none the less for it.
+    """
+    total = scores.logsumexp(-1, keepdim=True)
+    added = [own - torch.logaddexp(total, own.logsumexp(-1, keepdim=True)) for own in words]
+    return torch.cat([scores.softmax(-1), *(one.exp() for one in added)], -1)
 
 
 @dataclass
 class _Run:
     """One trajectory: a batch of pictures drawn together, from the first step to the last."""
 
-    text: Tensor
+    tokens: int
     prompts: list[list[str] | None]
     grid: tuple[int, int]
     timesteps: list[float]
-    maps: dict[str, list[Tensor]]  # label -> for each step (pictures, [heads,] tokens, height, width)
+    maps: dict[str, list[Tensor]]  # label -> for each step (pictures, [heads,] tokens and words asked, height, width)
 
 
 class AttentionMaps:
@@ -76,8 +91,10 @@ class AttentionMaps:
     probabilities: at each place they sum to 1 over the tokens. Methods raise ConeslabError if nothing was recorded.
     """
 
-    def __init__(self, tokenizer: Any, *, keep_heads: bool, dtype: torch.dtype, max_bytes: int) -> None:
-        self.keep_heads = keep_heads
+    def __init__(
+        self, tokenizer: Any, *, keep_heads: bool, dtype: torch.dtype, max_bytes: int, words: Sequence[str] = ()
+    ) -> None:
+        self.keep_heads, self.words = keep_heads, tuple(words)
         self._tokenizer, self._dtype, self._max_bytes = tokenizer, dtype, max_bytes
         self._runs: list[_Run] = []
         self.nbytes = 0  # of the maps kept so far
@@ -114,16 +131,27 @@ class AttentionMaps:
 
         Raises ConeslabError if the prompt does not contain it.
         """
-        tokens, wanted = self._pieces(picture), self._tokenizer.tokenize(checks.text("word", word, blank=True))
-        starts = [i for i in range(len(tokens)) if wanted and tokens[i : i + len(wanted)] == wanted]
-        if not starts:
+        found, tokens = self._occurrences(word, picture), self._pieces(picture)
+        if not found:
             special = self._tokenizer.all_special_tokens
             shown = " ".join(piece.replace("</w>", "") for piece in tokens if piece not in special)
-            raise ConeslabError(f"{word!r} is not in the prompt, whose tokens are: {shown}")
+            raise ConeslabError(
+                f"{word!r} is not in the prompt, whose tokens are: {shown} (for the map that it would have, name it in "
+                "record_attention(words=...))"
+            )
+        return found
+
+    def _occurrences(self, word: str, picture: int) -> list[int]:
+        tokens, wanted = self._pieces(picture), self._tokenizer.tokenize(checks.text("word", word, blank=True))
+        starts = [i for i in range(len(tokens)) if wanted and tokens[i : i + len(wanted)] == wanted]
         return [i + offset for i in starts for offset in range(len(wanted))]
 
     def layer(self, label: str, *, picture: int = 0) -> Tensor:
         """Everything recorded from one layer for one picture: (steps, [heads,] tokens, height, width) float32."""
+        return self._layer(label, picture)[..., : self._find(picture)[0].tokens, :, :]
+
+    def _layer(self, label: str, picture: int) -> Tensor:
+        """The same, with the tokens of the words asked for after those of the prompt."""
         run, row = self._find(picture)
         checks.choice("layer", label, tuple(run.maps))
         return torch.stack([step[row] for step in run.maps[label]]).float()
@@ -143,7 +171,19 @@ class AttentionMaps:
         steps, from the end if negative; size: of the result, default the latent grid.
         Raises ConeslabError for a layer or step that was not recorded, and if nothing is left.
         """
-        run, row = self._find(picture)
+        found = self._average(picture=picture, layers=layers, resolution=resolution, steps=steps, size=size)
+        return found[: self._find(picture)[0].tokens]
+
+    def _average(
+        self,
+        *,
+        picture: int,
+        layers: str | Iterable[str] | None = None,
+        resolution: int | None = None,
+        steps: slice | int | Iterable[int] = slice(None),
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        run, _ = self._find(picture)
         chosen = list(run.maps) if layers is None else checks.texts("layers", layers)
         if resolution is not None:
             resolution = checks.count("resolution", resolution)
@@ -156,7 +196,7 @@ class AttentionMaps:
             steps = self._numbers("steps", steps, len(run.timesteps), least=-len(run.timesteps))
         maps = []
         for label in chosen:
-            kept = self.layer(label, picture=picture)[steps]
+            kept = self._layer(label, picture)[steps]
             if len(kept) and resolution in (None, kept.shape[-2]):
                 mean = kept.mean((0, 1)) if self.keep_heads else kept.mean(0)
                 maps.append(F.interpolate(mean[None], size=size or run.grid, mode="bilinear")[0])
@@ -170,14 +210,15 @@ class AttentionMaps:
     def token(self, token: str | int | Iterable[int], *, picture: int = 0, **choice: Any) -> Tensor:
         """The map of one word (or of one or more positions): (height, width) float32; options as in `average`.
 
-        A word of several tokens, or one that occurs more than once, gives the mean of its maps.
+        A word of several tokens, or one that occurs more than once, gives the mean of its maps. A word that is not in
+        the prompt but was asked for (`record_attention(words=...)`) has the map that it would have.
         """
-        return self.average(picture=picture, **choice)[self._positions(token, picture)].mean(0)
+        return self._average(picture=picture, **choice)[self._positions(token, picture)].mean(0)
 
     def per_layer(self, token: str | int | Iterable[int], *, picture: int = 0) -> dict[str, Tensor]:
         """The maps of one word, layer by layer and step by step: label -> (steps, height, width), heads averaged."""
         positions = self._positions(token, picture)
-        stacks = {label: self.layer(label, picture=picture) for label in self._find(picture)[0].maps}
+        stacks = {label: self._layer(label, picture) for label in self._find(picture)[0].maps}
         return {
             label: (stack.mean(1) if self.keep_heads else stack)[:, positions].mean(1)
             for label, stack in stacks.items()
@@ -193,10 +234,16 @@ class AttentionMaps:
         )
 
     def _positions(self, token: str | int | Iterable[int], picture: int) -> list[int]:
-        if isinstance(token, str):
-            return self.indices(token, picture)
-        run, _ = self._find(picture)
-        return self._numbers("positions", token, run.text.shape[1])
+        run, row = self._find(picture)
+        if not isinstance(token, str):
+            return self._numbers("positions", token, run.tokens)
+        if token in self.words and (run.prompts[row] is None or not self._occurrences(token, picture)):
+            before = sum(len(self._own_tokens(word)) for word in self.words[: self.words.index(token)])
+            return [run.tokens + before + i for i in range(len(self._own_tokens(token)))]
+        return self.indices(token, picture)
+
+    def _own_tokens(self, word: str) -> list[str]:
+        return self._tokenizer.tokenize(word)
 
     @staticmethod
     def _numbers(name: str, given: int | Iterable[int], end: int, *, least: int = 0) -> list[int]:
@@ -223,10 +270,10 @@ class AttentionMaps:
 
 
 class _RecordingProcessor:
-    """Calls the processor it replaces, unchanged, and also keeps the probabilities."""
+    """Calls the processor it replaces, unchanged, and also lets a recorder see what it is called with."""
 
-    def __init__(self, original: Any, keep: Callable[[Tensor], None]) -> None:
-        self.original, self.keep = original, keep
+    def __init__(self, original: Any, see: Callable[[Any, Tensor, Tensor, Tensor | None], None]) -> None:
+        self.original, self.see = original, see
 
     def __call__(
         self,
@@ -238,7 +285,7 @@ class _RecordingProcessor:
         **kwargs: Any,
     ) -> Tensor:
         if encoder_hidden_states is not None:
-            self.keep(attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask))
+            self.see(attn, hidden_states, encoder_hidden_states, attention_mask)
         if temb is not None:  # not every processor takes one
             kwargs["temb"] = temb
         return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
@@ -250,6 +297,8 @@ class record_attention(Block):
     The pictures are bit for bit those of an unrecorded run: the maps are computed beside the attention. (A compiled
     pipeline computes uncompiled in the block.) With classifier-free guidance only the conditional half is kept.
 
+    words: others than the prompt's, whose maps are recorded as well: how much each place would attend to such a word if
+    it stood beside the prompt (its keys, from the word encoded alone, against the run's queries; see `_with_words`).
     keep_heads: keep the heads apart instead of their mean; dtype: of the maps, which are kept on the CPU;
     max_bytes: how much may be kept. guided: whether the first half of each batch is the unconditional one; default:
     recognised by its latents being those of the second half, unless the pipeline's last guidance scale says no.
@@ -273,6 +322,7 @@ class record_attention(Block):
         self,
         pipe: Pipeline,
         *,
+        words: str | Iterable[str] = (),
         keep_heads: bool = False,
         dtype: torch.dtype = torch.float16,
         max_bytes: int = 2 * 2**30,
@@ -283,7 +333,10 @@ class record_attention(Block):
         dtype, max_bytes = require_float(dtype), checks.count("max_bytes", max_bytes, most=2**63)
         if guided is not None:
             checks.flag("guided", guided)
-        maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes)
+        asked = tuple(dict.fromkeys(checks.texts("words", words, least=0)))
+        require_read(pipe, *asked)
+        options = {"keep_heads": keep_heads, "dtype": dtype, "max_bytes": max_bytes}
+        maps = AttentionMaps(pipe.tokenizer, words=asked, **options)
         self._recorder = _Recorder(pipe, maps, guided)
         super().__init__(partial(_processors, pipe, self._recorder), maps, pipe=pipe)
 
@@ -292,16 +345,10 @@ class record_attention(Block):
         require_own_projections(uncompiled(pipe.unet))
         made.enter(without_compiling(pipe))
         recorder.stopped = False
-        hooked = (
-            (pipe.unet, "forward_pre_hook", recorder.before_step),
-            (pipe.text_encoder, "forward_hook", recorder.after_text),
-        )
-        for module, kind, _ in hooked:
-            made.undo(partial(_unhook, module=module, kind=kind, recorder=recorder))
-        maps = super().open(made)
-        for module, kind, function in hooked:
-            getattr(module, f"register_{kind}")(function, with_kwargs=True)
-        return maps
+        made.undo(recorder.stop)
+        made.hook(pipe.unet, "forward_pre_hook", recorder.before_step)
+        made.hook(pipe.text_encoder, "forward_hook", recorder.after_text)
+        return super().open(made)
 
 
 def _processors(pipe: Pipeline, recorder: _Recorder) -> Iterator[tuple[Place, _RecordingProcessor]]:
@@ -315,29 +362,23 @@ def _processors(pipe: Pipeline, recorder: _Recorder) -> Iterator[tuple[Place, _R
                 "call pipe.unet.set_default_attn_processor() first"
             )
         place = Place(module, "processor", partial(getattr, module, "processor"), module.set_processor)
-        yield place, _RecordingProcessor(original, partial(recorder.add, short_name(path)))
-
-
-def _unhook(*, module: nn.Module, kind: str, recorder: _Recorder) -> None:
-    """Remove a recorder's hook from a module, whether or not it has one, and let it record nothing more."""
-    recorder.stopped = True
-    hooks, with_arguments = getattr(module, f"_{kind}s"), getattr(module, f"_{kind}s_with_kwargs")
-    for key, function in list(hooks.items()):
-        if getattr(function, "__self__", None) is recorder:
-            with_arguments.pop(key, None)
-            hooks.pop(key, None)
+        yield place, _RecordingProcessor(original, partial(recorder.see, short_name(path)))
 
 
 class _Recorder:
     """What the hooks and processors of `record_attention` share: it sorts what they see into maps."""
 
     def __init__(self, pipe: Pipeline, maps: AttentionMaps, guided: bool | None) -> None:
-        self._pipe, self.maps, self._guided = pipe, maps, guided
+        self._pipe, self.maps = pipe, maps
         self.stopped = True  # a recorder that was left before one that was entered later is still called by it
+        self._clock = Clock(pipe, guided)
         self._encoded: list[tuple[Tensor, Tensor]] = []  # token ids (tokens,) and their text embedding
-        self._empty: Tensor | None = None  # embedding of the empty prompt (tokens, width)
+        self._words: list[tuple[Tensor, slice]] | None = None  # the embedding of each word asked for, and its tokens
+        self._of_clock: dict[int, _Run] = {}
         self._run: _Run | None = None  # where maps go now; None while an unconditional batch is drawn
-        self._keep = slice(None)
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Remember which token ids gave which embedding, to name the tokens of a picture."""
@@ -346,27 +387,23 @@ class _Recorder:
             self._encoded += [(row, embedding.detach()) for row, embedding in zip(ids, output[0], strict=True)]
 
     def before_step(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
-        call = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
-        sample, text = call["sample"], call["encoder_hidden_states"]
-        timestep = float(torch.as_tensor(call["timestep"]).max())
-        guided, half = self._guided, len(sample) // 2
-        if guided is None:
-            scale = getattr(self._pipe, "_guidance_scale", None)
-            guided = len(sample) % 2 == 0 and (scale is None or scale > 1) and torch.equal(sample[:half], sample[half:])
-        self._keep = slice(half, None) if guided else slice(None)
-        if self._empty is None:
-            self._empty = encode_prompts(self._pipe, "")[0]
-        if all(torch.equal(row, self._empty.to(row)) for row in text):
+        self._clock.before(unet, args, kwargs)
+        now = self._clock.now
+        assert now is not None
+        if self._words is None:
+            self._words = [self._encoded_word(word) for word in self.maps.words]
+        if "text" not in now.halves:
             self._run = None  # the unconditional half, drawn as its own batch (as in `ddim_sample`)
             return
-        runs = self.maps._runs
-        same = (run for run in reversed(runs) if run.text is text and timestep <= run.timesteps[-1])
-        self._run = next(same, None)
+        self._run = self._of_clock.get(now.run)
         if self._run is None:
-            prompts = [self._prompt(row) for row in text[self._keep]]
-            self._run = _Run(text, prompts, (sample.shape[-2], sample.shape[-1]), [], {})
-            runs.append(self._run)
-        self._run.timesteps.append(timestep)
+            call = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
+            sample, text = call["sample"], call["encoder_hidden_states"]
+            prompts = [self._prompt(row) for row in text[now.rows("text", len(text))]]
+            self._run = _Run(text.shape[1], prompts, (sample.shape[-2], sample.shape[-1]), [], {})
+            self._of_clock[now.run] = self._run
+            self.maps._runs.append(self._run)
+        self._run.timesteps.append(now.timestep)
 
     def _prompt(self, embedding: Tensor) -> list[str] | None:
         for ids, known in self._encoded:
@@ -374,13 +411,29 @@ class _Recorder:
                 return self.maps._tokenizer.convert_ids_to_tokens(ids.tolist())
         return None
 
-    def add(self, label: str, probabilities: Tensor) -> None:
-        maps, run = self.maps, self._run
-        if run is None or self.stopped:
+    @torch.no_grad()
+    def _encoded_word(self, word: str) -> tuple[Tensor, slice]:
+        """The embedding (1, tokens, width) of a word alone, and where its tokens are: after the start token."""
+        return encode_prompts(self._pipe, word), slice(1, 1 + len(self.maps._own_tokens(word)))
+
+    def see(self, label: str, attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None) -> None:
+        """Keep the probabilities of one attention, from what it is called with."""
+        run, now = self._run, self._clock.now
+        if run is None or now is None or self.stopped:
             return
-        kept = probabilities[self._keep]
-        height, width = _grid(run.grid, kept.shape[2])
-        kept = kept.transpose(-1, -2).unflatten(-1, (height, width))  # (pictures, heads, tokens, height, width)
+        rows = now.rows("text", len(hidden_states))
+        assert rows is not None
+        scores = _attention_scores(attn, hidden_states, text, attention_mask)[rows]
+        self._add(run, label, _with_words(scores, self._scores_of_words(attn, hidden_states[rows], text)))
+
+    def _scores_of_words(self, attn: Any, hidden_states: Tensor, text: Tensor) -> Iterator[Tensor]:
+        for embedding, tokens in self._words or ():
+            yield _attention_scores(attn, hidden_states, embedding.to(text).expand(len(hidden_states), -1, -1))[..., tokens]
+
+    def _add(self, run: _Run, label: str, probabilities: Tensor) -> None:
+        maps = self.maps
+        height, width = _grid(run.grid, probabilities.shape[2])
+        kept = probabilities.transpose(-1, -2).unflatten(-1, (height, width))  # (pictures, heads, tokens, height, width)
         kept = (kept if maps.keep_heads else kept.mean(1)).to("cpu", maps._dtype).contiguous()
         maps.nbytes += kept.nbytes
         if maps.nbytes > maps._max_bytes:
