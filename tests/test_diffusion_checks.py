@@ -23,6 +23,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
@@ -144,9 +146,7 @@ def sdxl(pipe):
 
 def other_kind(pipe):
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    return StableDiffusionImg2ImgPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    return StableDiffusionUpscalePipeline(**parts, low_res_scheduler=DDPMScheduler())
 
 
 def without(part):
@@ -241,7 +241,7 @@ def with_more_words(pipe):
 
 REFUSED = {
     "SDXL": (sdxl, "got a StableDiffusionXLPipeline, expected a StableDiffusionPipeline"),
-    "another kind": (other_kind, "got a StableDiffusionImg2ImgPipeline"),
+    "another kind": (other_kind, "got a StableDiffusionUpscalePipeline"),
     "no tokenizer": (without("tokenizer"), "has no tokenizer: load all parts"),
     "no autoencoder": (without("vae"), "has no vae"),
     "flow matching": (with_scheduler(FlowMatchEulerDiscreteScheduler()), "no noise schedule alphas_cumprod"),
@@ -274,6 +274,16 @@ def test_what_cannot_work_is_said_at_the_door(own_pipe, name):
     for door in (checks.require_pipeline, checks.require_editable, KVSpace, coneslab.find_concept_neurons):
         with pytest.raises(ConeslabError, match=reason):
             knock(door, pipe) if door is coneslab.find_concept_neurons else door(pipe)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_a_pipeline_that_draws_from_pictures_passes_unless_it_has_to_draw_from_texts(v_pipe, kind):
+    pipe = kind(**v_pipe.components, requires_safety_checker=False)
+    checks.require_pipeline(pipe)
+    assert KVSpace(pipe).n == KVSpace(v_pipe).n
+    for door in (checks.require_from_text, checks.require_editable, lambda pipe: generate(pipe, "a cat")):
+        with pytest.raises(ConeslabError, match=f"{kind.__name__}, which draws from pictures, .*pipe.components"):
+            door(pipe)
 
 
 def test_whatever_works_passes(v_pipe, epsilon_pipe, sd_pipe, own_pipe):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..blocks import Block, Made
 from ..errors import ArgumentError, ConeslabError
-from .checks import require_pipeline, text_width, uncompiled
+from .checks import require_pipeline, text_width
 from .encoding import latent_shape
 from .kvspace import unet_of
 from .pipelines import Pipeline, require_float
@@ -54,10 +54,14 @@ def sites(pipe: Pipeline) -> dict[str, tuple[int, ...]]:
         timestep = torch.zeros(1)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, site in _sites_of(copy).items():
-        site.register(lambda tensor, name=name: shapes.setdefault(name, tuple(tensor.shape[1:])) and None)
+        site.register(partial(_note_shape, shapes, name))
     with torch.no_grad():
         copy(latents, timestep, encoder_hidden_states=text)
     return {name: shapes[name] for name in _sites_of(unet) if name in shapes}
+
+
+def _note_shape(shapes: dict[str, tuple[int, ...]], name: str, activation: Tensor) -> None:
+    shapes[name] = tuple(activation.shape[1:])
 
 
 class _Site:
@@ -182,8 +186,8 @@ class Activations(Mapping[Key, Tensor]):
 
     `seen["mid", 3, "text"]` is (pictures, ...), with pictures numbered in the order they were drawn, over all calls in
     the block. Steps are numbered as the scheduler's timesteps are, from 0; `timesteps` says which is which. Left out,
-    or a slice, they are stacked: `seen["mid"]` is (steps, pictures, ...). The half left out is the prompt's. Tensors are
-    on the CPU.
+    or a slice, they are stacked: `seen["mid"]` is (steps, pictures, ...). The half left out is the prompt's. Tensors
+    are on the CPU.
     Raises ArgumentError for what was not kept.
     """
 
@@ -235,9 +239,13 @@ class Activations(Mapping[Key, Tensor]):
         self._require_any()
         site, *rest = key if isinstance(key, tuple) else (key,)
         if len(rest) > 2:
-            raise ArgumentError(f"got {checks.shown(key)}: give a site, a step and a half, as in seen['mid', 3, 'text']")
+            raise ArgumentError(
+                f"got {checks.shown(key)}: give a site, a step and a half, as in seen['mid', 3, 'text']"
+            )
         checks.choice("site", site, self.sites)
-        half = checks.choice("half", rest[1] if len(rest) > 1 else ("text" if "text" in self.halves else "empty"), HALVES)
+        half = checks.choice(
+            "half", rest[1] if len(rest) > 1 else ("text" if "text" in self.halves else "empty"), HALVES
+        )
         held = sorted({step for own, step, other in self._kept if (own, other) == (site, half)})
         if not held:
             raise ArgumentError(f"half is {half!r}, which was not kept of {site!r}: there is {', '.join(self.halves)}")
@@ -264,8 +272,8 @@ class Activations(Mapping[Key, Tensor]):
     def _require_any(self) -> None:
         if not self._kept:
             raise ConeslabError(
-                "nothing was kept: was a picture drawn inside the block, with this pipeline's own U-Net, and did the run "
-                "come to one of the steps that were asked for?"
+                "nothing was kept: was a picture drawn inside the block, with this pipeline's own U-Net, and did the "
+                "run come to one of the steps that were asked for?"
             )
 
     def __contains__(self, key: object) -> bool:
@@ -471,7 +479,9 @@ class patch(_Following):
                 )
             chosen = ChosenSteps(frozenset(function.steps)) if steps is None else chosen
         elif not callable(function):
-            raise ArgumentError(f"function is {checks.shown(function)}: give a function of a tensor, or what was watched")
+            raise ArgumentError(
+                f"function is {checks.shown(function)}: give a function of a tensor, or what was watched"
+            )
         super().__init__(pipe, names, _Patcher(chosen, halves, function), pipe)
 
 

@@ -49,8 +49,8 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
     require_own_projections(unet)
     if not _calls_its_own(unet):
         raise ConeslabError(
-            "something acts on the U-Net at some steps only, such as an edit that is applied with steps=..., and a copy "
-            "of its weights does not have it: leave that block first"
+            "something acts on the U-Net at some steps only, such as an edit that is applied with steps=..., which a "
+            "copy of its weights would not have: leave that block first"
         )
     weights = {name: weight.detach().to(dtype) for name, weight in separate_weights(unet).items()}
     with torch.device("meta"):

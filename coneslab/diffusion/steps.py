@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..errors import ConeslabError
+from .checks import require_pipeline
 from .encoding import encode_prompts
 from .pipelines import Pipeline
 
@@ -137,6 +138,7 @@ class Clock:
     """
 
     def __init__(self, pipe: Pipeline, guided: bool | None = None) -> None:
+        require_pipeline(pipe)
         self._pipe, self._guided = pipe, guided
         self._runs: list[_Run] = []
         self._empty: Tensor | None = None
@@ -161,9 +163,7 @@ class Clock:
             run.texts.append(text)
         run.seen.update(halves)
         share = float(share_of(self._pipe.scheduler, timestep))
-        self.now = Pass(
-            run.number, run.step, timestep, share, halves, run.pictures, run.first, steps=len(run.times)
-        )
+        self.now = Pass(run.number, run.step, timestep, share, halves, run.pictures, run.first, steps=len(run.times))
 
     def _halves(self, sample: Tensor, text: Tensor) -> tuple[Half, ...]:
         half = len(sample) // 2
@@ -182,7 +182,9 @@ class Clock:
             with torch.no_grad():
                 self._empty = encode_prompts(self._pipe, "")[0]
         empty = self._empty.to(text)
-        return empty.shape == text.shape[1:] and bool(((text - empty).flatten(1).norm(dim=1) < 1e-3 * empty.norm()).all())
+        return empty.shape == text.shape[1:] and bool(
+            ((text - empty).flatten(1).norm(dim=1) < 1e-3 * empty.norm()).all()
+        )
 
     def _continued(self, text: Tensor, timestep: float, halves: tuple[Half, ...], pictures: int) -> _Run | None:
         """The run that goes on with this pass: with this text, or with the other half of it at the same timestep."""
@@ -242,14 +244,16 @@ class KnownTexts:
             return
         for row, embedding in zip(ids, output[0].detach(), strict=True):
             for dtype in {embedding.dtype, torch.float32, torch.bfloat16, torch.float16}:
-                self._ids[_bytes(embedding.to(dtype))] = tuple(row.tolist())
+                self._ids[self.key(embedding.to(dtype))] = tuple(row.tolist())
         while len(self._ids) > _REMEMBERED:
             self._ids.popitem(last=False)
 
     def ids(self, embedding: Tensor) -> tuple[int, ...] | None:
         """The token ids of an embedding (tokens, width); None if it was not encoded meanwhile."""
-        return self._ids.get(_bytes(embedding.detach()))
+        return self._ids.get(self.key(embedding))
 
-
-def _bytes(embedding: Tensor) -> bytes:
-    return embedding.dtype.__repr__().encode() + embedding.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    @staticmethod
+    def key(embedding: Tensor) -> bytes:
+        """The bytes of an embedding."""
+        embedding = embedding.detach()
+        return embedding.dtype.__repr__().encode() + embedding.contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -5,7 +5,7 @@ What all of them share, the kinds that belong to no single method, and other pro
 
 from __future__ import annotations
 
-from .base import Combined, Edit, applied, load_edit, require_dose
+from .base import Combined, Edit, applied, load_edit
 from .interchange import (
     custom_diffusion_parts,
     export_custom_diffusion,
@@ -16,6 +16,7 @@ from .interchange import (
     import_tokens,
 )
 from .low_rank import LowRankDelta, compress
+from .timed import in_steps, require_dose
 from .tokens import LearnedText, TokenEdit, embedding_of, start_vector, vocabulary_fingerprint, with_tokens
 from .weights import WeightDelta, model_fingerprint, require_model, swapped, untouched
 
@@ -36,6 +37,7 @@ __all__ = [
     "import_custom_diffusion",
     "import_lora",
     "import_tokens",
+    "in_steps",
     "load_edit",
     "model_fingerprint",
     "require_dose",

@@ -24,6 +24,7 @@ from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError
 from ..files import read_tensors, sealed, tensor_sum, write_whole
+from .timed import ALL_PARTS, applied_in, in_steps, require_dose
 
 FORMAT = "coneslab.edit/1"
 _KINDS: dict[str, type[Edit]] = {}  # by class name, which is what a file stores
@@ -58,13 +59,24 @@ class Edit(ABC):
     def nbytes(self) -> int:
         """Bytes of what the edit stores, without settings and history."""
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        """Which parts of a pipeline it changes or has to know about: "text encoder", "U-Net"."""
+        return ALL_PARTS
+
     @abstractmethod
     def applied(
-        self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
+        self,
+        pipe: Pipeline,
+        dose: float = 1.0,
+        *,
+        steps: tuple[float, float] | None = None,
+        check_model: bool = True,
     ) -> AbstractContextManager[Pipeline]:
         """Apply the edit inside a `with` block; dose 0 changes nothing, 1 is the whole edit.
 
-        check_model=False allows another model than the one it was made for.
+        steps: two shares of the schedule between which it is on, default all (see `edits.applied`); a kind of your own
+        has it by the decorator `in_steps`. check_model=False allows another model than the one it was made for.
         Raises MismatchError, with the pipeline untouched, for another model.
         """
 
@@ -118,16 +130,39 @@ def _made(kind: type[Edit], values: dict[str, Any]) -> Edit:
     return kind(**values)
 
 
-def applied(edit: Edit | None, pipe: Pipeline, dose: float = 1.0) -> AbstractContextManager[Pipeline]:
-    """Apply an edit inside a `with` block; None leaves the pipeline as it is."""
+def applied(
+    edit: Edit | None, pipe: Pipeline, dose: float = 1.0, *, steps: tuple[float, float] | None = None
+) -> AbstractContextManager[Pipeline]:
+    """Apply an edit inside a `with` block; None leaves the pipeline as it is.
+
+    steps: two shares of the schedule, from which and before which it is on; elsewhere it is as at dose 0. 0 is all
+    noise, 1 is clean, told by the timestep of each call of the U-Net: see `diffusion.steps`. So it holds for every run
+    in the block, for samplers that call the network twice a step, and for a run that starts from a picture at strength
+    0.4 and therefore at a share of 0.6. A share in which a run has no step is no error: the edit is never on. Within
+    its share it acts on top of all other blocks but the timed edits entered after it. An edit of text needs prompts
+    that are given as text inside the block. (`generate` does without its fast copy, and a compiled pipeline computes
+    uncompiled.)
+    Raises ArgumentError unless the shares are two in order, each from 0 to 1.
+
+    >>> from coneslab.edits import applied
+    >>> from coneslab.methods import closed_form_edit
+    >>> pipe = coneslab.load("tiny")
+    >>> forget = closed_form_edit(pipe, "a cat", "a dog")
+    >>> with applied(forget, pipe, steps=(0.0, 0.3)):  # while the composition is laid down
+    ...     early = coneslab.generate(pipe, "a cat", sampler_steps=4)
+    >>> with applied(forget, pipe, steps=(0.3, 1.0)):
+    ...     late = coneslab.generate(pipe, "a cat", sampler_steps=4)
+    >>> early == late
+    False
+    """
     require_pipeline(pipe)
     require_dose(dose)
-    return nullcontext(pipe) if require_edit(edit) is None else edit.applied(pipe, dose)  # type: ignore[union-attr]
-
-
-def require_dose(dose: float) -> float:
-    """A dose, see `checks.dose`. Raises ArgumentError for any other number."""
-    return checks.dose("dose", dose)
+    if require_edit(edit) is None:
+        if steps is not None:
+            checks.interval("share of the schedule (steps)", steps)
+        return nullcontext(pipe)
+    apply = edit.applied  # type: ignore[union-attr]
+    return apply(pipe, dose) if steps is None else applied_in(apply, edit, pipe, dose, steps)
 
 
 def require_edit(edit: Any) -> Any:
@@ -191,11 +226,15 @@ class Combined(Edit):
         first, *others = (dict(getattr(edit, "settings", {})) for edit in self.edits) if self.edits else ({},)
         return first if all(other == first for other in others) else {}
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        return frozenset().union(*(edit.acts_on for edit in self.edits))
+
+    @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
         """Apply all edits inside a `with` block, each at this dose. Raises what any of them raises."""
-        require_pipeline(pipe)
         return Nested(lambda: (edit.applied(pipe, dose, check_model=check_model) for edit in self.edits), pipe)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

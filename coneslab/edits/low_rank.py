@@ -14,6 +14,7 @@ from .. import checks
 from ..diffusion.pipelines import Pipeline, require_float
 from ..errors import ConeslabError
 from .base import Edit
+from .timed import UNET, in_steps
 from .weights import WeightDelta
 
 
@@ -49,6 +50,11 @@ class LowRankDelta(Edit):
         facts: dict[str, Any] = {"subject": self.subject, "settings": self.settings, "history": self.history}
         return WeightDelta(deltas, self.fingerprint, **facts)
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        return frozenset((UNET,))
+
+    @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:

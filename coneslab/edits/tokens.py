@@ -22,7 +22,8 @@ from ..diffusion.checks import require_pipeline, uncompiled
 from ..diffusion.encoding import encode_ids, warn_of_unread
 from ..diffusion.pipelines import Pipeline, fingerprint
 from ..errors import ArgumentError, ConeslabError, MismatchError
-from .base import Edit, require_dose
+from .base import Edit
+from .timed import TEXT, in_steps
 
 
 def embedding_of(pipe: Pipeline) -> nn.Embedding:
@@ -140,6 +141,11 @@ class TokenEdit(Edit):
     def __repr__(self) -> str:
         return f"TokenEdit({', '.join(self.tokens)}: {self.vectors.shape[1]} numbers each)"
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        return frozenset((TEXT,))
+
+    @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
@@ -148,8 +154,6 @@ class TokenEdit(Edit):
         dose: 0 is the vector a token started from, 1 the learned one.
         Raises MismatchError, with the pipeline untouched, if text encoder or width differ.
         """
-        require_pipeline(pipe)
-        require_dose(dose)
         return Block(lambda: self._changes(pipe, dose, check_model), pipe=pipe)
 
     def _changes(self, pipe: Pipeline, dose: float, check_model: bool) -> list[tuple[Place, Any]]:

@@ -21,7 +21,8 @@ from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.pipelines import fingerprint as fingerprint_of
 from ..errors import ConeslabError, MismatchError
-from .base import Edit, require_dose
+from .base import Edit
+from .timed import UNET, in_steps
 
 Change = tuple[Tensor, Tensor]
 
@@ -123,6 +124,11 @@ class WeightDelta(Edit):
         where = f"{count:,} weights in {len(self.deltas)} layers, model {self.fingerprint[:8]}"
         return f"WeightDelta({self.subject!r}: {where})"
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        return frozenset((UNET,))
+
+    @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
@@ -131,8 +137,6 @@ class WeightDelta(Edit):
         check_model=False allows another model of the same shapes.
         Raises MismatchError, with the pipeline untouched, if model or shapes differ.
         """
-        require_pipeline(pipe)
-        require_dose(dose)
 
         def changes() -> Iterator[Change]:
             require_own_projections(unet_of(pipe))

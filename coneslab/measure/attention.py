@@ -335,8 +335,7 @@ class record_attention(Block):
             checks.flag("guided", guided)
         asked = tuple(dict.fromkeys(checks.texts("words", words, least=0)))
         require_read(pipe, *asked)
-        options = {"keep_heads": keep_heads, "dtype": dtype, "max_bytes": max_bytes}
-        maps = AttentionMaps(pipe.tokenizer, words=asked, **options)
+        maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes, words=asked)
         self._recorder = _Recorder(pipe, maps, guided)
         super().__init__(partial(_processors, pipe, self._recorder), maps, pipe=pipe)
 
@@ -428,12 +427,16 @@ class _Recorder:
 
     def _scores_of_words(self, attn: Any, hidden_states: Tensor, text: Tensor) -> Iterator[Tensor]:
         for embedding, tokens in self._words or ():
-            yield _attention_scores(attn, hidden_states, embedding.to(text).expand(len(hidden_states), -1, -1))[..., tokens]
+            yield _attention_scores(attn, hidden_states, embedding.to(text).expand(len(hidden_states), -1, -1))[
+                ..., tokens
+            ]
 
     def _add(self, run: _Run, label: str, probabilities: Tensor) -> None:
         maps = self.maps
         height, width = _grid(run.grid, probabilities.shape[2])
-        kept = probabilities.transpose(-1, -2).unflatten(-1, (height, width))  # (pictures, heads, tokens, height, width)
+        kept = probabilities.transpose(-1, -2).unflatten(
+            -1, (height, width)
+        )  # (pictures, heads, tokens, height, width)
         kept = (kept if maps.keep_heads else kept.mean(1)).to("cpu", maps._dtype).contiguous()
         maps.nbytes += kept.nbytes
         if maps.nbytes > maps._max_bytes:

@@ -25,7 +25,8 @@ from ..blocks import Block
 from ..diffusion.checks import require_pipeline
 from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
-from ..edits.base import Edit, require_dose
+from ..edits.base import Edit
+from ..edits.timed import ALL_PARTS, UNET, in_steps
 from ..edits.weights import Change, require_model, swapped
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import read_whole, write_whole
@@ -264,6 +265,11 @@ class ConceptNeurons(Edit):
         """Bytes of indices and scales; a binary mask stores indices alone."""
         return self.indices.nbytes + (self.scales.nbytes if self.scales.any() else 0)
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        return ALL_PARTS if self.scope else frozenset((UNET,))
+
+    @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
@@ -288,8 +294,6 @@ class ConceptNeurons(Edit):
         >>> torch.equal(space.gather(), before)
         True
         """
-        require_pipeline(pipe)
-        require_dose(dose)
         scales = torch.tensor(self.scales)
 
         def scaled(old: Tensor, part: slice) -> Tensor:

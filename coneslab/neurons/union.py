@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .. import checks
 from ..callback import Callback
-from ..diffusion.checks import require_editable, require_pipeline
+from ..diffusion.checks import require_editable
 from ..diffusion.encoding import encode_prompts
 from ..diffusion.loss import add_noise
 from ..diffusion.pipelines import Pipeline
-from ..edits.base import Combined, Edit, applied, require_dose, require_edit
+from ..edits.base import Combined, Edit, applied, require_edit
+from ..edits.timed import in_steps
 from ..edits.weights import require_model
 from ..errors import ArgumentError, ConeslabError, MismatchError
 from ..finetuning.checkpoints import resumable
@@ -226,6 +227,11 @@ class TunedNeurons(Edit):
     def __repr__(self) -> str:
         return f"TunedNeurons({self.neurons.subject!r}: {len(self.values):,} weights tuned, {self.nbytes:,} bytes)"
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        return self.neurons.acts_on
+
+    @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
@@ -233,8 +239,6 @@ class TunedNeurons(Edit):
 
         Raises what `ConceptNeurons.applied` raises.
         """
-        require_pipeline(pipe)
-        require_dose(dose)
         values = torch.tensor(self.values)
 
         def tuned(old: Tensor, part: slice) -> Tensor:

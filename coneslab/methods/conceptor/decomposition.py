@@ -25,6 +25,7 @@ from ...diffusion.encoding import encode_images, encode_prompts, require_read
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate, require_steps
 from ...edits.base import Edit
+from ...edits.timed import TEXT, in_steps
 from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fingerprint
 from ...errors import ArgumentError, ConeslabError
 from ...finetuning.kv_gradient import KVGradient, require_passes
@@ -154,6 +155,11 @@ class Decomposition(Edit):
         """Bytes of the coefficients in use."""
         return 4 * int((self.coefficients[: self.explain] > 0).sum())
 
+    @property
+    def acts_on(self) -> frozenset[str]:
+        return frozenset((TEXT,))
+
+    @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
