@@ -26,6 +26,8 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 if TYPE_CHECKING:
     from .diffusion import generate as generate
     from .diffusion import load as load
+    from .diffusion import patch as patch
+    from .diffusion import watch as watch
     from .edits import compress as compress
     from .edits import load_edit as load_edit
     from .errors import ConeslabError as ConeslabError
@@ -65,6 +67,8 @@ __getattr__, __dir__, __all__ = attach(
         "diffusion": (
             "generate",
             "load",
+            "patch",
+            "watch",
         ),
         "edits": (
             "compress",

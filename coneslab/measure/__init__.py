@@ -1,6 +1,7 @@
 """Measure: a judge of pictures and texts, statistics, what a model draws, where it attends, what a sampler costs.
 
-The judge is a CLIP model that only measures. Builds on `diffusion` and the picture world.
+The judge is a CLIP model that only measures. How good attention maps are, and which activations make a picture what it
+is, is measured here too. Builds on `diffusion` and the picture world.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from .judge import Judge as Judge
     from .judge import as_pictures as as_pictures
     from .judge import load_judge as load_judge
+    from .merit import attention_merit as attention_merit
+    from .merit import chance_iou as chance_iou
+    from .merit import map_iou as map_iou
+    from .merit import points_at as points_at
     from .samplers import SCHEDULERS as SCHEDULERS
     from .samplers import Sampler as Sampler
     from .samplers import compare_samplers as compare_samplers
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from .statistics import kid as kid
     from .subject_truth import CameThrough as CameThrough
     from .subject_truth import came_through as came_through
+    from .tracing import trace_activations as trace_activations
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -55,6 +61,12 @@ __getattr__, __dir__, __all__ = attach(
             "as_pictures",
             "load_judge",
         ),
+        "merit": (
+            "attention_merit",
+            "chance_iou",
+            "map_iou",
+            "points_at",
+        ),
         "samplers": (
             "SCHEDULERS",
             "Sampler",
@@ -70,5 +82,6 @@ __getattr__, __dir__, __all__ = attach(
             "CameThrough",
             "came_through",
         ),
+        "tracing": ("trace_activations",),
     },
 )

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from .plots import curves as curves
     from .plots import heatmap as heatmap
     from .plots import intervals as intervals
+    from .plots import merit_map as merit_map
     from .plots import picture_grid as picture_grid
     from .plots import pictures_and_map as pictures_and_map
     from .plots import show as show
+    from .plots import trace_map as trace_map
     from .widgets import Limits as Limits
     from .widgets import Playground as Playground
     from .widgets import attention_browser as attention_browser
@@ -51,9 +53,11 @@ __getattr__, __dir__, __all__ = attach(
             "curves",
             "heatmap",
             "intervals",
+            "merit_map",
             "picture_grid",
             "pictures_and_map",
             "show",
+            "trace_map",
         ),
         "widgets": (
             "Limits",

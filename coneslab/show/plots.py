@@ -225,10 +225,7 @@ def intervals(
     where intervals that are not above 0 are left out. A row whose low and high are NaN has no interval: a hollow mean,
     with the numbers in its column `points`, such as each subject's mean, as dots.
     """
-    needed = [value, "low", "high", by, *([] if panels is None else [panels])]
-    missing = [name for name in needed if name not in getattr(table, "columns", ())]
-    if missing:
-        raise ArgumentError(f"the table has no column {', '.join(map(str, missing))}: give a DataFrame that has it")
+    _require_columns(table, value, "low", "high", by, *([] if panels is None else [panels]))
     if columns is not None:
         columns = checks.count("columns", columns)
     names = list(dict.fromkeys(table[by]))
@@ -271,6 +268,14 @@ def intervals(
     if note:
         figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left")
     return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
+
+
+def _require_columns(table: Any, *needed: str) -> None:
+    missing = [name for name in needed if name not in getattr(table, "columns", ())]
+    if missing:
+        raise ArgumentError(f"the table has no column {', '.join(map(str, missing))}: give a DataFrame that has it")
+    if not len(table):
+        raise ArgumentError("the table is empty: there is nothing to draw")
 
 
 def _numbers(name: str, given: Any, dimensions: int) -> np.ndarray:
@@ -398,3 +403,96 @@ def attention_overlay(
             grid[0][i].set_title(labels[i], fontsize=8, **_PLAIN)
     figure.suptitle(title, fontsize=10, y=1.0, va="bottom", **_PLAIN)
     return _finish(figure, f"Pictures with attention maps over them: {', '.join(labels) or title}")
+
+
+def trace_map(table: pandas.DataFrame, *, pictures: Images | None = None, title: str = "") -> Figure:
+    """Draw what `measure.trace_activations` gives: effects as a heat map, sites in their order by bands of steps.
+
+    pictures: two to set beside it, one of the run that was changed and one of the source.
+    """
+    _require_columns(table, "site", "band", "first_step", "last_step", "effect")
+    shown = None if pictures is None else as_pictures(pictures)
+    if shown is not None and len(shown) != 2:
+        raise ArgumentError(f"got {len(shown)} pictures: give two, of the run that was changed and of the source")
+    source, into = (checks.shown(table.attrs.get(name, name)) for name in ("source", "into"))
+    (title,) = _texts(title=title)
+    title = title or f"{source} put into the run of {into}"
+    values = table.pivot(index="site", columns="band", values="effect").loc[list(dict.fromkeys(table["site"]))]
+    bands = table.drop_duplicates("band").set_index("band").loc[values.columns]
+    steps = [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(bands.first_step, bands.last_step, strict=True)]
+    height = 0.32 * len(values) + 0.5
+    figure = Figure(figsize=(0.62 * len(steps) + 3.6 + (1.5 if shown else 0), max(height, 2.6)), layout="constrained")
+    if shown is None:
+        axes = figure.subplots()
+    else:
+        halves: Any = figure.subfigures(1, 2, width_ratios=[1.3, 0.62 * len(steps) + 3.6])
+        left, right = halves
+        axes = right.subplots()
+        for small, picture, label in zip(left.subplots(2, 1), shown, (into, source), strict=True):
+            _grey_frame(small)
+            small.imshow(np.asarray(picture), interpolation="nearest")
+            small.set_xlabel(textwrap.fill(label, 20), fontsize=7, **_PLAIN)
+    seaborn.heatmap(
+        values.to_numpy().round(2) + 0.0,  # no -0.00
+        ax=axes,
+        cmap=MAP,
+        vmin=min(0.0, float(values.min().min())),
+        annot=len(steps) <= 12,
+        fmt=".2f",
+        annot_kws={"fontsize": 6.5},
+        xticklabels=steps,
+        yticklabels=_without_formulas(list(values.index)),
+        cbar_kws={"label": f"effect in {table.attrs.get('measured', 'the picture')} (1: the source's picture)"},
+    )
+    bar: Any = axes.collections[0].colorbar
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.yaxis.label.set_fontsize(7.5)
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("steps in which the source's activations are put in place", fontsize=8)
+    axes.set_ylabel("")
+    figure.suptitle(title, fontsize=9, **_PLAIN)
+    best = table.loc[table["effect"].idxmax()]
+    return _finish(
+        figure,
+        f"Heat map of the effect of activations of {source} in the run of {into}, {len(values)} sites by {len(steps)} "
+        f"bands of steps; the largest is {best.effect:.2f}, at {best.site} in steps {best.first_step} to "
+        f"{best.last_step}",
+    )
+
+
+def merit_map(table: pandas.DataFrame, *, word: str = "all", title: str = "") -> Figure:
+    """Draw what `measure.attention_merit` gives for a word: one heat map per measure, layers by timesteps.
+
+    Above each stand what chance would give, and what the maps get against other objects, both means over the cells.
+    """
+    _require_columns(table, "layer", "timestep", "word", "measure", "value", "chance", "elsewhere", "objects")
+    word, title = checks.choice("word", word, tuple(dict.fromkeys(table["word"]))), _texts(title=title)[0]
+    table = table[table["word"] == word]
+    layers, times = list(dict.fromkeys(table["layer"])), list(dict.fromkeys(table["timestep"]))
+    measures = list(dict.fromkeys(table["measure"]))
+    figure = Figure(figsize=((0.55 * len(times) + 1.6) * len(measures) + 0.8, 0.3 * len(layers) + 1.3))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(grid, measures, strict=True):
+        part = table[table["measure"] == measure]
+        values = part.pivot(index="layer", columns="timestep", values="value").loc[layers, times]
+        seaborn.heatmap(
+            values.to_numpy(),
+            ax=axes,
+            cmap=MAP,
+            vmin=0,
+            annot=True,
+            fmt=".2f",
+            annot_kws={"fontsize": 6.5},
+            xticklabels=times,
+            yticklabels=_without_formulas(layers),
+        )
+        axes.collections[0].colorbar.ax.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("timestep (1000: all noise)", fontsize=8)
+        chance, elsewhere = part["chance"].mean(), part["elsewhere"].mean()
+        axes.set_title(f"{measure}\nchance {chance:.2f}, other objects {elsewhere:.2f}", fontsize=8)
+    objects = int(table["objects"].max())
+    what = f"{objects} objects" if word == "all" else f"{objects} objects called {word}"
+    figure.suptitle(title or f"Attention maps against true masks, {what}", fontsize=9, **_PLAIN)
+    return _finish(figure, f"Heat maps of {' and '.join(measures)} of attention maps, {len(layers)} layers, {what}")
