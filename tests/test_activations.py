@@ -236,15 +236,15 @@ def test_the_keys_of_what_was_kept(v_pipe):
     assert ("mid", 1, "text") in seen and "mid" in seen and "in" not in seen and len(seen) == number * 2 * 2
     assert torch.equal(seen["mid", -1], seen["mid", 3, "text"])
     assert torch.equal(seen["mid", 2:], seen["mid", 3][None])
-    for key, said in {
-        "in": "site is 'in': choose one of mid",
-        ("mid", 0): "step is 0: choose one of 1, 3",
-        ("mid", "1"): "step is '1': give a whole number",
-        ("mid", slice(2, 3)): "no step is left of 1, 3",
-        ("mid", 1, "both"): "half is 'both': choose one of text, empty",
-        ("mid", 1, "text", 0): "give site, step and half",
-        3: "site is 3",
-    }.items():
+    for key, said in (
+        ("in", "site is 'in': choose one of mid"),
+        (("mid", 0), "step is 0: choose one of 1, 3"),
+        (("mid", "1"), "step is '1': give a whole number"),
+        (("mid", slice(2, 3)), "no step is left of 1, 3"),
+        (("mid", 1, "both"), "half is 'both': choose one of text, empty"),
+        (("mid", 1, "text", 0), "give site, step and half"),
+        (3, "site is 3"),
+    ):
         with pytest.raises(ArgumentError, match=said):
             seen[key]
 

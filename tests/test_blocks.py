@@ -21,6 +21,7 @@ from interrupting import interrupted_at, passed
 
 from coneslab import blocks
 from coneslab.blocks import Block, Nested, Place, attribute, before_blocks
+from coneslab.diffusion.activations import patch, watch
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.diffusion.precision import drawing
 from coneslab.diffusion.sampling import generate, guided_between
@@ -44,7 +45,8 @@ class Thing:
 def state(pipe) -> dict:
     """Everything of a pipeline that a block may change, by identity or to the last bit."""
     unet, encoder = pipe.unet, pipe.text_encoder
-    hooks = [module for module in (unet, encoder) if module._forward_hooks or module._forward_pre_hooks]
+    modules = (module for part in (unet, encoder) for module in part.modules())
+    hooks = [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
     return {
         "unet": id(unet),
         "forward": "forward" in unet.__dict__,
@@ -84,7 +86,12 @@ KINDS: dict[str, Callable] = {
     "token": lambda pipe: token_edit(pipe).applied(pipe),
     "combined": lambda pipe: Combined((token_edit(pipe), weight_delta(pipe))).applied(pipe),
     "combined twice": lambda pipe: Combined((Combined((weight_delta(pipe),)), token_edit(pipe))).applied(pipe),
+    "timed weights": lambda pipe: weight_delta(pipe).applied(pipe, steps=(0.0, 0.5)),
+    "timed token": lambda pipe: token_edit(pipe).applied(pipe, steps=(0.0, 0.5)),
+    "timed mask at words": lambda pipe: mask(pipe).at("sks", "cat").applied(pipe, steps=(0.0, 0.5)),
     "recorder": lambda pipe: record_attention(pipe),
+    "watch": lambda pipe: watch(pipe, ["mid", "up 0 cross-attention heads"]),
+    "patch": lambda pipe: patch(pipe, "mid", torch.zeros_like),
     "drawing": lambda pipe: drawing(pipe, torch.bfloat16),
     "guidance": lambda pipe: guided_between(pipe, 0.0, 0.5),
     "scheduler": lambda pipe: Block([(attribute(pipe, "scheduler"), copy.copy(pipe.scheduler))], pipe=pipe),
