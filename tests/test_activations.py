@@ -242,7 +242,7 @@ def test_the_keys_of_what_was_kept(v_pipe):
         (("mid", "1"), "step is '1': give a whole number"),
         (("mid", slice(2, 3)), "no step is left of 1, 3"),
         (("mid", 1, "both"), "half is 'both': choose one of text, empty"),
-        (("mid", 1, "text", 0), "give site, step and half"),
+        (("mid", 1, "text", 0), "give a site, a step and a half"),
         (3, "site is 3"),
     ):
         with pytest.raises(ArgumentError, match=said):

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
 from coneslab.diffusion.encoding import encode_prompts
-from coneslab.diffusion.sampling import ddim_sample, generate, start_noise
+from coneslab.diffusion.sampling import ddim_sample, generate, guided_between, start_noise
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.measure.attention import KVLayout, KVSpace, record_attention
 from coneslab.neurons.mask import ConceptNeurons
@@ -188,6 +188,57 @@ def test_maps_are_the_softmax_of_queries_and_keys(pipe, processor):
             assert torch.allclose(got[step].flatten(2).transpose(1, 2), expected, atol=1e-5)
         assert torch.allclose(got.sum(2), torch.ones(()), atol=1e-5)
     assert len(inputs) == len(maps.layers)
+
+
+def test_a_word_that_is_not_in_the_prompt_has_the_map_it_would_have_beside_it(pipe):
+    """Its keys, encoded alone, after those of the prompt, in one softmax: once for each word."""
+    inputs: dict[str, list] = {}
+    modules = KVSpace(pipe).modules
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda m, a, k, name=name: inputs.setdefault(name, []).append((a[0], k["encoder_hidden_states"])),
+            with_kwargs=True,
+        )
+        for name, module in modules.items()
+    ]
+    try:
+        with record_attention(pipe, words=("dog", "sks dog", "cat"), dtype=torch.float32, keep_heads=True) as maps:
+            drawn = draw(pipe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert (drawn == draw(pipe)).all()
+    for word, tokens in (("dog", 1), ("sks dog", 2)):
+        own = encode_prompts(pipe, word)[:, 1 : 1 + tokens]
+        for name, label in zip(inputs, maps.layers, strict=True):
+            places, text = inputs[name][1]
+            together = by_hand(modules[name], places[1:], torch.cat([text[1:], own], 1))  # row 1: the conditional half
+            expected = together[0, :, :, -tokens:].mean((0, 2))
+            assert torch.allclose(maps.per_layer(word)[label][1].flatten(), expected, atol=1e-5)
+    assert torch.equal(maps.token("cat"), maps.token(3))  # which the prompt has
+    assert torch.allclose(maps.average().sum(0), torch.ones(()), atol=1e-4)
+    assert maps.layer(maps.layers[0]).shape[2] == len(maps.tokens())
+
+
+def test_a_word_that_was_not_asked_for_is_told_how_to_ask(v_pipe):
+    with record_attention(v_pipe, words="dog") as maps:
+        draw(v_pipe)
+        text = encode_prompts(v_pipe, ["a cat"])
+        ddim_sample(v_pipe, 1.5 * text, start_noise(v_pipe, [0]), guidance_scale=1.0, sampler_steps=2)
+    assert maps.token("dog", picture=1).shape == (8, 8)  # of a text whose words are not known
+    with pytest.raises(ConeslabError, match=r"'car' is not in the prompt, .*name it in record_attention\(words=...\)"):
+        maps.token("car")
+    with pytest.raises(ConeslabError, match="'dog' is not in the prompt"):
+        maps.indices("dog")
+
+
+def test_guidance_in_an_interval_is_recorded_in_every_step(v_pipe):
+    with record_attention(v_pipe) as whole:
+        draw(v_pipe, [PROMPT, "a dog"])
+    with guided_between(v_pipe, 0.0, 0.4), record_attention(v_pipe) as maps:
+        draw(v_pipe, [PROMPT, "a dog"])
+    assert maps.pictures == 2 and maps.timesteps() == whole.timesteps()
+    assert torch.allclose(maps.average(picture=1, steps=1), whole.average(picture=1, steps=1), atol=1e-3)
 
 
 def test_recording_does_not_change_a_bit_of_the_pictures(pipe):

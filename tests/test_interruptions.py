@@ -1,4 +1,7 @@
-"""Training and tables that are stopped anywhere, by an interrupt at any line or by a kill, end where whole runs do."""
+"""Training and tables that are stopped anywhere, by an interrupt at any line or by a kill, end where whole runs do.
+
+And a pipeline whose drawing is stopped anywhere is as it was.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,17 @@ from types import CodeType
 
 import pytest
 import torch
-from interrupting import interrupted_at
+from interrupting import interrupted_at, passed
+from test_blocks import mask, state, token_edit, weight_delta
 from test_pretraining import QUICK, fit_small
 from tqdm.auto import tqdm
 
+from coneslab import blocks
+from coneslab.diffusion import patch, start_noise, watch
+from coneslab.edits import Combined
 from coneslab.finetuning import checkpoints
 from coneslab.finetuning import loop as tuning
+from coneslab.measure import record_attention
 from coneslab.pretraining import loop as pretraining
 
 
@@ -151,3 +159,32 @@ def test_a_table_made_on_a_cluster_is_the_same_whenever_its_process_was_killed(t
     assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     names = [name + end for name in ("parts.csv", "whole.csv") for end in ("", ".sha256")]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+DRAWN_IN: dict[str, Callable] = {
+    "a timed edit": lambda pipe: Combined((token_edit(pipe), weight_delta(pipe))).applied(pipe, steps=(0.4, 0.9)),
+    "a timed mask at words": lambda pipe: mask(pipe).at("sks", "cat").applied(pipe, steps=(0.4, 0.9)),
+    "a watch": lambda pipe: watch(pipe, ["mid", "up 0 cross-attention heads"]),
+    "a patch": lambda pipe: patch(pipe, "mid", lambda given: 0 * given),
+    "a recorder": lambda pipe: record_attention(pipe, words="dog"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", DRAWN_IN)
+def test_drawing_that_is_interrupted_anywhere_leaves_the_pipeline_as_it_was(kind, v_pipe):
+    """Twenty lines, evenly spread over all that the package does while a picture is drawn in a block."""
+    before, package = state(v_pipe), str(Path(blocks.__file__).parent)
+
+    def draw() -> None:
+        with DRAWN_IN[kind](v_pipe):
+            v_pipe("a sks cat", num_inference_steps=1, latents=start_noise(v_pipe, [0]), output_type="latent")
+
+    def watched(code: CodeType) -> bool:
+        return code.co_filename.startswith(package) and "checks" not in code.co_filename
+
+    draw()
+    total = passed(draw, watched, "line")
+    for count in sorted({total * i // 20 for i in range(1, 20)}):
+        assert interrupted_at(draw, count, watched)
+        assert state(v_pipe) == before, count
