@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import make_subject
@@ -147,6 +148,8 @@ TENSOR = (None, 3, "x", [1.0], np.zeros((1, 4, 8, 8)), torch.zeros(2, 3), torch.
 POSITION = (-1, 10**9, 2.5, True, None, [], ["a"], [99])
 STEPS = (99, [99], [-99], [], 2.5, "x", [True])
 
+CHOSEN = (-1, 2.5, "x", True, [], [-1], [True], (0.5, 0.5), (0.0, 2.0), (0.1,), {})  # numbers of steps, or shares
+
 #: The kind of a parameter by its name, unless a call says otherwise: names mean the same everywhere.
 KINDS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("batch_size", "samples", "pictures", "rounds", "steps", "chunk", "seeds", "n", "versions"), COUNT),
@@ -245,6 +248,20 @@ def made(v_pipe, judge, tmp_path_factory) -> SimpleNamespace:
     )
 
 
+MAPS = ("values", "mask")
+NO_MAP = (None, 3, "x", [], np.ones(4), np.ones((3, 3)), [[NAN, 1.0], [1.0, 1.0]], np.zeros((2, 2, 2)))
+LONG = "a cat on the grass in the city and a dog on the beach"  # the small pipeline reads twelve tokens
+
+
+def traced() -> pandas.DataFrame:
+    return pandas.DataFrame({"site": ["mid"], "band": [0], "first_step": [0], "last_step": [1], "effect": [0.5]})
+
+
+def scored() -> pandas.DataFrame:
+    numbers = {"value": [0.5], "chance": [0.1], "elsewhere": [0.2], "objects": [1]}
+    return pandas.DataFrame({"layer": ["mid"], "timestep": [5], "word": ["all"], "measure": ["IoU"], **numbers})
+
+
 #: name -> made -> (function, arguments by position, arguments to spoil, kinds where the name does not say it)
 CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     # diffusion
@@ -261,6 +278,19 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         {"negative_prompt": (3,)},
     ),
     "generate, steps": lambda m: (coneslab.generate, (m.pipe, "a"), {"sampler_steps": 1}, {"sampler_steps": (1001,)}),
+    "sites": lambda m: (diffusion.sites, (), {"pipe": m.pipe}, {"pipe": (None, 3, "tiny", object())}),
+    "watch": lambda m: (
+        coneslab.watch,
+        (m.pipe,),
+        dict(sites="mid", steps=None, half="both", dtype=None, max_bytes=9),
+        {"sites": (*TEXTS, "nowhere", ["mid", "x"], ""), "steps": CHOSEN, "half": CHOICE, "max_bytes": COUNT[:2]},
+    ),
+    "patch": lambda m: (
+        coneslab.patch,
+        (m.pipe,),
+        dict(site="mid", function=torch.zeros_like, steps=None, half="text"),
+        {"site": (*TEXTS, "nowhere"), "function": (None, *FUNCTION, m.theta), "steps": CHOSEN, "half": CHOICE},
+    ),
     "load": lambda m: (
         coneslab.load,
         (),
@@ -811,8 +841,25 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "record_attention": lambda m: (
         measure.record_attention,
         (m.pipe,),
-        dict(keep_heads=False, dtype=torch.float16, max_bytes=9, guided=None),
-        {"guided": ("no", 3), "max_bytes": (0, -1, 2.5, "3")},
+        dict(words=(), keep_heads=False, dtype=torch.float16, max_bytes=9, guided=None),
+        {"guided": ("no", 3), "max_bytes": (0, -1, 2.5, "3"), "words": (None, 3, [3], "", {"a": 1}, LONG)},
+    ),
+    "attention_merit": lambda m: (
+        measure.attention_merit,
+        (m.pipe,),
+        dict(pictures=world.sample(1, seed=0), timesteps=[5], seed=0, batch_size=1),
+        {"pictures": (None, 3, "x", m.pics), "timesteps": (None, 3, [], [1000], [-1], [0.5], "x")},
+    ),
+    "map_iou": lambda m: (measure.map_iou, (), dict(values=np.eye(2), mask=np.eye(2)), dict.fromkeys(MAPS, NO_MAP)),
+    "points_at": lambda m: (measure.points_at, (), dict(values=np.eye(2), mask=np.eye(2)), dict.fromkeys(MAPS, NO_MAP)),
+    "chance_iou": lambda m: (measure.chance_iou, (), {"mask": np.eye(2)}, {"mask": (None, 3, [], np.zeros((2, 2)))}),
+    "trace_activations": lambda m: (
+        measure.trace_activations,
+        (m.pipe,),
+        dict(source="a cat", into="a dog", sites="mid", bands=1, judge=None, metric=None, half="text", pictures=1)
+        | dict(**DRAWN, batch_size=1, max_bytes=9**9, progress=False),
+        {"source": (*ANY_TEXT, LONG), "into": (*ANY_TEXT, LONG), "sites": (*TEXTS, "nowhere"), "bands": (*COUNT, 2)}
+        | {"judge": JUDGE[1:], "metric": FUNCTION, "half": CHOICE, "max_bytes": COUNT[:2]},
     ),
     "average": lambda m: (
         m.maps.average,
@@ -1002,6 +1049,24 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         dict(pictures=m.pics[:1], values=np.ones((1, 2)), rows="a", label="x", size=1.0),
         {"pictures": PICTURES, "values": (None, "x", [], np.ones((2, 2))), "rows": LABELS, "size": (*NUMBER, 0)},
     ),
+    "trace_map": lambda m: (
+        show.trace_map,
+        (),
+        dict(table=traced(), pictures=None, title=""),
+        {"table": (None, 3, "x", [], traced()[:0], traced()[["site"]]), "pictures": PICTURES[1:], "title": ANY_TEXT},
+    ),
+    "merit_map": lambda m: (
+        show.merit_map,
+        (),
+        dict(table=scored(), word="all", title=""),
+        {"table": (None, 3, "x", [], scored()[:0], scored()[["word"]]), "word": (None, 3, "x", []), "title": ANY_TEXT},
+    ),
+    "applied, steps": lambda m: (
+        edits.applied,
+        (m.delta, m.pipe),
+        dict(dose=1.0, steps=(0.0, 0.5)),
+        {"steps": (3, "ab", (0.5, 0.5), (0.5, 0.2), (0, 2), (NAN, 1), (0.1,), (0, 0.5, 1))},
+    ),
     "curves": lambda m: (
         plots.curves,
         (),
@@ -1071,12 +1136,12 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 }
 
 
-def run(function: Callable[..., Any], *args: Any, **options: Any) -> None:
+def run(function: Callable[..., Any], /, *args: Any, **options: Any) -> None:
     """Call it; enter what is entered, and take the first of what is yielded."""
     result = function(*args, **options)
     if isinstance(result, Iterator):
         next(result)
-    elif hasattr(result, "__enter__") and not isinstance(result, measure.record_attention):
+    elif hasattr(result, "__enter__") and not isinstance(result, measure.record_attention | coneslab.watch):
         with result:
             pass
 
@@ -1110,7 +1175,7 @@ ELSEWHERE = {  # what takes no value that could be bad in these ways, or is trie
     "diffusion": "alphas_cumprod bfloat16_pays cross_attentions drawing fast_dtype fingerprint flushing_denormals "
     "is_plain latent_shape mixed_precision model_folder require_editable require_finite require_pipeline short_name "
     "uncompiled unet_of verify write_sums",
-    "edits": "custom_diffusion_parts embedding_of export_custom_diffusion import_custom_diffusion import_lora "
+    "edits": "custom_diffusion_parts embedding_of export_custom_diffusion import_custom_diffusion import_lora in_steps "
     "import_tokens load_edit model_fingerprint require_dose require_model untouched vocabulary_fingerprint",
     "finetuning": "generated_latents load_checkpoint loss_values numbered_batches save_checkpoint tune tune_kv "
     "tune_unet",
@@ -1203,8 +1268,6 @@ def test_one_text_where_several_are_meant_is_one_and_not_its_letters(made, v_pip
 
 
 # --- what the text encoder does not read ----------------------------------------------------------------
-
-LONG = "a cat on the grass in the city and a dog on the beach"  # the small pipeline reads twelve tokens
 
 
 def test_words_that_are_cut_off_are_told(v_pipe, judge):

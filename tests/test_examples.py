@@ -37,6 +37,8 @@ CALLED_FIRST = (
     "load_judge",
     "Judge.classify",
     "record_attention",
+    "watch",
+    "patch",
     "bootstrap_interval",
 )
 

@@ -72,16 +72,21 @@ def _log_choose(n: int, k: np.ndarray) -> np.ndarray:
 
 
 def _of_one_shape(values: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    found = np.asarray(values.detach().cpu().float() if isinstance(values, Tensor) else values, float)
-    mask = np.asarray(mask, bool)
-    if found.ndim != 2 or found.shape != mask.shape or not np.isfinite(found).all():
+    try:
+        found = np.asarray(values.detach().cpu().float() if isinstance(values, Tensor) else values, float)
+        inside = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask, float)
+    except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"values have shape {found.shape} and the mask {mask.shape}: give finite numbers and a mask of one shape, "
+            f"got {checks.shown(values)} and the mask {checks.shown(mask)}: give numbers, (height, width)"
+        ) from error
+    if found.ndim != 2 or found.shape != inside.shape or not (np.isfinite(found) & np.isfinite(inside)).all():
+        raise ArgumentError(
+            f"values have shape {found.shape} and the mask {inside.shape}: give finite numbers and a mask of one shape, "
             "(height, width)"
         )
-    if not mask.any():
+    if not inside.any():
         raise ArgumentError("the mask is empty: there is nothing that the map could find")
-    return found, mask
+    return found, inside.astype(bool)
 
 
 @torch.no_grad()
