@@ -81,8 +81,8 @@ def _of_one_shape(values: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     if found.ndim != 2 or found.shape != inside.shape or not (np.isfinite(found) & np.isfinite(inside)).all():
         raise ArgumentError(
-            f"values have shape {found.shape} and the mask {inside.shape}: give finite numbers and a mask of one shape, "
-            "(height, width)"
+            f"values have shape {found.shape} and the mask {inside.shape}: give finite numbers and a mask of one "
+            "shape, (height, width)"
         )
     if not inside.any():
         raise ArgumentError("the mask is empty: there is nothing that the map could find")
