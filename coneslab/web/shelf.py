@@ -1,0 +1,194 @@
+"""The edits that a page offers, in plain form.
+
+Plain: where a mask file is coded to its entropy bound, here the distances from one shut neuron to the next are written as
+bytes, which a page reads in six lines. A range decoder with its models of geometric runs would be some two hundred lines
+of JavaScript, to be kept equal to `constriction` bit by bit, and would save about 7 kB a mask where the runtime takes
+megabytes. Ablations are written as thin matrices in float16: they change each matrix by a few directions, and a dense
+difference would be several times as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..diffusion.checks import require_editable
+from ..diffusion.kvspace import KVLayout, KVSpace
+from ..diffusion.pipelines import Pipeline
+from ..edits.base import Combined, Edit, load_edit
+from ..edits.low_rank import LowRankDelta, compress
+from ..edits.weights import WeightDelta, model_fingerprint, require_model
+from ..errors import ConeslabError, FileFormatError, MissingFileError
+from ..files import user_path
+from ..methods.ablation.uce import closed_form_edit
+from ..neurons.mask import ConceptNeurons
+from ..neurons.scope import word_ids
+from ..neurons.search import find_concept_neurons
+from ..world.subjects import SUBJECTS, subject
+
+ENERGY = 1 - 1e-6  # of an ablation that is kept: its error is then that of float16
+_SUBJECTS: tuple[tuple[str, str], ...] = (("robot", "all"), ("cat", "all"), ("car", "subject"))  # and their scopes
+_TARGET, _ANCHOR = "a cat", "a dog"
+_KEPT = ("a rabbit", "a car", "a robot", "a house")  # prompts that the ablation holds on to
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """An edit on a page's shelf.
+
+    name: short, for addresses and files; title: what the page calls it; phrase: what it is about, as prompts name it
+    ("a sks cat"); prompt: what to draw with it.
+    """
+
+    name: str
+    title: str
+    phrase: str
+    prompt: str
+    edit: Edit
+
+
+def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
+    """An edit of the K-V weights as bytes, and what they are: one entry for each part.
+
+    {"kind": "mask", "count", "graded", "words", "scope", "bytes"}: for each scaled neuron in turn the distance to the
+    one before, in the order of the flat vector, 7 bits a byte, lowest first, the eighth set if more follow; then, if it
+    is graded, the scales, float32. words and scope: where it acts, as words and as token ids; empty for everywhere.
+    {"kind": "delta", "ranks", "bytes"}: for each layer that has a rank, in the order of the flat vector, (channels out,
+    rank) and (rank, text width), float16, whose product is the change.
+    Raises ConeslabError for an edit that changes anything else, MismatchError for one of another model.
+    """
+    require_editable(pipe)
+    layout, model = KVSpace(pipe).layout, model_fingerprint(pipe)
+    data, parts = [], []
+    for part in _parts(edit):
+        if getattr(part, "fingerprint", model) != model:
+            require_model(part.fingerprint, pipe, "this edit")  # type: ignore[attr-defined]
+        if isinstance(part, ConceptNeurons):
+            raw, entry = _mask(part, pipe)
+        else:
+            raw, entry = _delta(part, layout)
+        data.append(raw)
+        parts.append(entry | {"bytes": len(raw)})
+    return b"".join(data), parts
+
+
+def _parts(edit: Edit) -> list[Edit]:
+    return [one for part in edit.edits for one in _parts(part)] if isinstance(edit, Combined) else [edit]
+
+
+def _mask(mask: ConceptNeurons, pipe: Pipeline) -> tuple[bytes, dict[str, Any]]:
+    graded = bool(mask.scales.any())
+    gaps = np.diff(mask.indices, prepend=0).tolist()
+    raw = b"".join(map(_seven_bits, gaps)) + (mask.scales.astype("<f4").tobytes() if graded else b"")
+    scope = word_ids(pipe.tokenizer, mask.scope) if mask.scope else []
+    return raw, {
+        "kind": "mask",
+        "count": len(mask),
+        "graded": graded,
+        "words": list(mask.scope),
+        "scope": scope,
+    }
+
+
+def _seven_bits(number: int) -> bytes:
+    """A whole number, 7 bits a byte, lowest first (LEB128)."""
+    found = []
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def _delta(edit: Edit, layout: KVLayout) -> tuple[bytes, dict[str, Any]]:
+    if isinstance(edit, WeightDelta) and all(delta.ndim == 2 for delta in edit.deltas.values()):
+        edit = compress(edit, energy=ENERGY)
+    if not isinstance(edit, LowRankDelta) or not set(edit.factors) <= set(layout.names):
+        raise ConeslabError(
+            f"{edit!r} changes more than the keys and values of cross-attention, which a page cannot do: give masks, "
+            "closed-form ablations, or other changes of these matrices"
+        )
+    named = [name for name in layout.names if name in edit.factors]
+    raw = b"".join(factor.to(torch.float16).numpy().tobytes() for name in named for factor in edit.factors[name])
+    return raw, {"kind": "delta", "ranks": {name: edit.ranks[name] for name in named}}
+
+
+# --- which edits ----------------------------------------------------------------------------------------
+
+
+def shelf_of(pipe: Pipeline, paths: Iterable[str | Path]) -> list[Shelved]:
+    """Edits from files, and from all files of folders that hold edits: `.safetensors`, or `.mask` of `save_mask`.
+
+    Raises MissingFileError without such a file, FileFormatError for one that cannot be read.
+    """
+    require_editable(pipe)
+    found: dict[str, Shelved] = {}
+    for path in map(user_path, checks.items("paths", paths)):
+        files = sorted(one for one in path.glob("*") if one.suffix in (".safetensors", ".mask")) if path.is_dir() else [path]
+        if not files:
+            raise MissingFileError(f"{path} holds no edits: give files that end in .safetensors or .mask")
+        for file in files:
+            edit = ConceptNeurons.load_mask(file, pipe) if file.suffix == ".mask" else load_edit(file)
+            name = "".join(letter if letter.isalnum() else "-" for letter in file.stem.lower()).strip("-") or "edit"
+            if name in found:
+                raise ConeslabError(f"two edits would be named {name!r} in the page: rename {file}")
+            found[name] = Shelved(name, _title(edit, file.stem), *_prompts(edit), edit)
+    return list(found.values())
+
+
+def _title(edit: Edit, stem: str) -> str:
+    about = getattr(edit, "subject", "") or stem
+    if isinstance(edit, ConceptNeurons):
+        return f"{about}: concept neurons" + (f", at “{' '.join(edit.scope)}” only" if edit.scope else "")
+    settings = dict(getattr(edit, "settings", {}))
+    if {"target", "anchor"} <= settings.keys():
+        return f"{_first(settings['target'])} → {_first(settings['anchor'])}: forgotten, in closed form"
+    return f"{about}: {type(edit).__name__}"
+
+
+def _prompts(edit: Edit) -> tuple[str, str]:
+    """What an edit is about, as prompts name it, and what to draw with it."""
+    name, settings = getattr(edit, "subject", ""), dict(getattr(edit, "settings", {}))
+    if name in SUBJECTS:
+        known = subject(name)
+        return known.prompt, known.prompts[0]
+    phrase = str(settings.get("prompt") or _first(settings.get("target", "")))
+    return phrase, phrase
+
+
+def _first(value: Any) -> str:
+    return str(value[0]) if isinstance(value, Sequence) and not isinstance(value, str) and value else str(value or "")
+
+
+def default_shelf(pipe: Pipeline, kept: str | Path, *, rounds: int = 40, progress: bool = True) -> list[Shelved]:
+    """Concept neurons of three subjects of the sticker world, one of them at its words only, and a closed-form ablation.
+
+    kept: the folder where they are kept from one time to the next, by the model that they were found on. Each subject is
+    searched for once, in about half a minute on two cores.
+    """
+    require_editable(pipe)
+    folder, model = user_path(kept), model_fingerprint(pipe)[:12]
+    files = []
+    for name, scope in _SUBJECTS:
+        file = folder / f"{model}-{rounds}" / f"{name}.safetensors"
+        if not _is_whole(file):
+            found = find_concept_neurons(pipe, subject(name), rounds=rounds, scope=scope, progress=progress)
+            found.binary().save(file)
+        files.append(file)
+    ablation = closed_form_edit(pipe, _TARGET, _ANCHOR, preserve=_KEPT)
+    words = _TARGET.split()[-1], _ANCHOR.split()[-1]
+    title = f"{words[0]} → {words[1]}: forgotten, in closed form"
+    return [*shelf_of(pipe, files), Shelved(f"{words[0]}-to-{words[1]}", title, _TARGET, f"{_TARGET} on the grass", ablation)]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        load_edit(file)
+    except (MissingFileError, FileFormatError):
+        return False
+    return True
