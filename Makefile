@@ -1,5 +1,6 @@
 # make lab        JupyterLab on the notebooks (the first run sets everything up)
 # make app        the playground as a web page, for a class
+# make web        the page that draws in the browser alone, with nothing installed there: built, and served to this machine
 # make check      style, types and the fast tests: after every edit, within 90 seconds
 # make test       everything, with every cell of every notebook run in short: 8 to 12 minutes
 # make test-all   the same at full length, for a release or a change to a notebook: an hour
@@ -17,6 +18,7 @@
 # VISITORS=...    how many may have the page open at once (as many as have room in the memory)
 # COURSE=...      the course folder of nbgrader, with versions, submissions and grades (build/coursework)
 # TEST_ARGS=...   more arguments for pytest, for example TEST_ARGS="-x --durations=20"
+# WEB_PORT=...    where the page in the browser is served (8000)
 # EDITS=...       the folder of edit files that the page offers and adds to (runs/app)
 # Without an NVIDIA GPU on Linux, the CPU build of torch saves gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make lab
@@ -31,10 +33,11 @@ APP_ARGS ?=
 COURSE ?= build/coursework
 EDITS ?= runs/app
 VISITORS ?=
+WEB_PORT ?= 8000
 TEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help lab app style check test test-all notebooks book hosts assignments bench clean
+.PHONY: help lab app web style check test test-all notebooks book hosts assignments bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -58,6 +61,12 @@ app: $(VENV)/.coneslab-app
 		--VoilaConfiguration.extension_denylist=@jupyter/nbgrader \
 		--MappingKernelManager.cull_interval=60 --MappingKernelManager.cull_idle_timeout=1800 \
 		--MappingKernelManager.cull_connected=True $(if $(VISITORS),--Kernels.limit=$(VISITORS)) $(APP_ARGS)
+
+# The page works on any host of static files, so the plainest one serves it here.
+web: $(VENV)/.coneslab-book
+	$(BIN)/coneslab export-web build/playground --kept build/web --force --quiet
+	@echo "Open http://127.0.0.1:$(WEB_PORT)/ in a browser (Ctrl-C stops the server)."
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/playground $(WEB_PORT)
 
 style: $(VENV)/.coneslab-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -116,7 +125,7 @@ $(VENV)/.coneslab-test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.coneslab $(VENV)/.coneslab-app $(VENV)/.coneslab-book $(VENV)/.coneslab-coursework $@
 
 $(VENV)/.coneslab-book: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[lab,book]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[lab,book,web]'
 	@touch $(VENV)/.coneslab $@
 
 $(VENV)/.coneslab-coursework: pyproject.toml constraints.txt | $(BIN)/python

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import playground
 from hosts import running_times
 from result_tables import evaluation, experiments, markdown_table, methods
 from sphinx.cmd.build import main as sphinx
@@ -52,7 +53,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
     cards = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         shown = card(path)
-        yield f"notebooks/{path.name}", cleaned(path).encode()
+        yield f"notebooks/{path.name}", cleaned(path, playground.links(path.stem)).encode()
         yield f"parts/{path.stem}.png", thumbnail(shown.picture)
         cards.append(_card(path.stem, shown.title, shown.alt, line_about(path.name)))
     yield "parts/minutes.md", running_times(sorted((ROOT / "notebooks").glob("*.ipynb"))).encode()
@@ -142,10 +143,12 @@ def main(folder: str) -> int:
     for path in (source, html, kept):
         shutil.rmtree(path, ignore_errors=True)
     assemble(source)
-    return sphinx(
+    failed = sphinx(
         ["--builder", "html", "--conf-dir", str(ROOT / "docs"), "--doctree-dir", str(kept)]
         + ["--fail-on-warning", "--keep-going", "--quiet", str(source), str(html)]
     )
+    playground.build(html / playground.FOLDER)
+    return failed
 
 
 if __name__ == "__main__":

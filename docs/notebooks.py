@@ -65,12 +65,14 @@ def thumbnail(picture: bytes) -> bytes:
     return file.getvalue()
 
 
-def cleaned(path: Path) -> str:
-    """The notebook for the site, as JSON; the file itself is not changed."""
+def cleaned(path: Path, more: str = "") -> str:
+    """The notebook for the site, as JSON; the file itself is not changed. more: what is said below its first text."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     numbers = {other.name[:2] for other in path.parent.glob("*.ipynb")}
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if more:
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(more, id="in-your-browser"))
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(lambda link: _link(link, numbers), cell.source)

@@ -37,6 +37,7 @@ COMMANDS = (
     "apply",
     "decompose",
     "ablate",
+    "export-web",
     "compare",
     "experiment",
     "evaluate-model",

@@ -59,7 +59,7 @@ def test_constraints_pin_every_direct_dependency_within_its_range():
 
 def test_every_import_is_declared_and_every_dependency_says_why():
     declared = {split(requirement)[0] for requirement in REQUIREMENTS}
-    optional = {split(requirement)[0] for requirement in EXTRAS["stickers"]}
+    optional = {split(requirement)[0] for extra in ("stickers", "web") for requirement in EXTRAS[extra]}
     distributions = packages_distributions()
     for path in (ROOT / "coneslab").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

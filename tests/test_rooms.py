@@ -22,7 +22,7 @@ FLOORS = (
     ("measure", "finetuning"),
     ("neurons", "pretraining"),
     ("methods", "show"),
-    ("experiments",),
+    ("experiments", "web"),
     ("cli",),
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -6,13 +6,14 @@ Nothing runs on a server: the folder that `export_web` writes is static files. B
 
 from __future__ import annotations
 
-from .export import export_web
+from .export import MANIFEST, export_web
 from .graphs import Graph, difference, graphs
 from .runtime import Runtime, fetch_runtime
 from .sampling_table import sampling_table
 from .shelf import Shelved, default_shelf, plain, shelf_of
 
 __all__ = [
+    "MANIFEST",
     "Graph",
     "Runtime",
     "Shelved",

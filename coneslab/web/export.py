@@ -51,10 +51,11 @@ def export_web(
     shelf: the edits that the page offers. precision: of the graphs' weights (`graphs`); keys and values are always
     float16, or float32 with "float32". sampler_steps, guidance_scale: where the page starts. runtime: see
     `fetch_runtime`; without one the page says that it was built without. home: the address of a site around the page.
-    The manifest has: the fingerprints of the model, shapes, the sampler as numbers (`sampling_table`) for every number of
-    steps that the page offers, the layout of the K-V matrices, the tokenizer, words to suggest, and every file's bytes
-    and SHA-256.
-    Raises ConeslabError for a pipeline or edit that a page cannot draw with, WriteError if the folder holds other things.
+    The manifest has: the fingerprints of the model, shapes, the sampler as numbers (`sampling_table`) for every number
+    of steps that the page offers, the layout of the K-V matrices, the tokenizer, words to suggest, and every file's
+    bytes and SHA-256.
+    Raises ConeslabError for a pipeline or edit that a page cannot draw with, WriteError if the folder holds other
+    things.
     """
     require_editable(pipe)
     shelf = checks.items("shelf", shelf, Shelved, least=0)
@@ -65,10 +66,14 @@ def export_web(
     checks.text("home", home, blank=True)
     if runtime is not None:
         checks.of_kind("runtime", runtime, Runtime)
-    contents: dict[str, bytes] = {f"{name}.onnx": graph.data for name, graph in graphs(pipe, precision=precision).items()}
+    contents: dict[str, bytes] = {
+        f"{name}.onnx": graph.data for name, graph in graphs(pipe, precision=precision).items()
+    }
     space = KVSpace(pipe)
     wide = precision == "float32"
-    contents["keys_and_values.bin"] = space.gather().cpu().to(torch.float32 if wide else torch.float16).numpy().tobytes()
+    contents["keys_and_values.bin"] = (
+        space.gather().cpu().to(torch.float32 if wide else torch.float16).numpy().tobytes()
+    )
     edits = []
     for one in shelf:
         data, parts = plain(one.edit, pipe)
@@ -86,7 +91,9 @@ def export_web(
         "precision": precision,
         "latents": [channels, height, width],
         "picture": [height * pipe.vae_scale_factor, width * pipe.vae_scale_factor],
-        "layers": [{"label": layer.label, **row} for layer, row in zip(space.layout, space.layout.as_json(), strict=True)],
+        "layers": [
+            {"label": layer.label, **row} for layer, row in zip(space.layout, space.layout.as_json(), strict=True)
+        ],
         "tokenizer": _tokenizer(pipe),
         "words": _words(pipe),
         "preview": _preview(pipe),
@@ -122,7 +129,8 @@ def _tokenizer(pipe: Pipeline) -> dict[str, Any]:
     model = json.loads(backend.to_str())["model"] if backend is not None else {}
     if model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
         raise ConeslabError(
-            f"the tokenizer is a {type(tokenizer).__name__}, expected CLIP's, of byte pairs: a page cannot read with another"
+            f"the tokenizer is a {type(tokenizer).__name__}, expected CLIP's, of byte pairs: a page can read with no "
+            "other"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     added = [
@@ -168,7 +176,7 @@ def _preview(pipe: Pipeline) -> list[list[float]]:
     """
     pictures = as_pictures(list(world.sample(_FITTED, seed=0).images))
     latents = encode_images(pipe, pictures).float().cpu()
-    size = latents.shape[-2:]
+    size = (latents.shape[-2], latents.shape[-1])
     pixels = F.adaptive_avg_pool2d(to_tensor(np.stack([np.asarray(picture) for picture in pictures])), size)
     inputs = latents.movedim(1, -1).flatten(0, -2)
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1).double()

@@ -56,14 +56,14 @@ def graphs(pipe: Pipeline, *, precision: Precision = "float16", prompt: str = "a
     """The three graphs of a pipeline: "text_encoder", "unet" and "decoder", by name. The pipeline is not changed.
 
     text_encoder: ids (1, tokens) int32 -> text (1, tokens, width).
-    unet: sample (2, channels, h, w), timestep (1,), and for every layer of the K-V space, under its name, keys or values
-    (2, tokens, channels out) -> output (2, channels, h, w), and attention (tokens, h, w): that of the second row, which
-    has the prompt; the mean over layers and heads, as `AttentionMaps.average` makes it of one step.
+    unet: sample (2, channels, h, w), timestep (1,), and for every layer of the K-V space, under its name, keys or
+    values (2, tokens, channels out) -> output (2, channels, h, w), and attention (tokens, h, w): that of the second
+    row, which has the prompt; the mean over layers and heads, as `AttentionMaps.average` makes it of one step.
     decoder: latents (1, channels, h, w), scaled -> pixels (1, 3, height, width) in about [-1, 1].
     precision: of the weights in the file; they are computed with in float32. "int8" keeps one scale for each output
     channel. prompt: of the example.
-    Raises ConeslabError without the packages onnx and onnxscript, for a U-Net whose attention is not diffusers' own, and
-    for a pipeline that cannot be edited (`require_editable`).
+    Raises ConeslabError without the packages onnx and onnxscript, for a U-Net whose attention is not diffusers' own,
+    and for a pipeline that cannot be edited (`require_editable`).
     """
     require_editable(pipe)
     checks.choice("precision", precision, PRECISIONS)
@@ -71,7 +71,7 @@ def graphs(pipe: Pipeline, *, precision: Precision = "float16", prompt: str = "a
     _require_onnx()
     ids = tokenize(pipe, ["", prompt]).cpu()
     noise = torch.randn(1, *latent_shape(pipe), generator=torch.Generator().manual_seed(0))
-    encoder, unet, decoder = (module.eval() for module in (_TextEncoder(pipe), _UNet(pipe), _Decoder(pipe)))
+    encoder, unet, decoder = _TextEncoder(pipe).eval(), _UNet(pipe).eval(), _Decoder(pipe).eval()
     with torch.no_grad():
         text = torch.cat([encoder(row[None].int()) for row in ids])
         projected = {name: F.linear(text, unet.matrices[name]) for name in unet.matrices}
@@ -174,7 +174,9 @@ class _UNet(nn.Module):
                 "the U-Net has hooks, adapters or an attention of its own, which its graph would not have: unload "
                 "them, or call pipe.unet.set_default_attn_processor()"
             )
-        self.matrices = {name: weight.detach() for name, weight in KVSpace(self.unet).parameters.items()}
+        self.matrices: dict[str, Tensor] = {
+            name: weight.detach() for name, weight in KVSpace(self.unet).parameters.items()
+        }
         self.given: dict[str, Tensor] = {}
         self.maps: list[Tensor] = []
         for path, module in list(self.unet.named_modules()):
@@ -238,7 +240,7 @@ def _strip(model: Any) -> None:
 
 
 def _narrow(model: Any, precision: Precision) -> None:
-    """Store weights in fewer bits, and widen them where the graph begins; ONNX Runtime does that once, when it loads."""
+    """Store weights in fewer bits, and widen them where the graph begins: ONNX Runtime does that once, on loading."""
     from onnx import TensorProto, helper, numpy_helper
 
     if precision == "float32":

@@ -1,9 +1,9 @@
 """A pipeline's sampler as a table of numbers.
 
-Every sampler without fresh noise that diffusers has (DDIM, DPM-Solver++, UniPC, PNDM) computes the next latents as a sum
-of what came before: the start noise and the network's outputs so far, each times a number that depends on the schedule
-alone. The numbers are read off the pipeline's own scheduler, by letting it step through unit vectors. Whoever has them
-samples as Python does, whichever scheduler that was.
+Every sampler without fresh noise that diffusers has (DDIM, DPM-Solver++, UniPC, PNDM) computes the next latents as a
+sum of what came before: the start noise and the network's outputs so far, each times a number that depends on the
+schedule alone. The numbers are read off the pipeline's own scheduler, by letting it step through unit vectors. Whoever
+has them samples as Python does, whichever scheduler that was.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The edits that a page offers, in plain form.
 
-Plain: where a mask file is coded to its entropy bound, here the distances from one shut neuron to the next are written as
-bytes, which a page reads in six lines. A range decoder with its models of geometric runs would be some two hundred lines
-of JavaScript, to be kept equal to `constriction` bit by bit, and would save about 7 kB a mask where the runtime takes
-megabytes. Ablations are written as thin matrices in float16: they change each matrix by a few directions, and a dense
-difference would be several times as large.
+Plain: where a mask file is coded to its entropy bound, here the distances from one shut neuron to the next are written
+as bytes, which a page reads in six lines. A range decoder with its models of geometric runs would be some two hundred
+lines of JavaScript, to be kept equal to `constriction` bit by bit, and would save about 7 kB a mask where the runtime
+takes megabytes. Ablations are written as thin matrices in float16: they change each matrix by a few directions, and a
+dense difference would be several times as large.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..neurons.search import find_concept_neurons
 from ..world.subjects import SUBJECTS, subject
 
 ENERGY = 1 - 1e-6  # of an ablation that is kept: its error is then that of float16
-_SUBJECTS: tuple[tuple[str, str], ...] = (("robot", "all"), ("cat", "all"), ("car", "subject"))  # and their scopes
+_SUBJECTS: tuple[tuple[str, str], ...] = (("robot", "all"), ("cat", "subject"), ("car", "subject"))  # and their scopes
 _TARGET, _ANCHOR = "a cat", "a dog"
 _KEPT = ("a rabbit", "a car", "a robot", "a house")  # prompts that the ablation holds on to
 
@@ -129,7 +129,11 @@ def shelf_of(pipe: Pipeline, paths: Iterable[str | Path]) -> list[Shelved]:
     require_editable(pipe)
     found: dict[str, Shelved] = {}
     for path in map(user_path, checks.items("paths", paths)):
-        files = sorted(one for one in path.glob("*") if one.suffix in (".safetensors", ".mask")) if path.is_dir() else [path]
+        files = (
+            sorted(one for one in path.glob("*") if one.suffix in (".safetensors", ".mask"))
+            if path.is_dir()
+            else [path]
+        )
         if not files:
             raise MissingFileError(f"{path} holds no edits: give files that end in .safetensors or .mask")
         for file in files:
@@ -166,10 +170,10 @@ def _first(value: Any) -> str:
 
 
 def default_shelf(pipe: Pipeline, kept: str | Path, *, rounds: int = 40, progress: bool = True) -> list[Shelved]:
-    """Concept neurons of three subjects of the sticker world, one of them at its words only, and a closed-form ablation.
+    """Concept neurons of three subjects of the sticker world, two of them at their words only, and an ablation.
 
-    kept: the folder where they are kept from one time to the next, by the model that they were found on. Each subject is
-    searched for once, in about half a minute on two cores.
+    kept: the folder where they are kept from one time to the next, by the model that they were found on. Each subject
+    is searched for once, in about half a minute on two cores. The ablation has a closed form, and is made anew.
     """
     require_editable(pipe)
     folder, model = user_path(kept), model_fingerprint(pipe)[:12]
@@ -183,7 +187,10 @@ def default_shelf(pipe: Pipeline, kept: str | Path, *, rounds: int = 40, progres
     ablation = closed_form_edit(pipe, _TARGET, _ANCHOR, preserve=_KEPT)
     words = _TARGET.split()[-1], _ANCHOR.split()[-1]
     title = f"{words[0]} → {words[1]}: forgotten, in closed form"
-    return [*shelf_of(pipe, files), Shelved(f"{words[0]}-to-{words[1]}", title, _TARGET, f"{_TARGET} on the grass", ablation)]
+    return [
+        *shelf_of(pipe, files),
+        Shelved(f"{words[0]}-to-{words[1]}", title, _TARGET, f"{_TARGET} on the grass", ablation),
+    ]
 
 
 def _is_whole(file: Path) -> bool:
