@@ -239,7 +239,7 @@ def test_joined_edits_draw_what_python_draws(visit, tiny):
 def test_dose_0_is_the_untouched_model_and_no_edit_leaves_it_alone(visit, tiny):
     visit.open(prompt=PROMPT, edits="cat", dose=0)
     assert apart(visit.picture("edit"), visit.picture("untouched")) == 0
-    visit.page.get_by_label("cat", exact=True).uncheck()
+    visit.page.get_by_role("checkbox", name="cat", exact=True).uncheck()
     visit.drawn()
     expect(visit.page.locator("[data-column=edit]")).to_contain_text("choose an edit")
     assert "edits=&" in visit.page.url
