@@ -30,6 +30,7 @@ from coneslab import (
     methods,
     neurons,
     show,
+    web,
     world,
 )
 from coneslab.errors import ArgumentError, ConeslabError, ConeslabWarning
@@ -1077,6 +1078,41 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
             "baseline": (3, []),
         },
     ),
+    "graphs": lambda m: (web.graphs, (m.pipe,), dict(precision="float16", prompt="a cat"), {"prompt": TEXT}),
+    "difference": lambda m: (web.difference, (), {"graph": None}, {"graph": (None, 3, b"x", object())}),
+    "sampling_table": lambda m: (web.sampling_table, (m.pipe,), {"sampler_steps": 1}, {"sampler_steps": (*COUNT, 1001)}),
+    "plain": lambda m: (web.plain, (), dict(edit=m.found, pipe=m.pipe), {"edit": (None, *EDIT), "pipe": (None, 3)}),
+    "shelf_of": lambda m: (
+        web.shelf_of,
+        (m.pipe,),
+        {"paths": []},
+        {"paths": (None, 3, [], [3], "nowhere", ["nowhere.safetensors"], ["a\0b"])},
+    ),
+    "default_shelf": lambda m: (
+        web.default_shelf,
+        (m.pipe,),
+        dict(kept=m.folder / "kept", rounds=1),
+        {"kept": (None, 3, "a\0b", m.folder / "a.png")},
+    ),
+    "fetch_runtime": lambda m: (
+        web.fetch_runtime,
+        (),
+        dict(kept=m.folder / "kept", timeout=1.0),
+        {"kept": (None, 3, "a\0b", m.folder / "a.png"), "timeout": (*NUMBER, 0, -1)},
+    ),
+    "export_web": lambda m: (
+        web.export_web,
+        (m.pipe,),
+        dict(folder=m.folder / "page", shelf=(), precision="float16", sampler_steps=1, guidance_scale=2.0, runtime=None)
+        | dict(home=""),
+        {
+            "folder": (None, 3, "a\0b", m.folder / "a.png", m.folder),
+            "shelf": (None, 3, [3], [m.found], ["x"]),
+            "sampler_steps": (*COUNT, 31),
+            "runtime": (3, "x", {}),
+            "home": ANY_TEXT,
+        },
+    ),
     "slider": lambda m: (
         show.slider,
         (),
@@ -1183,12 +1219,13 @@ ELSEWHERE = {  # what takes no value that could be bad in these ways, or is trie
     "methods": "merge_matrices",
     "neurons": "concatenate entropy entropy_bound precision_of",
     "show": "intervals page set_up_notebook show",
+    "web": "",
     "world": "evaluation_prompts full_drawing named_plan title_of truth wanted with_article",
 }
 
 
 @pytest.mark.parametrize(
-    "room", [diffusion, edits, finetuning, measure, methods, neurons, show, world], ids=lambda room: room.__name__
+    "room", [diffusion, edits, finetuning, measure, methods, neurons, show, web, world], ids=lambda room: room.__name__
 )
 def test_every_public_function_is_tried_or_named(made, room):
     tried = {getattr(CALLS[name](made)[0], "__func__", CALLS[name](made)[0]) for name in CALLS}

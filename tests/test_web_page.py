@@ -394,7 +394,7 @@ def test_a_second_visitor_of_the_same_address_sees_the_same_pictures(browser, ad
     for _ in range(2):
         with visitor(browser, address) as visit:
             visit.open(prompt="a sks cat and a car in the snow", seed=11, edits="cat,car", dose=0.7)
-            visit.page.get_by_role("button", name="Another seed").click()
+            visit.page.get_by_role("button", name="Next seed").click()
             visit.drawn()
             seen.append(visit.picture("edit"))
             address_then = visit.page.url

@@ -20,8 +20,8 @@ from ..diffusion.encoding import encode_images, latent_shape, to_tensor
 from ..diffusion.kvspace import KVSpace
 from ..diffusion.pipelines import Pipeline, pipeline_fingerprint
 from ..edits.weights import model_fingerprint
-from ..errors import ConeslabError
-from ..files import replacing_folder
+from ..errors import ArgumentError, ConeslabError
+from ..files import replacing_folder, require_replaceable
 from ..pictures import as_pictures
 from .graphs import PRECISIONS, Precision, graphs
 from .runtime import FILES, Runtime
@@ -58,6 +58,7 @@ def export_web(
     things.
     """
     require_editable(pipe)
+    require_replaceable(folder, MANIFEST)
     shelf = checks.items("shelf", shelf, Shelved, least=0)
     checks.choice("precision", precision, PRECISIONS)
     most = min(MOST_STEPS, pipe.scheduler.config.num_train_timesteps)
@@ -66,6 +67,10 @@ def export_web(
     checks.text("home", home, blank=True)
     if runtime is not None:
         checks.of_kind("runtime", runtime, Runtime)
+    names = [one.name for one in shelf]
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"the names of edits are {', '.join(names)}: give each another one")
+    plained = {one.name: plain(one.edit, pipe) for one in shelf}
     contents: dict[str, bytes] = {
         f"{name}.onnx": graph.data for name, graph in graphs(pipe, precision=precision).items()
     }
@@ -76,7 +81,7 @@ def export_web(
     )
     edits = []
     for one in shelf:
-        data, parts = plain(one.edit, pipe)
+        data, parts = plained[one.name]
         contents[f"edits/{one.name}.bin"] = data
         entry = {"name": one.name, "title": one.title, "prompt": one.prompt, "phrase": one.phrase}
         edits.append(entry | {"file": f"edits/{one.name}.bin", "parts": parts})

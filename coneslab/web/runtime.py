@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .. import checks
 from ..errors import ConeslabError, FileFormatError
-from ..files import user_path, write_whole
+from ..files import require_writable, write_whole
 
 VERSION = "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # SHA-512
@@ -49,7 +49,7 @@ def fetch_runtime(kept: str | Path, *, timeout: float = 60.0) -> Runtime:
     Raises ConeslabError if it cannot be fetched, FileFormatError if what came is not that version.
     """
     timeout = checks.number("timeout", timeout, "(0, inf)")
-    file = user_path(kept) / f"onnxruntime-web-{VERSION}.tgz"
+    file = require_writable(kept, folder=True) / f"onnxruntime-web-{VERSION}.tgz"
     data = file.read_bytes() if file.is_file() else b""
     if not _is_right(data):
         data = _fetched(timeout)

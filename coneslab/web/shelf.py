@@ -9,6 +9,7 @@ dense difference would be several times as large.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined, Edit, load_edit
 from ..edits.low_rank import LowRankDelta, compress
 from ..edits.weights import WeightDelta, model_fingerprint, require_model
-from ..errors import ConeslabError, FileFormatError, MissingFileError
-from ..files import user_path
+from ..errors import ArgumentError, ConeslabError, FileFormatError, MissingFileError
+from ..files import require_writable, user_path
 from ..methods.ablation.uce import closed_form_edit
 from ..neurons.mask import ConceptNeurons
 from ..neurons.scope import word_ids
@@ -42,8 +43,8 @@ _KEPT = ("a rabbit", "a car", "a robot", "a house")  # prompts that the ablation
 class Shelved:
     """An edit on a page's shelf.
 
-    name: short, for addresses and files; title: what the page calls it; phrase: what it is about, as prompts name it
-    ("a sks cat"); prompt: what to draw with it.
+    name: short, for addresses and files, of letters, digits and "-"; title: what the page calls it; phrase: what it is
+    about, as prompts name it ("a sks cat"); prompt: what to draw with it.
     """
 
     name: str
@@ -51,6 +52,14 @@ class Shelved:
     phrase: str
     prompt: str
     edit: Edit
+
+    def __post_init__(self) -> None:
+        if re.fullmatch(r"[\w-]+", checks.text("name", self.name)) is None:
+            raise ArgumentError(f"name is {self.name!r}: give letters, digits and dashes alone")
+        checks.text("title", self.title)
+        checks.text("phrase", self.phrase, blank=True)
+        checks.text("prompt", self.prompt, blank=True)
+        checks.of_kind("edit", self.edit, Edit)
 
 
 def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
@@ -64,6 +73,7 @@ def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
     Raises ConeslabError for an edit that changes anything else, MismatchError for one of another model.
     """
     require_editable(pipe)
+    checks.of_kind("edit", edit, Edit)
     layout, model = KVSpace(pipe).layout, model_fingerprint(pipe)
     data, parts = [], []
     for part in _parts(edit):
@@ -138,7 +148,7 @@ def shelf_of(pipe: Pipeline, paths: Iterable[str | Path]) -> list[Shelved]:
             raise MissingFileError(f"{path} holds no edits: give files that end in .safetensors or .mask")
         for file in files:
             edit = ConceptNeurons.load_mask(file, pipe) if file.suffix == ".mask" else load_edit(file)
-            name = "".join(letter if letter.isalnum() else "-" for letter in file.stem.lower()).strip("-") or "edit"
+            name = re.sub(r"[^\w]+", "-", file.stem.lower()).strip("-") or "edit"
             if name in found:
                 raise ConeslabError(f"two edits would be named {name!r} in the page: rename {file}")
             found[name] = Shelved(name, _title(edit, file.stem), *_prompts(edit), edit)
@@ -176,7 +186,8 @@ def default_shelf(pipe: Pipeline, kept: str | Path, *, rounds: int = 40, progres
     is searched for once, in about half a minute on two cores. The ablation has a closed form, and is made anew.
     """
     require_editable(pipe)
-    folder, model = user_path(kept), model_fingerprint(pipe)[:12]
+    folder, model = require_writable(kept, folder=True), model_fingerprint(pipe)[:12]
+    checks.count("rounds", rounds)
     files = []
     for name, scope in _SUBJECTS:
         file = folder / f"{model}-{rounds}" / f"{name}.safetensors"

@@ -237,6 +237,7 @@ function show(column, drawn) {
   progress(column, drawn.preview ? 0.1 : 0);
   about(column, drawn.preview ? `preview in ${PREVIEW_STEPS} steps` : "");
   paint(column);
+  tell();
 }
 
 /** Paint a column's picture, and over it the attention of the word that is pointed at. @param {Column} column */
@@ -356,10 +357,15 @@ function attentionOf(column) {
 }
 
 function highlight() {
-  const word = hovered || state.word;
   for (const button of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll("#words button")))
     button.setAttribute("aria-pressed", String(button.dataset.word === state.word));
   COLUMNS.forEach(paint);
+  tell();
+}
+
+/** Say in words what the attention map of the word shows. */
+function tell() {
+  const word = hovered || state.word;
   const told = COLUMNS.filter((column) => shown[column]).map((column) => {
     const map = attentionOf(column);
     return map && `${NAMES[column]}: most at the ${place(map)}, ${Math.round(100 * Math.max(...map))} %`;
@@ -383,7 +389,7 @@ function where(maps) {
   const shut = maps.reduce((sum, map) => sum + map.shut, 0);
   const all = maps.reduce((sum, map) => sum + map.size, 0);
   at("where-note").textContent = shut
-    ? `${shut.toLocaleString("en")} of ${all.toLocaleString("en")} key and value weights (${((100 * shut) / all).toFixed(1)} %) in ${maps.length} matrices: down, what the matrix writes; across, what it reads of the text. Darker is denser.`
+    ? `${shut.toLocaleString("en")} of ${all.toLocaleString("en")} key and value weights (${((100 * shut) / all).toFixed(1)} %) in ${maps.length} matrices: down, what the matrix writes; across, what it reads of the text. The stronger the colour, the denser.`
     : "No neurons are shut: choose a mask.";
   const colour = getComputedStyle(document.documentElement).getPropertyValue("--shut");
   const most = Math.max(1e-9, ...maps.flatMap((map) => [...map.density]));
@@ -402,7 +408,7 @@ function where(maps) {
         context.fillRect(i % columns, Math.floor(i / columns), 1, 1);
       });
       const caption = document.createElement("figcaption");
-      caption.textContent = `${label}: ${share} %`;
+      caption.append(label, document.createElement("br"), `${share} %`);
       figure.append(canvas, caption);
       return figure;
     }),
