@@ -1080,7 +1080,12 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     ),
     "graphs": lambda m: (web.graphs, (m.pipe,), dict(precision="float16", prompt="a cat"), {"prompt": TEXT}),
     "difference": lambda m: (web.difference, (), {"graph": None}, {"graph": (None, 3, b"x", object())}),
-    "sampling_table": lambda m: (web.sampling_table, (m.pipe,), {"sampler_steps": 1}, {"sampler_steps": (*COUNT, 1001)}),
+    "sampling_table": lambda m: (
+        web.sampling_table,
+        (m.pipe,),
+        {"sampler_steps": 1},
+        {"sampler_steps": (*COUNT, 1001)},
+    ),
     "plain": lambda m: (web.plain, (), dict(edit=m.found, pipe=m.pipe), {"edit": (None, *EDIT), "pipe": (None, 3)}),
     "shelf_of": lambda m: (
         web.shelf_of,
