@@ -16,7 +16,7 @@ from pathlib import Path
 
 import playground
 from hosts import running_times
-from result_tables import evaluation, experiments, markdown_table, methods
+from result_tables import browser, evaluation, experiments, markdown_table, methods
 from sphinx.cmd.build import main as sphinx
 
 from notebooks import card, cleaned, thumbnail
@@ -61,6 +61,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
     results = ROOT / "data" / "results"
     for path in results.glob("evaluation_*.json"):
         yield f"parts/{path.stem}.md", evaluation(path).encode()
+    yield "parts/browser.md", browser(results / "browser.csv").encode()
     yield "parts/methods.md", methods(results / "methods.csv").encode()
     yield "parts/experiments.md", experiments(results).encode()
     yield "parts/door.md", door().encode()

@@ -66,6 +66,19 @@ def methods(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def browser(path: Path) -> str:
+    """What `tests/benchmarks/bench_web.py` measured, from its CSV file."""
+    if not path.exists():
+        return f"This table has not been made yet: `tests/benchmarks/bench_web.py` makes `data/results/{path.name}`."
+    rows = []
+    for row in read_table(path).itertuples():
+        digits = ",.0f" if "bytes" in row.what else ".3g"
+        rows.append(
+            [plain(row.what), f"{row.median:{digits}}", "" if row.worst != row.worst else f"{row.worst:{digits}}"]
+        )
+    return markdown_table(["what", "median", "worst"], rows)
+
+
 def experiments(folder: Path) -> str:
     """Every table of `coneslab experiment` that is there, summed up; none that is not."""
     from coneslab.experiments import EXPERIMENTS

@@ -414,6 +414,24 @@ def test_pictures_of_several_subjects_are_summed_up_by_their_number():
     assert "| 0.500 [0." in whole
 
 
+def test_the_table_of_the_page_in_the_browser_joins_when_it_is_there(tmp_path):
+    path = tmp_path / "browser.csv"
+    assert "has not been made yet" in tables.browser(path)
+    path.write_text('what,median,worst\n"first picture, s",2.345678,3.5\n"over the wire, bytes",1234567.0,\n')
+    assert tables.browser(path).splitlines()[2:] == [
+        "| first picture, s | 2.35 | 3.5 |",
+        "| over the wire, bytes | 1,234,567 |  |",
+    ]
+
+
+def test_a_lecture_links_to_states_of_the_page():
+    shown = {stem: playground.links(stem) for stem in (path.stem for path in NOTEBOOKS)}
+    assert {stem[:2] for stem, line in shown.items() if line} == {"00", "03", "05", "07"}
+    assert 'href="../playground/index.html#prompt=a+sks+cat+and+a+vqz+car' in shown["05_concatenating_concepts"]
+    cells = nbformat.reads(notebooks.cleaned(NOTEBOOKS[0], shown["00_tour"]), as_version=4).cells
+    assert cells[1].source == shown["00_tour"] and cells[0].source.startswith("# ")
+
+
 def test_evaluations_are_shown_as_they_were_saved():
     for path in (ROOT / "data" / "results").glob("evaluation_*.json"):
         shown = tables.evaluation(path).splitlines()

@@ -8,11 +8,14 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -47,6 +50,9 @@ from coneslab.web import (
     shelf_of,
 )
 from coneslab.web import runtime as runtimes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+import playground  # noqa: E402
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the packages of the extra web: pip install -e '.[web]'")
 
@@ -299,14 +305,19 @@ def test_the_shelf_that_is_searched_for_is_kept(world_pipe, tmp_path, monkeypatc
     def search(pipe: Any, subject: Any, *, rounds: int, scope: str, progress: bool) -> ConceptNeurons:
         searched.append((subject.name, rounds, scope))
         words = (subject.token, subject.class_word) if scope == "subject" else ()
-        return some_neurons(pipe, scope=words)
+        return replace(some_neurons(pipe, scope=words), subject=subject.name)
 
     monkeypatch.setattr(shelf, "find_concept_neurons", search)
     first = default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
     assert searched == [("robot", 3, "all"), ("cat", 3, "subject"), ("car", 3, "subject")]
     again = default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
     assert len(searched) == 3 and [one.edit for one in first] == [one.edit for one in again]
-    assert [one.name for one in first] == ["robot", "cat", "car", "cat-to-dog"]
+    names = [one.name for one in first]
+    assert names == ["robot", "cat", "car", "cat-to-dog"]
+    states = [state for shown in playground.STATES.values() for _, state in shown]  # what lectures link to
+    assert {name for state in states for name in state["edits"].split(",")} == set(names)
+    prompts = {one.name: one.prompt for one in first}
+    assert all(state["prompt"] == prompts[state["edits"]] for state in states if state["edits"] in ("robot", "cat"))
     next(tmp_path.rglob("cat.safetensors")).write_bytes(b"broken")
     default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
     default_shelf(world_pipe, tmp_path, rounds=4, progress=False)
