@@ -301,6 +301,7 @@ def test_a_shelf_is_read_from_files_and_folders(v_pipe, tmp_path):
 
 def test_the_shelf_that_is_searched_for_is_kept(world_pipe, tmp_path, monkeypatch):
     searched = []
+    monkeypatch.setattr(shelf, "SHIPPED", tmp_path / "shipped")
 
     def search(pipe: Any, subject: Any, *, rounds: int, scope: str, progress: bool) -> ConceptNeurons:
         searched.append((subject.name, rounds, scope))
@@ -318,10 +319,19 @@ def test_the_shelf_that_is_searched_for_is_kept(world_pipe, tmp_path, monkeypatc
     assert {name for state in states for name in state["edits"].split(",")} == set(names)
     prompts = {one.name: one.prompt for one in first}
     assert all(state["prompt"] == prompts[state["edits"]] for state in states if state["edits"] in ("robot", "cat"))
-    next(tmp_path.rglob("cat.safetensors")).write_bytes(b"broken")
+    (tmp_path / "cat-3.mask").write_bytes(b"broken")
     default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
     default_shelf(world_pipe, tmp_path, rounds=4, progress=False)
     assert len(searched) == 3 + 1 + 3, "what is broken, and another search, is searched for"
+    (tmp_path / "shipped").mkdir()
+    for file in tmp_path.glob("*-3.mask"):
+        file.rename(tmp_path / "shipped" / file.name)
+    default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
+    assert len(searched) == 7, "what is shipped with the model is not"
+    other = copy.deepcopy(world_pipe)
+    next(iter(KVSpace(other).parameters.values())).data.add_(1.0)
+    default_shelf(other, tmp_path, rounds=3, progress=False)
+    assert len(searched) == 10, "what was found on another model is searched for"
 
 
 # --- ONNX Runtime ---------------------------------------------------------------------------------------

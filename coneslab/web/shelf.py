@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from ..edits.base import Combined, Edit, load_edit
 from ..edits.low_rank import LowRankDelta, compress
 from ..edits.weights import WeightDelta, model_fingerprint, require_model
 from ..errors import ArgumentError, ConeslabError, FileFormatError, MissingFileError
-from ..files import require_writable, user_path
+from ..files import data_folder, require_writable, user_path
 from ..methods.ablation.uce import closed_form_edit
 from ..neurons.mask import ConceptNeurons
 from ..neurons.scope import word_ids
 from ..neurons.search import find_concept_neurons
 from ..world.subjects import SUBJECTS, subject
 
+SHIPPED = data_folder() / "shelf"
 ENERGY = 1 - 1e-6  # of an ablation that is kept: its error is then that of float16
 _SUBJECTS: tuple[tuple[str, str], ...] = (("robot", "all"), ("cat", "subject"), ("car", "subject"))  # and their scopes
 _TARGET, _ANCHOR = "a cat", "a dog"
@@ -182,31 +183,33 @@ def _first(value: Any) -> str:
 def default_shelf(pipe: Pipeline, kept: str | Path, *, rounds: int = 40, progress: bool = True) -> list[Shelved]:
     """Concept neurons of three subjects of the sticker world, two of them at their words only, and an ablation.
 
-    kept: the folder where they are kept from one time to the next, by the model that they were found on. Each subject
-    is searched for once, in about half a minute on two cores. The ablation has a closed form, and is made anew.
+    Those that were found on this very model are read from the mask files of `data/shelf`, which come with the shipped
+    one, or else from the folder `kept`; only then is each subject searched for, in about half a minute on two cores,
+    and kept. The ablation has a closed form, and is made anew.
     """
     require_editable(pipe)
-    folder, model = require_writable(kept, folder=True), model_fingerprint(pipe)[:12]
+    folder, model = require_writable(kept, folder=True), model_fingerprint(pipe)
     checks.count("rounds", rounds)
     files = []
     for name, scope in _SUBJECTS:
-        file = folder / f"{model}-{rounds}" / f"{name}.safetensors"
-        if not _is_whole(file):
+        known = [place / f"{name}-{rounds}.mask" for place in (SHIPPED, folder)]
+        file = next((one for one in known if _found_on(pipe, model, one)), None)
+        if file is None:
+            file = known[-1]
             found = find_concept_neurons(pipe, subject(name), rounds=rounds, scope=scope, progress=progress)
-            found.binary().save(file)
-        files.append(file)
+            found.binary().save_mask(file)
+        files.append((name, file))
+    found_neurons = [replace(one, name=name) for name, file in files for one in shelf_of(pipe, [file])]
     ablation = closed_form_edit(pipe, _TARGET, _ANCHOR, preserve=_KEPT)
     words = _TARGET.split()[-1], _ANCHOR.split()[-1]
-    title = f"{words[0]} → {words[1]}: forgotten, in closed form"
     return [
-        *shelf_of(pipe, files),
-        Shelved(f"{words[0]}-to-{words[1]}", title, _TARGET, f"{_TARGET} on the grass", ablation),
+        *found_neurons,
+        Shelved(f"{words[0]}-to-{words[1]}", _title(ablation, ""), _TARGET, f"{_TARGET} on the grass", ablation),
     ]
 
 
-def _is_whole(file: Path) -> bool:
+def _found_on(pipe: Pipeline, model: str, file: Path) -> bool:
     try:
-        load_edit(file)
+        return ConceptNeurons.load_mask(file, pipe).fingerprint == model
     except (MissingFileError, FileFormatError):
         return False
-    return True
