@@ -426,7 +426,7 @@ def test_the_keyboard_reaches_everything_in_order_and_words_are_offered(visit):
     prompt.press("Enter")
     visit.drawn()
     expect(page.locator("[data-column=untouched] canvas")).to_have_attribute(
-        "aria-label", "“a robot” the untouched model, seed 0"
+        "aria-label", "“a robot”, in the untouched model, seed 0"
     )
     reached = []
     for _ in range(14):

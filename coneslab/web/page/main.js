@@ -12,7 +12,7 @@ import { suggest } from "./suggest.js";
 const PREVIEW_STEPS = 4;
 const KEPT = 60; // pictures
 /** @type {Column[]} */ const COLUMNS = ["untouched", "random", "edit"];
-const NAMES = { untouched: "the untouched model", random: "with a random mask", edit: "with the edit" };
+const NAMES = { untouched: "in the untouched model", random: "with a random mask", edit: "with the edit" };
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 /** @template {HTMLElement} T @param {string} id @returns {T} */
@@ -256,7 +256,7 @@ function paint(column) {
   }
   context.imageSmoothingEnabled = false;
   context.drawImage(bitmap(drawn.pixels, width, height), 0, 0, canvas.width, canvas.height);
-  canvas.setAttribute("aria-label", `“${state.prompt}” ${NAMES[column]}, seed ${state.seed}${drawn.preview ? ", a preview" : ""}`);
+  canvas.setAttribute("aria-label", `“${state.prompt}”, ${NAMES[column]}, seed ${state.seed}${drawn.preview ? ", a preview" : ""}`);
   const map = attentionOf(column);
   if (!map) return;
   const [, rows, columns] = model.latents;
@@ -368,9 +368,9 @@ function tell() {
   const word = hovered || state.word;
   const told = COLUMNS.filter((column) => shown[column]).map((column) => {
     const map = attentionOf(column);
-    return map && `${NAMES[column]}: most at the ${place(map)}, ${Math.round(100 * Math.max(...map))} %`;
+    return map && `at the ${place(map)} (${Math.round(100 * Math.max(...map))} %) ${NAMES[column]}`;
   });
-  at("word-note").textContent = word && told.some(Boolean) ? `“${word}” gets of the attention, ${told.filter(Boolean).join("; ")}.` : "";
+  at("word-note").textContent = word && told.some(Boolean) ? `The attention to “${word}” is largest ${told.filter(Boolean).join(", ")}.` : "";
 }
 
 /** Where a map is largest, in words. @param {Float32Array} map */
