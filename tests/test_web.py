@@ -392,7 +392,9 @@ def test_without_a_network_the_runtime_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_a_page_is_written_whole_with_the_sums_of_its_files(world_pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "graphs", lambda pipe, *, precision: {"unet": Graph("unet", b"nodes", {}, {})})
+    outputs = {"output": np.ones((2, 4, 32, 32)), "pixels": np.ones((1, 3, 64, 64))}
+    made = {name: Graph(name, b"nodes", {"timestep": np.ones(1)}, outputs) for name in ("unet", "decoder")}
+    monkeypatch.setattr(export, "graphs", lambda pipe, **options: made)
     shelved = Shelved("cat", "cat", "a cat", "a cat on the grass", some_neurons(world_pipe))
     runtime = Runtime("1", {"ort.wasm.min.mjs": b"x"})
     folder = tmp_path / "page"
@@ -406,6 +408,7 @@ def test_a_page_is_written_whole_with_the_sums_of_its_files(world_pipe, tmp_path
         a * b for a, b in (one["shape"] for one in layers)
     )
     assert '<a href="../index.html">' in (folder / "index.html").read_text(encoding="utf-8")
+    assert manifest["check"]["output"] == manifest["check"]["pixels"] == [1.0] * 32
     assert [len(one["timesteps"]) for one in manifest["sampler"]] == list(range(1, 31))
     kinds = {one["word"]: one["kind"] for one in manifest["words"]}
     assert kinds["cat"] == "thing" and kinds["sks"] == "rare token" and kinds["on the grass"] == "place"

@@ -481,6 +481,13 @@ def changed(file: Path) -> None:
     file.write_bytes(data)
 
 
+def of_another_model(file: Path) -> None:
+    manifest = json.loads(file.read_text())
+    manifest["check"]["output"][3] += 1
+    file.unlink()
+    file.write_text(json.dumps(manifest))
+
+
 def without_runtime(file: Path) -> None:
     manifest = json.loads(file.read_text())
     file.unlink()
@@ -495,6 +502,7 @@ def without_runtime(file: Path) -> None:
         ("manifest.json", Path.unlink, "The file manifest.json is missing (the server says 404): reload the page"),
         ("manifest.json", cut, "The file manifest.json is damaged, it has no complete JSON"),
         ("manifest.json", without_runtime, "built without ONNX Runtime"),
+        ("manifest.json", of_another_model, "This browser computes something else than the model (on the processor)"),
         ("unet.onnx", Path.unlink, "The file unet.onnx is missing"),
         ("unet.onnx", cut, "The file unet.onnx is damaged, it has"),
         ("decoder.onnx", changed, "The file decoder.onnx is damaged, it has other contents"),

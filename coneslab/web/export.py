@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..edits.weights import model_fingerprint
 from ..errors import ArgumentError, ConeslabError
 from ..files import replacing_folder, require_replaceable
 from ..pictures import as_pictures
-from .graphs import PRECISIONS, Precision, graphs
+from .graphs import PRECISIONS, Graph, Precision, graphs
 from .runtime import FILES, Runtime
 from .sampling_table import sampling_table
 from .shelf import Shelved, plain
@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 FORMAT = "coneslab.web/1"
 PAGE = files("coneslab.web") / "page"
 MOST_STEPS = 30
+_CHECKED = "a cat"
 _FITTED = 48  # pictures from which the small previews are fitted
 
 
@@ -71,9 +72,8 @@ def export_web(
     if len(set(names)) < len(names):
         raise ArgumentError(f"the names of edits are {', '.join(names)}: give each another one")
     plained = {one.name: plain(one.edit, pipe) for one in shelf}
-    contents: dict[str, bytes] = {
-        f"{name}.onnx": graph.data for name, graph in graphs(pipe, precision=precision).items()
-    }
+    made = graphs(pipe, precision=precision, prompt=_CHECKED)
+    contents: dict[str, bytes] = {f"{name}.onnx": graph.data for name, graph in made.items()}
     space = KVSpace(pipe)
     wide = precision == "float32"
     contents["keys_and_values.bin"] = (
@@ -102,6 +102,7 @@ def export_web(
         "tokenizer": _tokenizer(pipe),
         "words": _words(pipe),
         "preview": _preview(pipe),
+        "check": _check(made),
         "start": {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale},
         "sampler": [sampling_table(pipe, steps) for steps in range(1, most + 1)],
         "edits": edits,
@@ -125,6 +126,16 @@ def _at_home(page: bytes, home: str) -> bytes:
     """A file of the page, with a link to the site around it."""
     link = f'<p class="home"><a href="{html.escape(home)}">coneslab</a></p>' if home else ""
     return page.replace(b"<!-- home -->", link.encode())
+
+
+def _check(made: Mapping[str, Graph]) -> dict[str, Any]:
+    """A few numbers that a page must get from the start noise of seed 0: no graphics card is believed without."""
+    unet, decoder = made["unet"], made["decoder"]
+    shown = {"output": unet.outputs["output"][1], "pixels": decoder.outputs["pixels"][0]}
+    numbers = {
+        name: [float(f"{value:.6g}") for value in part.ravel()[:: part.size // 32]] for name, part in shown.items()
+    }
+    return {"prompt": _CHECKED, "timestep": float(unet.inputs["timestep"][0]), **numbers}
 
 
 def _tokenizer(pipe: Pipeline) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import { heatMaps, joined, keysAndValues, randomMask, readEdit } from "./weights
 
 const REBUILD = "reload the page; if that does not help, the site is incomplete: build it again with `make web`";
 const CONTROL_SEED = 0; // of the random mask
+const NEAR = 0.05; // how far what is computed may be from what Python computed; int8 weights are within 0.04
 
 /** @type {any} */ let manifest;
 /** @type {any} */ let ort;
@@ -140,7 +141,10 @@ async function load(backend) {
   }
   theta = manifest.precision === "float32" ? float32(matrices) : float16(matrices);
   tokenizer = new Tokenizer(manifest.tokenizer);
-  await warm();
+  if (!(await right())) {
+    if (graphics && backend === "auto") throw new Told("again");
+    throw new Told(`This browser computes something else than the model (on ${graphics ? "its graphics card" : "the processor"}): use another one.`);
+  }
   const { words, edits, layers, start, picture, latents, sampler } = manifest;
   const shown = { words, edits, layers, start, picture, latents, mostSteps: sampler.length, length: tokenizer.given.length };
   send({ kind: "ready", manifest: shown, backend: kinds[0], threads });
@@ -154,14 +158,19 @@ async function card(any) {
   return adapter && (any || !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter)) ? adapter : null;
 }
 
-/** Compute everything once: the first time is several times as slow. */
-async function warm() {
-  const { theta: t, layers } = { theta, layers: manifest.layers };
-  const text = await embedding("");
-  const projected = keysAndValues({ theta: t, layers, parts: [], dose: 0, texts: [text, text], ids: [[], []] });
-  const noise = new Float32Array(size());
-  await predict(noise, 0, tensors(projected));
-  await decoded(noise);
+/**
+ * Compute everything once, which makes the next time several times as fast, and compare it with what Python computed.
+ * @returns {Promise<boolean>}
+ */
+async function right() {
+  const { prompt, timestep, output, pixels } = manifest.check;
+  const given = { theta, layers: manifest.layers, parts: [], dose: 0, texts: [await embedding(""), await embedding(prompt)], ids: [[], []] };
+  const noise = randn(size(), new Generator(0));
+  const predicted = await predict(noise, timestep, tensors(keysAndValues(given)));
+  /** @type {(found: Float32Array, expected: number[]) => boolean} */
+  const near = (found, expected) =>
+    expected.every((value, i) => Math.abs(found[i * Math.floor(found.length / 32)] - value) < NEAR * (1 + Math.abs(value)));
+  return near(predicted.output.subarray(size()), output) && near(await planes(noise), pixels);
 }
 
 const size = () => manifest.latents.reduce((/** @type {number} */ a, /** @type {number} */ b) => a * b, 1);
@@ -229,7 +238,7 @@ async function picture(id, task, parts) {
     if (id !== newest) return false;
     send({ kind: "step", id, column, step: step + 1, steps: table.timesteps.length, sketch, preview });
   }
-  const pixels = await decoded(x);
+  const pixels = coloured(await planes(x));
   if (id !== newest) return false;
   send({ kind: "picture", id, column, key, pixels, attention, preview }, [pixels.buffer, attention.buffer]);
   return true;
@@ -267,17 +276,17 @@ async function predict(x, time, projected) {
   return { output: output.data, shares: attention.data };
 }
 
-/** @param {Float32Array} x latents @returns {Promise<Uint8ClampedArray>} red, green, blue, opacity of each pixel */
-async function decoded(x) {
+/** @param {Float32Array} x latents @returns {Promise<Float32Array>} red, green and blue in about [-1, 1] */
+async function planes(x) {
   const latents = new ort.Tensor("float32", x, [1, ...manifest.latents]);
-  return coloured((await sessions.decoder.run({ latents })).pixels.data);
+  return (await sessions.decoder.run({ latents })).pixels.data;
 }
 
-/** @param {Float32Array} planes red, green and blue in [-1, 1] */
-function coloured(planes) {
-  const count = planes.length / 3;
+/** @param {Float32Array} given red, green and blue in about [-1, 1] @returns {Uint8ClampedArray} with opacity, for a canvas */
+function coloured(given) {
+  const count = given.length / 3;
   const found = new Uint8ClampedArray(4 * count).fill(255);
-  for (let i = 0; i < count; i++) for (let c = 0; c < 3; c++) found[4 * i + c] = (planes[c * count + i] / 2 + 0.5) * 255;
+  for (let i = 0; i < count; i++) for (let c = 0; c < 3; c++) found[4 * i + c] = (given[c * count + i] / 2 + 0.5) * 255;
   return found;
 }
 
@@ -285,13 +294,13 @@ function coloured(planes) {
 function sketched(x, out, a, b) {
   const [channels, height, width] = manifest.latents;
   const count = height * width;
-  const planes = new Float32Array(3 * count);
+  const colours = new Float32Array(3 * count);
   manifest.preview.forEach((/** @type {number[]} */ row, /** @type {number} */ c) => {
     for (let i = 0; i < count; i++) {
       let sum = row[channels];
       for (let k = 0; k < channels; k++) sum += row[k] * (a * x[k * count + i] + b * out[k * count + i]);
-      planes[c * count + i] = sum;
+      colours[c * count + i] = sum;
     }
   });
-  return coloured(planes);
+  return coloured(colours);
 }

@@ -297,7 +297,9 @@ function readWords(pieces) {
     open.text += text;
     open.places.push(i + 1); // after the start token
     open.pieces.push(text);
-    if (last) open = void words.push(open) ?? null;
+    if (!last) continue;
+    words.push(open);
+    open = null;
   }
   if (open) words.push(open);
   const unread = pieces.slice(most).map(({ text, last }) => text + (last ? " " : "")).join("").trim();

@@ -46,12 +46,14 @@ export class Tokenizer {
       const shown = token.special ? token.content : token.content.toLowerCase();
       const escaped = shown.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
       const pattern = new RegExp(token.single_word ? `(?<![\\p{L}\\p{N}_])${escaped}(?![\\p{L}\\p{N}_])` : escaped, "gu");
-      parts = parts.flatMap((part) => {
+      /** @type {(part: string | Piece) => (string | Piece)[]} */
+      const cut = (part) => {
         if (typeof part !== "string") return [part];
         const clean = token.special ? part : normalised(part);
         const between = clean.split(pattern);
         return between.flatMap((one, i) => (i ? [{ id: token.id, text: token.content, last: true }, one] : [one]));
-      });
+      };
+      parts = parts.flatMap(cut);
     }
     return parts;
   }
@@ -65,7 +67,6 @@ export class Tokenizer {
   pairs(word) {
     let parts = [...new TextEncoder().encode(word)].map((byte) => LETTERS[byte]);
     parts[parts.length - 1] += "</w>";
-    // what the vocabulary lacks is unknown before anything is merged
     for (;;) {
       let best = -1;
       let rank = Infinity;
