@@ -2,7 +2,7 @@
 
 Plain: where a mask file is coded to its entropy bound, here the distances from one shut neuron to the next are written
 as bytes, which a page reads in six lines. A range decoder with its models of geometric runs would be some two hundred
-lines of JavaScript, to be kept equal to `constriction` bit by bit, and would save about 7 kB a mask where the runtime
+lines of JavaScript, to be kept equal to `constriction` bit by bit, and would save about 3 kB a mask where the runtime
 takes megabytes. Ablations are written as thin matrices in float16: they change each matrix by a few directions, and a
 dense difference would be several times as large.
 """
