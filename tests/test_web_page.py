@@ -455,7 +455,7 @@ def test_it_fits_a_phone_and_everything_has_a_name(browser, address, scheme, wid
         assert wide <= width, f"the page is {wide} pixels wide"
         nameless = visit.page.evaluate(
             """() => [...document.querySelectorAll("button, input, canvas, progress, [role=listbox], [role=group]")]
-                .filter(e => !e.closest("[hidden]") && e.ariaHidden !== "true")
+                .filter(e => e.ariaHidden !== "true")
                 .filter(e => !(e.labels?.length || e.ariaLabel || e.textContent.trim()))
                 .filter(e => !e.getAttribute("aria-labelledby"))
                 .map(e => e.outerHTML.slice(0, 100))"""
