@@ -472,6 +472,7 @@ def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(
     before = next_picture(body, before)
 
     some_neurons(tiny).save(folder / "cat.safetensors")  # another visitor was quicker; the search has tests of its own
+    page.get_by_role("combobox", name="subject").select_option("cat")
     page.get_by_role("button", name="Find its neurons").click()
     expect(page.get_by_text("found: cat is in the menu of edits")).to_be_visible()
     next_picture(body, before)
