@@ -37,7 +37,7 @@ def require_pipeline(pipe: Any) -> None:
     that are quantised, cast to 8 bits, offloaded or on the meta device, and schedulers without a noise schedule.
     """
     kind = type(pipe).__name__
-    bases = {base.__name__ for base in type(pipe).__mro__}
+    bases = _bases(pipe)
     if ("DiffusionPipeline" in bases and not bases & {*KINDS}) or hasattr(pipe, "text_encoder_2"):
         raise ConeslabError(
             f"got a {kind}, expected a StableDiffusionPipeline: this works with Stable Diffusion 1 and 2, which have "
@@ -61,10 +61,15 @@ def require_pipeline(pipe: Any) -> None:
     _require_fitting_words(pipe.tokenizer, uncompiled(pipe.text_encoder))
 
 
+def _bases(pipe: Any) -> set[str]:
+    """Names of the classes that an object is of."""
+    return {base.__name__ for base in type(pipe).__mro__}
+
+
 def require_from_text(pipe: Any) -> None:
     """Raise ConeslabError for a pipeline (`require_pipeline`) that draws from pictures and not from texts alone."""
     require_pipeline(pipe)
-    bases = {base.__name__ for base in type(pipe).__mro__}
+    bases = _bases(pipe)
     if bases & {*KINDS} and KINDS[0] not in bases:
         raise ConeslabError(
             f"got a {type(pipe).__name__}, which draws from pictures, expected a StableDiffusionPipeline: make one of "

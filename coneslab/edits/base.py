@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -162,7 +163,11 @@ def applied(
             checks.interval("share of the schedule (steps)", steps)
         return nullcontext(pipe)
     apply = edit.applied  # type: ignore[union-attr]
-    return apply(pipe, dose) if steps is None else applied_in(apply, edit, pipe, dose, steps)
+    if steps is None:
+        return apply(pipe, dose)
+    if "steps" in inspect.signature(apply).parameters:  # which puts it on at each call without checking all anew
+        return apply(pipe, dose, steps=steps)
+    return applied_in(apply, edit, pipe, dose, steps)
 
 
 def require_edit(edit: Any) -> Any:

@@ -94,9 +94,8 @@ class _Timed(Block):
             pass
         made.enter(without_compiling(pipe))
         if TEXT in timing.acts_on:
-            made.enter(
-                Nested(lambda: [timing.first(0.0)])
-            )  # its tokens are known all the time, as what they started from
+            # its tokens are known all the time, as what they started from
+            made.enter(Nested(lambda: [timing.first(0.0)]))
             timing.texts = KnownTexts()
             made.hook(pipe.text_encoder, "forward_hook", timing.texts.after_text)
         made.undo(timing.stop)

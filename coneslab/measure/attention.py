@@ -434,9 +434,8 @@ class _Recorder:
     def _add(self, run: _Run, label: str, probabilities: Tensor) -> None:
         maps = self.maps
         height, width = _grid(run.grid, probabilities.shape[2])
-        kept = probabilities.transpose(-1, -2).unflatten(
-            -1, (height, width)
-        )  # (pictures, heads, tokens, height, width)
+        # (pictures, heads, tokens, height, width)
+        kept = probabilities.transpose(-1, -2).unflatten(-1, (height, width))
         kept = (kept if maps.keep_heads else kept.mean(1)).to("cpu", maps._dtype).contiguous()
         maps.nbytes += kept.nbytes
         if maps.nbytes > maps._max_bytes:

@@ -209,8 +209,7 @@ def evaluate_model(
     seeds: pictures per prompt, each in a different scene. limit: at most this many classes, pairs, threes and fours,
     for a quick look. extras: also art style and colour (with a quarter of the seeds). kid_pictures: also draw this many
     captions of the world, and measure their kernel inception distance to new real pictures. beside_real: also judge the
-    world's own pictures for the same prompts. The bars are those of the shipped
-    model.
+    world's own pictures for the same prompts. The bars are those of the shipped model.
     """
     require_judge(judge)
     seeds, batch_size, limit = _require_asking(seeds, limit, seed, batch_size)

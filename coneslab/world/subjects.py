@@ -44,14 +44,6 @@ COMBINATIONS: dict[int, tuple[tuple[str, ...], ...]] = {
 TUNING_SUBJECTS: tuple[str, ...] = tuple(DATA["tuning"]["subjects"])
 TUNING_COMBINATIONS: tuple[tuple[str, ...], ...] = tuple(tuple(names) for names in DATA["tuning"]["combinations"])
 
-
-def table_subjects(per_kind: int) -> tuple[str, ...]:
-    """As many near subjects as asked for, then as many far ones; no tuning subjects."""
-    return tuple(
-        name for kind in (NEAR, FAR) for name in [one for one in kind if one not in TUNING_SUBJECTS][:per_kind]
-    )
-
-
 REFERENCE_SCENES = ("grass", "room", "white", "snow", "sunset")
 HELD_OUT_STYLE = next(style for style in DATA["styles"] if style not in TRAIN_STYLES)
 _PROMPT_SCENES = ("beach", "city", "desert", "sea", "night", "forest", "space")
@@ -60,6 +52,13 @@ _COMPANIONS = {  # scene -> another object that shares the picture
     "room": ("book", "balloon"),
     "beach": ("crab", "umbrella"),
 }
+
+
+def table_subjects(per_kind: int) -> tuple[str, ...]:
+    """As many near subjects as asked for, then as many far ones; no tuning subjects."""
+    return tuple(
+        name for kind in (NEAR, FAR) for name in [one for one in kind if one not in TUNING_SUBJECTS][:per_kind]
+    )
 
 
 @dataclass(frozen=True)
