@@ -22,6 +22,7 @@ os.environ.setdefault(
 import numpy as np
 import pytest
 import torch
+from chromium import launched
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from last_lines import pytest_unconfigure  # noqa: F401
 from PIL import Image
@@ -309,3 +310,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, root], check=True)
     (built,) = folder.glob("coneslab-*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """For one module only: Playwright's loop must be gone when other tests run theirs."""
+    with launched() as opened:
+        yield opened

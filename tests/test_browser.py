@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from chromium import PATIENCE, SCREENSHOTS, needs_chromium
 from short_notebooks import write
 
 from coneslab import ConceptNeurons, subject
@@ -34,29 +34,14 @@ from coneslab.edits.weights import model_fingerprint
 from coneslab.show import explorers
 
 pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright: pip install -e '.[test]'")
-from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Error, Locator, Page, expect  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SCREENSHOTS = ROOT / "build" / "screenshots"
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-ALONE = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-PATIENCE = 50  # seconds for any one thing, none of which takes ten: what never comes is told within a minute
 STARTING = 4 * PATIENCE  # seconds for a server, which tells by itself if it cannot start
-
-expect.set_options(timeout=PATIENCE * 1000)
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/it"),
+    needs_chromium,
 ]
 
 CELLS = [
@@ -95,15 +80,6 @@ widgets.neuron_explorer(pipe, {"some neurons": some}, ["a cat"], pictures=2, sam
 widgets.attention_browser(pipe, "a cat and a car", sampler_steps=4)
 """,
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """For this module only: Playwright's loop must be gone when other tests run theirs."""
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ALONE)
-        yield opened
-        opened.close()
 
 
 class Visit:

@@ -20,6 +20,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
+from chromium import PATIENCE, SCREENSHOTS, needs_chromium
 
 from coneslab import ConceptNeurons, concatenate, generate, record_attention
 from coneslab.diffusion.encoding import tokenize
@@ -33,28 +34,15 @@ from coneslab.web.export import PAGE
 
 pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright: pip install -e '.[test]'")
 pytest.importorskip("onnxscript", reason="needs the packages of the extra web: pip install -e '.[web]'")
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Page, expect  # noqa: E402
 from test_book import contrast, declarations  # noqa: E402
-from test_browser import ALONE, CHROMIUM, PATIENCE, SCREENSHOTS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
 NEAR = 3  # of 255: how far a picture may be from Python's anywhere
 
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/it"
-)
-
 
 # --- the page, and a visitor ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ALONE)
-        yield opened
-        opened.close()
 
 
 def some_neurons(pipe: Any, seed: int, subject: str, **facts: Any) -> ConceptNeurons:

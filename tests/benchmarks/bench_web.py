@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import os
-import shutil
 import sys
 import threading
 import time
@@ -26,7 +25,9 @@ import pandas
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from chromium import CHROMIUM  # noqa: E402
 
 import coneslab  # noqa: E402
 from coneslab.diffusion.encoding import to_uint8, tokenize  # noqa: E402
@@ -36,7 +37,6 @@ from coneslab.files import write_table  # noqa: E402
 from coneslab.web import default_shelf, export_web, fetch_runtime, graphs, sampling_table  # noqa: E402
 
 KEPT = Path(__file__).parents[2] / "build" / "web"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 DRAWN = "document.getElementById('status').textContent === 'Drawn.'"
 SHOWN = "document.querySelector('[data-column={}] canvas').dataset.state === '{}'"
 PROMPTS = ("a cat in the snow", "a dog and a car on the beach", "a robot in the city", "a guitar at night")
