@@ -17,9 +17,9 @@ from diffusers import (
 from PIL import Image
 
 from coneslab.diffusion import guided_between, patch, sites, unet_of, watch
-from coneslab.diffusion.activations import chosen_sites
 from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.sampling import ddim_sample, generate, start_noise
+from coneslab.diffusion.unet_sites import chosen_sites
 from coneslab.edits import WeightDelta, model_fingerprint
 from coneslab.errors import ArgumentError, ConeslabError
 from coneslab.measure import record_attention

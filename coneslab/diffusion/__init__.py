@@ -5,7 +5,7 @@ Nothing here knows about concepts, edits or the picture world. Builds on errors 
 
 from __future__ import annotations
 
-from .activations import Activations, patch, sites, watch
+from .activations import Activations, patch, watch
 from .checks import require_editable, require_finite, require_pipeline, uncompiled
 from .encoding import decode_latents, encode_ids, encode_images, encode_prompts, latent_shape, tokenize
 from .kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name, unet_of
@@ -13,6 +13,7 @@ from .loss import Denoiser, add_noise, alphas_cumprod, denoising_loss, snr, stra
 from .pipelines import fingerprint, load, model_folder, usable_device, verify, write_sums
 from .precision import bfloat16_pays, drawing, fast_dtype, flushing_denormals, frozen_copy, is_plain, mixed_precision
 from .sampling import clean_and_noise, ddim_sample, ddpm_sample, generate, guided, guided_between, start_noise
+from .unet_sites import sites
 
 __all__ = [
     "Activations",

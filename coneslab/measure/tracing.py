@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import checks
-from ..diffusion.activations import chosen_sites, patch, watch
+from ..diffusion.activations import patch, watch
 from ..diffusion.checks import require_from_text
 from ..diffusion.encoding import require_read
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate, require_steps, seeds_for
 from ..diffusion.steps import chosen_halves
+from ..diffusion.unet_sites import chosen_sites
 from ..errors import ArgumentError, ConeslabError
 from .judge import Judge, require_judge
 
