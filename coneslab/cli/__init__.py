@@ -1,7 +1,7 @@
 """The command line: `coneslab COMMAND ...`, which `make lab` installs beside Python.
 
-`use` has the commands that use a model, `reproduce` those that make what ships or is reported. Builds on everything
-else; each command imports what it needs when it runs.
+`use` has the commands that use a model, `publish` the one that puts it on a page, `reproduce` those that make what
+ships or is reported. Builds on everything else; each command imports what it needs when it runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands that use a model: `tour`, `find`, `generate`, `apply`, `decompose`, `ablate`, `export-web`, `doctor`.
+"""Commands that use a model: `tour`, `find`, `generate`, `apply`, `decompose`, `ablate`, `doctor`.
 
 Each imports what it needs when it runs: torch and diffusers take seconds, and --help should not. A command checks that
 it can write its files before it draws or trains, and overwrites nothing unless told to.
@@ -25,7 +25,6 @@ from .options import (
     add_json,
     add_judge,
     as_dose,
-    as_guidance_scale,
     as_seed,
     as_template,
     as_text,
@@ -429,31 +428,6 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     )
 
 
-# --- export-web -----------------------------------------------------------------------------------------
-
-
-def _export_web(arguments: Arguments) -> dict[str, Any]:
-    from .. import web
-
-    say = teller(arguments)
-    folder = free_path(arguments.folder, arguments, option="another DIR", mark=web.MANIFEST)
-    if arguments.edits:
-        refuse_unused(arguments, "with --edits: nothing is searched for", "rounds")
-    runtime = None if arguments.without_runtime else web.fetch_runtime(arguments.kept)
-    pipe = load_pipeline(arguments)
-    if arguments.edits:
-        shelf = web.shelf_of(pipe, arguments.edits)
-    else:
-        shelf = web.default_shelf(pipe, arguments.kept, rounds=arguments.rounds or 40, progress=not arguments.quiet)
-    options = {"precision": arguments.precision, **drawing_options(arguments)}
-    manifest = web.export_web(pipe, folder, shelf, runtime=runtime, **options)
-    sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
-    for one in shelf:
-        say(f"on the shelf: {one.title}, {sizes[f'edits/{one.name}.bin']:,} bytes")
-    say(f"written: {folder}, for any host of static files: python -m http.server --bind 127.0.0.1 --directory {folder}")
-    return {"folder": str(folder), "edits": [one.name for one in shelf], "bytes": sizes}
-
-
 # --- doctor ---------------------------------------------------------------------------------------------
 
 
@@ -556,31 +530,3 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     ablate.add_argument("--check-pictures", type=positive, help="per prompt of the check (default: 16)")
     add_judge(ablate, default=None)
     add_common(ablate, "output file (default: without-TARGET.safetensors)")
-
-    export = add("export-web", _export_web, "write a page that draws with a model in a browser, with nothing installed")
-    export.add_argument("folder", metavar="DIR", type=user_path, help="where to: files for any static host")
-    export.add_argument("--model", default="tiny", help='"tiny", a pipeline folder, or a hub id (default: tiny)')
-    export.add_argument(
-        "--edits",
-        nargs="+",
-        type=user_path,
-        metavar="PATH",
-        help="files of edits, or folders of them, that the page offers (default: three subjects' concept neurons, "
-        "which are searched for, and an ablation)",
-    )
-    export.add_argument("--rounds", type=positive, help="rounds of each of these searches (default: 40)")
-    export.add_argument(
-        "--kept", type=user_path, default="runs/web", help="where what is found and fetched is kept (default: runs/web)"
-    )
-    export.add_argument(
-        "--precision",
-        choices=("float32", "float16", "int8"),
-        default="float16",
-        help="of the weights in the files (default: float16)",
-    )
-    export.add_argument("--sampler-steps", type=positive, default=10, help="where the page starts (default: 10)")
-    export.add_argument("--guidance-scale", type=as_guidance_scale, default=3.0, help="likewise (default: 3.0)")
-    export.add_argument("--without-runtime", action="store_true", help="leave out ONNX Runtime, and fetch nothing")
-    add_device(export)
-    export.add_argument("--quiet", action="store_true", help="show no progress bars")
-    add_json(export)
