@@ -89,11 +89,23 @@ def test_a_step_takes_the_mean_gradient_of_its_parts(tmp_path: Path):
         return {"loss": ((weight.weight - (1.0, 3.0)[part]) ** 2).sum(), "part": torch.tensor(float(part))}
 
     recipe = replace(QUICK, learning_rate=0.0, decay=1.0)
-    parts = loop._Parts(loss, [weight.weight], recipe)
+    parts = loop._Parts(loss, {"weight": weight.weight}, [], [], recipe)
     with parts:
-        figures = parts.step(0)
+        figures = parts.differentiate(0)
     assert weight.weight.grad.item() == pytest.approx((-2 - 6) / 2)
     assert figures == {"loss": pytest.approx((1 + 9) / 2), "part": 0.5}
+
+
+def test_a_log_names_every_device_that_a_run_was_computed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _, log = fit_small(tmp_path, stop_after=4)
+    cores = log.facts["device"]
+    facts = loop._run_facts
+    monkeypatch.setattr(loop, "_run_facts", lambda *arguments: facts(*arguments) | {"device": "NVIDIA T4"})
+    fit_small(tmp_path, stop_after=6)
+    fit_small(tmp_path, stop_after=8)
+    monkeypatch.undo()
+    _, log = fit_small(tmp_path)
+    assert log.facts["device"] == f"{cores}, then NVIDIA T4, then {cores}"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -254,7 +266,7 @@ def test_the_average_is_the_exponential_one():
     by_hand = 0.0
     for step in range(20):
         weight["w"] = torch.tensor([float(step)])
-        average.update(weight, step)
+        average.update(weight, average.share(step))
         kept = min(0.5, (1 + step) / (10 + step))
         by_hand = kept * by_hand + (1 - kept) * step
     assert average.shadow["w"].item() == pytest.approx(by_hand, rel=1e-5)

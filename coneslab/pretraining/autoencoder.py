@@ -181,13 +181,13 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device) -> Tensor:
+def encode(vae: AutoencoderKL, images: np.ndarray, device: torch.device, *, batch_size: int = 64) -> Tensor:
     """Unscaled latents of pictures, the posterior's mode, float32 (n, 4, 16, 16); images: uint8 (n, h, w, 3)."""
     with mixed_precision(device):
         return torch.cat(
             [
                 vae.encode(to_tensor(images[part], device)).latent_dist.mode().float()
-                for part in batches(len(images), 64)
+                for part in batches(len(images), batch_size)
             ]
         )
 

@@ -9,6 +9,7 @@ are safetensors, so resuming never unpickles anything.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -32,7 +33,8 @@ from ..diffusion.precision import bfloat16_pays, flushing_denormals
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import read_json, require_writable, user_path, write_json
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint, training_state
-from .optimizers import Average, Muon, optimizers
+from .captured import Captured, CapturedSteps
+from .optimizers import Average, Muon, optimizers, set_rate
 from .recipe import Recipe
 
 _REMEDY = "restore it, or train that model again"
@@ -187,10 +189,18 @@ def _one_thread() -> None:
 
 
 class _Parts:
-    """Gradients of a step's parts, in parallel on a CPU with several cores, else one after another."""
+    """Training steps whose parts run in parallel on a CPU with several cores, else one after another."""
 
-    def __init__(self, loss: Loss, weights: Sequence[nn.Parameter], recipe: Recipe):
-        self.loss, self.weights, self.recipe = loss, list(weights), recipe
+    def __init__(
+        self,
+        loss: Loss,
+        weights: Mapping[str, nn.Parameter],
+        steppers: Sequence[torch.optim.Optimizer],
+        averages: Sequence[Average],
+        recipe: Recipe,
+    ):
+        self.loss, self.by_name, self.weights, self.recipe = loss, weights, list(weights.values()), recipe
+        self.steppers, self.averages = steppers, averages
         self.device = self.weights[0].device
         cores = min(recipe.parts, os.cpu_count() or 1) if self.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(cores, initializer=_one_thread) if cores > 1 else None
@@ -202,7 +212,10 @@ class _Parts:
         gradients = torch.autograd.grad(figures["loss"], self.weights, allow_unused=True)
         return gradients, {name: value.detach() for name, value in figures.items()}
 
-    def step(self, step: int) -> dict[str, float]:
+    def prepare(self, step: int) -> None:
+        """Nothing has to be prepared."""
+
+    def differentiate(self, step: int) -> dict[str, float]:
         """Write the mean gradient of all parts into the weights' `grad`; return the means of the figures."""
         results = self.beside([partial(self._part, step, part) for part in range(self.recipe.parts)])
         for index, weight in enumerate(self.weights):
@@ -210,6 +223,19 @@ class _Parts:
             weight.grad = torch.stack(own).sum(0) / self.recipe.parts if own else None
         first = results[0][1]
         return {name: sum(float(figures[name]) for _, figures in results) / self.recipe.parts for name in first}
+
+    def take(self, step: int, rate: float) -> dict[str, float]:
+        """Take a step; return its figures and the gradient's "norm". One that is not finite changes no weight."""
+        figures = self.differentiate(step)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights, self.recipe.clip))
+        if math.isfinite(norm):
+            set_rate(self.steppers, rate)
+            self.beside([stepper.step for stepper in self.steppers])
+            for average in self.averages:
+                average.update(self.by_name, average.share(step))
+        for stepper in self.steppers:
+            stepper.zero_grad(set_to_none=True)
+        return figures | {"norm": norm}
 
     def beside(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run tasks in parallel, one core each, or one after another; return their results in order."""
@@ -234,7 +260,7 @@ def fit(
     folder: Path,
     *,
     modules: Mapping[str, nn.Module],
-    loss: Loss,
+    loss: Loss | Captured,
     recipe: Recipe,
     facts: dict[str, Any] | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -261,7 +287,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / "checkpoint.safetensors", Log(facts=_run_facts(recipe, modules) | dict(facts or {}))
     weights = _named(modules)
-    steppers = optimizers(weights, recipe)
+    steppers = optimizers(weights, recipe, captured=isinstance(loss, Captured))
     averages = [Average(weights, decay) for decay in recipe.averages]
     step, seconds = 0, 0.0
     kind = json.loads(json.dumps(_lasting(recipe) | dict(identity or {})))
@@ -270,6 +296,7 @@ def fit(
         _require_same_run(path, kept, kind, recipe)
         _restore(path, weights, steppers, averages, tensors, kept)
         step, seconds, log.rows, log.measures = kept["step"], kept["seconds"], kept["rows"], kept.get("measures", [])
+        log.facts["device"] = _devices(kept.get("device", ""), log.facts["device"])
 
     def with_average(act: Callable[[int], Any]) -> Any:
         trained = {k: w.detach().clone() for k, w in weights.items()}
@@ -287,42 +314,36 @@ def fit(
         for average in averages:
             tensors |= {f"average {average.decay}/{name}": weight for name, weight in average.shadow.items()}
         done = {"step": step, "seconds": seconds, "rows": log.rows, "measures": log.measures}
-        save_checkpoint(path, tensors, {**done, "identity": kind})
+        save_checkpoint(path, tensors, {**done, "device": log.facts["device"], "identity": kind})
         log.save(folder / "log.json")
         if show and preview is not None:
             with_average(preview)
 
     shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100.0, desc=folder.name, bar_format=shape, mininterval=5)
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     counted, last_seconds, last_save = 0, seconds, time.monotonic()
-    with holding_interrupts() as interrupted, _Parts(loss, list(weights.values()), recipe) as parts:
+    steps = (CapturedSteps if isinstance(loss, Captured) else _Parts)(loss, weights, steppers, averages, recipe)  # type: ignore[arg-type]
+    with holding_interrupts() as interrupted, steps:
+        steps.prepare(step)
         try:
             while recipe.spent(step, seconds) < 1.0 and (stop_after is None or step < stop_after):
                 begun = time.monotonic()
                 rate = recipe.rate(step, seconds)
-                for stepper in steppers:
-                    for group in stepper.param_groups:
-                        group["lr"] = rate
-                figures = parts.step(step)
-                norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.clip)
-                if not torch.isfinite(norm):
-                    raise ConeslabError(
-                        f"the loss is no longer finite at step {step} of {folder}: lower the learning rate"
-                    )
-                parts.beside([stepper.step for stepper in steppers])
-                for stepper in steppers:
-                    stepper.zero_grad(set_to_none=True)
-                for average in averages:
-                    average.update(weights, step)
+                figures = steps.take(step, rate)
+                norm = figures.pop("norm")
+                if not (isinstance(norm, Tensor) or math.isfinite(norm)):
+                    raise _not_finite(step, folder)
                 step += 1
                 for key, value in figures.items():
-                    sums[key] = sums.get(key, 0.0) + value
+                    sums[key] = sums.get(key, 0.0) + value  # of captured steps: tensors, so that nobody waits for them
                 counted += 1
                 seconds += time.monotonic() - begun
                 done = recipe.spent(step, seconds) >= 1.0
                 if counted == log_every or done:
-                    row = {key: total / counted for key, total in sums.items()}
+                    row = {key: float(total) / counted for key, total in sums.items()}
+                    if not all(map(math.isfinite, row.values())):
+                        raise _not_finite(step, folder)
                     log.rows.append({"step": step, "seconds": round(seconds, 2), "rate": rate, **row})
                     speed = f"{counted * recipe.batch_size / (seconds - last_seconds):.0f}/s"
                     bar.set_postfix(step=step, speed=speed, **{k: f"{v:.4f}" for k, v in row.items()})
@@ -346,6 +367,16 @@ def fit(
         for k, w in weights.items():
             w.copy_(averages[0].shadow[k])
     return log
+
+
+def _devices(earlier: str, now: str) -> str:
+    """What a run was computed on: "NVIDIA T4, then 2 CPU cores" if it was continued elsewhere."""
+    parts = [part for part in earlier.split(", then ") if part]
+    return ", then ".join(parts if parts[-1:] == [now] else [*parts, now])
+
+
+def _not_finite(step: int, folder: Path) -> ConeslabError:
+    return ConeslabError(f"the loss is no longer finite at step {step} of {folder}: lower the learning rate")
 
 
 def _lasting(recipe: Recipe) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,11 @@ class Muon(torch.optim.Optimizer):
                 update = weight.grad.lerp(memory, group["momentum"]).flatten(1)  # Nesterov momentum
                 by_shape.setdefault((update.shape[0], update.shape[1]), []).append((weight, update))
             for shape, pairs in by_shape.items():
-                updates = orthogonal(torch.stack([update for _, update in pairs]))
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                updates = orthogonal(torch.stack([update for _, update in pairs])).float() * rate
                 for (weight, _), update in zip(pairs, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.reshape(weight.shape).to(weight.dtype), alpha=-rate)
+                    weight.sub_(update.reshape(weight.shape).to(weight.dtype))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -51,15 +52,22 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 _EDGES = ("conv_in", "conv_out", "embedding", "embed", "head")  # names of matrices that Muon is not meant for
 
 
-def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for inner matrices and AdamW for the rest."""
+def optimizers(
+    weights: Mapping[str, nn.Parameter], recipe: Recipe, *, captured: bool = False
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for inner matrices and AdamW for the rest.
+
+    captured: their steps are to be captured in a CUDA graph, so their rates are tensors on the GPU.
+    """
+    device = next(iter(weights.values())).device
+    rate: Any = torch.tensor(recipe.learning_rate, device=device) if captured else recipe.learning_rate
     inner = {k for k, w in weights.items() if recipe.muon and w.ndim > 1 and not any(part in k for part in _EDGES)}
     rest = {k: w for k, w in weights.items() if k not in inner}
     groups = [
@@ -67,12 +75,21 @@ def optimizers(weights: Mapping[str, nn.Parameter], recipe: Recipe) -> list[torc
         {"params": [w for w in rest.values() if w.ndim <= 1], "weight_decay": 0.0},
     ]
     result: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+        torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, fused=True, capturable=captured)
     ]
     for names in _shared_out(weights, inner, recipe.parts):  # one per core: they step in parallel
         own = [weights[k] for k in names]
-        result.append(Muon(own, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
+        result.append(Muon(own, lr=rate, weight_decay=recipe.weight_decay))
     return result
+
+
+def set_rate(steppers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    """Set the learning rate of optimisers, in place where it is a tensor."""
+    for group in (group for stepper in steppers for group in stepper.param_groups):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _shared_out(weights: Mapping[str, nn.Parameter], names: Iterable[str], shares: int) -> list[list[str]]:
@@ -99,7 +116,13 @@ class Average(nn.Module):
         self.decay = decay
         self.shadow = {name: weight.detach().clone() for name, weight in weights.items()}
 
+    def share(self, step: int) -> float:
+        """How much of the weights the average takes in at a step."""
+        return 1.0 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
-        share = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [weights[name].detach() for name in self.shadow], share)
+    def update(self, weights: Mapping[str, Tensor], share: float | Tensor) -> None:
+        """Take in the weights with that share; a tensor, on the weights' device, can change in a captured step."""
+        new = torch._foreach_sub([weights[name].detach() for name in self.shadow], list(self.shadow.values()))
+        torch._foreach_mul_(new, share)
+        torch._foreach_add_(list(self.shadow.values()), new)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..errors import ConeslabError, FileFormatError
 from ..files import replacing_folder, seal_folder, user_path
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint
 from .autoencoder import HELD_OUT_PICTURES, NOTHING, encode, load_autoencoder, place_labels, save_grid
+from .captured import Captured, Stream
 from .loop import Log, batches, fit
 from .recipe import Recipe
 
@@ -105,6 +107,40 @@ def build_pipeline(vae: AutoencoderKL, settings: dict[str, Any], *, seed: int = 
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures as another process hands them on: uint8 (n, h, w, 3), labels of their places, and token ids."""
+
+    images: np.ndarray
+    drawings: np.ndarray
+    styles: np.ndarray
+    ids: np.ndarray
+
+
+def draw_pictures(n: int, seed: int, *, objects: Sequence[float]) -> Drawn:
+    """Fresh pictures with labels and token ids, drawn in a process of its own."""
+    pictures = world.sample(n, seed=seed, objects=objects)
+    drawings, styles = place_labels(pictures.records)
+    tokenizer = _tokenizer()
+    length = tokenizer.model_max_length
+    ids = tokenizer(pictures.captions, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    return Drawn(pictures.images, drawings.numpy(), styles.numpy(), ids.input_ids.astype(np.int16))
+
+
+@cache
+def _tokenizer() -> CLIPTokenizer:
+    torch.set_num_threads(1)
+    return build_tokenizer()
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, drawn: Drawn) -> dict[str, Tensor]:
+    """Latents (n, 4, 16, 16), labels and token ids of drawn pictures, on the autoencoder's device."""
+    latents = encode(vae, drawn.images, vae.device, batch_size=1024) * vae.config.scaling_factor
+    rest = {name: torch.from_numpy(getattr(drawn, name)).to(vae.device) for name in ("drawings", "styles", "ids")}
+    return {"latents": latents, **rest}
 
 
 def encode_pictures(
@@ -231,14 +267,20 @@ PREVIEW_PROMPTS = (
 )
 
 
-def nearest_noise(latents: Tensor, noise: Tensor) -> Tensor:
-    """Assign the noise to the latents, both (n, ...), so that the sum of their distances is smallest.
+def nearest_noise(latents: Tensor, noise: Tensor, *, groups: int = 1) -> Tensor:
+    """Assign the noise to the latents, both (n, ...), so that the sum of their distances is smallest in each group.
 
     Immiscible diffusion (Li et al. 2024, Alg. 1): every noise is still used once, but paths cross less.
     """
-    distance = torch.cdist(latents.flatten(1).float(), noise.flatten(1).float())
-    _, order = linear_sum_assignment(distance.cpu().numpy())
-    return noise[torch.from_numpy(order).to(noise.device)]
+    places = torch.arange(len(latents)).view(groups, -1)
+    own, other = (tensor.flatten(1).float().view(*places.shape, -1) for tensor in (latents, noise))
+    distances = torch.cdist(own, other).cpu().numpy()
+    order = [group[linear_sum_assignment(distance)[1]] for group, distance in zip(places, distances, strict=True)]
+    return noise[torch.cat(order).to(noise.device)]
+
+
+class _Seen:
+    features: Tensor | None = None
 
 
 class PlaceHead(nn.Module):
@@ -252,7 +294,8 @@ class PlaceHead(nn.Module):
         super().__init__()
         channels = unet.config.block_out_channels[1]
         self.head = nn.Conv2d(channels, NOTHING + 1 + len(world.STYLES) + 1, 1)
-        self._seen = threading.local()  # parts of a step run in parallel
+        # parts of a step run in parallel on a CPU; torch.compile, used on a GPU, knows no threads
+        self._seen: Any = _Seen() if unet.device.type == "cuda" else threading.local()
         unet.up_blocks[-2].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -301,56 +344,84 @@ def train_unet(runs: Path, settings: dict[str, Any], recipe: Recipe, *, device: 
     pipe = build_pipeline(vae, settings, seed=recipe.seed)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    pipe.unet.set_attn_processor(AttnProcessor())  # the default's CPU kernel has a slow backward pass
-    pipe.text_encoder.set_attn_implementation("eager")
+    if device.type == "cpu":
+        pipe.unet.set_attn_processor(AttnProcessor())  # the default's CPU kernel has a slow backward pass
+        pipe.text_encoder.set_attn_implementation("eager")
     head = PlaceHead(pipe.unet).to(device)
-    empty, total = tokenize(pipe, "").cpu(), pipe.scheduler.config.num_train_timesteps
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(device)
+    empty, total = tokenize(pipe, "").to(device), pipe.scheduler.config.num_train_timesteps
     kept, captions = encode_pictures(vae, HELD_OUT_PICTURES, seed=7, objects=options["crowded"])
     held_out = kept["latents"], tokenize(pipe, captions).cpu()
+    denoise: Any = pipe.unet
 
-    def tokens_of(captions: list[str]) -> Tensor:
-        return torch.cat([tokenize(pipe, captions[part]).cpu() for part in batches(len(captions), 1024)])
+    def inputs(own: Mapping[str, Tensor], generator: torch.Generator, groups: int = 1) -> dict[str, Tensor]:
+        """What a part of a step learns from, with noises, timesteps and dropped captions; the latter in `groups`."""
+        x, n = own["latents"].to(device).float(), len(own["latents"])
+        dropped = torch.rand(n, 1, generator=generator, device=device) < options["caption_dropout"]
+        noise = torch.randn(x.shape, generator=generator, device=device)
+        if options["immiscible"]:
+            noise = nearest_noise(x, noise, groups=groups)
+        return {
+            "x": x,
+            "noise": noise,
+            "tokens": torch.where(dropped, empty, own["ids"].to(device).long()),
+            "times": torch.cat([stratified_timesteps(n // groups, total, generator) for _ in range(groups)]),
+            "drawings": own["drawings"].to(device),
+            "styles": own["styles"].to(device),
+        }
 
-    with Latents(runs, recipe, tokens_of, distinct=options["distinct"], objects=options["crowded"]) as latents:
+    def objective(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        x, noise, times, drawings = (part[name] for name in ("x", "noise", "times", "drawings"))
+        places = 1 + (options["object_weight"] - 1) * (drawings != NOTHING).float()[:, None]
+        with mixed_precision(device):
+            text = pipe.text_encoder(part["tokens"])[0]
+            guess = denoise(
+                add_noise(pipe.scheduler, x, noise, times), times, encoder_hidden_states=text, return_dict=False
+            )[0]
+            truth = head.loss(drawings, part["styles"])
+        error = (guess.float() - target(pipe.scheduler, x, noise, times)).square()
+        plain = error.flatten(1).mean(1)
+        weighted = (error * (places / places.mean())).flatten(1).mean(1)
+        main = (weighted * level_weights(snr(pipe, times), options["gamma"])).mean()
+        return {"loss": main + options["truth_weight"] * truth.mean(), "plain": plain.mean(), "truth": truth.mean()}
 
-        def loss(step: int, part: int, generator: torch.Generator) -> dict[str, Tensor]:
-            own = latents.batch(step, part)
-            x, n = own["latents"].to(device).float(), recipe.part_size
-            dropped = torch.rand(n, 1, generator=generator, device=device) < options["caption_dropout"]
-            tokens = torch.where(dropped, empty.to(device), own["ids"].to(device))
-            noise = torch.randn(x.shape, generator=generator, device=device)
-            if options["immiscible"]:
-                noise = nearest_noise(x, noise)
-            times = stratified_timesteps(n, total, generator)
-            drawings, styles = own["drawings"].to(device), own["styles"].to(device)
-            places = 1 + (options["object_weight"] - 1) * (drawings != NOTHING).float()[:, None]
-            with mixed_precision(device):
-                text = pipe.text_encoder(tokens)[0]
-                noisy = add_noise(pipe.scheduler, x, noise, times)
-                guess = pipe.unet(noisy, times, encoder_hidden_states=text).sample
-                truth = head.loss(drawings, styles)
-            error = (guess.float() - target(pipe.scheduler, x, noise, times)).square()
-            plain = error.flatten(1).mean(1)
-            weighted = (error * (places / places.mean())).flatten(1).mean(1)
-            main = (weighted * level_weights(snr(pipe, times), options["gamma"])).mean()
-            return {"loss": main + options["truth_weight"] * truth.mean(), "plain": plain.mean(), "truth": truth.mean()}
+    def preview(step: int) -> None:
+        with mixed_precision(device):
+            made = [np.asarray(image) for image in generate(pipe, PREVIEW_PROMPTS, seed=3, sampler_steps=12)]
+        save_grid(folder / f"{step:06d}.png", [np.stack(made[:8]), np.stack(made[8:])])
 
-        def preview(step: int) -> None:
-            with mixed_precision(device):
-                made = [np.asarray(image) for image in generate(pipe, PREVIEW_PROMPTS, seed=3, sampler_steps=12)]
-            save_grid(folder / f"{step:06d}.png", [np.stack(made[:8]), np.stack(made[8:])])
+    run: dict[str, Any] = {
+        "modules": {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "head": head},
+        "recipe": recipe,
+        "preview": preview,
+        "measure": lambda step: held_out_losses(pipe, *held_out),
+        "facts": {"settings": settings},
+        "identity": {name: part for name, part in settings.items() if name != "training"},
+    }
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        denoise = torch.compile(pipe.unet)
 
-        log = fit(
-            folder,
-            modules={"unet": pipe.unet, "text_encoder": pipe.text_encoder, "head": head},
-            loss=loss,
-            recipe=recipe,
-            preview=preview,
-            measure=lambda step: held_out_losses(pipe, *held_out),
-            facts={"settings": settings},
-            identity={name: part for name, part in settings.items() if name != "training"},
-            checkpoint_every=600,
-        )
+        def ready(drawn: Drawn, index: int) -> dict[str, Tensor]:
+            generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + index)
+            return inputs(encoded(vae, drawn), generator, groups=CHUNK // recipe.part_size)
+
+        draw = partial(draw_pictures, objects=tuple(options["crowded"]))
+        with Stream(draw, ready, size=CHUNK, seed=1_000_003 * (recipe.seed + 501), recipe=recipe) as stream:
+            often: dict[str, Any] = {"measure_every": 1_000_000, "log_every": 100, "checkpoint_every": 600}
+            log = fit(folder, loss=Captured(stream.batch, objective), **run, **often)
+    else:
+
+        def tokens_of(captions: list[str]) -> Tensor:
+            return torch.cat([tokenize(pipe, captions[part]).cpu() for part in batches(len(captions), 1024)])
+
+        with Latents(runs, recipe, tokens_of, distinct=options["distinct"], objects=options["crowded"]) as latents:
+
+            def loss(step: int, part: int, generator: torch.Generator) -> dict[str, Tensor]:
+                return objective(inputs(latents.batch(step, part), generator))
+
+            log = fit(folder, loss=loss, **run, checkpoint_every=600)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.cpu()
     with replacing_folder(folder / "model", "model_index.json") as unfinished:
         pipe.save_pretrained(unfinished, safe_serialization=True)
         seal_folder(unfinished)
