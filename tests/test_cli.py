@@ -27,6 +27,7 @@ from coneslab.cli import doctor, reproduce, use
 from coneslab.diffusion import pipelines
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.edits import Combined, TokenEdit, WeightDelta
+from coneslab.methods.ablation.profile import KINDS
 from coneslab.neurons import ConceptNeurons, TunedNeurons, concatenate
 
 COMMANDS = (
@@ -673,8 +674,9 @@ def test_ablate_has_every_method(method, coneslab, tmp_path):
 def test_ablate_checks_whether_it_is_gone(coneslab, small_judge):
     check = ["--check", "--check-pictures", "2", "--judge", str(small_judge)]
     found = coneslab("ablate", "a cat", "a dog", "--method", "uce", "--other", "a car", *check)
-    assert {row["group"] for row in found["report"]} == {"target", "anchor", "other"}
-    assert {"plain prompt", "misspellings", "Textual Inversion"} <= {row["attack"] for row in found["attacks"]}
+    assert {row["group"] for row in found["report"]} == {"target", "anchor", "other", *KINDS}
+    assert {"plain prompt", "misspellings", "Textual Inversion"} <= {row["prompt"] for row in found["report"]}
+    assert found["verdict"] in ("never there", "not gone", "avoiding", "removing", "undecided")
     assert all(row["low"] is None for row in found["report"] if row["measure"] == "KID")
 
 

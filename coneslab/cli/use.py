@@ -356,20 +356,28 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
     if not arguments.check:
         say(f"is it gone? {command('ablate', arguments.target, arguments.anchor, '--check')} ... draws and measures")
         return facts
+    from ..finetuning.samples import generate_once
     from ..measure.judge import load_judge
-    from ..methods.ablation.report import attacks, evaluate_ablation
+    from ..methods.ablation.profile import KINDS, Profile, usual_probes
+    from ..methods.ablation.report import evaluate_ablation
+    from ..seeds import derived
 
     judge = load_judge(arguments.judge or "judge", device=pipe.device)
     shown = (pipe, judge, edit, arguments.target, arguments.anchor)
     pictures = 16 if arguments.check_pictures is None else arguments.check_pictures
     options = {"pictures": pictures, "seed": arguments.seed, **drawing_options(arguments)}
-    report = evaluate_ablation(*shown, others={"other": arguments.other}, progress=not arguments.quiet, **options)
-    say(report.pivot(index=["group", "prompt"], columns="measure", values="value").round(3).to_string())
-    back = attacks(*shown, word=arguments.target.split()[-1], **options)
-    say("\ndoes it come back? The share of pictures that show it, and its 95 % interval:")
-    say(back.round(2).to_string(index=False))
+    drawn = {**drawing_options(arguments), "seed": derived(arguments.seed, "pictures of the target")}
+    own = generate_once(pipe, [arguments.target] * pictures, **drawn)
+    word = arguments.target.split()[-1]
+    probes = usual_probes(arguments.target, arguments.anchor, own, word=word, seed=arguments.seed)
+    others = {"other": arguments.other}
+    report = evaluate_ablation(*shown, others=others, probes=probes, progress=not arguments.quiet, **options)
+    profile = Profile.of(report)
+    prompts = report[~report.group.isin(KINDS)]
+    say(prompts.pivot(index=["group", "prompt"], columns="measure", values="value").round(3).to_string())
+    say(f"\nis it gone, or only avoided? {profile}")
     text = report.astype(object).where(report.notna(), None)  # JSON has no NaN
-    return {**facts, "report": text.to_dict("records"), "attacks": back.to_dict("records")}
+    return {**facts, "report": text.to_dict("records"), "verdict": profile.verdict}
 
 
 def _require_belonging(arguments: Arguments, say: Callable[..., None]) -> None:

@@ -72,14 +72,14 @@ def require_steps(pipe: Pipeline, sampler_steps: int) -> int:
     return checks.count("sampler_steps", sampler_steps, most=pipe.scheduler.config.num_train_timesteps)
 
 
-def _schedule(pipe: Pipeline, sampler_steps: int) -> list[tuple[int, int]]:
+def timestep_pairs(pipe: Pipeline, sampler_steps: int) -> list[tuple[int, int]]:
     """(timestep, next timestep) from most to least noise, spaced as the scheduler's config says; -1 is clean."""
     pipe.scheduler.set_timesteps(sampler_steps)
     times = [int(t) for t in pipe.scheduler.timesteps]
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def _abar(pipe: Pipeline, timestep: int) -> Tensor:
+def abar_at(pipe: Pipeline, timestep: int) -> Tensor:
     """abar at a timestep; past the last one, the scheduler's value for the clean end."""
     if timestep >= 0:
         return alphas_cumprod(pipe)[timestep]
@@ -109,10 +109,10 @@ def ddim_sample(
         pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
     )
     x = noise
-    for i, (t, after) in enumerate(_schedule(pipe, sampler_steps)):
+    for i, (t, after) in enumerate(timestep_pairs(pipe, sampler_steps)):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
         clean, error = clean_and_noise(pipe.scheduler, x, out, t)
-        abar = _abar(pipe, after)
+        abar = abar_at(pipe, after)
         x = abar.sqrt() * clean + (1.0 - abar).sqrt() * error
         if callback is not None:
             callback({"step": i, "steps": sampler_steps, "timestep": t, "clean": clean})
@@ -141,11 +141,11 @@ def ddpm_sample(
         pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
     )
     x = noise
-    for i, (t, after) in enumerate(_schedule(pipe, sampler_steps)):
+    for i, (t, after) in enumerate(timestep_pairs(pipe, sampler_steps)):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
         clean, _ = clean_and_noise(pipe.scheduler, x, out, t)
-        abar_t = _abar(pipe, t)
-        abar_s = _abar(pipe, after) if after >= 0 else torch.ones_like(abar_t)
+        abar_t = abar_at(pipe, t)
+        abar_s = abar_at(pipe, after) if after >= 0 else torch.ones_like(abar_t)
         alpha = abar_t / abar_s
         mean = (abar_s.sqrt() * (1 - alpha) * clean + alpha.sqrt() * (1 - abar_s) * x) / (1 - abar_t)
         x = mean

@@ -27,8 +27,8 @@ from ..pictures import Images, as_pictures
 from ..seeds import derived
 from ..settings import ByValue, Settings
 
-_DRAWN: OrderedDict[tuple, tuple[Image.Image, ...]] = OrderedDict()  # the sets drawn last, see `generate_once`
-_DRAWN_SETS = 64
+_DRAWN: OrderedDict[tuple, Image.Image] = OrderedDict()  # the pictures drawn last, see `generate_once`
+_DRAWN_BYTES = 2**28
 
 
 class ConceptSubject(Protocol):
@@ -204,9 +204,8 @@ def prior_pictures(
 ) -> tuple[Image.Image, ...]:
     """Pictures of the subject's class ("a cat") as the pipeline draws them: what the prior loss must preserve.
 
-    The sets drawn last are cached until the process ends, by model, prompt and settings, so that several subjects of a
-    class, or several searches, share them; different seeds share no noise. Call it on the untouched model, outside any
-    `applied` block.
+    They are cached (`generate_once`), so that several subjects of a class, or several searches, share them; different
+    seeds share no noise. Call it on the untouched model, outside any `applied` block.
     """
     require_pipeline(pipe)
     require_subject(subject)
@@ -224,22 +223,31 @@ def generate_once(
     guidance_scale: float = 3.0,
     progress: bool = False,
 ) -> tuple[Image.Image, ...]:
-    """Pictures for prompts as the pipeline draws them; the sets drawn last are cached until the process ends."""
+    """Pictures for prompts as the pipeline draws them, each drawn once: those drawn last are cached, 256 MB of them.
+
+    A picture is known by model, prompt, seed and settings, whatever it was drawn together with. Call it on the
+    untouched model, outside any `applied` block.
+    """
     require_pipeline(pipe)
     prompts = checks.texts("prompts", prompts, blank=True)
     seeds = tuple(seeds_for(seed, len(prompts)))
+    checks.as_many("prompts", prompts, "seeds", seeds)
     sampler_steps = require_steps(pipe, sampler_steps)
     guidance_scale = checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
-    key = (pipeline_fingerprint(pipe), tuple(prompts), seeds, sampler_steps, guidance_scale)
-    if key not in _DRAWN:
-        made = generate(
-            pipe, prompts, seed=seeds, sampler_steps=sampler_steps, guidance_scale=guidance_scale, progress=progress
-        )
-        _DRAWN[key] = tuple(made)
-        while len(_DRAWN) > _DRAWN_SETS:
-            _DRAWN.popitem(last=False)
-    _DRAWN.move_to_end(key)
-    return _DRAWN[key]
+    model = pipeline_fingerprint(pipe)
+    keys = [(model, *one, sampler_steps, guidance_scale) for one in zip(prompts, seeds, strict=True)]
+    missing = list(dict.fromkeys(key for key in keys if key not in _DRAWN))
+    if missing:
+        options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
+        own: dict[str, Any] = {"prompts": [key[1] for key in missing], "seed": [key[2] for key in missing]}
+        _DRAWN.update(zip(missing, generate(pipe, **own, **options, progress=progress), strict=True))
+    drawn = tuple(_DRAWN[key] for key in keys)
+    for key in keys:
+        _DRAWN.move_to_end(key)
+    room = _DRAWN_BYTES // max(3 * picture.width * picture.height for picture in drawn)
+    while len(_DRAWN) > max(room, 1):
+        _DRAWN.popitem(last=False)
+    return drawn
 
 
 def generated_latents(pipe: Pipeline, prompts: Sequence[str], **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Is it gone, what else went, and does it come back? The evaluation of an ablation.
+"""Is it gone, what else went, and which probes find it? The evaluation of an ablation.
 
 What users of the published code ask for most. Every share stands beside that of the untouched model, from the same
 start noises, and has its interval.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas
@@ -18,19 +18,18 @@ from PIL import Image
 
 from ... import checks
 from ...diffusion.checks import require_editable, require_pipeline
-from ...diffusion.pipelines import Pipeline
-from ...diffusion.precision import drawing
-from ...diffusion.sampling import generate, require_steps
+from ...diffusion.pipelines import Pipeline, pipeline_fingerprint
+from ...diffusion.sampling import generate
 from ...edits.base import Edit, applied, require_edit
-from ...errors import ArgumentError, ConeslabError
+from ...errors import ConeslabError
 from ...finetuning.samples import generate_once
 from ...measure.judge import Judge, require_judge
 from ...measure.statistics import bootstrap_interval, kid
-from ...neurons.controls import finetune_kv
 from ...pictures import Images
 from ...seeds import derived
 from ...world import CLASSES, FACTS
-from ..personalization.textual_inversion import textual_inversion
+from .probes import ProbeSettings
+from .profile import BEFORE, FOUND, Probe, require_probes
 from .prompts import require_different
 
 
@@ -89,18 +88,6 @@ class CopyDetector:
         return self.similarity(images) > self.threshold
 
 
-def _require_task(
-    pipe: Pipeline, judge: Judge, edit: Edit | None, target: str, anchor: str, pictures: int, least: int = 1
-) -> tuple[str, str, int]:
-    """What both reports check first: who judges which edit, of what, on how many pictures."""
-    require_pipeline(pipe)
-    target, anchor = checks.text("target", target), checks.text("anchor", anchor)
-    require_different(pipe, [target], [anchor])
-    require_judge(judge)
-    require_edit(edit)
-    return target, anchor, checks.count("pictures", pictures, least=least)
-
-
 def evaluate_ablation(
     pipe: Pipeline,
     judge: Judge,
@@ -109,196 +96,167 @@ def evaluate_ablation(
     anchor: str,
     *,
     others: Mapping[str, str | Iterable[str]] | None = None,
+    probes: Iterable[Probe] = (),
+    rivals: str | Iterable[str] = (),
+    shows: Callable[[Images], np.ndarray] | None = None,
     pictures: int = 24,
     seed: int = 0,
     sampler_steps: int = 25,
     guidance_scale: float = 3.0,
+    batch_size: int = 16,
     progress: bool = False,
 ) -> pandas.DataFrame:
-    """What an ablation does to its target, its anchor and other concepts (concept ablation, Sec. 4.1).
+    """What an ablation does to its target, its anchor and other concepts (concept ablation, Sec. 4.1), and to probes.
 
     target, anchor, others: prompts; others by group, e.g. {"same category": [...], "far": [...]}. Draws `pictures` of
-    each, with the edit and without, from the same noises (without it once per process).
+    each, with the edit and without, from the same noises. Nothing is drawn twice: not for two prompts or probes that
+    ask the same, not without an edit, and without the edit once per process.
     Returns one row per (group, prompt, measure), with value, low, high (95 % interval over pictures; NaN for KID):
     "CLIP score": cosine of picture and prompt; "CLIP accuracy": share nearer to the prompt than to the anchor (for the
     anchor: than to the target; for the others: than to any other prompt here); "accuracy before": the same without the
-    edit; "KID": to the pictures without the edit, as pairs; "change": 1 − cosine of the two pictures from one noise.
+    edit; "KID": to the pictures without the edit, as pairs; "change": 1 − cosine of the two pictures from one noise;
+    "target on it", of all but the target: share nearer to the target than to the prompt.
+    probes: ways to look for the target (`usual_probes`, `class_probes`), a row each in one of the groups `KINDS`, under
+    its name: "share found" of `pictures` pictures that show the target, and "share found before". A picture shows it if
+    it is nearer to the target's prompt than to the anchor's and to all `rivals`, or by `shows`: pictures -> (n,) bool,
+    such as `CopyDetector.copies`. `Profile.of` says what they find together.
     Raises ConeslabError if the model cannot tell target and anchor apart, or for fewer than two pictures.
     """
-    target, anchor, pictures = _require_task(pipe, judge, edit, target, anchor, pictures, least=2)
-    seed, groups = checks.seed("seed", seed), checks.mapping("others", {} if others is None else others, least=0)
+    require_editable(pipe) if probes else require_pipeline(pipe)
+    target, anchor = checks.text("target", target), checks.text("anchor", anchor)
+    require_different(pipe, [target], [anchor])
+    require_judge(judge)
+    require_edit(edit)
+    pictures, seed = checks.count("pictures", pictures, least=2), checks.seed("seed", seed)
+    groups = checks.mapping("others", {} if others is None else others, least=0)
     prompts = {"target": [target], "anchor": [anchor]}
     prompts |= {name: checks.texts(f"others[{name!r}]", group, least=0) for name, group in groups.items()}
-    everything = list(dict.fromkeys(prompt for group in prompts.values() for prompt in group))
-    texts = judge.text_features(everything)
-    wanted = [prompt for prompt in everything for _ in range(pictures)]
-    options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale, "progress": progress}
+    rivals = list(dict.fromkeys([anchor, *checks.texts("rivals", rivals, least=0)]))
     first = derived(seed, "evaluation")
-    options["seed"] = [first + number for number in range(pictures)] * len(everything)
-    untouched = judge.image_features(list(generate_once(pipe, wanted, **options))).split(pictures)
-    with applied(edit, pipe):
-        edited = judge.image_features(generate(pipe, wanted, **options)).split(pictures)
+    settings = ProbeSettings(
+        sampler_steps=sampler_steps, guidance_scale=guidance_scale, batch_size=batch_size, seed=first
+    )
+    wanted = require_probes(pipe, probes, settings)
+    checks.function("shows", shows)
+    everything = list(dict.fromkeys(prompt for group in prompts.values() for prompt in group))
+    asked = [(prompt, first + number) for prompt in everything for number in range(pictures)]
+    asked += [(text, first + i) for probe in wanted if probe.prompts for i, text in enumerate(probe.asked(pictures))]
+    before = _Drawn(pipe, asked, settings, once=True, progress=progress)
+    earlier = {probe.name: before.of(probe, pictures) for probe in wanted}
+    after, later = before, earlier
+    if edit is not None:
+        with applied(edit, pipe):
+            after = _Drawn(pipe, asked, settings, once=False, progress=progress)
+            later = {probe.name: after.of(probe, pictures) for probe in wanted}
+    rows = _rows_of_prompts(judge, prompts, everything, before, after, pictures)
+    for probe in wanted:
+        row = {"group": probe.kind, "prompt": probe.name}
+        for measure, drawn in {FOUND: later[probe.name], BEFORE: earlier[probe.name]}.items():
+            found = shows(drawn) if shows is not None else _shown(judge, probe, drawn, target, rivals)
+            rows.append({**row, "measure": measure, **_bounds(np.asarray(found, float))})
+    return pandas.DataFrame(rows)
+
+
+class _Drawn:
+    """Pictures by (prompt, seed), drawn in one call by a pipeline as it is now, and those that a probe draws itself.
+
+    once: the pipeline is untouched, so that every picture is drawn once per process.
+    """
+
+    def __init__(
+        self, pipe: Pipeline, asked: Sequence[tuple[str, int]], settings: ProbeSettings, *, once: bool, progress: bool
+    ) -> None:
+        self._pipe, self._settings, self._once = pipe, settings, once
+        distinct = list(dict.fromkeys(asked))
+        options: dict[str, Any] = {
+            "seed": [seed for _, seed in distinct],
+            "sampler_steps": settings.sampler_steps,
+            "guidance_scale": settings.guidance_scale,
+            "progress": progress,
+        }
+        texts = [prompt for prompt, _ in distinct]
+        made: Sequence[Image.Image]
+        if once:
+            made = generate_once(pipe, texts, **options)
+        else:
+            made = generate(pipe, texts, batch_size=settings.batch_size, **options)
+        self._pictures = dict(zip(distinct, made, strict=True))
+
+    def prompted(self, prompt: str, n: int) -> list[Image.Image]:
+        return [self._pictures[prompt, self._settings.seed + number] for number in range(n)]
+
+    def of(self, probe: Probe, n: int) -> list[Image.Image]:
+        if probe.draw is None:
+            return [self._pictures[text, self._settings.seed + i] for i, text in enumerate(probe.asked(n))]
+        if not self._once:
+            return probe.draw(self._pipe, n, self._settings)
+        known, key = _PROBED.setdefault(probe, {}), (pipeline_fingerprint(self._pipe), n, self._settings)
+        if key not in known:
+            known[key] = probe.draw(self._pipe, n, self._settings)
+        return known[key]
+
+
+_PROBED: WeakKeyDictionary[Probe, dict[tuple, list[Image.Image]]] = WeakKeyDictionary()  # of untouched models
+
+
+def _shown(judge: Judge, probe: Probe, drawn: Images, target: str, rivals: Sequence[str]) -> np.ndarray:
+    """Whether each picture is nearer to the target than to all rivals, in what the judge is asked beside the probe."""
+    features = judge.image_features(drawn)
+    found = np.zeros(len(features), bool)
+    contexts = [probe.context(number) for number in range(len(features))]
+    for context in dict.fromkeys(contexts):
+        rows = np.array([own == context for own in contexts])
+        near = features[rows] @ judge.text_features([context.format(one) for one in (target, *rivals)]).T
+        found[rows] = (near[:, 0] > near[:, 1:].max(1).values).numpy()
+    return found
+
+
+def _bounds(values: np.ndarray) -> dict[str, float]:
+    interval = bootstrap_interval(values)
+    return {"value": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def _rows_of_prompts(
+    judge: Judge,
+    prompts: Mapping[str, Sequence[str]],
+    everything: Sequence[str],
+    before: _Drawn,
+    after: _Drawn,
+    pictures: int,
+) -> list[dict[str, Any]]:
+    """The rows of prompts, group by group; see `evaluate_ablation`."""
+    texts = judge.text_features(everything)
+
+    def features(drawn: _Drawn) -> Sequence[torch.Tensor]:
+        return judge.image_features([one for text in everything for one in drawn.prompted(text, pictures)]).split(
+            pictures
+        )
+
+    untouched = features(before)
+    edited = untouched if after is before else features(after)
+    (target,), (anchor,) = prompts["target"], prompts["anchor"]
     rows = []
     for group, members in prompts.items():
         for prompt in members:
             own = everything.index(prompt)
-            before, after = untouched[own], edited[own]
+            first, now = untouched[own], edited[own]
             rivals = {"target": [anchor], "anchor": [target]}.get(group, everything)
             columns = [everything.index(rival) for rival in rivals if rival != prompt]
 
-            def right(features: torch.Tensor, own: int = own, columns: Sequence[int] = columns) -> np.ndarray:
-                near = features @ texts.T
+            def right(found: torch.Tensor, own: int = own, columns: Sequence[int] = columns) -> np.ndarray:
+                near = found @ texts.T
                 return (near[:, own] > near[:, list(columns)].max(1).values).numpy()
 
             measured = {
-                "CLIP score": (after @ texts[own]).numpy(),
-                "CLIP accuracy": right(after),
-                "accuracy before": right(before),
-                "change": 1 - (after * before).sum(1).numpy(),
+                "CLIP score": (now @ texts[own]).numpy(),
+                "CLIP accuracy": right(now),
+                "accuracy before": right(first),
+                "change": 1 - (now * first).sum(1).numpy(),
             }
+            if prompt != target:
+                measured["target on it"] = (now @ (texts[everything.index(target)] - texts[own])).numpy() > 0
             row = {"group": group, "prompt": prompt}
-            for name, values in measured.items():
-                interval = bootstrap_interval(values)
-                rows.append(
-                    {**row, "measure": name, "value": interval.estimate, "low": interval.low, "high": interval.high}
-                )
-            distance = kid(before, after, paired=True)
+            rows += [{**row, "measure": name, **_bounds(values)} for name, values in measured.items()]
+            distance = kid(first, now, paired=True)
             rows.append({**row, "measure": "KID", "value": distance, "low": np.nan, "high": np.nan})
-    return pandas.DataFrame(rows)
-
-
-# --- does it come back? ---------------------------------------------------------------------------------
-
-
-def misspelled(word: str) -> tuple[str, ...]:
-    """Simple misspellings of a word: a letter doubled, two swapped, one left out."""
-    checks.text("word", word)
-    middle = len(word) // 2
-    swapped = word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :]
-    doubled, short = word[:middle] + word[middle] + word[middle:], word[:middle] + word[middle + 1 :]
-    return tuple(dict.fromkeys((doubled, swapped, short)))
-
-
-def attacks(
-    pipe: Pipeline,
-    judge: Judge,
-    edit: Edit | None,
-    target: str,
-    anchor: str,
-    *,
-    paraphrases: str | Iterable[str] = (),
-    synonyms: str | Iterable[str] = (),
-    word: str = "",
-    pictures: int = 24,
-    strength: float = 0.7,
-    inversion_steps: int = 100,
-    finetune_steps: int = 20,
-    batch_size: int = 16,
-    shows: Callable[[Images], np.ndarray] | None = None,
-    token: str = "<back>",
-    seed: int = 0,
-    sampler_steps: int = 25,
-    guidance_scale: float = 3.0,
-) -> pandas.DataFrame:
-    """Try to bring an ablated concept back: one row per attack, with the share of pictures that show the target again.
-
-    A picture shows the target if it is nearer to the target's prompt than to the anchor's, or by `shows`: pictures ->
-    (n,) bool, such as `CopyDetector.copies`. paraphrases, synonyms: prompts that ask for it in other words; word:
-    misspelled in the target's prompt. Then: img2img from pictures of the target at `strength`; Textual Inversion of
-    `token` on such pictures, on the edited model; `finetune_steps` steps of K-V fine-tuning on them, both with
-    `batch_size` samples per step. The untouched model draws the target's pictures.
-    Raises ConeslabError if the model cannot tell target and anchor apart, a count is below 1, or `word` is not in the
-    target.
-    """
-    require_editable(pipe)
-    target, anchor, pictures = _require_task(pipe, judge, edit, target, anchor, pictures)
-    paraphrases = checks.texts("paraphrases", paraphrases, least=0)
-    synonyms = checks.texts("synonyms", synonyms, least=0)
-    if checks.text("word", word, blank=True) not in target:
-        raise ArgumentError(f"word is {word!r}, which {target!r} does not hold: give one of its words")
-    token = checks.word("token", token)
-    for name, steps in {"inversion_steps": inversion_steps, "finetune_steps": finetune_steps}.items():
-        checks.count(name, steps)
-    batch_size, seed = checks.count("batch_size", batch_size), checks.seed("seed", seed)
-    _require_strength(strength, require_steps(pipe, sampler_steps))
-    checks.function("shows", shows)
-    texts = judge.text_features([target, anchor])
-    options: dict[str, Any] = {"sampler_steps": sampler_steps, "guidance_scale": guidance_scale}
-    first = derived(seed, "evaluation")
-    shown = list(generate_once(pipe, [target] * pictures, seed=derived(seed, "pictures of the target"), **options))
-    rows: list[dict[str, Any]] = []
-
-    def nearer(drawn: Images) -> np.ndarray:
-        near = judge.image_features(drawn) @ texts.T
-        return (near[:, 0] > near[:, 1]).numpy()
-
-    def record(attack: str, drawn: Images) -> None:
-        interval = bootstrap_interval((shows or nearer)(drawn))
-        rows.append({"attack": attack, "value": interval.estimate, "low": interval.low, "high": interval.high})
-
-    def asked(prompts: Sequence[str]) -> list[Image.Image]:
-        return generate(pipe, [prompts[i % len(prompts)] for i in range(pictures)], seed=first, **options)
-
-    with applied(edit, pipe):
-        record("plain prompt", asked([target]))
-        if paraphrases:
-            record("paraphrases", asked(paraphrases))
-        if synonyms:
-            record("other words", asked(synonyms))
-        if word:
-            record("misspellings", asked([target.replace(word, wrong) for wrong in misspelled(word)]))
-        record("img2img", _from_pictures(pipe, shown, target, strength, first, sampler_steps, guidance_scale))
-        subject = SimpleNamespace(
-            name=target, class_word="", token=token, images=shown, prompt=f"a {token}", prior_prompt=anchor
-        )
-        quiet: dict[str, Any] = {"seed": seed, "progress": False}
-        start = anchor.split()[-1]
-        learned = textual_inversion(pipe, subject, steps=inversion_steps, initial=start, batch_size=batch_size, **quiet)
-        with learned.applied(pipe, check_model=False):
-            record("Textual Inversion", asked([subject.prompt]))
-        subject.prompt = target
-        tuned = finetune_kv(pipe, subject, steps=finetune_steps, batch_size=batch_size, prior_batch_size=0, **quiet)
-        with tuned.applied(pipe, check_model=False):
-            record("fine-tuning back", asked([target]))
-    return pandas.DataFrame(rows)
-
-
-def _require_strength(strength: float, sampler_steps: int) -> None:
-    if int(sampler_steps * checks.number("strength", strength, "(0, 1]", kind="share")) < 1:
-        raise ArgumentError(
-            f"strength is {strength} of {sampler_steps} steps: give a share that leaves at least one step"
-        )
-
-
-def _from_pictures(
-    pipe: Pipeline,
-    pictures: Sequence[Image.Image],
-    prompt: str,
-    strength: float,
-    seed: int,
-    sampler_steps: int,
-    guidance: float,
-) -> list[Image.Image]:
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    with drawing(pipe):
-        redraw = StableDiffusionImg2ImgPipeline(
-            vae=pipe.vae,
-            text_encoder=pipe.text_encoder,
-            tokenizer=pipe.tokenizer,
-            unet=pipe.unet,
-            scheduler=pipe.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        redraw.set_progress_bar_config(disable=True)
-        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(pictures))]
-        return redraw(
-            [prompt] * len(pictures),
-            image=list(pictures),
-            strength=strength,
-            num_inference_steps=sampler_steps,
-            guidance_scale=guidance,
-            generator=generators,
-        ).images
+    return rows

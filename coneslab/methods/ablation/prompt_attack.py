@@ -1,0 +1,173 @@
+"""Words that bring a concept back: real tokens, searched for by the gradient of the denoising loss.
+
+UnlearnDiffAtk (Zhang et al. 2024, arXiv 2310.11868) minimises the loss of pictures of the target over a prompt; the
+step over tokens is that of GCG (Zou et al. 2023, arXiv 2307.15043, Algorithm 1): the gradient proposes, the loss
+decides. A learned embedding (Textual Inversion) is its upper bound, since it may be any vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import checks
+from ...diffusion.checks import require_editable
+from ...diffusion.encoding import encode_ids, encode_images, tokenize
+from ...diffusion.loss import Denoiser, denoising_loss
+from ...diffusion.pipelines import Pipeline
+from ...diffusion.precision import fast_dtype, frozen_copy
+from ...edits.tokens import embedding_of
+from ...errors import ArgumentError
+from ...finetuning.samples import CaptionedLatents, sample_batches
+from ...pictures import Images, as_pictures
+from ...seeds import derived
+from ...settings import Settings, takes
+
+AT_A_TIME = 64  # noisy pictures in one pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptAttackSettings(Settings):
+    """Settings of `attack_prompt`.
+
+    tokens: words put before the prompt; rounds: of the search; proposals: tokens that the gradient proposes for each
+    place; candidates: prompts tried in each round, each a single word from the best so far; batch_size: noisy pictures
+    on which each is tried, the same for all; seed: of the first words, the candidates and the noises. The budget is
+    rounds × candidates prompts.
+    """
+
+    method: ClassVar[str] = "prompt attack"
+
+    tokens: int = 3
+    rounds: int = 10
+    proposals: int = 24
+    candidates: int = 12
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(checks.count, "tokens", "rounds", "proposals", "candidates", "batch_size")
+        self._check(checks.seed, "seed")
+
+
+@dataclass(frozen=True)
+class PromptAttack:
+    """What a search found: the whole prompt, and its words; the loss before any word was put there and at the end.
+
+    losses: of the best prompt after each round; tried: how many prompts were.
+    """
+
+    prompt: str
+    words: tuple[str, ...]
+    before: float
+    after: float
+    losses: tuple[float, ...]
+    tried: int
+
+
+@takes(PromptAttackSettings)
+def attack_prompt(
+    pipe: Pipeline,
+    pictures: Images,
+    prompt: str = "",
+    settings: PromptAttackSettings | Mapping[str, Any] | None = None,
+    *,
+    exclude: str | Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+    **changes: Any,
+) -> PromptAttack:
+    """Search for words that, put before a prompt, let the model denoise these pictures best.
+
+    pictures: of the target. exclude: words that may not be used, such as the target's own. dtype: of the passes,
+    default the fastest. settings, changes: see `PromptAttackSettings`.
+    Raises ConeslabError if there is no room for the words before the prompt, or no word to choose from.
+    """
+    require_editable(pipe)
+    settings = PromptAttackSettings.chosen(settings, changes)
+    shown = as_pictures(pictures, name="pictures of the target")
+    prompt = checks.text("prompt", prompt, blank=True)
+    places, own = settings.tokens, pipe.tokenizer(prompt).input_ids
+    if len(own) + places > pipe.tokenizer.model_max_length:
+        raise ArgumentError(
+            f"the text encoder reads {pipe.tokenizer.model_max_length} tokens, of which {prompt!r} takes {len(own)}: "
+            f"there is no room for {places} words before it; give fewer tokens, or a shorter prompt"
+        )
+    words = words_of(pipe, checks.texts("exclude", exclude, least=0))
+    allowed = torch.tensor(list(words))
+    generator = torch.Generator().manual_seed(derived(settings.seed, "prompt attack"))
+    latents = encode_images(pipe, shown).detach()
+    data = [CaptionedLatents(latents, torch.zeros(1, 1), settings.batch_size)]
+    batch = next(sample_batches(pipe, data, seed=derived(settings.seed, "noises of a prompt attack")))
+    fixed: dict[str, Any] = {"noise": batch.noise, "timesteps": batch.timesteps}
+    copy = frozen_copy(pipe.unet, dtype or fast_dtype(pipe.unet), gradients=True)
+    denoiser, table = Denoiser(copy, pipe.scheduler), embedding_of(pipe).weight.detach().float()
+
+    def losses(ids: Tensor) -> Tensor:
+        """Mean loss of each prompt, (n,), all on the same noisy pictures."""
+        parts, samples = [], len(batch.latents)
+        with torch.no_grad():
+            for some in ids.split(max(1, AT_A_TIME // samples)):
+                text = encode_ids(pipe, some.to(batch.latents.device)).repeat_interleave(samples, 0)
+                many: dict[str, Any] = {name: torch.cat([one] * len(some)) for name, one in fixed.items()}
+                clean = torch.cat([batch.latents] * len(some))
+                parts.append(denoising_loss(denoiser, clean, text, **many, reduction="none").view(-1, samples).mean(1))
+        return torch.cat(parts).cpu()
+
+    blank = tokenize(pipe, prompt).cpu()[0]
+    row = torch.cat([blank[:1], allowed[torch.randint(len(allowed), (places,), generator=generator)], blank[1:]])
+    best = row[: len(blank)].clone()
+    before, loss = losses(torch.stack([blank, best])).tolist()
+    history: list[float] = []
+    for _ in range(settings.rounds):
+        slope = _slope(pipe, denoiser, best, places, batch.latents, fixed)
+        proposed = (slope @ table[allowed].T.to(slope)).topk(min(settings.proposals, len(allowed)), largest=False)
+        tried = best.repeat(settings.candidates, 1)
+        for candidate in tried:
+            place, rank = (int(torch.randint(n, (), generator=generator)) for n in proposed.indices.shape)
+            candidate[1 + place] = allowed[proposed.indices[place, rank]]
+        found = losses(tried)
+        if float(found.min()) < loss:
+            loss, best = float(found.min()), tried[int(found.argmin())].clone()
+        history.append(loss)
+    chosen = tuple(words[int(token)] for token in best[1 : 1 + places])
+    tried_in_all = settings.rounds * settings.candidates
+    return PromptAttack(" ".join([*chosen, prompt]).strip(), chosen, before, loss, tuple(history), tried_in_all)
+
+
+def words_of(pipe: Pipeline, exclude: Sequence[str] = ()) -> dict[int, str]:
+    """Token ids that are words of their own, and the words: a prompt of them is read as those very tokens."""
+    tokenizer = pipe.tokenizer
+    banned = {token for text in exclude for token in tokenizer(text, add_special_tokens=False).input_ids}
+    banned |= set(tokenizer.all_special_ids)
+    texts = {token: tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size) if token not in banned}
+    texts = {token: text for token, text in texts.items() if text.isascii() and text.isalnum()}
+    read = tokenizer(list(texts.values()), add_special_tokens=False).input_ids if texts else []
+    found = {token: text for (token, text), ids in zip(texts.items(), read, strict=True) if ids == [token]}
+    if not found:
+        raise ArgumentError("no word of the vocabulary is left to choose from: exclude fewer")
+    return found
+
+
+def _slope(
+    pipe: Pipeline, denoiser: Denoiser, ids: Tensor, places: int, latents: Tensor, fixed: Mapping[str, Any]
+) -> Tensor:
+    """The gradient of the loss in the embeddings of the words, (places, width)."""
+    with torch.enable_grad():
+        vectors = embedding_of(pipe).weight.detach()[ids[1 : 1 + places]].clone().requires_grad_()
+
+        def put_in(module: Any, args: tuple, output: Tensor) -> Tensor:
+            return torch.cat([output[:, :1].detach(), vectors[None], output[:, 1 + places :].detach()], 1)
+
+        handle = embedding_of(pipe).register_forward_hook(put_in)
+        try:
+            text = encode_ids(pipe, ids[None].to(vectors.device))
+        finally:
+            handle.remove()
+        loss = denoising_loss(denoiser, latents, text.to(latents), **fixed)
+        (slope,) = torch.autograd.grad(loss, vectors)
+    return slope.float()
