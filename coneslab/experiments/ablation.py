@@ -1,6 +1,7 @@
-"""Every way to ablate every kind of concept: how gone it is, what else is lost, whether it comes back, what it costs.
+"""Every way to ablate every kind of concept: how gone it is, what else is lost, which probes find it, what it costs.
 
-All conditions share the pictures drawn before and the start noise; the untouched model is measured beside them.
+A cell is one way on one target from one seed, a few minutes of one core. All ways share the pictures drawn before and
+the start noise, and what the untouched model draws is drawn once for all cells of a run.
 """
 
 from __future__ import annotations
@@ -19,14 +20,37 @@ from ..edits.base import Edit
 from ..errors import ConeslabError
 from ..finetuning.samples import generate_once
 from ..measure.judge import Judge
+from ..measure.statistics import share_interval
 from ..methods.ablation.concept_ablation import ablate
 from ..methods.ablation.concept_prune import prune_feed_forward
 from ..methods.ablation.esd import erase
 from ..methods.ablation.neurons import ablating_neurons
-from ..methods.ablation.report import CopyDetector, attacks, evaluate_ablation, near_and_far
+from ..methods.ablation.profile import (
+    FOUND,
+    KINDS,
+    MARGIN,
+    NAMED,
+    PLAIN,
+    SILENT,
+    TAUGHT,
+    Finding,
+    Probe,
+    Profile,
+    usual_probes,
+)
+from ..methods.ablation.report import CopyDetector, evaluate_ablation, near_and_far
 from ..methods.ablation.uce import closed_form_edit
+from ..methods.ablation.unlearning import unlearn
+from ..methods.ablation.world_probes import (
+    class_probes,
+    class_rivals,
+    style_probes,
+    style_rivals,
+    styled,
+    world_classifier,
+)
 from ..seeds import derived
-from ..world import CLASSES, FACTS, SCENES, STYLE_WORDS, listed, memorised, rearranged, with_article
+from ..world import CLASSES, FACTS, SCENES, listed, memorised, rearranged, with_article
 from .setting import Setting, stored_bytes, timed
 from .table import Row, rows_of
 
@@ -48,7 +72,11 @@ MEMORISED = tuple(FACTS["memorised"])
 STEPS, ESD_STEPS, ROUNDS = 50, 100, 30
 NEAR, FAR = 2, 3  # prompts per group, at most
 PICTURES = 6  # per prompt, times `Setting.pictures`
-ATTACK_STEPS: dict[str, Any] = {"inversion_steps": 60, "finetune_steps": 10, "batch_size": 8}
+SAMPLER_STEPS = 12
+UNLEARNING: dict[str, Any] = {"steps": 80}
+CLASSIFIER: dict[str, Any] = {"pictures": 32}  # of each class, or of each class in each style
+UNTOUCHED = "untouched model"
+UNSEEN = "twemoji"  # the art style that no model here has seen: what probes find of it is what they find of nothing
 
 
 @dataclass(frozen=True)
@@ -56,7 +84,8 @@ class Target:
     """What is ablated, and the prompts that measure it.
 
     shown: the prompts that ask for target and anchor when measuring; others: prompts for other concepts, by group;
-    templates: captions with {} for target or anchor; paraphrases, synonyms: prompts that may get round the ablation.
+    templates: captions with {} for target or anchor; rivals: prompts that a picture must be farther from than from the
+    target's to show it. The kind "unseen" is the control: an art style that no model has learned.
     """
 
     kind: str
@@ -66,12 +95,18 @@ class Target:
     shown: tuple[str, str]
     others: dict[str, tuple[str, ...]]
     templates: tuple[str, ...] = ("{}",)
-    paraphrases: tuple[str, ...] = ()
-    synonyms: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """The captions of target and anchor, one for every template."""
+        return [text.format(self.target) for text in self.templates], [
+            text.format(self.anchor) for text in self.templates
+        ]
 
 
 def ablation_target(title: str) -> Target:
-    """ "object:cat", "style:flat", "memorised:lighthouse". Raises ConeslabError for any other."""
+    """ "object:cat", "style:flat", "memorised:lighthouse", "unseen:twemoji". Raises ConeslabError for any other."""
     kind, _, name = title.partition(":")
     if kind == "object" and name in OBJECTS:
         near = near_and_far(name)
@@ -82,17 +117,7 @@ def ablation_target(title: str) -> Target:
         }
         others = {group: tuple(map(with_article, chosen)) for group, chosen in spread.items() if chosen}
         target, anchor = with_article(name), with_article(OBJECTS[name])
-        scenes = [phrase[0] for phrase in list(SCENES.values())[:3]]
-        return Target(
-            kind,
-            name,
-            target,
-            anchor,
-            (target, anchor),
-            others,
-            paraphrases=tuple(f"{target} {scene}" for scene in scenes),
-            synonyms=tuple(map(with_article, CLASSES[name].synonyms)),
-        )
+        return Target(kind, name, target, anchor, (target, anchor), others, rivals=class_rivals(name))
     if kind == "style" and name in STYLED:
         target, anchor = with_article(name), with_article(STYLED[name])
         third = next(style for style in STYLED if style not in (name, STYLED[name]))
@@ -107,9 +132,11 @@ def ablation_target(title: str) -> Target:
                 "other classes, same style": tuple(f"{target} {other}" for other in ("dog", "guitar")),
             },
             templates=tuple(f"{{}} {noun}" for noun in STYLE_CLASSES),
-            paraphrases=tuple(f"{target} {STYLE_CLASSES[0]} {phrase[0]}" for phrase in list(SCENES.values())[:3]),
-            synonyms=tuple(f"{with_article(word)} {STYLE_CLASSES[0]}" for word in STYLE_WORDS[name][1:]),
+            rivals=style_rivals(name, STYLE_CLASSES[0]),
         )
+    if kind == "unseen" and name == UNSEEN:
+        shown = styled(name, STYLE_CLASSES[0]), styled("3d", STYLE_CLASSES[0])
+        return Target(kind, name, *shown, shown, {}, rivals=style_rivals(name, STYLE_CLASSES[0]))
     if kind == "memorised" and name in MEMORISED:
         entry = FACTS["memorised"][name]
         classes = [cls for cls, _, _ in entry["objects"]]
@@ -126,6 +153,7 @@ ABLATIONS = (
     *(f"object:{name}" for name in OBJECTS),
     *(f"style:{name}" for name in STYLED),
     *(f"memorised:{name}" for name in MEMORISED),
+    f"unseen:{UNSEEN}",
 )
 
 
@@ -161,6 +189,18 @@ def _shut(setting: Setting, case: Target, seed: int) -> Edit:
     return ablating_neurons(setting.pipe, *case.shown, **options).binary()
 
 
+def _shut_at_its_word(setting: Setting, case: Target, seed: int) -> Edit:
+    options = {"rounds": ROUNDS, "scope": "subject", "progress": False, **_drawing(setting, seed)}
+    return ablating_neurons(setting.pipe, *case.shown, **options).binary()
+
+
+def _unlearned(setting: Setting, case: Target, seed: int) -> Edit:
+    kept = [prompt for group in case.others.values() for prompt in group]
+    targets, anchors = case.pairs
+    options = {**UNLEARNING, **_drawing(setting, seed)}
+    return unlearn(setting.pipe, targets, anchors, preserve=kept, progress=False, **options)
+
+
 def _pruned(setting: Setting, case: Target, seed: int) -> Edit:
     return prune_feed_forward(setting.pipe, *case.shown, **_drawing(setting, seed))
 
@@ -173,21 +213,42 @@ WAYS: dict[str, Callable[[Setting, Target, int], Edit]] = {
     "UCE": _closed_form,
     "ESD": _erased,
     "concept neurons": _shut,
+    "concept neurons, at its word": _shut_at_its_word,
     "ConceptPrune": _pruned,
+    "unlearning": _unlearned,
 }
 
 
-def ablation(setting: Setting, case: Target, seed: int) -> list[Row]:
-    """One concept, ablated in every way from one seed; case: as `ablation_target` returns it."""
-    setting, seed = setting.quick(), derived(seed, case.kind, case.name)
-    rows = _measured(setting, case, None, seed, condition="untouched model", kind=case.kind, seconds=0.0, bytes=0)
-    for name, make in WAYS.items():
-        if case.kind == "memorised" and name == "model-based, embedding":
-            continue  # its words occur only in its caption: no other prompt uses them
-        edit, seconds = timed(partial(make, setting, case, seed))
-        facts = {"seconds": seconds, "bytes": stored_bytes(edit)}
-        rows += _measured(setting, case, edit, seed, condition=name, kind=case.kind, **facts)
-    return rows
+def conditions(case: Target) -> tuple[str, ...]:
+    """The ways to ablate a target that make sense for it, after the untouched model."""
+    if case.kind == "unseen":
+        return (UNTOUCHED,)
+    # the words of a memorised picture occur only in its caption: no other prompt uses them
+    left_out = ("model-based, embedding",) if case.kind == "memorised" else ()
+    return (UNTOUCHED, *(name for name in WAYS if name not in left_out))
+
+
+def ablation(setting: Setting, case: Target, seed: int, condition: str) -> list[Row]:
+    """One concept, ablated in one way from one seed; case: as `ablation_target` returns it."""
+    setting, seed = setting.quick(SAMPLER_STEPS), derived(seed, case.kind, case.name)
+    if condition == UNTOUCHED:
+        return _measured(setting, case, None, seed, kind=case.kind, seconds=0.0, bytes=0)
+    edit, seconds = timed(partial(WAYS[condition], setting, case, seed))
+    return _measured(setting, case, edit, seed, kind=case.kind, seconds=seconds, bytes=stored_bytes(edit))
+
+
+@lru_cache(maxsize=4)
+def battery(setting: Setting, case: Target, seed: int) -> tuple[Probe, ...]:
+    """The probes for a target; the same objects for all ways to ablate it, so that they share what is drawn before."""
+    if case.kind == "object":
+        classifier = world_classifier(setting.pipe, **CLASSIFIER)
+        return tuple(class_probes(case.name, OBJECTS[case.name], classifier=classifier, seed=seed))
+    if case.kind in ("style", "unseen"):
+        anchor = STYLED.get(case.name, "3d")
+        classifier = world_classifier(setting.pipe, "style", pictures=max(1, CLASSIFIER["pictures"] // 8))
+        return tuple(style_probes(case.name, anchor, STYLE_CLASSES[0], classifier=classifier, seed=seed))
+    original = Image.fromarray(memorised(case.name)[0])
+    return tuple(usual_probes(*case.shown, [original], seed=seed))
 
 
 def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
@@ -210,32 +271,76 @@ def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:
 
 
 def _measured(setting: Setting, case: Target, edit: Edit | None, seed: int, **columns: Any) -> list[Row]:
-    """Accuracy by group, what the others lost, and whether the concept comes back (a memorised one: as copies)."""
-    drawing: dict[str, Any] = {**setting.drawing, "seed": seed}
-    pictures = PICTURES * setting.pictures
+    """Accuracy by group, what the others lost, and what the probes find (of a memorised picture: copies)."""
     report = evaluate_ablation(
-        setting.pipe, setting.judge, edit, *case.shown, others=case.others, pictures=pictures, **drawing
-    )
-    values: dict[str, float] = {}
-    for (group, measure), part in report.groupby(["group", "measure"], sort=False):
-        values[f"{measure}, {group}"] = float(part.value.mean())
-    own = report[~report.group.isin(["target", "anchor"])].pivot(index="prompt", columns="measure", values="value")
-    values["share of others kept"] = float((own["CLIP accuracy"] >= 0.8 * own["accuracy before"]).mean())
-    options = {**drawing, **ATTACK_STEPS}
-    back = attacks(
         setting.pipe,
         setting.judge,
         edit,
         *case.shown,
-        paraphrases=case.paraphrases,
-        synonyms=case.synonyms,
-        word=case.name if case.kind == "object" else "",
-        pictures=pictures,
-        **options,
+        others=case.others,
+        probes=battery(setting, case, seed),
+        rivals=case.rivals,
         shows=copy_detector(setting.judge, case.name).copies if case.kind == "memorised" else None,
+        pictures=PICTURES * setting.pictures,
+        seed=seed,
+        **setting.drawing,
     )
-    values |= {f"comes back: {row.attack}": float(row.value) for row in back.itertuples()}
+    probed = report.group.isin(KINDS)
+    values: dict[str, float] = {}
+    for (group, measure), part in report[~probed].groupby(["group", "measure"], sort=False):
+        values[f"{measure}, {group}"] = float(part.value.mean())
+    others = report[~probed & ~report.group.isin(["target", "anchor"])]
+    if len(others):
+        own = others.pivot(index="prompt", columns="measure", values="value")
+        values["share of others kept"] = float((own["CLIP accuracy"] >= 0.8 * own["accuracy before"]).mean())
+    found = report[probed & (report.measure == FOUND)]
+    values |= {f"comes back: {row.prompt}": float(row.value) for row in found.itertuples()}
     return rows_of(values, **columns)
+
+
+PICTURED = (  # probes that use no word at all, in the order of a figure
+    "completion from 0.5",
+    "completion from 0.7",
+    "inpainting",
+    "classifier guidance",
+    "prompt attack, without its word",
+)
+_KIND_OF = {  # of every probe that is not found without the target's word
+    **dict.fromkeys((PLAIN, "paraphrases", "misspellings", "two objects", "noisy trajectory"), NAMED),
+    **dict.fromkeys(("img2img", "inpainting, by name", "prompt attack"), NAMED),
+    **dict.fromkeys(("Textual Inversion", "fine-tuning back"), TAUGHT),
+}
+
+
+def profiles(table: pandas.DataFrame, *, margin: float = MARGIN) -> dict[str, Profile]:
+    """What the probes in the table of `ablation` say of every way: condition -> profile, over all targets and seeds.
+
+    Intervals respect the targets (`summarise`); the floors are what the probes find of the art style that no model has
+    seen, if the table holds it. Raises ConeslabError for a table without the untouched model.
+    """
+    back = table[table.measure.str.startswith("comes back: ")]
+    back = back.assign(measure=back.measure.str.removeprefix("comes back: "))
+    unseen, own = back[back.kind == "unseen"], back[back.kind != "unseen"]
+    if UNTOUCHED not in set(own.condition):
+        raise ConeslabError("the table has no rows of the untouched model: measure it as well")
+    floors = unseen.groupby("measure").value.mean().to_dict()
+    known: dict[tuple[str, str], tuple[float, float, float]] = {}
+    for (name, condition), part in own.groupby(["measure", "condition"], sort=False):
+        bounds = share_interval(part.value.to_numpy(), clusters=_clusters(part))
+        known[str(name), str(condition)] = bounds.estimate, bounds.low, bounds.high
+    found = {}
+    for condition in dict.fromkeys(own.condition):
+        probes = [name for name in dict.fromkeys(own.measure) if (name, condition) in known]
+        findings = [
+            Finding(name, _KIND_OF.get(name, SILENT), *known[name, condition], *known[name, UNTOUCHED])
+            for name in probes
+        ]
+        found[str(condition)] = Profile(tuple(findings), margin, {name: floors.get(name, 0.0) for name in probes})
+    return found
+
+
+def _clusters(part: pandas.DataFrame) -> list[list]:
+    return [part.subject.tolist(), part.seed.tolist()]
 
 
 OUTCOME = {  # what a reader chooses by: name -> the measures it averages
@@ -251,6 +356,7 @@ OUTCOME = {  # what a reader chooses by: name -> the measures it averages
     "back by other prompts": tuple(
         f"comes back: {way}" for way in ("paraphrases", "other words", "misspellings", "img2img")
     ),
+    "found without its word": tuple(f"comes back: {way}" for way in PICTURED),
     "back by training": ("comes back: Textual Inversion", "comes back: fine-tuning back"),
 }
 

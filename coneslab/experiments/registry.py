@@ -17,8 +17,9 @@ from .. import checks
 from ..errors import ConeslabError
 from ..files import data_folder, require_writable
 from ..world.subjects import COMBINATIONS, names_in, subject, subjects_of, table_subjects, title_of
-from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral
+from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral, conditions
 from .conceptor import PLANTED, conceptor, planted
+from .many_concepts import SIZES, many_concepts, many_conditions, several_pairs
 from .masks import damage, precision, storage
 from .neurons import agreement, controls, density, finders, references
 from .setting import Setting
@@ -30,13 +31,28 @@ from .unions import together
 class Experiment:
     """measure(setting, what a cell is about, seed) -> rows; table: its file in `data/results`; names: its cells.
 
-    resolve: turns a name into what its cell is about: a subject, several, or anything else.
+    resolve: turns a name into what its cell is about: a subject, several, or anything else. conditions: of what it is
+    about, if each is a cell of its own, which `measure` is then given as well: where one takes minutes.
     """
 
-    measure: Callable[[Setting, Any, int], list[Row]]
+    measure: Callable[..., list[Row]]
     table: str
     names: tuple[str, ...] = table_subjects(8)
     resolve: Callable[[str], Any] = subject
+    conditions: Callable[[Any], tuple[str, ...]] | None = None
+
+    def cells(self, known: dict[str, Any], seeds: int) -> list[Row]:
+        """What to measure, cell by cell."""
+        made: list[Row] = []
+        for title, about in known.items():
+            named = ({},) if self.conditions is None else [{"condition": one} for one in self.conditions(about)]
+            made += [{"subject": title, "seed": seed, **condition} for seed in range(seeds) for condition in named]
+        return made
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The columns that say what a cell is."""
+        return ("subject", "seed") if self.conditions is None else ("subject", "seed", "condition")
 
 
 COMBINATION_NAMES = tuple(title_of(names) for size in sorted(COMBINATIONS) for names in COMBINATIONS[size])
@@ -51,7 +67,8 @@ EXPERIMENTS = {
     "finders": Experiment(finders, "finders.csv", table_subjects(4)),
     "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, subjects_of),
     "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
-    "ablation": Experiment(ablation, "ablation.csv", ABLATIONS, ablation_target),
+    "ablation": Experiment(ablation, "ablation.csv", ABLATIONS, ablation_target, conditions),
+    "many-concepts": Experiment(many_concepts, "many_concepts.csv", SIZES, several_pairs, many_conditions),
     "collateral": Experiment(collateral, "collateral.csv", ABLATIONS[: len(OBJECTS)], ablation_target),
 }
 
@@ -75,15 +92,15 @@ def run_experiment(
     """
     seeds = checks.count("seeds", seeds)
     known, path = require_experiment(name, subjects, path)
-    experiment, chosen = EXPERIMENTS[name], list(known)
+    experiment = EXPERIMENTS[name]
     checks.of_kind("setting", setting, Setting)
     if setting.masks is not None:
         require_writable(setting.masks, folder=True)
 
-    def cell(subject: str, seed: int) -> list[Row]:
-        return experiment.measure(setting, known[subject], seed)
+    def cell(subject: str, seed: int, **condition: str) -> list[Row]:
+        return experiment.measure(setting, known[subject], seed, **condition)
 
-    cells = [{"subject": title, "seed": seed} for title in chosen for seed in range(seeds)]
+    cells = experiment.cells(known, seeds)
     return run_cells(cells, cell, path, identity=setting.identity, progress=progress)
 
 
@@ -99,7 +116,5 @@ def require_experiment(
     experiment = EXPERIMENTS[name]
     chosen = experiment.names if subjects is None else checks.texts("subjects", subjects)
     titles = [title_of(names_in(title)) for title in chosen]
-    table, _ = open_table(
-        path if path is not None else data_folder() / "results" / experiment.table, ("subject", "seed")
-    )
+    table, _ = open_table(path if path is not None else data_folder() / "results" / experiment.table, experiment.keys)
     return {title: experiment.resolve(title) for title in titles}, table
