@@ -18,8 +18,9 @@ from coneslab.methods.ablation.concept_ablation import ablate, ablation_data
 from coneslab.methods.ablation.concept_prune import prune_feed_forward
 from coneslab.methods.ablation.esd import erase
 from coneslab.methods.ablation.neurons import ablating_neurons
-from coneslab.methods.ablation.report import attacks, evaluate_ablation
+from coneslab.methods.ablation.report import evaluate_ablation
 from coneslab.methods.ablation.uce import closed_form_edit
+from coneslab.methods.ablation.unlearning import unlearn
 
 DRAW = {"pictures": 4, "sampler_steps": 2}
 FAST = DRAW | {"steps": 3, "batch_size": 4, "preserve_batch_size": 2, "progress": False}
@@ -167,7 +168,7 @@ WAYS = {
     "pruning": lambda pipe, *pair: prune_feed_forward(pipe, *pair, **DRAW),
     "neurons": lambda pipe, *pair: ablating_neurons(pipe, *pair, **DRAW, rounds=1, progress=False),
     "evaluation": lambda pipe, *pair: evaluate_ablation(pipe, None, None, *pair),
-    "attacks": lambda pipe, *pair: attacks(pipe, None, None, *pair),
+    "unlearning": lambda pipe, *pair: unlearn(pipe, *pair, **DRAW, steps=1, progress=False),
 }
 LONG = "the house on the beach in the city and the "  # ten tokens, and two for start and end: as many as are read
 SAME = {

@@ -243,6 +243,7 @@ def made(v_pipe, judge, tmp_path_factory) -> SimpleNamespace:
         delta=delta,
         token=token,
         trained=edits.Combined((token, delta)),
+        classifier=methods.train_classifier(v_pipe, list(cat.images[:2]) * 2, ["a", "b"] * 2, steps=1, batch_size=2),
         latents=torch.zeros(1, 4, 8, 8),
         text=diffusion.encode_prompts(v_pipe, "a cat"),
         at=torch.tensor([5]),
@@ -690,15 +691,173 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "evaluate_ablation": lambda m: (
         methods.evaluate_ablation,
         (m.pipe,),
-        dict(judge=m.judge, edit=None, target="a cat", anchor="a dog", others={"x": "a car"}, pictures=2, **DRAWN),
-        {"others": (*NAMED, {"x": 3}, {"x": [3]})},
+        dict(judge=m.judge, edit=None, target="a cat", anchor="a dog", others={"x": "a car"}, pictures=2, **DRAWN)
+        | dict(probes=(), rivals=(), shows=None, batch_size=1),
+        {"others": (*NAMED, {"x": 3}, {"x": [3]}), "probes": (None, 3, "x", [3]), "rivals": LABELS}
+        | {"sampler_steps": (*COUNT, 1001)},
     ),
-    "attacks": lambda m: (
-        methods.attacks,
+    "unlearn": lambda m: (
+        methods.unlearn,
         (m.pipe,),
-        dict(judge=m.judge, edit=None, target="a cat", anchor="a dog", paraphrases=(), synonyms=(), pictures=2, **DRAWN)
-        | dict(strength=1.0, inversion_steps=1, finetune_steps=1, batch_size=1, shows=None, token="<b>", word="cat"),
-        {"word": ANY_TEXT, "sampler_steps": (*COUNT, 1001)},
+        dict(target="a cat", anchor="a dog", **TUNED, sampler_steps=1, guidance_scale=2.0, pictures=1, eta=1.0, words=1)
+        | dict(preserve_batch_size=1, preserve_weight=1.0, preserve=(), images=None, chunk=None, dtype=None, length=1),
+        {
+            "target": (None, 3, "", " ", [], [3], ["a cat", ""]),
+            "anchor": (None, 3, "", [], ["a dog"] * 2),
+            "images": PICTURES[1:],
+            "preserve_batch_size": COUNT,
+            "words": (-1, 1000, 2.5, "3", True),
+            "length": (*COUNT, 9),
+            "dtype": (*DTYPE, torch.float16),
+        },
+    ),
+    "completions": lambda m: (
+        methods.completions,
+        (m.pipe,),
+        dict(pictures=m.pics, prompt="", level=1.0, settings=None, batch_size=1, **DRAWN),
+        {"pictures": PICTURES, "prompt": ANY_TEXT, "level": (*NUMBER, 0, -1, 2, 0.1), "sampler_steps": (*COUNT, 1001)},
+    ),
+    "filled_in": lambda m: (
+        methods.filled_in,
+        (m.pipe,),
+        dict(pictures=m.pics[0], masks=[np.ones((16, 16), bool)], prompt="", settings=None, batch_size=1, **DRAWN),
+        {
+            "pictures": PICTURES,
+            "masks": (
+                None,
+                3,
+                "x",
+                [],
+                [None],
+                [np.ones((2, 2), bool)],
+                [np.ones((16, 16))],
+                [np.ones((16, 16), bool)] * 2,
+            ),
+            "prompt": ANY_TEXT,
+            "sampler_steps": (*COUNT, 1001),
+        },
+    ),
+    "stirred": lambda m: (
+        methods.stirred,
+        (m.pipe,),
+        dict(prompts="a cat", churn=1.0, settings=None, batch_size=1, **DRAWN),
+        {"churn": (*LARGE, -1), "sampler_steps": (*COUNT, 1001)},
+    ),
+    "steered": lambda m: (
+        methods.steered,
+        (m.pipe,),
+        dict(classifier=m.classifier, label="a", prompts="", scale=1.0, settings=None, batch_size=1, **DRAWN),
+        {"classifier": (None, 3, "x", object()), "label": (*TEXT, "z"), "scale": (*LARGE, -1)}
+        | {"sampler_steps": (*COUNT, 1001)},
+    ),
+    "train_classifier": lambda m: (
+        methods.train_classifier,
+        (m.pipe,),
+        dict(pictures=m.pics[:2] * 2, labels=["a", "b"] * 2, settings=None, steps=1, batch_size=1, learning_rate=1e-3)
+        | dict(width=2, held_out=0.5, seed=0),
+        {
+            "pictures": PICTURES,
+            "labels": (*TEXTS, ["a"] * 4, ["a", "b"], ["a", "b", "c", "d"]),
+            "width": COUNT,
+            "held_out": (*NUMBER, 0, 1),
+        },
+    ),
+    "attack_prompt": lambda m: (
+        methods.attack_prompt,
+        (m.pipe,),
+        dict(pictures=m.pics, prompt="a cat", exclude="cat", settings=None, tokens=1, rounds=1, candidates=1)
+        | dict(proposals=1, batch_size=1, seed=0, dtype=None),
+        {"pictures": PICTURES, "prompt": ANY_TEXT, "exclude": LABELS[:1], "tokens": (*COUNT, 99)}
+        | {"candidates": COUNT, "proposals": COUNT},
+    ),
+    "asking": lambda m: (
+        methods.asking,
+        (),
+        dict(name="x", prompts="a", uses_word=True, contexts="{}"),
+        {"name": TEXT, "uses_word": FLAG, "contexts": TEMPLATE},
+    ),
+    "completing": lambda m: (
+        methods.completing,
+        (),
+        dict(pictures=m.pics, level=0.5, prompt="", name=""),
+        {"pictures": PICTURES, "level": (*NUMBER, 0, 2), "prompt": ANY_TEXT, "name": ANY_TEXT},
+    ),
+    "inpainting": lambda m: (
+        methods.inpainting,
+        (),
+        dict(pictures=m.pics[0], masks=[np.ones((16, 16), bool)], prompt=""),
+        {"pictures": PICTURES, "masks": (None, 3, "x", [], [1, 2]), "prompt": ANY_TEXT},
+    ),
+    "steering": lambda m: (
+        methods.steering,
+        (),
+        dict(classifier=m.classifier, label="a", prompt="", scale=1.0),
+        {"classifier": (None, 3, object()), "label": (*TEXT, "z"), "prompt": ANY_TEXT, "scale": (*LARGE, -1)},
+    ),
+    "stirring": lambda m: (methods.stirring, (), dict(prompt="a", churn=1.0), {"churn": (*LARGE, -1)}),
+    "searching": lambda m: (
+        methods.searching,
+        (),
+        dict(pictures=m.pics, prompt="", exclude="cat", settings=None),
+        {"pictures": PICTURES, "prompt": ANY_TEXT, "exclude": LABELS[:1]},
+    ),
+    "inverting": lambda m: (
+        methods.inverting,
+        (),
+        dict(pictures=m.pics, initial="", token="<b>", steps=1, batch_size=1, seed=0),
+        {"pictures": PICTURES, "initial": ANY_TEXT},
+    ),
+    "retraining": lambda m: (
+        methods.retraining,
+        (),
+        dict(pictures=m.pics, prompt="a cat", steps=1, batch_size=1, seed=0),
+        {"pictures": PICTURES},
+    ),
+    "usual_probes": lambda m: (
+        methods.usual_probes,
+        (),
+        dict(target="a cat", anchor="a dog", pictures=m.pics, word="cat", seed=0),
+        {"pictures": PICTURES, "word": (*ANY_TEXT, "dog")},
+    ),
+    "floors_of": lambda m: (
+        methods.floors_of,
+        (),
+        dict(control=methods.Profile([methods.Finding("x", "y", *[0.5] * 6)])),
+        {"control": (None, 3, "x", object())},
+    ),
+    "class_pictures": lambda m: (
+        methods.class_pictures,
+        (),
+        dict(name="cat", n=1, styles="flat", seed=0),
+        {"name": (None, 3, "", "unicorn", []), "styles": (None, 3, "", "oil", [], [3])},
+    ),
+    "class_rivals": lambda m: (methods.class_rivals, (), {"name": "cat"}, {"name": (None, 3, "", "unicorn", [])}),
+    "words_for": lambda m: (methods.words_for, (), {"name": "cat"}, {"name": (None, 3, "", "unicorn", [])}),
+    "style_rivals": lambda m: (
+        methods.style_rivals,
+        (),
+        dict(style="flat", name="cat"),
+        {"style": (None, 3, "", "oil"), "name": (None, 3, "", "unicorn", [])},
+    ),
+    "class_probes": lambda m: (
+        methods.class_probes,
+        (),
+        dict(name="cat", anchor="dog", beside="car", classifier=None, pictures=1, seed=0),
+        {"name": (None, 3, "", "unicorn"), "anchor": (None, 3, "", "unicorn"), "beside": TEXTS}
+        | {"classifier": (3, "x", m.classifier)},
+    ),
+    "style_probes": lambda m: (
+        methods.style_probes,
+        (),
+        dict(style="flat", anchor="3d", name="cat", classifier=None, pictures=1, seed=0),
+        {"style": (None, 3, "", "oil"), "anchor": (None, 3, "", "oil"), "name": (None, 3, "", "unicorn")}
+        | {"classifier": (3, "x", m.classifier)},
+    ),
+    "world_classifier": lambda m: (
+        methods.world_classifier,
+        (m.pipe,),
+        dict(by="class", pictures=2, settings=None, steps=1),
+        {"by": CHOICE},
     ),
     "near_and_far": lambda m: (methods.near_and_far, (), {"name": "cat"}, {"name": (None, 3, "", "unicorn", [])}),
     "misspelled": lambda m: (ablation.misspelled, (), {"word": "cat"}, {"word": TEXT}),

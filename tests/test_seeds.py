@@ -13,7 +13,9 @@ from coneslab.experiments.setting import Setting, measure
 from coneslab.finetuning import samples
 from coneslab.finetuning.samples import SamplerSettings, prior_pictures
 from coneslab.measure.evaluation import evaluate_model
-from coneslab.methods.ablation.report import attacks, evaluate_ablation
+from coneslab.methods.ablation import probes
+from coneslab.methods.ablation.profile import completing, inverting, stirring
+from coneslab.methods.ablation.report import evaluate_ablation
 from coneslab.seeds import derived
 from coneslab.world.subjects import subject, subjects_of
 
@@ -31,7 +33,8 @@ def noises(monkeypatch):
         seen.setdefault(now.what, set()).update(seeds)
         return original(pipe, seeds)
 
-    monkeypatch.setattr(sampling, "start_noise", recorded)
+    for module in (sampling, probes):
+        monkeypatch.setattr(module, "start_noise", recorded)
     return now, seen
 
 
@@ -63,12 +66,13 @@ def test_seeds_of_methods_share_no_pictures_and_none_are_learned_from_that_measu
 
 
 @pytest.mark.slow
-def test_attacks_of_different_seeds_share_no_noise(v_pipe, judge, noises):
+def test_probes_of_different_seeds_share_no_noise(v_pipe, judge, pictured, noises):
     now, seen = noises
     for seed in range(2):
         now.what = seed
-        quick = {**SMALL, "sampler_steps": 2, "inversion_steps": 1, "finetune_steps": 1}
-        attacks(v_pipe, judge, None, "a cat", "a dog", pictures=8, seed=seed, **quick)
+        ways = [stirring("a cat"), completing(pictured.images, 1.0), inverting(pictured.images, steps=1, seed=seed)]
+        options = {**SMALL, "sampler_steps": 2, "pictures": 8, "seed": seed}
+        evaluate_ablation(v_pipe, judge, None, "a cat", "a dog", probes=ways, **options)
     assert_apart(seen, 2)
 
 
@@ -94,13 +98,17 @@ def test_evaluations_of_a_model_share_no_noise(world_pipe, judge, noises):
     assert_apart(seen, 3)
 
 
+def every_way(setting, case, seed):
+    return [row for one in ablation.conditions(case) for row in ablation.ablation(setting, case, seed, one)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ablation", "collateral", "conceptor"])
 def test_replicates_of_an_experiment_share_no_noise(name, world_pipe, judge, noises, monkeypatch):
     now, seen = noises
     setting = Setting(world_pipe, judge, rounds=1, finetune_steps=1, samples=2, **SMALL | {"sampler_steps": 2})
     run, case = {
-        "ablation": (ablation.ablation, ablation.ablation_target("object:cat")),
+        "ablation": (every_way, ablation.ablation_target("object:cat")),
         "collateral": (ablation.collateral, ablation.ablation_target("object:cat")),
         "conceptor": (conceptor.conceptor, conceptor.planted("sense:bat")),
     }[name]

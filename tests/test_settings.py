@@ -34,11 +34,15 @@ from coneslab.methods import (
     TextualInversionSettings,
     UCESettings,
     ablating_neurons,
-    attacks,
+    attack_prompt,
     bias,
+    completions,
     decompose_image,
     evaluate_ablation,
+    inverting,
+    retraining,
     scaled_latents,
+    unlearn,
 )
 from coneslab.neurons import (
     FinetuneSettings,
@@ -201,9 +205,13 @@ COUNTS = {
     "additivity": lambda pipe, judge, n: output_changes(pipe, [None], [make_subject(16)], samples=n),
     "ablating neurons": lambda pipe, judge, n: ablating_neurons(pipe, "a cat", "a dog", pictures=n),
     "report": lambda pipe, judge, n: evaluate_ablation(pipe, judge, None, "a cat", "a dog", pictures=n),
-    "attacks": lambda pipe, judge, n: attacks(pipe, judge, None, "a cat", "a dog", pictures=n),
-    "attacks by word": lambda pipe, judge, n: attacks(pipe, judge, None, "a cat", "a dog", inversion_steps=n),
-    "attacks by tuning": lambda pipe, judge, n: attacks(pipe, judge, None, "a cat", "a dog", finetune_steps=n),
+    "report, at a time": lambda pipe, judge, n: evaluate_ablation(pipe, judge, None, "a cat", "a dog", batch_size=n),
+    "probes": lambda pipe, judge, n: completions(pipe, make_subject(16).images, sampler_steps=n),
+    "probes, at a time": lambda pipe, judge, n: completions(pipe, make_subject(16).images, batch_size=n),
+    "Textual Inversion": lambda pipe, judge, n: inverting(make_subject(16).images, steps=n),
+    "tuning back": lambda pipe, judge, n: retraining(make_subject(16).images, "a cat", steps=n),
+    "searching": lambda pipe, judge, n: attack_prompt(pipe, make_subject(16).images, rounds=n),
+    "unlearning": lambda pipe, judge, n: unlearn(pipe, "a cat", "a dog", pictures=n),
     "versions": lambda pipe, judge, n: scaled_latents(pipe, make_subject(16), batch_size=4, versions=n),
     "one picture": lambda pipe, judge, n: decompose_image(
         pipe, Decomposition("a", ("b",), np.ones(1), 1, 1.0, "ab"), judge, max_words=n

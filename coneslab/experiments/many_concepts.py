@@ -108,7 +108,8 @@ def _neurons(setting: Setting, pairs: Pairs, seed: int) -> Edit:
 
 
 def _closed_form(setting: Setting, pairs: Pairs, seed: int) -> Edit:
-    return closed_form_edit(setting.pipe, *map(list, zip(*pairs, strict=True)), preserve=_kept())
+    targets, anchors = map(list, zip(*pairs, strict=True))
+    return closed_form_edit(setting.pipe, targets, anchors, preserve=_kept())
 
 
 def _key_values(setting: Setting, pairs: Pairs, seed: int) -> Edit:
