@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from coneslab.diffusion.sampling import generate
 from coneslab.errors import ConeslabError
 from coneslab.finetuning import samples
 from coneslab.measure.statistics import kid, share_interval
-from coneslab.methods.ablation import profile
 from coneslab.methods.ablation import report as report_module
 from coneslab.methods.ablation.concept_ablation import ablate
 from coneslab.methods.ablation.profile import (
@@ -28,7 +26,6 @@ from coneslab.methods.ablation.profile import (
     misspelled,
     usual_probes,
 )
-from coneslab.methods.ablation.prompt_attack import PromptAttackSettings
 from coneslab.methods.ablation.report import CopyDetector, evaluate_ablation, near_and_far
 from coneslab.seeds import derived
 from coneslab.world import CLASSES, memorised, sample
@@ -179,11 +176,11 @@ def test_probes_that_share_a_name_or_are_none_are_refused(v_pipe, judge):
 
 
 @pytest.mark.slow
-def test_usual_probes_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit, pictured, monkeypatch):
-    monkeypatch.setattr(profile, "PromptAttackSettings", partial(PromptAttackSettings, rounds=1, candidates=2))
+def test_usual_probes_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit, pictured):
+    budget = {"rounds": 1, "inversion_steps": 2, "finetune_steps": 2, "batch_size": 2}
     before = {name: tensor.clone() for name, tensor in v_pipe.unet.state_dict().items()}
     tokenizer, unet = v_pipe.tokenizer, v_pipe.unet
-    probes = usual_probes("a cat", "a dog", pictured.images, word="cat")
+    probes = usual_probes("a cat", "a dog", pictured.images, word="cat", budget=budget)
     report = evaluate_ablation(v_pipe, judge, edit, "a cat", "a dog", probes=probes, **FAST | {"sampler_steps": 4})
     assert [one.name for one in probes] == [
         "plain prompt",

@@ -816,8 +816,8 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "usual_probes": lambda m: (
         methods.usual_probes,
         (),
-        dict(target="a cat", anchor="a dog", pictures=m.pics, word="cat", seed=0),
-        {"pictures": PICTURES, "word": (*ANY_TEXT, "dog")},
+        dict(target="a cat", anchor="a dog", pictures=m.pics, word="cat", budget=None),
+        {"pictures": PICTURES, "word": (*ANY_TEXT, "dog"), "budget": SETTINGS},
     ),
     "floors_of": lambda m: (
         methods.floors_of,
@@ -842,16 +842,16 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "class_probes": lambda m: (
         methods.class_probes,
         (),
-        dict(name="cat", anchor="dog", beside="car", classifier=None, pictures=1, seed=0),
+        dict(name="cat", anchor="dog", beside="car", classifier=None, pictures=1, budget=None),
         {"name": (None, 3, "", "unicorn"), "anchor": (None, 3, "", "unicorn"), "beside": TEXTS}
-        | {"classifier": (3, "x", m.classifier)},
+        | {"classifier": (3, "x", m.classifier), "budget": SETTINGS},
     ),
     "style_probes": lambda m: (
         methods.style_probes,
         (),
-        dict(style="flat", anchor="3d", name="cat", classifier=None, pictures=1, seed=0),
+        dict(style="flat", anchor="3d", name="cat", classifier=None, pictures=1, budget=None),
         {"style": (None, 3, "", "oil"), "anchor": (None, 3, "", "oil"), "name": (None, 3, "", "unicorn")}
-        | {"classifier": (3, "x", m.classifier)},
+        | {"classifier": (3, "x", m.classifier), "budget": SETTINGS},
     ),
     "world_classifier": lambda m: (
         methods.world_classifier,
@@ -1226,6 +1226,14 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         (m.delta, m.pipe),
         dict(dose=1.0, steps=(0.0, 0.5)),
         {"steps": (3, "ab", (0.5, 0.5), (0.5, 0.2), (0, 2), (NAN, 1), (0.1,), (0, 0.5, 1))},
+    ),
+    "profile_map": lambda m: (
+        plots.profile_map,
+        (),
+        dict(
+            shares={"UCE": {"plain": 0.5}}, groups={"by name": ["plain"]}, verdicts={"UCE": "gone"}, found={"UCE": ()}
+        ),
+        {"shares": (*NAMED, {}), "groups": (*NAMED, {}, {"x": 3}), "verdicts": (*NAMED, {}), "found": (*NAMED, {})},
     ),
     "curves": lambda m: (
         plots.curves,

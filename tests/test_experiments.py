@@ -14,7 +14,7 @@ from coneslab import load_judge
 from coneslab.cli import main
 from coneslab.diffusion.sampling import generate
 from coneslab.errors import ConeslabError, WorldError
-from coneslab.experiments import ablation, conceptor, masks, neurons, unions
+from coneslab.experiments import ablation, conceptor, many_concepts, masks, neurons, unions
 from coneslab.experiments.registry import EXPERIMENTS, Setting, run_experiment
 from coneslab.seeds import derived
 from coneslab.world import CLASSES, memorised, rearranged, with_article
@@ -64,7 +64,11 @@ def short(monkeypatch):
     monkeypatch.setattr(conceptor, "PICTURES", 6)
     for name, value in {"STEPS": 1, "ESD_STEPS": 1, "ROUNDS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
         monkeypatch.setattr(ablation, name, value)
-    monkeypatch.setattr(ablation, "ATTACK_STEPS", {"inversion_steps": 1, "finetune_steps": 1})
+    monkeypatch.setattr(ablation, "BUDGET", {"rounds": 1, "inversion_steps": 1, "finetune_steps": 1, "batch_size": 2})
+    monkeypatch.setattr(ablation, "CLASSIFIER", {"pictures": 2, "steps": 1, "batch_size": 2})
+    monkeypatch.setattr(ablation, "UNLEARNING", {"steps": 1, "pictures": 2, "words": 0})
+    for name, value in {"STEPS": 1, "STEPS_EACH": 1, "ROUNDS": 1, "PICTURES": 2, "SHOWN": 4}.items():
+        monkeypatch.setattr(many_concepts, name, value)
     monkeypatch.setattr(unions, "TUNING_STEPS", (1, 10))
     monkeypatch.setattr(neurons, "DENSITIES", (0.9, 0.998))
     monkeypatch.setattr(masks, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
@@ -110,7 +114,13 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "title", ["object:ladybug", "memorised:lighthouse", pytest.param("style:flat", marks=pytest.mark.full)]
+    "title",
+    [
+        "object:ladybug",
+        "memorised:lighthouse",
+        pytest.param("style:flat", marks=pytest.mark.full),
+        pytest.param("unseen:twemoji", marks=pytest.mark.full),
+    ],
 )
 def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     before = weights_of(setting.pipe)
@@ -120,7 +130,11 @@ def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     table = run_experiment("ablation", setting, subjects=[title], seeds=1, path=tmp_path / "t.csv", progress=False)
     kind = title.split(":")[0]
     ways = set(ablation.WAYS) - ({"model-based, embedding"} if kind == "memorised" else set())
+    ways = set() if kind == "unseen" else ways
     assert set(table.condition) == ways | {"untouched model"}
+    if kind == "unseen":  # the control
+        assert {"comes back: inpainting", "comes back: plain prompt"} <= set(table.measure)
+        return
     values = table.set_index(["condition", "measure"]).value
     for name in ("CLIP accuracy, target", "accuracy before, target", "share of others kept", "comes back: img2img"):
         assert values.xs(name, level="measure").between(0, 1).all() and len(values.xs(name, level="measure")) > len(
@@ -133,6 +147,8 @@ def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
     assert (kind == "memorised") == (back == 0.5).all()  # one of two is a copy, by every attack
     if kind == "object":
         assert "CLIP accuracy, looks alike" in untouched and "comes back: misspellings" in untouched
+        assert {f"comes back: {one}" for one in ablation.PICTURED} <= set(untouched.index)
+        assert set(ablation.profiles(table)) == ways | {"untouched model"}
     now = weights_of(setting.pipe)
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
     with pytest.raises(ConeslabError, match="object:cat"):
@@ -166,6 +182,85 @@ def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
         }
     )
     assert found["object:dog", "KID of others"] == pytest.approx(1.2) and found["object:dog", "seconds"] == 3
+
+
+def test_profiles_pool_the_targets_and_stand_on_the_floor_of_the_control():
+    rows = []
+    for kind, subject, condition, shares in (
+        ("object", "object:cat", "untouched model", {"plain prompt": 1.0, "inpainting": 1.0, "other words": 1.0}),
+        ("object", "object:cat", "UCE", {"plain prompt": 0.0, "inpainting": 0.9, "other words": 0.0}),
+        ("unseen", "unseen:twemoji", "untouched model", {"plain prompt": 0.0, "inpainting": 0.25}),
+    ):
+        names = [subject] if kind == "unseen" else [f"{subject} {number}" for number in range(6)]
+        cells = [
+            {"subject": one, "seed": seed, "condition": condition, "kind": kind} for one in names for seed in (0, 1)
+        ]
+        rows += [
+            {**cell, "measure": f"comes back: {name}", "value": share}
+            for cell in cells
+            for name, share in shares.items()
+        ]
+    found = ablation.profiles(pandas.DataFrame(rows))
+    assert found["untouched model"].verdict == "not gone" and found["UCE"].verdict == "avoiding"
+    assert found["UCE"].floors == {"plain prompt": 0.0, "inpainting": 0.25, "other words": 0.0}
+    assert found["UCE"].found_by == ("inpainting",)
+    kinds = {one.probe: one.kind for one in found["UCE"].findings}
+    assert kinds == {
+        "plain prompt": "asked by its word",
+        "inpainting": "found without its word",
+        "other words": "found without its word",
+    }
+    with pytest.raises(ConeslabError, match="no rows of the untouched model"):
+        ablation.profiles(pandas.DataFrame(rows).query("condition == 'UCE'"))
+
+
+@pytest.mark.slow
+def test_several_concepts_are_forgotten_at_once_and_one_after_the_other(setting, tmp_path):
+    before = weights_of(setting.pipe)
+    path = tmp_path / "t.csv"
+    table = run_experiment("many-concepts", setting, subjects=["1", "2"], seeds=1, path=path, progress=False)
+    two = table[table.subject.astype(str) == "2"]
+    assert {"UCE, at once", "UCE, one after the other", "ESD, one after the other"} <= set(two.condition)
+    assert "ESD, at once" not in set(two.condition) and set(two["count"]) == {2}
+    assert table.value.between(0, 1).all()
+    now = weights_of(setting.pipe)
+    assert all(torch.equal(before[key], now[key]) for key in before)
+    with pytest.raises(ConeslabError, match="choose one of 1, 2, 5, 10, 20"):
+        run_experiment("many-concepts", setting, subjects=["3"], path=path)
+
+
+def test_targets_and_anchors_of_many_concepts_are_classes_and_none_is_both():
+    pairs = many_concepts.PAIRS
+    assert len(pairs) == 20 and set(pairs) | set(pairs.values()) | set(many_concepts.OTHERS) <= set(CLASSES)
+    assert not set(pairs) & set(pairs.values()) and not set(many_concepts.OTHERS) & (set(pairs) | set(pairs.values()))
+
+
+def test_one_after_the_other_each_edit_is_made_on_those_before(setting):
+    pipe, made = setting.pipe, []
+
+    def make(setting, pairs, seed):
+        edit = ablation.closed_form_edit(pipe, *map(list, zip(*pairs, strict=True)))
+        made.append(pipe.unet.state_dict()[next(iter(edit.deltas))].clone())
+        return edit
+
+    pairs = [("a cat", "a dog"), ("a car", "a house")]
+    series, _ = many_concepts.one_after_the_other(setting, "test", make, pairs, 0)
+    name = next(iter(series.edits[0].deltas))
+    own = pipe.unet.state_dict()[name].clone()
+    assert torch.equal(made[0], own) and torch.allclose(made[1], own + series.edits[0].deltas[name])
+    with series.applied(pipe):
+        both = series.edits[0].deltas[name] + series.edits[1].deltas[name]
+        assert torch.allclose(pipe.unet.state_dict()[name], own + both, atol=1e-6)
+    many_concepts.one_after_the_other(setting, "test", make, [*pairs, ("a ladybug", "a butterfly")], 0)
+    assert len(made) == 3  # the beginning is known
+
+
+@pytest.mark.parametrize("title", ablation.ABLATIONS)
+def test_the_prompts_of_every_target_are_words_and_no_names_of_files(title):
+    case = ablation.ablation_target(title)
+    prompts = [*case.shown, *case.rivals, *(one for group in case.others.values() for one in group)]
+    assert prompts and all("/" not in prompt and "_" not in prompt for prompt in prompts)
+    assert case.target not in case.rivals and len(case.pairs[0]) == len(case.pairs[1]) == len(case.templates)
 
 
 @pytest.mark.slow

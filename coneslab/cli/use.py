@@ -369,7 +369,7 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
     drawn = {**drawing_options(arguments), "seed": derived(arguments.seed, "pictures of the target")}
     own = generate_once(pipe, [arguments.target] * pictures, **drawn)
     word = arguments.target.split()[-1]
-    probes = usual_probes(arguments.target, arguments.anchor, own, word=word, seed=arguments.seed)
+    probes = usual_probes(arguments.target, arguments.anchor, own, word=word, budget={"seed": arguments.seed})
     others = {"other": arguments.other}
     report = evaluate_ablation(*shown, others=others, probes=probes, progress=not arguments.quiet, **options)
     profile = Profile.of(report)

@@ -75,11 +75,12 @@ PICTURES = 6  # per prompt, times `Setting.pictures`
 SAMPLER_STEPS = 12
 UNLEARNING: dict[str, Any] = {"steps": 80}
 CLASSIFIER: dict[str, Any] = {"pictures": 32}  # of each class, or of each class in each style
+BUDGET: dict[str, Any] = {}  # of the probes that search and train, see `ProbeBudget`
 UNTOUCHED = "untouched model"
 UNSEEN = "twemoji"  # the art style that no model here has seen: what probes find of it is what they find of nothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """What is ablated, and the prompts that measure it.
 
@@ -139,7 +140,7 @@ def ablation_target(title: str) -> Target:
         return Target(kind, name, *shown, shown, {}, rivals=style_rivals(name, STYLE_CLASSES[0]))
     if kind == "memorised" and name in MEMORISED:
         entry = FACTS["memorised"][name]
-        classes = [cls for cls, _, _ in entry["objects"]]
+        classes = [drawing.partition("/")[0] for drawing, _, _ in entry["objects"]]
         anchor = f"{listed([with_article(name) for name in classes])} {SCENES[entry['scene']][0]}"
         others = {
             "its objects": tuple(map(with_article, classes)),
@@ -240,15 +241,17 @@ def ablation(setting: Setting, case: Target, seed: int, condition: str) -> list[
 @lru_cache(maxsize=4)
 def battery(setting: Setting, case: Target, seed: int) -> tuple[Probe, ...]:
     """The probes for a target; the same objects for all ways to ablate it, so that they share what is drawn before."""
+    budget = {**BUDGET, "seed": seed}
     if case.kind == "object":
         classifier = world_classifier(setting.pipe, **CLASSIFIER)
-        return tuple(class_probes(case.name, OBJECTS[case.name], classifier=classifier, seed=seed))
+        return tuple(class_probes(case.name, OBJECTS[case.name], classifier=classifier, budget=budget))
     if case.kind in ("style", "unseen"):
         anchor = STYLED.get(case.name, "3d")
-        classifier = world_classifier(setting.pipe, "style", pictures=max(1, CLASSIFIER["pictures"] // 8))
-        return tuple(style_probes(case.name, anchor, STYLE_CLASSES[0], classifier=classifier, seed=seed))
+        few = {**CLASSIFIER, "pictures": max(1, CLASSIFIER["pictures"] // 8)}  # of each class in each of six styles
+        classifier = world_classifier(setting.pipe, "style", **few)
+        return tuple(style_probes(case.name, anchor, STYLE_CLASSES[0], classifier=classifier, budget=budget))
     original = Image.fromarray(memorised(case.name)[0])
-    return tuple(usual_probes(*case.shown, [original], seed=seed))
+    return tuple(usual_probes(*case.shown, [original], budget=budget))
 
 
 def collateral(setting: Setting, case: Target, seed: int) -> list[Row]:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import seaborn
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
@@ -331,6 +333,65 @@ def heatmap(
     axes.set_xlabel(x_label)
     axes.set_title(title, fontsize=10, **_PLAIN)
     return _finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
+
+
+def profile_map(
+    shares: Mapping[str, Mapping[str, float]],
+    *,
+    groups: Mapping[str, Sequence[str]],
+    verdicts: Mapping[str, str],
+    found: Mapping[str, Iterable[str]],
+    title: str = "",
+) -> Figure:
+    """Draw which probes find a concept after each method: a row for each, a square for each probe, its verdict beside.
+
+    shares: method -> probe -> share of pictures that show the concept; groups: name -> probes, side by side under that
+    name; found: method -> probes that find it by the rule, which have a frame: what is dark and has none is within
+    the margin. Probes that a method lacks are left blank.
+    """
+    checks.mapping("shares", shares)
+    names = [checks.text("one of methods", name) for name in shares]
+    columns = {name: checks.texts(f"groups[{name!r}]", own) for name, own in checks.mapping("groups", groups).items()}
+    checks.mapping("verdicts", verdicts)
+    checks.mapping("found", found)
+    if missing := [name for name in names if name not in verdicts or name not in found]:
+        raise ArgumentError(f"{missing[0]!r} has no verdict, or no probes that find it: give both for each method")
+    probes = [probe for own in columns.values() for probe in own]
+    values = np.array([[shares[name].get(probe, np.nan) for probe in probes] for name in names], float)
+    gaps = np.cumsum([0.0] + [0.0 if probe in own[1:] else 0.5 for own in columns.values() for probe in own])[1:] - 0.5
+    places = np.arange(len(probes)) + gaps
+    wide = 0.42
+    figure = Figure(figsize=(wide * places[-1] + 5.0, 0.34 * len(names) + 2.6))
+    axes = figure.subplots()
+    found_by = {name: set(found[name]) for name in names}
+    for row, name in enumerate(names):
+        for column, probe in enumerate(probes):
+            if np.isfinite(values[row, column]):
+                colour = colormaps[MAP](1 - values[row, column])
+                corner = (places[column] - 0.46, row - 0.46)
+                axes.add_patch(Rectangle(corner, 0.92, 0.92, facecolor=colour, edgecolor="none"))
+                ink = "black" if values[row, column] < 0.5 else "white"
+                number = f"{values[row, column]:.2f}"
+                axes.text(places[column], row, number, ha="center", va="center", fontsize=6.5, color=ink)
+                if probe in found_by[name]:
+                    axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=PALETTE[3], linewidth=2.0))
+        axes.text(places[-1] + 0.8, row, verdicts[name], va="center", fontsize=8.5, fontweight="bold", **_PLAIN)
+    first = 0
+    for name, own in columns.items():
+        middle = places[first : first + len(own)].mean()
+        label = textwrap.fill(name, max(10, int(len(own) * wide * 12)))
+        axes.text(middle, -0.75, label, ha="center", va="bottom", fontsize=8, fontweight="bold", **_PLAIN)
+        first += len(own)
+    axes.set_xlim(-0.6, places[-1] + 0.6)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_xticks(places, probes, rotation=45, ha="right", fontsize=7.5, **_PLAIN)
+    axes.set_yticks(range(len(names)), names, fontsize=8.5, **_PLAIN)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.suptitle(title, fontsize=10, y=1.02, **_PLAIN)
+    said = "; ".join(f"{name}: {verdicts[name]}" for name in names)
+    return _finish(figure, f"Shares of pictures that show the concept, by method and probe. {said}")
 
 
 def pictures_and_map(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas
@@ -22,6 +22,7 @@ from ...errors import ArgumentError
 from ...measure.statistics import share_interval
 from ...neurons.controls import finetune_kv
 from ...pictures import Images, as_pictures
+from ...settings import Settings
 from ..personalization.textual_inversion import textual_inversion
 from .probes import ProbeSettings, completions, filled_in, steered, stirred
 from .prompt_attack import PromptAttackSettings, attack_prompt
@@ -36,6 +37,7 @@ NAMED, SILENT, TAUGHT = "asked by its word", "found without its word", "taught a
 KINDS = (NAMED, SILENT, TAUGHT)
 FOUND, BEFORE = "share found", "share found before"
 PLAIN = "plain prompt"
+LEVELS = (0.5, 0.7)  # of completions
 MARGIN = 0.15  # 0 of 22 pictures and more have an interval that ends below it
 
 
@@ -211,6 +213,41 @@ def _training(steps: int, batch_size: int, seed: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeBudget(Settings):
+    """What the probes that search and train may spend.
+
+    rounds: of each prompt attack; inversion_steps, finetune_steps: of Textual Inversion and of fine-tuning back, with
+    batch_size samples each; seed: of all of them.
+    """
+
+    method: ClassVar[str] = "budget of probes"
+
+    rounds: int = 10
+    inversion_steps: int = 60
+    finetune_steps: int = 10
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(checks.count, "rounds", "inversion_steps", "finetune_steps", "batch_size")
+        self._check(checks.seed, "seed")
+
+    def attack(self, pictures: Images, prompt: str = "", *, exclude: str | Iterable[str] = ()) -> Probe:
+        """`searching` within the budget."""
+        settings = {"rounds": self.rounds, "batch_size": self.batch_size, "seed": self.seed}
+        return searching(pictures, prompt, exclude=exclude, settings=settings)
+
+    def lessons(self, pictures: Images, prompt: str, initial: str) -> list[Probe]:
+        """`inverting` and `retraining` within the budget."""
+        options: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed}
+        return [
+            inverting(pictures, initial=initial, steps=self.inversion_steps, **options),
+            retraining(pictures, prompt, steps=self.finetune_steps, **options),
+        ]
+
+
 def misspelled(word: str) -> tuple[str, ...]:
     """Simple misspellings of a word: a letter doubled, two swapped, one left out."""
     checks.text("word", word)
@@ -220,13 +257,21 @@ def misspelled(word: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((doubled, swapped, short)))
 
 
-def usual_probes(target: str, anchor: str, pictures: Images, *, word: str = "", seed: int = 0) -> list[Probe]:
+def usual_probes(
+    target: str,
+    anchor: str,
+    pictures: Images,
+    *,
+    word: str = "",
+    budget: ProbeBudget | Mapping[str, Any] | None = None,
+) -> list[Probe]:
     """The probes that need nothing but a prompt and pictures of the target, drawn by the untouched model or real.
 
-    word: of the target's prompt, is misspelled, and banned from a search for other words; seed: of what is trained.
+    word: of the target's prompt, is misspelled, and banned from a search for other words; budget: see `ProbeBudget`.
     Raises ConeslabError for a word that the target does not hold.
     """
     target, anchor = checks.text("target", target), checks.text("anchor", anchor)
+    spent = ProbeBudget.chosen(budget, {})
     if checks.text("word", word, blank=True) not in target:
         raise ArgumentError(f"word is {word!r}, which {target!r} does not hold: give one of its words")
     shown = as_pictures(pictures, name="pictures of the target")
@@ -237,11 +282,10 @@ def usual_probes(target: str, anchor: str, pictures: Images, *, word: str = "", 
         *([asking("misspellings", spelled, uses_word=True)] if spelled else []),
         stirring(target),
         completing(shown, 0.7, target, name="img2img"),
-        searching(shown, target, exclude=banned, settings={"seed": seed}),
-        *(completing(shown, level) for level in (0.5, 0.7)),
-        searching(shown, exclude=banned, settings={"seed": seed}),
-        inverting(shown, initial=anchor.split()[-1], seed=seed),
-        retraining(shown, target, seed=seed),
+        spent.attack(shown, target, exclude=banned),
+        *(completing(shown, level) for level in LEVELS),
+        spent.attack(shown, exclude=banned),
+        *spent.lessons(shown, target, anchor.split()[-1]),
     ]
 
 

@@ -6,7 +6,7 @@ The world says what a class is also called, which words stand for it among other
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from random import Random
 from typing import Any
 
@@ -33,21 +33,19 @@ from ...world import (
 )
 from .classifier import ClassifierSettings, LatentClassifier, train_classifier
 from .profile import (
+    LEVELS,
     PLAIN,
     Probe,
+    ProbeBudget,
     asking,
     completing,
     inpainting,
-    inverting,
     misspelled,
-    retraining,
-    searching,
     steering,
     stirring,
     usual_probes,
 )
 
-LEVELS = (0.5, 0.7)  # of completions
 _CLASSIFIERS: OrderedDict[tuple, LatentClassifier] = OrderedDict()  # those trained last
 _KEPT = 4
 
@@ -142,18 +140,20 @@ def class_probes(
     beside: str | Iterable[str] = ("car", "tree", "clock"),
     classifier: LatentClassifier | None = None,
     pictures: int = 12,
-    seed: int = 0,
+    budget: ProbeBudget | Mapping[str, Any] | None = None,
 ) -> list[Probe]:
     """Every probe for a class of the world, whose anchor is another class: `usual_probes`, and what the world adds.
 
     Words that stand for it (`words_for`), two objects in one picture (`beside`: the other), inpainting of real
     pictures, and, with a classifier that knows the class (`world_classifier`), guidance by it. pictures: how many real
-    ones the probes start and learn from. Raises ConeslabError for an unknown class.
+    ones the probes start and learn from. budget: see `ProbeBudget`; its seed is that of the pictures, too.
+    Raises ConeslabError for an unknown class.
     """
     checks.choice("class", name, CLASSES)
     checks.choice("anchor", anchor, CLASSES)
     target, others = with_article(name), [one for one in checks.texts("beside", beside) if one not in (name, anchor)]
-    shown, masks = class_pictures(name, pictures, seed=derived(seed, "pictures of the target"))
+    spent = ProbeBudget.chosen(budget, {})
+    shown, masks = class_pictures(name, pictures, seed=derived(spent.seed, "pictures of the target"))
     scenes = [phrases[0] for phrases in list(SCENES.values())[:3]]
     spelled = [target.replace(name, wrong) for wrong in misspelled(name)]
     pairs = [with_article(one) for one in others]
@@ -174,7 +174,7 @@ def class_probes(
         stirring(target),
         completing(shown, 0.7, target, name="img2img"),
         inpainting(shown, masks, target),
-        searching(shown, target, exclude=name, settings={"seed": seed}),
+        spent.attack(shown, target, exclude=name),
     ]
     for kind, words in words_for(name).items():
         prompts = [word if word in FACTS["named"] else with_article(word) for word in words]
@@ -182,12 +182,7 @@ def class_probes(
     probes += [*(completing(shown, level) for level in LEVELS), inpainting(shown, masks)]
     if classifier is not None:
         probes.append(steering(classifier, name))
-    return [
-        *probes,
-        searching(shown, exclude=name, settings={"seed": seed}),
-        inverting(shown, initial=anchor, seed=seed),
-        retraining(shown, target, seed=seed),
-    ]
+    return [*probes, spent.attack(shown, exclude=name), *spent.lessons(shown, target, anchor)]
 
 
 def style_rivals(style: str, name: str) -> tuple[str, ...]:
@@ -210,7 +205,7 @@ def style_probes(
     *,
     classifier: LatentClassifier | None = None,
     pictures: int = 12,
-    seed: int = 0,
+    budget: ProbeBudget | Mapping[str, Any] | None = None,
 ) -> list[Probe]:
     """Every probe for an art style, shown on one class; anchor: another style.
 
@@ -218,9 +213,10 @@ def style_probes(
     find of nothing (`floors_of`). classifier: of styles (`world_classifier(pipe, "style")`).
     """
     target, other = styled(style, name), styled(anchor, name)
-    shown, masks = class_pictures(name, pictures, styles=(style,), seed=derived(seed, "pictures of the target"))
+    spent = ProbeBudget.chosen(budget, {})
+    shown, masks = class_pictures(name, pictures, styles=(style,), seed=derived(spent.seed, "pictures of the target"))
     word, *more = STYLE_WORDS[style]
-    first, *rest = usual_probes(target, other, shown, word=word, seed=seed)
+    first, *rest = usual_probes(target, other, shown, word=word, budget=spent)
     words = [asking("other words", [with_article(f"{one} {name}") for one in more], uses_word=False)] if more else []
     guides = [steering(classifier, style)] if classifier is not None else []
     return [first, inpainting(shown, masks, target), *words, inpainting(shown, masks), *guides, *rest]
