@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from coneslab.diffusion.encoding import encode_prompts
+from coneslab.diffusion.encoding import encode_images, encode_prompts
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.diffusion.loss import add_noise, denoising_loss, target
+from coneslab.diffusion.sampling import generate
 from coneslab.edits.base import Combined, Edit, load_edit
 from coneslab.edits.tokens import TokenEdit
 from coneslab.edits.weights import WeightDelta
 from coneslab.errors import ConeslabError
 from coneslab.finetuning.samples import CaptionedLatents, numbered_batches
+from coneslab.methods.ablation import unlearning
 from coneslab.methods.ablation.concept_ablation import ablate, ablation_data
 from coneslab.methods.ablation.concept_prune import prune_feed_forward
 from coneslab.methods.ablation.esd import erase
@@ -386,3 +388,77 @@ def test_the_denoising_loss_takes_another_target(v_pipe):
     loss = denoising_loss(v_pipe, latents, text, noise=noise, timesteps=t, regression_target=other)
     made = v_pipe.unet(add_noise(v_pipe.scheduler, latents, noise, t), t, encoder_hidden_states=text.expand(2, -1, -1))
     assert torch.allclose(loss, (made.sample - other).square().mean())
+
+
+# --- unlearning ---
+
+UNLEARN = {"pictures": 2, "sampler_steps": 2, "batch_size": 6, "preserve_batch_size": 2, "progress": False}
+
+
+def test_unlearning_aims_at_the_anchor_whatever_is_read_and_keeps_the_rest(v_pipe, monkeypatch):
+    """The regression targets of one batch, computed again from the untouched U-Net."""
+    seen = {}
+
+    def kept(pipe, data, batch_at, settings, **options):
+        seen["data"], seen["batch"] = data, batch_at(0, None)
+        return {}, {}
+
+    monkeypatch.setattr(unlearning, "tune_unet", kept)
+    unlearn(v_pipe, "a cat", "a dog", preserve="a car", eta=0.5, words=1, steps=1, dtype=torch.float32, **UNLEARN)
+    data, batch = seen["data"], seen["batch"]
+    texts = {name: encode_prompts(v_pipe, [name])[0] for name in ("a cat", "a dog", "a car", "")}
+    known = [next((name for name, text in texts.items() if torch.equal(text, part.text)), None) for part in data]
+    assert known[:2] == ["a cat", ""] and known[2] is None and known[3:] == ["a dog", "", "a car", ""]
+    assert sum(part.weight for part in data[:3]) == pytest.approx(1) == sum(part.weight for part in data[3:])
+    noisy = add_noise(v_pipe.scheduler, batch.latents, batch.noise, batch.timesteps)
+    start = 0
+    for number, part in enumerate(data):
+        rows = slice(start, start + part.batch_size)
+        start += part.batch_size
+
+        def predicted(name, rows=rows):
+            text = texts[name].expand(rows.stop - rows.start, -1, -1)
+            with torch.no_grad():
+                return v_pipe.unet(noisy[rows], batch.timesteps[rows], encoder_hidden_states=text).sample
+
+        dog = predicted("a dog")
+        wanted = dog + 0.5 * (dog - predicted("a cat")) if number < 3 else predicted(known[number])
+        assert torch.allclose(batch.regression_target[rows], wanted, atol=1e-4)
+
+
+def test_unlearning_changes_what_is_predicted_on_the_targets_pictures_without_a_word(v_pipe, pictured):
+    options = {**UNLEARN, "steps": 40, "learning_rate": 5e-4, "words": 0, "eta": 0.0, "preserve_weight": 0.0}
+    edit = unlearn(v_pipe, "a cat", "a dog", images=pictured.images, **options)
+    assert any("attn1" in name or "conv" in name for name in edit.deltas)  # the whole U-Net
+    latents, when = encode_images(v_pipe, pictured.images), torch.tensor([200, 500, 800])
+    noisy = add_noise(v_pipe.scheduler, latents, torch.randn(latents.shape, generator=torch.Generator()), when)
+
+    def predicted(prompt):
+        with torch.no_grad():
+            return v_pipe.unet(noisy, when, encode_prompts(v_pipe, [prompt] * 3)).sample
+
+    aim, before = predicted("a dog"), predicted("")
+    with edit.applied(v_pipe):
+        after = predicted("")
+    assert (after - aim).norm() < 0.97 * (before - aim).norm()
+
+
+def test_unlearning_goes_on_where_it_was_interrupted(v_pipe, tmp_path):
+    options = {**UNLEARN, "words": 0}
+    whole = unlearn(v_pipe, "a cat", "a dog", steps=2, **options)
+    file = tmp_path / "run.safetensors"
+    unlearn(v_pipe, "a cat", "a dog", steps=1, resume=file, **options)
+    rest = unlearn(v_pipe, "a cat", "a dog", steps=2, resume=file, **options)
+    assert all(torch.allclose(one, rest.deltas[name], atol=1e-6) for name, one in whole.deltas.items())
+    with pytest.raises(ConeslabError, match="another run"):
+        unlearn(v_pipe, "a cat", "a dog", steps=2, preserve="a car", resume=file, **options)
+
+
+def test_neurons_at_the_targets_word_leave_other_prompts_alone(v_pipe):
+    options = {"batch_size": 4, "rate": 0.6, "threshold_quantile": 0.9, "progress": False}
+    found = ablating_neurons(v_pipe, "a cat", "a dog", **DRAW, rounds=3, scope="subject", **options)
+    assert found.scope == ("cat",) and len(found)
+    before = generate(v_pipe, ["a cat", "a dog", "a house"], sampler_steps=2)
+    with found.applied(v_pipe):
+        after = generate(v_pipe, ["a cat", "a dog", "a house"], sampler_steps=2)
+    assert after[0] != before[0] and after[1:] == before[1:]

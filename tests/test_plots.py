@@ -124,3 +124,22 @@ def test_names_are_shown_as_they_are(draw, monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda given: shown.append(given.data))
     plots.show(figure)
     assert "<cat*>" not in shown[0] and shown[0].count("<") == 1
+
+
+def test_a_profile_map_shows_shares_verdicts_and_what_is_found():
+    shares = {"untouched": {"plain": 1.0, "inpainting": 0.75}, "UCE": {"plain": 0.0}}
+    figure = plots.profile_map(
+        shares,
+        groups={"by name": ["plain"], "without": ["inpainting"]},
+        verdicts={"untouched": "not gone", "UCE": "removing"},
+        found={"untouched": ["plain", "inpainting"], "UCE": []},
+    )
+    (axes,) = figure.axes
+    written = {text.get_text() for text in axes.texts}
+    assert {"1.00", "0.75", "0.00", "not gone", "removing", "by name", "without"} <= written
+    framed = [patch for patch in axes.patches if not patch.get_fill()]
+    assert len(framed) == 2 and all(-0.5 < patch.get_y() < 0 for patch in framed)  # both in the first row
+    assert len(axes.patches) == 5  # three shares are known; two are framed
+    assert "UCE: removing" in figure.get_label()
+    with pytest.raises(ConeslabError, match="'UCE' has no verdict"):
+        plots.profile_map(shares, groups={"by name": ["plain"]}, verdicts={"untouched": "x"}, found={"untouched": []})

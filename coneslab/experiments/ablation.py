@@ -304,6 +304,7 @@ def _measured(setting: Setting, case: Target, edit: Edit | None, seed: int, **co
 PICTURED = (  # probes that use no word at all, in the order of a figure
     "completion from 0.5",
     "completion from 0.7",
+    "completion from 0.85",
     "inpainting",
     "classifier guidance",
     "prompt attack, without its word",

@@ -37,7 +37,7 @@ NAMED, SILENT, TAUGHT = "asked by its word", "found without its word", "taught a
 KINDS = (NAMED, SILENT, TAUGHT)
 FOUND, BEFORE = "share found", "share found before"
 PLAIN = "plain prompt"
-LEVELS = (0.5, 0.7)  # of completions
+LEVELS = (0.5, 0.7, 0.85)  # of completions; a picture noised less finishes itself, whoever finishes it (`floors_of`)
 MARGIN = 0.15  # 0 of 22 pictures and more have an interval that ends below it
 
 
@@ -336,7 +336,8 @@ class Profile:
 
     The rule, which was written down before anything was measured: a probe *finds* the concept if the lower end of its
     share's 95 % Wilson interval is above floor + margin, and *clears* it if the upper end is not. The floor is what the
-    same probe finds in a model that never learned its concept (see `floors`), 0 where none is given. Then the model is
+    same probe finds in a model that never learned its concept (see `floors_of`), 0 where none is given; a picture that
+    is noised little shows what it showed in any model, so a completion needs one. Then the model is
 
     - "never there" if no probe finds it in the untouched model either,
     - "not gone" if the plain prompt finds it,

@@ -21,7 +21,6 @@ from ...callback import Callback
 from ...diffusion.checks import require_editable
 from ...diffusion.encoding import encode_images, encode_prompts, require_read
 from ...diffusion.loss import add_noise
-from ...diffusion.loss import target as regression_target
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import fast_dtype, frozen_copy
 from ...edits.weights import WeightDelta, model_fingerprint
@@ -109,25 +108,19 @@ def unlearn(
     latents = drawn[: len(asked)] if shown is None else encode_images(pipe, shown).detach()
     parts = latents.split(each["targets"]) if shown is None else (latents,) * len(captions)
     data, aims = _data(pipe, settings, captions, others, parts, kept, drawn[len(asked) :].split(each["kept"]))
-    untouched = frozen_copy(pipe.unet, dtype or fast_dtype(pipe.unet))
+    untouched, counts = frozen_copy(pipe.unet, dtype or fast_dtype(pipe.unet)), [part.batch_size for part in data]
+    towards = torch.cat([plus.expand(count, -1, -1) for (plus, _), count in zip(aims, counts, strict=True)])
+    away = [minus.expand(count, -1, -1) for (_, minus), count in zip(aims, counts, strict=True) if minus is not None]
+    off, rows = torch.cat(away), slice(0, sum(map(len, away)))  # the targets come first
     numbered = numbered_batches(pipe, data, settings.seed)
-    counts = [part.batch_size for part in data]
 
     def batch_at(number: int, unet: Any) -> NoisyBatch:
         batch = numbered(number)
         noisy = add_noise(pipe.scheduler, batch.latents, batch.noise, batch.timesteps)
-        aim = regression_target(pipe.scheduler, batch.latents, batch.noise, batch.timesteps).clone()
         with torch.no_grad():
-            ends = torch.tensor(counts).cumsum(0).tolist()
-            for (plus, minus), end, count in zip(aims, ends, counts, strict=True):
-                rows = slice(end - count, end)
-
-                def predicted(text: Tensor, rows: slice = rows) -> Tensor:
-                    texts = text.expand(rows.stop - rows.start, -1, -1)
-                    return untouched(noisy[rows], batch.timesteps[rows], encoder_hidden_states=texts).sample.to(aim)
-
-                wanted = predicted(plus)
-                aim[rows] = wanted if minus is None else wanted + settings.eta * (wanted - predicted(minus))
+            aim = untouched(noisy, batch.timesteps, encoder_hidden_states=towards).sample.to(batch.latents)
+            shown = untouched(noisy[rows], batch.timesteps[rows], encoder_hidden_states=off).sample.to(aim)
+        aim[rows] += settings.eta * (aim[rows] - shown)
         return replace(batch, regression_target=aim)
 
     named, model = ", ".join(targets), model_fingerprint(pipe)
