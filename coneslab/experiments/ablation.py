@@ -7,7 +7,7 @@ the start noise, and what the untouched model draws is drawn once for all cells 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -80,7 +80,7 @@ UNTOUCHED = "untouched model"
 UNSEEN = "twemoji"  # the art style that no model here has seen: what probes find of it is what they find of nothing
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Target:
     """What is ablated, and the prompts that measure it.
 
@@ -94,7 +94,7 @@ class Target:
     target: str
     anchor: str
     shown: tuple[str, str]
-    others: dict[str, tuple[str, ...]]
+    others: dict[str, tuple[str, ...]] = field(hash=False)
     templates: tuple[str, ...] = ("{}",)
     rivals: tuple[str, ...] = ()
 
