@@ -19,6 +19,7 @@ from coneslab.diffusion.sampling import (
     timestep_pairs,
 )
 from coneslab.errors import ArgumentError, ConeslabError, MismatchError
+from coneslab.finetuning.samples import CaptionedLatents, sample_batches
 from coneslab.measure.statistics import share_interval
 from coneslab.methods.ablation import profile
 from coneslab.methods.ablation.classifier import LatentClassifier, train_classifier
@@ -26,6 +27,7 @@ from coneslab.methods.ablation.probes import ProbeSettings, completions, filled_
 from coneslab.methods.ablation.profile import KINDS, NAMED, PLAIN, SILENT, TAUGHT, Finding, Probe, Profile, asking
 from coneslab.methods.ablation.prompt_attack import attack_prompt, words_of
 from coneslab.methods.ablation.world_probes import class_pictures, class_probes, style_probes, words_for
+from coneslab.seeds import derived
 from coneslab.world import CLASSES, drawings_of
 
 FEW = {"sampler_steps": 4, "seed": 5}
@@ -135,6 +137,25 @@ def test_what_is_not_hidden_comes_back_and_what_is_hidden_is_not_seen(v_pipe, la
     assert same(everything, generate(v_pipe, "a cat", **FEW))  # nothing is known: a picture like any other
 
 
+def test_before_every_step_the_rest_is_the_picture_with_the_noise_of_the_step(v_pipe, latents_of, full_precision):
+    (shown,), mask = random_pictures(1), np.zeros((16, 16), bool)
+    mask[4:9, 6:12] = True  # rows 2 to 4 and columns 3 to 5 of latents that are two pixels wide
+    found = latents_of(filled_in, v_pipe, [shown], [mask], "a cat", **FEW)
+    blanked = np.asarray(shown).copy()
+    blanked[mask] = blanked[~mask].mean(0).round()
+    known, noise = encode_images(v_pipe, [Image.fromarray(blanked)]), start_noise(v_pipe, [5])
+    hidden = torch.zeros(1, 1, 8, 8)
+    hidden[..., 2:5, 3:6] = 1
+    text, empty, x = encode_prompts(v_pipe, ["a cat"]), encode_prompts(v_pipe, [""]), noise
+    with torch.no_grad():
+        for t, after in timestep_pairs(v_pipe, 4):
+            abar = v_pipe.scheduler.alphas_cumprod[t]
+            x = hidden * x + (1 - hidden) * (abar**0.5 * known + (1 - abar) ** 0.5 * noise)
+            clean, error = clean_and_noise(v_pipe.scheduler, x, guided(v_pipe, x, t, text, empty, 3.0), t)
+            x = abar_at(v_pipe, after) ** 0.5 * clean + (1 - abar_at(v_pipe, after)) ** 0.5 * error
+    assert torch.allclose(found, hidden * x + (1 - hidden) * known, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "draw",
     [
@@ -215,9 +236,6 @@ def test_an_attack_lowers_the_loss_with_words_that_are_read_as_they_are_written(
     assert ids[:2] == [known[word] for word in found.words]
     assert found == attack_prompt(v_pipe, shown, "a cat", exclude="cat", dtype=torch.float32, **options)
     # its losses are those of the prompts, on the same noisy pictures
-    from coneslab.finetuning.samples import CaptionedLatents, sample_batches
-    from coneslab.seeds import derived
-
     latents = encode_images(v_pipe, shown)
     data = [CaptionedLatents(latents, torch.zeros(1, 1), 4)]
     batch = next(sample_batches(v_pipe, data, seed=derived(0, "noises of a prompt attack")))
@@ -226,6 +244,48 @@ def test_an_attack_lowers_the_loss_with_words_that_are_read_as_they_are_written(
             text = encode_prompts(v_pipe, [prompt])
             own = denoising_loss(v_pipe, batch.latents, text, noise=batch.noise, timesteps=batch.timesteps)
         assert loss == pytest.approx(float(own), rel=1e-4)
+
+
+def test_the_gradient_proposes_and_the_loss_decides(v_pipe):
+    """One place, one proposal: the word whose embedding lies farthest down the slope, kept only if it is better."""
+    shown, table = random_pictures(3), v_pipe.text_encoder.get_input_embeddings().weight.detach()
+    options = {"tokens": 1, "candidates": 1, "proposals": 1, "batch_size": 4, "dtype": torch.float32}
+    latents = encode_images(v_pipe, shown)
+    words, better = words_of(v_pipe), []
+    for seed in range(6):
+        first = attack_prompt(v_pipe, shown, rounds=1, seed=seed, **options)
+        data = [CaptionedLatents(latents, torch.zeros(1, 1), 4)]
+        batch = next(sample_batches(v_pipe, data, seed=derived(seed, "noises of a prompt attack")))
+        fixed = {"noise": batch.noise, "timesteps": batch.timesteps}
+
+        def loss_of(prompt, batch=batch, fixed=fixed):
+            with torch.no_grad():
+                return float(denoising_loss(v_pipe, batch.latents, encode_prompts(v_pipe, [prompt]), **fixed))
+
+        generator = torch.Generator().manual_seed(derived(seed, "prompt attack"))
+        start = list(words)[int(torch.randint(len(words), (1,), generator=generator))]
+        ids = v_pipe.tokenizer(words[start], padding="max_length", max_length=12, return_tensors="pt").input_ids
+        slope = torch.zeros(24)
+        for number in range(24):  # finite differences, one number of the embedding at a time
+            ends = []
+            for step in (-1e-2, 1e-2):
+
+                def moved(module, args, output, number=number, step=step):
+                    output = output.clone()
+                    output[:, 1, number] += step
+                    return output
+
+                handle = v_pipe.text_encoder.get_input_embeddings().register_forward_hook(moved)
+                with torch.no_grad():
+                    text = v_pipe.text_encoder(ids)[0]
+                    ends.append(float(denoising_loss(v_pipe, batch.latents, text, **fixed)))
+                handle.remove()
+            slope[number] = (ends[1] - ends[0]) / 2e-2
+        proposed = min(words, key=lambda token, slope=slope: float(table[token] @ slope))
+        losses = {words[token]: loss_of(words[token]) for token in (start, proposed)}
+        assert first.words[0] == min(losses, key=losses.__getitem__)
+        better.append(first.words[0] != words[start])
+    assert any(better) and not all(better)
 
 
 def test_an_attack_without_room_or_words_is_refused(v_pipe):

@@ -47,9 +47,9 @@ class UnlearningSettings(TuningSettings, SamplerSettings):
 
     method: ClassVar[str] = "unlearning"
 
-    steps: int = 80
-    learning_rate: float = 2e-4
-    eta: float = 1.0
+    steps: int = 100
+    learning_rate: float = 3e-4
+    eta: float = 3.0
     pictures: int = 48
     batch_size: int = 12
     preserve_batch_size: int = 12
