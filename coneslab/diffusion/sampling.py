@@ -74,13 +74,15 @@ def require_steps(pipe: Pipeline, sampler_steps: int) -> int:
 
 def timestep_pairs(pipe: Pipeline, sampler_steps: int) -> list[tuple[int, int]]:
     """(timestep, next timestep) from most to least noise, spaced as the scheduler's config says; -1 is clean."""
-    pipe.scheduler.set_timesteps(sampler_steps)
+    require_pipeline(pipe)
+    pipe.scheduler.set_timesteps(require_steps(pipe, sampler_steps))
     times = [int(t) for t in pipe.scheduler.timesteps]
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
 def abar_at(pipe: Pipeline, timestep: int) -> Tensor:
     """abar at a timestep; past the last one, the scheduler's value for the clean end."""
+    require_pipeline(pipe)
     if timestep >= 0:
         return alphas_cumprod(pipe)[timestep]
     final = getattr(pipe.scheduler, "final_alpha_cumprod", torch.tensor(1.0))

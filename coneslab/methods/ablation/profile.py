@@ -16,6 +16,7 @@ import pandas
 from PIL import Image
 
 from ... import checks
+from ...diffusion.checks import require_pipeline
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.sampling import generate, require_steps
 from ...errors import ArgumentError
@@ -301,7 +302,8 @@ def _drawing(settings: ProbeSettings) -> dict[str, Any]:
 
 def require_probes(pipe: Pipeline, probes: Any, settings: ProbeSettings) -> list[Probe]:
     """Probes with names of their own. Raises ArgumentError for anything else, or steps that the schedule lacks."""
-    require_steps(pipe, settings.sampler_steps)
+    require_pipeline(pipe)
+    require_steps(pipe, checks.of_kind("settings", settings, ProbeSettings).sampler_steps)
     found = checks.items("probes", probes, Probe, least=0)
     names = [probe.name for probe in found]
     twice = sorted({name for name in names if names.count(name) > 1})

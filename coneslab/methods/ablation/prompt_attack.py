@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ...diffusion.checks import require_editable
+from ...diffusion.checks import require_editable, require_pipeline
 from ...diffusion.encoding import encode_ids, encode_images, tokenize
 from ...diffusion.loss import Denoiser, denoising_loss
 from ...diffusion.pipelines import Pipeline
@@ -141,7 +141,8 @@ def attack_prompt(
 
 def words_of(pipe: Pipeline, exclude: Sequence[str] = ()) -> dict[int, str]:
     """Token ids that are words of their own, and the words: a prompt of them is read as those very tokens."""
-    tokenizer = pipe.tokenizer
+    require_pipeline(pipe)
+    tokenizer, exclude = pipe.tokenizer, checks.texts("exclude", exclude, least=0)
     banned = {token for text in exclude for token in tokenizer(text, add_special_tokens=False).input_ids}
     banned |= set(tokenizer.all_special_ids)
     texts = {token: tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size) if token not in banned}
