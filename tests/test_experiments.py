@@ -12,10 +12,13 @@ from PIL import Image
 
 from coneslab import load_judge
 from coneslab.cli import main
+from coneslab.diffusion.kvspace import KVLayer, KVLayout
 from coneslab.diffusion.sampling import generate
 from coneslab.errors import ConeslabError, WorldError
-from coneslab.experiments import ablation, conceptor, many_concepts, masks, neurons, unions
+from coneslab.experiments import ablation, conceptor, many_concepts, masks, neurons, parts, unions
 from coneslab.experiments.registry import EXPERIMENTS, Setting, run_experiment
+from coneslab.experiments.setting import VARIANTS
+from coneslab.neurons.mask import ConceptNeurons
 from coneslab.seeds import derived
 from coneslab.world import CLASSES, memorised, rearranged, with_article
 
@@ -28,7 +31,14 @@ EXPECTED = {
         {"bytes", "concept loss"},
     ),
     "damage": ({"untouched model", "whole mask", "flipped 0.02", "dropped 0.5", "moved 1"}, SUBJECT_MEASURES),
-    "density": ({"untouched model", "concept neurons 0.9", "random mask 0.998"}, SUBJECT_MEASURES),
+    "parts": (
+        {"untouched model", "whole mask", "most-shut half", "as many as keys", "densest heads"},
+        SUBJECT_MEASURES,
+    ),
+    "density": (
+        {"untouched model", "concept neurons 0.9", "random mask 0.998", "concept neurons at its words 0.998"},
+        SUBJECT_MEASURES,
+    ),
     "references": ({f"{count} picture{'s' * (count != 1)}" for count in range(6)}, SUBJECT_MEASURES),
     "agreement": (
         {"same subject, other seed", "another subject", "random mask"},
@@ -36,7 +46,8 @@ EXPECTED = {
     ),
     "finders": ({"untouched model", *neurons.FINDERS}, SUBJECT_MEASURES),
     "together": (
-        {"untouched model", "random mask", "own mask alone", "union", "union, float", "union, 10 steps"},
+        {"untouched model", "random mask", "own mask alone", "union", "union, float", "union, 10 steps"}
+        | {f"union, {name}" for name in VARIANTS},
         {"text alignment", "image alignment", "image alignment, cat", "every subject found", "additivity: cosine"},
     ),
 }
@@ -87,6 +98,44 @@ def test_an_experiment_measures_every_condition(name, setting, tmp_path):
     now = weights_of(setting.pipe)
     assert all(torch.equal(before[key], now[key]) for key in before)
     pandas.testing.assert_frame_equal(pandas.read_csv(tmp_path / "table.csv"), table, check_dtype=False, rtol=1e-4)
+
+
+LAYOUT = KVLayout(
+    (
+        KVLayer("one.attn2.to_k.weight", "mid", "K", 0, 4, (4, 2), 0),
+        KVLayer("one.attn2.to_v.weight", "mid", "V", 0, 4, (4, 2), 8),
+    )
+)
+
+
+def graded(places: list[int], scales: list[float]) -> ConceptNeurons:
+    return ConceptNeurons(LAYOUT, places, scales, "f" * 64, subject="cat")
+
+
+def test_the_core_of_a_mask_is_what_is_shut_most():
+    found = graded([1, 2, 5, 9, 12], [0.1, 0.4, 0.9, 0.0, 0.2])  # 5 counts as open
+    assert parts.core(found, 0.5, seed=0).indices.tolist() == [1, 9]
+    assert parts.core(found, 0.25, seed=0).indices.tolist() == [9]
+    half = parts.chance(found.binary(), 0.5, seed=0)
+    assert len(half) == 2 and set(half.indices) < {1, 2, 9, 12} and not half.scales.any()
+    equal = graded([0, 1, 2, 3], [0.0] * 4)
+    assert len({tuple(parts.core(equal, 0.5, seed=seed).indices) for seed in range(20)}) > 1  # chance, not place
+
+
+def test_the_densest_head_of_every_layer_is_found():
+    mask = graded([0, 3, 4, 8, 14, 15], [0.0] * 6)  # rows 0 1 2 of the keys, 0 3 3 of the values; heads have two rows
+    assert parts.in_densest_heads(mask, [2, 2]).tolist() == [True, True, False, False, True, True]
+    assert parts.in_densest_heads(mask, [1, 1]).all()
+
+
+def test_every_part_of_a_mask_has_as_many_neurons_at_random_beside_it():
+    found = graded(list(range(0, 16, 2)), [0.0, 0.1, 0.2, 0.3, 0.0, 0.1, 0.2, 0.3])
+    made = dict(parts.pieces(found, [2, 2], seed=1))
+    assert len(made["whole mask"]) == 8 and len(made["keys"]) == len(made["values"]) == 4
+    assert set(made["keys"].indices) | set(made["values"].indices) == set(made["whole mask"].indices)
+    assert set(made["densest heads"].indices) | set(made["other heads"].indices) == set(made["whole mask"].indices)
+    for name in ("most-shut half", "most-shut quarter", "keys", "values", "densest heads", "other heads"):
+        assert len(made[f"as many as {name}"]) == len(made[name])
 
 
 @pytest.mark.slow

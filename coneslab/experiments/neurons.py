@@ -16,7 +16,7 @@ from ..neurons.union import cosines, output_changes
 from ..seeds import derived
 from ..world.subjects import FAR, NEAR, Subject, truth, wanted_pictures
 from ..world.subjects import subject as subject_named
-from .setting import Setting, alignments, timed
+from .setting import VARIANTS, Setting, alignments, timed
 from .table import Row, rows_of
 
 DENSITIES = (0.9, 0.98, 0.99, 0.995, 0.998)  # quantiles used as threshold
@@ -28,6 +28,8 @@ CONTROLS = (
     "concept neurons, float",
     "concept neurons, binary",
     "random mask",
+    "another subject's mask",
+    *VARIANTS,
     "reversed sign",
     "top-k |gradient|",
     "top-k |weight × gradient|",
@@ -55,11 +57,15 @@ def controls(setting: Setting, subject: Subject, seed: int) -> list[Row]:
         yield found, seconds
         yield binary, seconds
         yield setting.random_mask(binary, subject, seed), 0.0
+        yield setting.found(next_of_its_kind(subject), seed).binary(), 0.0
+        for options in VARIANTS.values():
+            found, seconds = setting.found_in(subject, seed, **options)
+            yield found.binary(), seconds
         yield timed(lambda: reversed_neurons(pipe, subject, rounds=rounds, **common).binary())
         criteria: tuple[Criterion, ...] = ("gradient", "gradient_times_weight", "weight")
         for criterion in criteria:
-            options: dict[str, Any] = {"criterion": criterion, "like": binary, "rounds": max(1, rounds // 4)}
-            yield timed(partial(top_k_neurons, pipe, subject, **options, **common))
+            top: dict[str, Any] = {"criterion": criterion, "like": binary, "rounds": max(1, rounds // 4)}
+            yield timed(partial(top_k_neurons, pipe, subject, **top, **common))
         yield timed(lambda: finetune_kv(pipe, subject, steps=setting.finetune_steps, **common))
 
     rows = real_pictures(setting, subject, seed)
@@ -69,12 +75,16 @@ def controls(setting: Setting, subject: Subject, seed: int) -> list[Row]:
 
 
 def density(setting: Setting, subject: Subject, seed: int) -> list[Row]:
-    """Searches with different thresholds, from few shut neurons to many, each beside a random mask as dense."""
+    """Searches with different thresholds, from few shut neurons to many, each beside a random mask as dense.
+
+    Both as in the paper and at the subject's own words only.
+    """
     rows = setting.measure(subject, None, seed, condition="untouched model", quantile=np.nan)
     for quantile in DENSITIES:
-        found = setting.search(subject, seed, threshold_quantile=quantile).binary()
-        for name, edit in (("concept neurons", found), ("random mask", setting.random_mask(found, subject, seed))):
-            rows += setting.measure(subject, edit, seed, condition=f"{name} {quantile:g}", quantile=quantile)
+        for place, options in (("", {}), (" at its words", VARIANTS["at its words"])):
+            found = setting.found(subject, seed, threshold_quantile=quantile, **options).binary()
+            for name, edit in (("concept neurons", found), ("random mask", setting.random_mask(found, subject, seed))):
+                rows += setting.measure(subject, edit, seed, condition=f"{name}{place} {quantile:g}", quantile=quantile)
     return rows
 
 
@@ -94,6 +104,7 @@ FINDERS: dict[str, dict[str, Any]] = {
     "curvature": {"rule": "curvature"},
     "bands of timesteps": {"rule": "bands"},
     "straight-through": {"rule": "straight-through"},
+    **VARIANTS,
 }
 
 
@@ -107,14 +118,19 @@ def finders(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     return rows
 
 
+def next_of_its_kind(subject: Subject) -> Subject:
+    """Another subject that is near, or far, like this one."""
+    kin = NEAR if truth(subject.name).kind == "near" else FAR
+    place = kin.index(subject.name) if subject.name in kin else -1
+    return subject_named(kin[(place + 1) % len(kin)])
+
+
 def agreement(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """How similar two masks are, as sets of neurons and in their effect on the denoiser's output."""
     here = setting.found(subject, seed).binary()
-    kin = NEAR if truth(subject.name).kind == "near" else FAR
-    neighbour = subject_named(kin[(kin.index(subject.name) + 1) % len(kin)])
     others = {
         "same subject, other seed": setting.found(subject, derived(seed, "other seed")).binary(),
-        "another subject": setting.found(neighbour, seed).binary(),
+        "another subject": setting.found(next_of_its_kind(subject), seed).binary(),
         "random mask": setting.random_mask(here, subject, seed),
     }
     own, *changes = output_changes(setting.pipe, [here, *others.values()], [subject])

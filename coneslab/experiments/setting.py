@@ -43,6 +43,12 @@ MEASURES = {
     "concept loss": "denoising loss on the subject",
 }
 
+VARIANTS: dict[str, dict[str, Any]] = {  # searches beside the paper's, which masks keys and values, at every word
+    "values only": {"kinds": "values"},
+    "at its words": {"scope": "subject"},
+    "at its words, values only": {"scope": "subject", "kinds": "values"},
+}
+
 
 def measure(
     pipe: Pipeline,
@@ -208,12 +214,15 @@ class Setting:
         """A new search. options: of `find_concept_neurons`."""
         return neurons(self.pipe, subject, seed=derived(seed, subject.name), rounds=self.rounds, **options)
 
-    def found_in(self, subject: Subject, seed: int) -> tuple[ConceptNeurons, float]:
-        """The subject's neurons, searched for once for all experiments, and the seconds of that search."""
-        return kept(neurons, self.pipe, subject, seed=seed, folder=self.masks, rounds=self.rounds)
+    def found_in(self, subject: Subject, seed: int, **options: Any) -> tuple[ConceptNeurons, float]:
+        """The subject's neurons, searched for once for all experiments, and the seconds of that search.
 
-    def found(self, subject: Subject, seed: int) -> ConceptNeurons:
-        return self.found_in(subject, seed)[0]
+        options: of `find_concept_neurons`, such as those in `VARIANTS`.
+        """
+        return kept(neurons, self.pipe, subject, seed=seed, folder=self.masks, rounds=self.rounds, **options)
+
+    def found(self, subject: Subject, seed: int, **options: Any) -> ConceptNeurons:
+        return self.found_in(subject, seed, **options)[0]
 
     def random_mask(self, found: ConceptNeurons, subject: Subject, seed: int) -> ConceptNeurons:
         """A random mask as dense as the one found, another one for every subject and seed."""

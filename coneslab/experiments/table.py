@@ -198,6 +198,8 @@ SHARES = (  # what measures of pictures begin with that are shares of them
     "target still drawn",
     "others kept",
     "back by ",
+    "found without",
+    "share in the densest heads",
 )
 
 

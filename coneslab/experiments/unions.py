@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..diffusion.sampling import generate
-from ..edits.base import Edit, applied
+from ..edits.base import Combined, Edit, applied
 from ..measure.asking import finds_objects
 from ..neurons.controls import random_neurons
 from ..neurons.loss import concept_loss
@@ -25,7 +25,7 @@ from ..neurons.union import (
 from ..seeds import derived
 from ..world import SCENES
 from ..world.subjects import Subject
-from .setting import Setting
+from .setting import VARIANTS, Setting
 from .table import Row, rows_of
 
 COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
@@ -56,6 +56,12 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
     }
 
 
+def joined(setting: Setting, subjects: Sequence[Subject], seed: int, options: Mapping[str, Any]) -> Edit:
+    """The subjects' masks from a search with these options, all on at once."""
+    found = [setting.found(subject, seed, **options).binary() for subject in subjects]
+    return Combined(tuple(found)) if found[0].scope else concatenate(*found)
+
+
 def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[Row]:
     """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning."""
     found = [setting.found(subject, seed) for subject in subjects]
@@ -66,6 +72,7 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
         ("random mask", 0, random_neurons(union, seed=own_seed)),
         ("union, float", 0, concatenate(*found)),
         ("union", 0, union),
+        *((f"union, {name}", 0, joined(setting, subjects, seed, options)) for name, options in VARIANTS.items()),
     ]
 
     def keep(state: Mapping[str, Any]) -> None:

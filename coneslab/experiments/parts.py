@@ -1,0 +1,90 @@
+"""What is in a mask: its core, its keys and values, its heads, each beside as many of its neurons at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..diffusion.pipelines import Pipeline
+from ..neurons.mask import ConceptNeurons
+from ..seeds import derived
+from ..world.subjects import Subject
+from .setting import Setting
+from .table import Row, rows_of
+
+CORES = {"half": 0.5, "quarter": 0.25}
+KINDS = {"keys": "K", "values": "V"}
+
+
+def only(mask: ConceptNeurons, kept: np.ndarray) -> ConceptNeurons:
+    """The neurons of a mask at these places of its own list; all others stay as they are in the model."""
+    kept = np.sort(kept)
+    return replace(mask, indices=mask.indices[kept], scales=mask.scales[kept], history={})
+
+
+def core(found: ConceptNeurons, share: float, *, seed: int) -> ConceptNeurons:
+    """The most-shut share of a graded mask's shut neurons, as a binary mask; which of equals is chance."""
+    binary = found.binary()
+    scales = found.scales[np.searchsorted(found.indices, binary.indices)]
+    chance = np.random.default_rng(seed).permutation(len(scales))
+    return only(binary, np.lexsort((chance, scales))[: round(share * len(scales))])
+
+
+def chance(mask: ConceptNeurons, share: float, *, seed: int) -> ConceptNeurons:
+    """A random share of a mask's neurons."""
+    order = np.random.default_rng(seed).permutation(len(mask))
+    return only(mask, order[: round(share * len(mask))])
+
+
+def heads_in(pipe: Pipeline, mask: ConceptNeurons) -> list[int]:
+    """How many heads the attention of every layer of a mask has."""
+    return [pipe.unet.get_submodule(layer.name.rsplit(".", 2)[0]).heads for layer in mask.layout]
+
+
+def in_densest_heads(mask: ConceptNeurons, heads: Sequence[int]) -> np.ndarray:
+    """Which neurons of a mask lie in the head of their layer that holds most of them, (k,) bool.
+
+    heads: of each layer. A layer's rows are its output channels, one head after the other.
+    """
+    inside = np.zeros(len(mask), bool)
+    for layer, count in zip(mask.layout, heads, strict=True):
+        first, last = np.searchsorted(mask.indices, [layer.start, layer.start + layer.size])
+        rows = (mask.indices[first:last] - layer.start) // layer.shape[1]
+        head = rows // (layer.shape[0] // count)
+        if len(head):
+            inside[first:last] = head == np.bincount(head, minlength=count).argmax()
+    return inside
+
+
+def pieces(found: ConceptNeurons, heads: Sequence[int], *, seed: int) -> Iterator[tuple[str, ConceptNeurons]]:
+    """Every part of a mask, and beside it as many of the mask's neurons at random."""
+    binary = found.binary()
+    yield "whole mask", binary
+    made = {f"most-shut {name}": core(found, share, seed=seed) for name, share in CORES.items()}
+    made |= {name: binary.within(kind=kind) for name, kind in KINDS.items()}
+    inside = in_densest_heads(binary, heads)
+    made |= {
+        "densest heads": only(binary, np.flatnonzero(inside)),
+        "other heads": only(binary, np.flatnonzero(~inside)),
+    }
+    for name, part in made.items():
+        yield name, part
+        yield f"as many as {name}", chance(binary, len(part) / max(len(binary), 1), seed=derived(seed, name))
+
+
+def parts(setting: Setting, subject: Subject, seed: int) -> list[Row]:
+    """What parts of a mask do, and how its neurons lie in the heads of attention."""
+    found, own = setting.found(subject, seed), derived(seed, "parts", subject.name)
+    heads = heads_in(setting.pipe, found)
+    rows = setting.measure(subject, None, seed, condition="untouched model", share=0.0)
+    whole = max(len(found.binary()), 1)
+    for name, part in pieces(found, heads, seed=own):
+        rows += setting.measure(subject, part, seed, condition=name, share=len(part) / whole)
+    random = setting.random_mask(found.binary(), subject, seed)
+    for name, mask in (("whole mask", found.binary()), ("random mask", random)):
+        if len(mask):
+            inside = {"share in the densest heads": float(in_densest_heads(mask, heads).mean())}
+            rows += rows_of(inside, condition=name, density=mask.density, share=1.0)
+    return rows
