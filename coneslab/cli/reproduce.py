@@ -211,7 +211,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = (
-        "controls, precision, storage, damage, density, references, agreement, finders, together, conceptor, "
+        "controls, precision, storage, damage, parts, density, references, agreement, finders, together, conceptor, "
         "ablation, many-concepts, collateral"
     )
     experiment.add_argument("name", help=f"one of {names}")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
 from ..neurons.mask import ConceptNeurons
 from ..seeds import derived
@@ -40,6 +41,7 @@ def chance(mask: ConceptNeurons, share: float, *, seed: int) -> ConceptNeurons:
 
 def heads_in(pipe: Pipeline, mask: ConceptNeurons) -> list[int]:
     """How many heads the attention of every layer of a mask has."""
+    require_pipeline(pipe)
     return [pipe.unet.get_submodule(layer.name.rsplit(".", 2)[0]).heads for layer in mask.layout]
 
 
