@@ -134,15 +134,24 @@ def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeyp
 
     monkeypatch.setattr(comparison, "measure", measured)
     options = {"methods": ["own", "untouched model"], "subjects": ["cat", "dog"], "progress": False}
-    assert comparison.tune_methods(path, **options, **folders) == {"own": {"size": 0.2}}
-    assert json.loads(path.read_text()) == {"own": {"size": 0.2}}
+    assert comparison.tune_methods(path, **options, **folders) == {"one subject": {"own": {"size": 0.2}}}
+    assert json.loads(path.read_text()) == {"one subject": {"own": {"size": 0.2}}}
     trials = pandas.read_csv(path.with_suffix(".csv"))
     assert trials.groupby(["subject", "trial"]).ngroups == 6 and len(calls) == 6
     monkeypatch.setitem(METHODS, "second", own)
     best = {0.1: 0.95, 0.2: 0.9, 0.3: 0.4}
-    both = {"own": {"size": 0.2}, "second": {"size": 0.1}}  # the first one's settings are kept
+    both = {"one subject": {"own": {"size": 0.2}, "second": {"size": 0.1}}}  # the first one's settings are kept
     assert comparison.tune_methods(path, **options | {"methods": ["second"]}, **folders) == both
     assert json.loads(path.read_text()) == both
+    best = {0.1: 0.4, 0.2: 0.5, 0.3: 0.9}  # together the largest does best, which changes nothing alone
+    monkeypatch.setattr(comparison, "measure_together", lambda setting, about, edit, seed: measured(0, 0, about, edit))
+    both["several subjects"] = {"own": {"size": 0.3}}
+    assert comparison.tune_methods(path, **options | {"subjects": ["cat+dog"]}, **folders) == both
+    monkeypatch.setattr("coneslab.experiments.methods.data_folder", lambda: tmp_path)
+    (tmp_path / "results").mkdir()
+    path.rename(tmp_path / "results" / "settings.json")
+    assert comparison.chosen_settings("own") == {"size": 0.2} and comparison.chosen_settings("own", 2) == {"size": 0.3}
+    assert comparison.chosen_settings("second", 3) == {}
 
 
 def test_a_kept_edit_is_that_of_all_settings_defaults_included(world_pipe, tmp_path, monkeypatch):

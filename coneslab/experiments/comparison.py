@@ -25,13 +25,22 @@ from ..diffusion.pipelines import load
 from ..errors import ConeslabError
 from ..files import data_folder, read_json, require_writable, write_json
 from ..measure.judge import load_judge
-from ..world.subjects import COMBINATIONS, TUNING_SUBJECTS, names_in, subjects_of, table_subjects, title_of
-from .methods import METHODS, Method, chosen_settings, make_edit
+from ..world.subjects import (
+    COMBINATIONS,
+    TUNING_COMBINATIONS,
+    TUNING_SUBJECTS,
+    names_in,
+    subjects_of,
+    table_subjects,
+    title_of,
+)
+from .methods import METHODS, Method, chosen_settings, how_many, make_edit
 from .setting import Setting, identity_of, measure, stored_bytes
 from .table import Row, open_table, rows_of, run_cells
 from .unions import measure_together
 
 SINGLE_SUBJECTS = table_subjects(4)
+TUNING_TITLES = (*TUNING_SUBJECTS, *map(title_of, TUNING_COMBINATIONS))
 
 
 def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
@@ -50,18 +59,29 @@ _ONE_CELL = threading.Lock()  # a worker's threads share the pipeline, which has
 
 
 @dataclass(frozen=True)
+class _Settings:
+    """The settings of a method by the number of subjects: those chosen for it, if it has a name, and `given` ones."""
+
+    name: str | None
+    given: Mapping[str, Any]
+
+    def __call__(self, subjects: int) -> dict[str, Any]:
+        return {**(chosen_settings(self.name, subjects) if self.name else {}), **self.given}
+
+
+@dataclass(frozen=True)
 class _Cell:
     """Measures one method on one subject, or several joined by "+"; a class, so that it can be sent to a worker."""
 
-    methods: Mapping[str, tuple[Method, dict[str, Any]]]  # each with its settings
+    methods: Mapping[str, tuple[Method, Callable[[int], dict[str, Any]]]]  # each with its settings, by size
     model: str
     judge: str
     pictures: int
     folder: Path | None
 
-    def settings_of(self, condition: str, trial: str = "{}") -> dict[str, Any]:
-        method, settings = self.methods[condition]
-        return {**method.settings, **settings, **json.loads(trial)}
+    def settings_of(self, subject: str, condition: str, trial: str = "{}") -> dict[str, Any]:
+        method, settings_for = self.methods[condition]
+        return {**method.settings, **settings_for(len(names_in(subject))), **json.loads(trial)}
 
     def identity(self) -> Callable[[Row], dict[str, Any]]:
         """What a cell's values depend on besides itself."""
@@ -70,7 +90,7 @@ class _Cell:
         def of_cell(cell: Row) -> dict[str, Any]:
             if cell["condition"] not in self.methods:  # an earlier run compared other methods as well
                 return common
-            return common | {"settings": self.settings_of(cell["condition"], cell.get("trial", "{}"))}
+            return common | {"settings": self.settings_of(cell["subject"], cell["condition"], cell.get("trial", "{}"))}
 
         return of_cell
 
@@ -81,7 +101,7 @@ class _Cell:
     def _measured(self, subject: str, condition: str, seed: int, trial: str) -> list[Row]:
         pipe, judge = _loaded(self.model, self.judge)
         subjects, (method, _) = subjects_of(subject), self.methods[condition]
-        settings = self.settings_of(condition, trial)
+        settings = self.settings_of(subject, condition, trial)
         edit, seconds = make_edit(method, pipe, subjects, seed=seed, folder=self.folder, **settings)
         facts = {
             "count": len(subjects),
@@ -165,8 +185,10 @@ def compare_methods(
         {"subject": title, "condition": name, "seed": seed}
         for seed, title, name in product(range(seeds), subjects, chosen)
     ]
-    known = {name: chosen_settings(name) if METHODS.get(name) is method else {} for name, method in chosen.items()}
-    ready = {name: (method, {**known[name], **settings}) for name, method in chosen.items()}
+    ready = {
+        name: (method, _Settings(name if METHODS.get(name) is method else None, settings))
+        for name, method in chosen.items()
+    }
     run = _Cell(ready, model, judge, pictures, folder)
     return run_cells(cells, run, path, identity=run.identity(), client=client, keep_going=True, progress=progress)
 
@@ -218,18 +240,19 @@ def tune_methods(
     path: str | Path | None = None,
     *,
     methods: Sequence[str] = tuple(METHODS),
-    subjects: Sequence[str] = TUNING_SUBJECTS,
+    subjects: Sequence[str] = TUNING_TITLES,
     model: str = "tiny",
     judge: str = "judge",
     folder: str | Path | None = None,
     client: Any = None,
     progress: bool = True,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Choose each method's settings with the same number of trials on tuning subjects; write and return them.
 
-    The score is text plus image alignment, averaged over subjects. path: of the settings, default
-    `data/results/settings.json`, in which other methods' settings are kept; the trials are saved beside it, as `.csv`.
-    folder: as in `compare_methods`.
+    Those for one subject are chosen on single ones, those for several on combinations. The score is text plus image
+    alignment, the mean over them. path: of the settings, default `data/results/settings.json`, in which other methods'
+    settings are kept; the trials are saved beside it, as `.csv`. folder: as in `compare_methods`. Returns
+    {"one subject": {method: settings}, "several subjects": {...}}.
     """
     chosen, subjects, folder = _named(methods), checks.texts("subjects", subjects), _kept_in(folder)
     path = require_writable(path if path is not None else data_folder() / "results" / "settings.json")
@@ -240,17 +263,20 @@ def tune_methods(
         for setting, values in chosen[method].choices.items()
         for value in values
     ]
-    ready: dict[str, tuple[Method, dict[str, Any]]] = {name: (method, {}) for name, method in chosen.items()}
+    ready = {name: (method, _Settings(None, {})) for name, method in chosen.items()}
     run = _Cell(ready, model, judge, 1, folder)
     trials = path.with_suffix(".csv")
     table = run_cells(cells, run, trials, identity=run.identity(), client=client, progress=progress)
     tried = {(cell["subject"], cell["condition"], cell["trial"]) for cell in cells}
     own = np.array([key in tried for key in zip(table.subject, table.condition, table.trial, strict=True)])
     scored = table[own & table.measure.isin(["text alignment", "image alignment"])]
-    score = scored.groupby(["condition", "trial"]).value.mean()
-    best = {name: json.loads(score[name].idxmax()) for name, method in chosen.items() if method.choices}
+    best = {}
+    for part, scores in scored.groupby(scored.subject.map(lambda title: how_many(len(names_in(title))))):
+        score = scores.groupby(["condition", "trial"]).value.mean()
+        new = {name: json.loads(score[name].idxmax()) for name, method in chosen.items() if method.choices}
+        best[str(part)] = dict(sorted({**others.get(part, {}), **new}.items()))
     best = {**others, **best}
-    write_json(path, dict(sorted(best.items())))
+    write_json(path, best)
     return best
 
 

@@ -130,13 +130,22 @@ METHODS: dict[str, Method] = {
 }
 
 
-def chosen_settings(name: str) -> dict[str, Any]:
-    """The settings chosen for a method on tuning subjects (`data/results/settings.json`), {} if none were."""
+def how_many(subjects: int) -> str:
+    """The part of `settings.json` for edits of so many subjects: settings for several are chosen on combinations."""
+    return "one subject" if subjects == 1 else "several subjects"
+
+
+def chosen_settings(name: str, subjects: int = 1) -> dict[str, Any]:
+    """The settings chosen for a method on tuning subjects (`data/results/settings.json`), {} if none were.
+
+    subjects: how many the edit is of; for several, settings are chosen on combinations of tuning subjects.
+    """
     file = data_folder() / "results" / "settings.json"
     if not file.is_file():
         return {}
     remedy = "restore it, or delete it and tune again"
-    found = read_json(file, remedy=remedy).get(name, {})
+    part = read_json(file, remedy=remedy).get(how_many(checks.count("subjects", subjects)), {})
+    found = part.get(name, {}) if isinstance(part, dict) else part
     if not isinstance(found, dict):
         raise FileFormatError(f"{file} has {found!r} for {name!r}, expected settings by name: {remedy}")
     return found
@@ -158,13 +167,14 @@ def make_edit(
     and methods.
     Raises ConeslabError for an unknown name, and whatever the method raises.
     """
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ConeslabError(f"{method!r} is not a method: choose one of {', '.join(METHODS)}, or pass a Method")
-        settings = {**chosen_settings(method), **settings}
-        method = METHODS[method]
+    if isinstance(method, str) and method not in METHODS:
+        raise ConeslabError(f"{method!r} is not a method: choose one of {', '.join(METHODS)}, or pass a Method")
     require_pipeline(pipe)
-    subjects, seed = several(subjects), checks.seed("seed", seed)
+    subjects = several(subjects)
+    if isinstance(method, str):
+        settings = {**chosen_settings(method, len(subjects)), **settings}
+        method = METHODS[method]
+    seed = checks.seed("seed", seed)
     settings = {**checks.of_kind("method", method, Method).settings, **settings}
     joint = derived(seed, *(subject.name for subject in subjects))
     if method.single is None:
