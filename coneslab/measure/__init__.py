@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .statistics import Interval as Interval
     from .statistics import bootstrap_interval as bootstrap_interval
     from .statistics import kid as kid
+    from .statistics import share_interval as share_interval
     from .subject_truth import CameThrough as CameThrough
     from .subject_truth import came_through as came_through
     from .tracing import trace_activations as trace_activations
@@ -77,6 +78,7 @@ __getattr__, __dir__, __all__ = attach(
             "Interval",
             "bootstrap_interval",
             "kid",
+            "share_interval",
         ),
         "subject_truth": (
             "CameThrough",
