@@ -1069,6 +1069,13 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         {"values": (None, "x", [], [NAN], [[1.0]]), "clusters": (3, "x", [[1]]), "minus": ("x", [1.0], [NAN] * 6)}
         | {"level": (*NUMBER, 0, 1, 95), "resamples": COUNT},
     ),
+    "share_interval": lambda m: (
+        measure.share_interval,
+        (),
+        dict(values=[0.5] * 6, clusters=(), level=0.9),
+        {"values": (None, "x", [], [NAN], [[1.0]], [2.0], [-0.1]), "clusters": (3, "x", [[1]])}
+        | {"level": (*NUMBER, 0, 1, 95)},
+    ),
     "Setting": lambda m: (
         experiments.Setting,
         (m.pipe, m.judge),
