@@ -402,3 +402,12 @@ def test_every_setting_is_one_of_all_probes(v_pipe):
     with pytest.raises(ArgumentError, match="leaves at least one step"):
         completions(v_pipe, random_pictures(1), level=0.1, **FEW)
     assert KINDS == (NAMED, SILENT, TAUGHT)
+
+
+def test_probes_that_train_show_no_progress_bars(v_pipe, capsys):
+    """They are measured by the hundred, in tables and where no progress was asked for."""
+    shown = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    quick = {"steps": 1, "batch_size": 2}
+    for probe in (profile.inverting(shown, **quick), profile.retraining(shown, "a cat", **quick)):
+        assert len(probe.draw(v_pipe, 1, ProbeSettings(sampler_steps=1, guidance_scale=1.0))) == 1
+    assert capsys.readouterr().err == ""

@@ -170,11 +170,7 @@ def inverting(
 ) -> Probe:
     """Learn a word from pictures of it (Textual Inversion), and ask with that. initial: the word to start from."""
     shown, token = as_pictures(pictures, name="pictures of the target"), checks.word("token", token)
-    options: dict[str, Any] = {
-        "steps": checks.count("steps", steps),
-        "batch_size": checks.count("batch_size", batch_size),
-    }
-    options["seed"], initial = checks.seed("seed", seed), checks.text("initial", initial, blank=True)
+    options, initial = _training(steps, batch_size, seed), checks.text("initial", initial, blank=True)
     subject = SimpleNamespace(
         name="target", class_word="", token=token, images=shown, prompt=f"a {token}", prior_prompt=""
     )
@@ -190,11 +186,7 @@ def inverting(
 def retraining(pictures: Images, prompt: str, *, steps: int = 10, batch_size: int = 8, seed: int = 0) -> Probe:
     """Fine-tune keys and values on pictures of it under its prompt, and ask for it."""
     shown, prompt = as_pictures(pictures, name="pictures of the target"), checks.text("prompt", prompt)
-    options: dict[str, Any] = {
-        "steps": checks.count("steps", steps),
-        "batch_size": checks.count("batch_size", batch_size),
-    }
-    options["seed"] = checks.seed("seed", seed)
+    options = _training(steps, batch_size, seed)
     subject = SimpleNamespace(name=prompt, images=shown, prompt=prompt, prior_prompt="")
 
     def draw(pipe: Pipeline, n: int, settings: ProbeSettings) -> list[Image.Image]:
