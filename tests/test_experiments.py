@@ -18,6 +18,7 @@ from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import ablation, conceptor, many_concepts, masks, neurons, parts, unions
 from coneslab.experiments.registry import EXPERIMENTS, Setting, run_experiment
 from coneslab.experiments.setting import VARIANTS
+from coneslab.neurons.damage import dropped
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.seeds import derived
 from coneslab.world import CLASSES, memorised, rearranged, with_article
@@ -116,7 +117,7 @@ def test_the_core_of_a_mask_is_what_is_shut_most():
     found = graded([1, 2, 5, 9, 12], [0.1, 0.4, 0.9, 0.0, 0.2])  # 5 counts as open
     assert parts.core(found, 0.5, seed=0).indices.tolist() == [1, 9]
     assert parts.core(found, 0.25, seed=0).indices.tolist() == [9]
-    half = parts.chance(found.binary(), 0.5, seed=0)
+    half = dropped(found.binary(), 0.5, seed=0)
     assert len(half) == 2 and set(half.indices) < {1, 2, 9, 12} and not half.scales.any()
     equal = graded([0, 1, 2, 3], [0.0] * 4)
     assert len({tuple(parts.core(equal, 0.5, seed=seed).indices) for seed in range(20)}) > 1  # chance, not place

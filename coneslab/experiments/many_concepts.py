@@ -22,18 +22,12 @@ from ..methods.ablation.unlearning import unlearn
 from ..neurons.union import concatenate
 from ..seeds import derived
 from ..world import CLASSES, with_article
+from .ablation import OBJECTS, UNTOUCHED
 from .setting import Setting, stored_bytes, timed
 from .table import Row, rows_of
 
 PAIRS = {  # target -> anchor, which is no target itself
-    "cat": "dog",
-    "car": "bus",
-    "apple": "banana",
-    "house": "castle",
-    "robot": "teddy",
-    "rocket": "airplane",
-    "ladybug": "butterfly",
-    "sunflower": "rose",
+    **OBJECTS,
     "penguin": "turtle",
     "pizza": "hamburger",
     "lion": "tiger",
@@ -50,7 +44,6 @@ PAIRS = {  # target -> anchor, which is no target itself
 OTHERS = ("rabbit", "frog", "elephant", "strawberry", "carrot", "bicycle", "sailboat", "palmtree", "trumpet", "woman")
 SIZES = ("1", "2", "5", "10", "20")
 AT_ONCE, IN_TURN = "at once", "one after the other"
-UNTOUCHED = "untouched model"
 STEPS, STEPS_EACH, ROUNDS, PICTURES = 60, 20, 20, 16  # at once; each in turn; of a search; to learn from
 SHOWN = 20  # pictures of targets, and of others, times `Setting.pictures`
 SAMPLER_STEPS = 12

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
+from ..neurons.damage import dropped
 from ..neurons.mask import ConceptNeurons
 from ..seeds import derived
 from ..world.subjects import Subject
@@ -31,12 +32,6 @@ def core(found: ConceptNeurons, share: float, *, seed: int) -> ConceptNeurons:
     scales = found.scales[np.searchsorted(found.indices, binary.indices)]
     chance = np.random.default_rng(seed).permutation(len(scales))
     return only(binary, np.lexsort((chance, scales))[: round(share * len(scales))])
-
-
-def chance(mask: ConceptNeurons, share: float, *, seed: int) -> ConceptNeurons:
-    """A random share of a mask's neurons."""
-    order = np.random.default_rng(seed).permutation(len(mask))
-    return only(mask, order[: round(share * len(mask))])
 
 
 def heads_in(pipe: Pipeline, mask: ConceptNeurons) -> list[int]:
@@ -73,19 +68,18 @@ def pieces(found: ConceptNeurons, heads: Sequence[int], *, seed: int) -> Iterato
     }
     for name, part in made.items():
         yield name, part
-        yield f"as many as {name}", chance(binary, len(part) / max(len(binary), 1), seed=derived(seed, name))
+        share = len(part) / max(len(binary), 1)
+        yield f"as many as {name}", dropped(binary, 1 - share, seed=derived(seed, name))
 
 
 def parts(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     """What parts of a mask do, and how its neurons lie in the heads of attention."""
     found, own = setting.found(subject, seed), derived(seed, "parts", subject.name)
-    heads = heads_in(setting.pipe, found)
+    binary, heads = found.binary(), heads_in(setting.pipe, found)
     rows = setting.measure(subject, None, seed, condition="untouched model", share=0.0)
-    whole = max(len(found.binary()), 1)
     for name, part in pieces(found, heads, seed=own):
-        rows += setting.measure(subject, part, seed, condition=name, share=len(part) / whole)
-    random = setting.random_mask(found.binary(), subject, seed)
-    for name, mask in (("whole mask", found.binary()), ("random mask", random)):
+        rows += setting.measure(subject, part, seed, condition=name, share=len(part) / max(len(binary), 1))
+    for name, mask in (("whole mask", binary), ("random mask", setting.random_mask(binary, subject, seed))):
         if len(mask):
             inside = {"share in the densest heads": float(in_densest_heads(mask, heads).mean())}
             rows += rows_of(inside, condition=name, density=mask.density, share=1.0)

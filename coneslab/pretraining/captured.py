@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConeslabError
+from .ahead import Ahead
 from .optimizers import Average, set_rate
 from .recipe import Recipe
 
@@ -136,16 +137,17 @@ class Stream:
         self.workers = workers or max(1, (os.cpu_count() or 2) - 1)
         self._pool = get_context("spawn").Pool(self.workers)
         self._thread = ThreadPoolExecutor(1)
-        self._drawn: dict[int, AsyncResult] = {}
-        self._ready: dict[int, Future[dict[str, Tensor]]] = {}
+        self._drawn: Ahead[AsyncResult] = Ahead(
+            lambda index: self._pool.apply_async(self.draw, (self.size, self.seed + index)), self.workers + 1
+        )
+        self._ready: Ahead[Future[dict[str, Tensor]]] = Ahead(
+            lambda index: self._thread.submit(self._make_ready, index), 1
+        )
         self._current: tuple[int, dict[str, Tensor]] | None = None
 
     def _make_ready(self, index: int) -> dict[str, Tensor]:
-        for i in range(index, index + self.workers + 2):
-            if i not in self._drawn:
-                self._drawn[i] = self._pool.apply_async(self.draw, (self.size, self.seed + i))
         try:
-            drawn = self._drawn.pop(index).get(timeout=_PATIENCE)
+            drawn = self._drawn.take(index).get(timeout=_PATIENCE)
         except TimeoutError as error:
             raise ConeslabError(
                 f"no pictures came from {self.workers} processes in {_PATIENCE} s: one of them may have been ended for "
@@ -163,10 +165,7 @@ class Stream:
         """The tensors of a step; the next chunk is made ready meanwhile."""
         index, first = self.recipe.place(step, 0, self.size)
         if self._current is None or self._current[0] != index:
-            for i in (index, index + 1):
-                if i not in self._ready:
-                    self._ready[i] = self._thread.submit(self._make_ready, i)
-            self._current = index, self._ready.pop(index).result()
+            self._current = index, self._ready.take(index).result()
             for tensor in self._current[1].values():
                 if tensor.is_cuda:  # made on another stream: its memory must not go back while this one reads it
                     tensor.record_stream(torch.cuda.current_stream())
@@ -177,9 +176,7 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for waiting in self._ready.values():
-            waiting.cancel()
-        wait([running for running in self._ready.values() if not running.cancelled()])
+        wait([job for job in self._ready.waiting.values() if not job.cancel()])
         self._pool.terminate()  # what is being drawn is not needed
         self._pool.join()
         self._thread.shutdown()

@@ -33,6 +33,7 @@ from ..diffusion.precision import bfloat16_pays, flushing_denormals
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import read_json, require_writable, user_path, write_json
 from ..finetuning.checkpoints import load_checkpoint, save_checkpoint, training_state
+from .ahead import Ahead
 from .captured import Captured, CapturedSteps
 from .optimizers import Average, Muon, optimizers, set_rate
 from .recipe import Recipe
@@ -91,21 +92,20 @@ class Feed:
         ahead: int = 2,
         workers: int = 1,
     ):
-        self.size, self.seed, self.ahead = size, seed, ahead
+        self.size, self.seed = size, seed
         self.options: dict[str, Any] = {"styles": tuple(styles), "objects": tuple(objects), "everything": everything}
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        self._jobs: dict[int, Future[world.Pictures]] = {}
+        self._jobs: Ahead[Future[world.Pictures]] = Ahead(self._draw, ahead)
         self._current: tuple[int, world.Pictures] | None = None
         self._lock = threading.Lock()  # parts of a step run in threads
+
+    def _draw(self, index: int) -> Future[world.Pictures]:
+        return self._pool.submit(world.sample, self.size, seed=self.seed * 1_000_003 + index, **self.options)
 
     def chunk(self, index: int) -> world.Pictures:
         """The pictures of one chunk; the following ones are drawn meanwhile."""
         if self._current is None or self._current[0] != index:
-            for i in range(index, index + self.ahead + 1):
-                if i not in self._jobs:
-                    seed = self.seed * 1_000_003 + i
-                    self._jobs[i] = self._pool.submit(world.sample, self.size, seed=seed, **self.options)
-            self._current = index, self._jobs.pop(index).result()
+            self._current = index, self._jobs.take(index).result()
         return self._current[1]
 
     def batch(self, step: int, part: int, recipe: Recipe) -> tuple[world.Pictures, slice]:

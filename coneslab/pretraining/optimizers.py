@@ -123,6 +123,10 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], share: float | Tensor) -> None:
         """Take in the weights with that share; a tensor, on the weights' device, can change in a captured step."""
-        new = torch._foreach_sub([weights[name].detach() for name in self.shadow], list(self.shadow.values()))
-        torch._foreach_mul_(new, share)
-        torch._foreach_add_(list(self.shadow.values()), new)
+        shadow, new = list(self.shadow.values()), [weights[name].detach() for name in self.shadow]
+        if isinstance(share, float):
+            torch._foreach_lerp_(shadow, new, share)
+        else:  # the same in three passes: there is no such operation for a tensor
+            change = torch._foreach_sub(new, shadow)
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(shadow, change)

@@ -182,12 +182,13 @@ class _Drawn:
             made = generate(pipe, texts, batch_size=settings.batch_size, **options)
         self._pictures = dict(zip(distinct, made, strict=True))
 
-    def prompted(self, prompt: str, n: int) -> list[Image.Image]:
-        return [self._pictures[prompt, self._settings.seed + number] for number in range(n)]
+    def asked(self, prompts: Sequence[str]) -> list[Image.Image]:
+        """Picture i of a prompt, or of several in turn, from seed + i."""
+        return [self._pictures[prompt, self._settings.seed + i] for i, prompt in enumerate(prompts)]
 
     def of(self, probe: Probe, n: int) -> list[Image.Image]:
         if probe.draw is None:
-            return [self._pictures[text, self._settings.seed + i] for i, text in enumerate(probe.asked(n))]
+            return self.asked(probe.asked(n))
         if not self._once:
             return probe.draw(self._pipe, n, self._settings)
         known, key = _PROBED.setdefault(probe, {}), (pipeline_fingerprint(self._pipe), n, self._settings)
@@ -228,9 +229,8 @@ def _rows_of_prompts(
     texts = judge.text_features(everything)
 
     def features(drawn: _Drawn) -> Sequence[torch.Tensor]:
-        return judge.image_features([one for text in everything for one in drawn.prompted(text, pictures)]).split(
-            pictures
-        )
+        shown = [one for text in everything for one in drawn.asked([text] * pictures)]
+        return judge.image_features(shown).split(pictures)
 
     untouched = features(before)
     edited = untouched if after is before else features(after)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,6 +161,7 @@ def _data(
     random = [" ".join(words[pick] for pick in row) for row in picks]
     data, aims = [], []
 
+    @cache  # the readings of one target are those of the next
     def text(prompt: str) -> Tensor:
         return encode_prompts(pipe, [prompt]).detach()
 
