@@ -96,6 +96,12 @@ def test_a_foreign_table_is_refused_and_kept(tmp_path):
     assert path.read_text() == "x,y\n1,2\n"
 
 
+def test_how_long_a_cell_took_is_no_result_of_its_own():
+    rows = [{"subject": "cat", "seed": 0, "condition": "a", "measure": "m", "value": 1.0, "cell_seconds": 9.0, "n": 3}]
+    assert set(summarise(pandas.DataFrame(rows)).columns) >= {"n"}
+    assert "cell_seconds" not in summarise(pandas.DataFrame(rows))
+
+
 def test_summaries_are_means_over_subjects_and_paired_differences():
     table = pandas.DataFrame([{**cell, **row} for cell in CELLS for row in rows_of(**cell)])
     summary = summarise(table).set_index("condition")

@@ -1,5 +1,6 @@
 """The experiments behind the tables, on a small random model: all conditions, finite numbers, no edit left applied."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -96,6 +97,8 @@ def test_an_experiment_measures_every_condition(name, setting, tmp_path):
     assert conditions <= set(table.condition) and measures <= set(table.measure)
     assert np.isfinite(table.value).all() and set(table.subject) == {title}
     assert not table.duplicated(["subject", "seed", "condition", "measure"]).any()
+    assert table.cell_seconds.nunique() == 1 and table.cell_seconds[0] > 0  # one cell
+    assert set(table.machine) == {f"{os.cpu_count()} CPU cores"}
     now = weights_of(setting.pipe)
     assert all(torch.equal(before[key], now[key]) for key in before)
     pandas.testing.assert_frame_equal(pandas.read_csv(tmp_path / "table.csv"), table, check_dtype=False, rtol=1e-4)

@@ -184,9 +184,10 @@ def _experiment(arguments: argparse.Namespace) -> None:
     subjects = _listed(arguments.subjects)
     experiments.require_experiment(arguments.name, subjects, arguments.out)
     require_writable(arguments.masks, folder=True)
+    pipe = diffusion.load(arguments.model, device=arguments.device)
     setting = experiments.Setting(
-        diffusion.load(arguments.model, device=arguments.device),
-        measure.load_judge(arguments.judge),
+        pipe,
+        measure.load_judge(arguments.judge, device=pipe.device),
         rounds=arguments.rounds,
         finetune_steps=arguments.finetune_steps,
         pictures=arguments.pictures,
@@ -336,9 +337,10 @@ def _compare_samplers(arguments: argparse.Namespace) -> None:
         choices.append(measure.Sampler(name, steps, scale, (first, last)))
     out = None if arguments.out is None else free_path(arguments.out, arguments, ending=".csv")
     source_of(arguments.folder)
+    pipe = diffusion.load(arguments.folder, device=arguments.device)
     table = measure.compare_samplers(
-        diffusion.load(arguments.folder, device=arguments.device),
-        measure.load_judge(arguments.judge),
+        pipe,
+        measure.load_judge(arguments.judge, device=pipe.device),
         choices,
         seeds=arguments.seeds,
         limit=arguments.limit,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -127,6 +128,12 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
             f"device {str(device)!r} cannot be used here ({reason}): give cpu, or cuda with a GPU"
         ) from error
     return found
+
+
+def machine_name(device: torch.device | str) -> str:
+    """What computes there: the name of a GPU, or how many cores the CPU has."""
+    where = torch.device(device)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else f"{os.cpu_count()} CPU cores"
 
 
 def require_float(dtype: Any) -> torch.dtype:

@@ -224,7 +224,7 @@ class LearnedText:
         """vectors (tokens, width) -> (captions, positions, width)."""
 
         def learned(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            own = vectors.to(output.dtype)[self._which.clamp(min=0)]
+            own = vectors.to(output)[self._which.clamp(min=0)]  # learned elsewhere, perhaps: on the CPU
             return torch.where((self._which >= 0)[..., None], own, output.detach())
 
         handle = embedding_of(self._pipe).register_forward_hook(learned)

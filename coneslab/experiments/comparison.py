@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..world.subjects import (
     title_of,
 )
 from .methods import METHODS, Method, chosen_settings, how_many, make_edit
-from .setting import Setting, identity_of, measure, stored_bytes
+from .setting import Setting, identity_of, measure, on_record, stored_bytes
 from .table import Row, open_table, rows_of, run_cells
 from .unions import measure_together
 
@@ -52,7 +52,8 @@ def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
 @lru_cache(maxsize=2)
 def _loaded(model: str, judge: str) -> tuple[Any, Any]:
     """Model and judge, loaded once per worker."""
-    return load(model), load_judge(judge)
+    pipe = load(model)
+    return pipe, load_judge(judge, device=pipe.device)
 
 
 _ONE_CELL = threading.Lock()  # a worker's threads share the pipeline, which has only one state
@@ -96,7 +97,8 @@ class _Cell:
 
     def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
         with _ONE_CELL:
-            return self._measured(subject, condition, seed, trial)
+            pipe, _ = _loaded(self.model, self.judge)
+            return on_record(pipe, partial(self._measured, subject, condition, seed, trial))
 
     def _measured(self, subject: str, condition: str, seed: int, trial: str) -> list[Row]:
         pipe, judge = _loaded(self.model, self.judge)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .many_concepts import SIZES, many_concepts, many_conditions, several_pairs
 from .masks import damage, precision, storage
 from .neurons import agreement, controls, density, finders, references
 from .parts import parts
-from .setting import Setting
+from .setting import Setting, on_record
 from .table import Row, open_table, run_cells
 from .unions import together
 
@@ -100,7 +101,7 @@ def run_experiment(
         require_writable(setting.masks, folder=True)
 
     def cell(subject: str, seed: int, **condition: str) -> list[Row]:
-        return experiment.measure(setting, known[subject], seed, **condition)
+        return on_record(setting.pipe, partial(experiment.measure, setting, known[subject], seed, **condition))
 
     cells = experiment.cells(known, seeds)
     return run_cells(cells, cell, path, identity=setting.identity, progress=progress)

@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import __version__, checks
 from ..diffusion.checks import require_editable, require_pipeline
-from ..diffusion.pipelines import Pipeline, fingerprint, pipeline_fingerprint
+from ..diffusion.pipelines import Pipeline, fingerprint, machine_name, pipeline_fingerprint
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied, load_edit
 from ..errors import FileFormatError
@@ -34,7 +34,7 @@ from ..neurons.search import SearchSettings, find_concept_neurons
 from ..seeds import derived
 from ..settings import takes
 from ..world.subjects import Subject
-from .table import Row, rows_of
+from .table import CELL_SECONDS, Row, rows_of
 
 MEASURES = {
     "text alignment": "cosine of picture and prompt",
@@ -107,6 +107,13 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
     begun = time.perf_counter()
     made = make()
     return made, time.perf_counter() - begun
+
+
+def on_record(pipe: Pipeline, measured: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a cell, each with the seconds that the whole cell took and the machine that computed it."""
+    rows, seconds = timed(measured)
+    about = {CELL_SECONDS: seconds, "machine": machine_name(pipe.device)}
+    return [row | about for row in rows]
 
 
 def identity_of(pipe: Pipeline, judge: Judge, **options: Any) -> dict[str, Any]:

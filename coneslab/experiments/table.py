@@ -75,7 +75,9 @@ def run_cells(
     return table()
 
 
-_TEXT = ("subject", "condition", "measure", "kind", "component", "error", "model", "judge", "version")  # never numbers
+CELL_SECONDS = "cell_seconds"  # the column that says how long a whole cell took
+# Columns that never hold numbers.
+_TEXT = ("subject", "condition", "measure", "kind", "component", "error", "model", "judge", "version", "machine")
 
 
 def read_table(path: str | Path, *, text: Iterable[str] = ()) -> pandas.DataFrame:
@@ -211,7 +213,7 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
     columns condition, measure, value, low, high, clusters (the number of subjects), points, and means of all other
     numbers. With fewer than five subjects low and high are NaN, and points has each subject's mean to show instead.
     """
-    others = [name for name in table.select_dtypes("number") if name not in ("seed", "value")]
+    others = [name for name in table.select_dtypes("number") if name not in ("seed", "value", CELL_SECONDS)]
     rows = []
     for (measure, condition), part in table.groupby(["measure", "condition"], sort=False):
         part = part.set_index(["subject", "seed"]).sort_index()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import world
+from ..diffusion.pipelines import machine_name
 from ..diffusion.precision import bfloat16_pays, flushing_denormals
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import read_json, require_writable, user_path, write_json
@@ -144,7 +145,7 @@ def _run_facts(recipe: Recipe, modules: Mapping[str, nn.Module]) -> dict[str, An
         "recipe": asdict(recipe),
         "commit": commit,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "device": machine_name(device),
         "precision": "bfloat16 autocast" if bfloat16_pays(device) else "float32",
         "weights": sum(w.numel() for w in _named(modules).values()),
     }
