@@ -23,6 +23,7 @@ from coneslab.neurons.damage import dropped
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.seeds import derived
 from coneslab.world import CLASSES, memorised, rearranged, with_article
+from coneslab.world.subjects import subjects_of
 
 SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
 EXPECTED = {
@@ -49,6 +50,7 @@ EXPECTED = {
     "finders": ({"untouched model", *neurons.FINDERS}, SUBJECT_MEASURES),
     "together": (
         {"untouched model", "random mask", "own mask alone", "union", "union, float", "union, 10 steps"}
+        | {"union, as for one subject"}
         | {f"union, {name}" for name in VARIANTS},
         {"text alignment", "image alignment", "image alignment, cat", "every subject found", "additivity: cosine"},
     ),
@@ -114,6 +116,17 @@ LAYOUT = KVLayout(
 
 def graded(places: list[int], scales: list[float]) -> ConceptNeurons:
     return ConceptNeurons(LAYOUT, places, scales, "f" * 64, subject="cat")
+
+
+def test_masks_of_several_subjects_are_searched_for_with_the_settings_chosen_for_several(setting, monkeypatch):
+    chosen = {("Cones, binary", 2): 0.9, ("Cones, token-local", 2): 0.8}
+    monkeypatch.setattr(unions, "chosen_settings", lambda *asked: {"threshold_quantile": chosen[asked]})
+    asked = []
+    monkeypatch.setattr(Setting, "found", lambda self, subject, seed, **options: asked.append(options))
+    subjects = subjects_of("cat+dog")
+    unions.searched(setting, subjects, 0)
+    unions.searched(setting, subjects, 0, scope="subject")
+    assert [one["threshold_quantile"] for one in asked] == [0.9, 0.9, 0.8, 0.8]
 
 
 def test_the_core_of_a_mask_is_what_is_shut_most():

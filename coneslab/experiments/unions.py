@@ -15,6 +15,7 @@ from ..edits.base import Combined, Edit, applied
 from ..measure.asking import finds_objects
 from ..neurons.controls import random_neurons
 from ..neurons.loss import concept_loss
+from ..neurons.mask import ConceptNeurons
 from ..neurons.union import (
     TunedNeurons,
     additivity,
@@ -25,6 +26,7 @@ from ..neurons.union import (
 from ..seeds import derived
 from ..world import SCENES
 from ..world.subjects import Subject
+from .methods import chosen_settings
 from .setting import VARIANTS, Setting
 from .table import Row, rows_of
 
@@ -56,15 +58,33 @@ def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit |
     }
 
 
-def joined(setting: Setting, subjects: Sequence[Subject], seed: int, options: Mapping[str, Any]) -> Edit:
-    """The subjects' masks from a search with these options, all on at once."""
-    found = [setting.found(subject, seed, **options).binary() for subject in subjects]
-    return Combined(tuple(found)) if found[0].scope else concatenate(*found)
+def searched(setting: Setting, subjects: Sequence[Subject], seed: int, **options: Any) -> list[ConceptNeurons]:
+    """The subjects' masks from a search with these options, and the settings chosen for so many subjects."""
+    method = "Cones, token-local" if options.get("scope") else "Cones, binary"
+    chosen = chosen_settings(method, len(subjects))
+    return [setting.found(subject, seed, **{**chosen, **options}) for subject in subjects]
+
+
+def joined(found: Sequence[ConceptNeurons]) -> Edit:
+    """Binary masks, all on at once: as one mask, or side by side if each acts at its own words."""
+    binary = [mask.binary() for mask in found]
+    return Combined(tuple(binary)) if binary[0].scope else concatenate(*binary)
+
+
+def _density(edit: Any) -> float:
+    """Share of neurons that are shut or tuned: of masks side by side at different words, of all of them together."""
+    parts = edit.edits if isinstance(edit, Combined) else [edit]
+    masks = [part.neurons if isinstance(part, TunedNeurons) else part for part in parts]
+    return float(sum(getattr(mask, "density", np.nan) for mask in masks))
 
 
 def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[Row]:
-    """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning."""
-    found = [setting.found(subject, seed) for subject in subjects]
+    """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning.
+
+    Masks are searched for with the settings chosen for so many subjects; "union, as for one subject" has the masks of
+    the other experiments.
+    """
+    found = searched(setting, subjects, seed)
     union = concatenate(*[mask.binary() for mask in found])
     own_seed = derived(seed, *(subject.name for subject in subjects))
     conditions: list[tuple[str, int, Edit | None]] = [  # name, steps of tuning, edit
@@ -72,7 +92,8 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
         ("random mask", 0, random_neurons(union, seed=own_seed)),
         ("union, float", 0, concatenate(*found)),
         ("union", 0, union),
-        *((f"union, {name}", 0, joined(setting, subjects, seed, options)) for name, options in VARIANTS.items()),
+        ("union, as for one subject", 0, joined([setting.found(subject, seed) for subject in subjects])),
+        *((f"union, {name}", 0, joined(searched(setting, subjects, seed, **own))) for name, own in VARIANTS.items()),
     ]
 
     def keep(state: Mapping[str, Any]) -> None:
@@ -89,7 +110,7 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
     rows = []
     for name, steps, edit in conditions:
         values = measure_together(setting, subjects, edit, seed)
-        rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=union.density)
+        rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=_density(edit))
     own = [
         concept_loss(setting.pipe, subject, edit=mask.binary(), samples=setting.samples).subject
         for subject, mask in zip(subjects, found, strict=True)
