@@ -16,10 +16,10 @@ KEPT = Path(__file__).resolve().parent.parent / "build" / "web"  # what was fetc
 #: lecture -> what its states show, and the states; names of edits are those of `coneslab.web.default_shelf`
 STATES: dict[str, list[tuple[str, dict[str, str]]]] = {
     "00_tour": [
-        ("the robot with its concept neurons shut", {"prompt": "a qtp robot on the beach", "edits": "robot"}),
+        ("the dog with its concept neurons shut", {"prompt": "a zwx dog on the beach", "edits": "dog"}),
     ],
     "03_finding_concept_neurons": [
-        ("half the dose", {"prompt": "a qtp robot on the beach", "edits": "robot", "dose": "0.5"}),
+        ("half the dose", {"prompt": "a zwx dog on the beach", "edits": "dog", "dose": "0.5"}),
         ("a mask at the subject’s words only", {"prompt": "a sks cat on the beach", "edits": "cat"}),
     ],
     "05_concatenating_concepts": [

@@ -49,6 +49,42 @@ def evaluation(path: Path) -> str:
     return markdown_table(list(filled), zip(*filled.values(), strict=True))
 
 
+AT_A_GLANCE = {  # condition of the controls -> what the README calls it
+    "random mask": "as many neurons, at random",
+    "another subject's mask": "another subject's neurons",
+    "concept neurons, binary": "**concept neurons**, as in the paper",
+    "at its words": "**concept neurons at the subject's words**, ours",
+    "K-V fine-tuning": "fine-tuning all keys and values",
+    "real pictures": "real pictures of the subject",
+}
+
+
+def at_a_glance(path: Path) -> str:
+    """The controls as the README shows them: what is gained over the untouched model, near and far subjects."""
+    from coneslab.experiments import summarise
+    from coneslab.world.subjects import FAR, NEAR
+
+    table, cells = read(path), {}
+    for kind, names in {"near": NEAR, "far": FAR, "all": NEAR + FAR}.items():
+        part = table[table.subject.isin(names)]
+        for row in summarise(part[part.measure != "concept loss"], minus="untouched model").itertuples():
+            cells[row.condition, row.measure, kind] = gain(row.value, row.low, row.high)
+        for row in summarise(part[part.measure == "subject share"]).itertuples():
+            cells[row.condition, "taken for it", kind] = f"{row.value:.0%}".replace("%", " %")
+    columns = [(measure, kind) for measure in ("image alignment", "taken for it") for kind in KINDS]
+    rows = [
+        [title, *(cells[name, *column] for column in [*columns, ("text alignment", "all")])]
+        for name, title in AT_A_GLANCE.items()
+    ]
+    return markdown_table(["", *map(", ".join, columns), "text alignment"], rows)
+
+
+def gain(value: float, low: float, high: float) -> str:
+    """A difference with its interval, to two digits, such as +0.21 [+0.14, +0.28]."""
+    value, low, high = (round(number, 2) + 0.0 for number in (value, low, high))  # no −0.00
+    return told(value, low, high, "+.2f").replace("-", "−")
+
+
 def methods(path: Path) -> str:
     """`coneslab compare`, from its CSV file: the paper's table, then single subjects with intervals."""
     if not path.exists():
@@ -115,10 +151,29 @@ def mean(row: Any) -> str:
     return told(row.value, row.low, row.high, digits)
 
 
-def by_count(table: Any) -> list[str]:
-    """One summary, or one for every number of subjects in a picture."""
-    if "count" not in table:
+KINDS = {  # of single subjects, as `world.subjects` has them
+    "near": "In a style that the model knows, with features that it knows one by one",
+    "far": "In a style that it has never seen",
+}
+
+
+def by_kind(table: Any) -> list[str]:
+    """One summary, or one of the subjects near to what the model knows and one of those far from it."""
+    from coneslab.world.subjects import FAR, NEAR
+
+    parts = {kind: table[table.subject.isin(names)] for kind, names in (("near", NEAR), ("far", FAR))}
+    if any(part.empty for part in parts.values()) or sum(map(len, parts.values())) < len(table):
         return [summary(table)]
+    shown = []
+    for kind, part in parts.items():
+        shown += [f"{KINDS[kind]}, {part.subject.nunique()} subjects:", summary(part)]
+    return shown
+
+
+def by_count(table: Any) -> list[str]:
+    """One summary, or one for every number of subjects in a picture, or for each kind of single subjects."""
+    if "count" not in table:
+        return by_kind(table)
     parts = []
     for count, part in table.groupby("count"):
         pictures = "One subject in a picture" if count == 1 else f"{count} subjects in a picture"

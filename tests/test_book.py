@@ -424,6 +424,26 @@ def test_the_table_of_the_page_in_the_browser_joins_when_it_is_there(tmp_path):
     ]
 
 
+def test_the_readme_shows_the_table_of_controls_as_it_is():
+    shown = tables.at_a_glance(ROOT / "data" / "results" / "concept_neurons.csv")
+    assert shown in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_gains_have_a_sign_and_nothing_is_less_than_nothing():
+    assert tables.gain(0.214, -0.138, 0.281) == "+0.21 [−0.14, +0.28]"
+    assert tables.gain(-0.001, -0.004, 0.004) == "+0.00 [+0.00, +0.00]"
+
+
+def test_near_and_far_subjects_are_summed_up_apart():
+    rows = [
+        {"subject": name, "seed": 0, "condition": "a", "measure": "m", "value": value}
+        for name, value in {"tom": 0.25, "spot": 0.25, "cat": 0.75, "dog": 0.75}.items()
+    ]
+    near, first, far, second = tables.by_count(pandas.DataFrame(rows))
+    assert "2 subjects" in near and "| a | 0.250 |" in first and "never seen" in far and "| a | 0.750 |" in second
+    assert len(tables.by_count(pandas.DataFrame(rows[:2]))) == 1
+
+
 def test_a_lecture_links_to_states_of_the_page():
     shown = {stem: playground.links(stem) for stem in (path.stem for path in NOTEBOOKS)}
     assert {stem[:2] for stem, line in shown.items() if line} == {"00", "03", "05", "07"}

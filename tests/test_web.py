@@ -310,15 +310,15 @@ def test_the_shelf_that_is_searched_for_is_kept(world_pipe, tmp_path, monkeypatc
 
     monkeypatch.setattr(shelf, "find_concept_neurons", search)
     first = default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
-    assert searched == [("robot", 3, "all"), ("cat", 3, "subject"), ("car", 3, "subject")]
+    assert searched == [("cat", 3, "subject"), ("car", 3, "subject"), ("dog", 3, "all")]
     again = default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
     assert len(searched) == 3 and [one.edit for one in first] == [one.edit for one in again]
     names = [one.name for one in first]
-    assert names == ["robot", "cat", "car", "cat-to-dog"]
+    assert names == ["cat", "car", "dog", "cat-to-dog"]
     states = [state for shown in playground.STATES.values() for _, state in shown]  # what lectures link to
     assert {name for state in states for name in state["edits"].split(",")} == set(names)
     prompts = {one.name: one.prompt for one in first}
-    assert all(state["prompt"] == prompts[state["edits"]] for state in states if state["edits"] in ("robot", "cat"))
+    assert all(state["prompt"] == prompts[state["edits"]] for state in states if state["edits"] in ("dog", "cat"))
     (tmp_path / "cat-3.mask").write_bytes(b"broken")
     default_shelf(world_pipe, tmp_path, rounds=3, progress=False)
     default_shelf(world_pipe, tmp_path, rounds=4, progress=False)

@@ -105,17 +105,19 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
     figure_file, edit_file = (free_path(folder / name, arguments) for name in ("tour.png", f"{subject.name}{EDIT}"))
     pipe, start = load_pipeline(arguments), time.perf_counter()
     say(f"1. The subject: {len(subject.images)} pictures of “{subject.phrase}”, which the model has never seen.")
-    found = find_concept_neurons(
-        pipe,
-        subject,
-        rounds=arguments.rounds,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-        **drawing_options(arguments),
-    ).binary()
+    options = {"seed": arguments.seed, "progress": not arguments.quiet, **drawing_options(arguments)}
+    found = find_concept_neurons(pipe, subject, rounds=arguments.rounds, **options).binary()
     seconds = time.perf_counter() - start
     say(f"2. Its concept neurons: {len(found):,} of {found.n:,} key and value weights, in {seconds:.0f} s.")
-    edits = {"untouched": None, "random neurons": random_neurons(found, seed=arguments.seed), "concept neurons": found}
+    fewer = max(1, arguments.rounds // 2)  # are enough where no other word can change
+    at_words = find_concept_neurons(pipe, subject, rounds=fewer, scope="subject", **options).binary()
+    say(f"   At the words “{subject.phrase}” alone: {len(at_words):,}.")
+    edits = {
+        "untouched": None,
+        "random neurons": random_neurons(found, seed=arguments.seed),
+        "concept neurons": found,
+        "at its words": at_words,
+    }
     rows = [list(subject.images[:4])]
     for edit in edits.values():
         with applied(edit, pipe):
@@ -464,7 +466,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_json(doctor)
 
     tour = add("tour", _tour, "find the neurons of a subject, shut them and draw, beside controls")
-    tour.add_argument("--subject", default="robot", help="a subject of the sticker world (default: robot)")
+    tour.add_argument("--subject", default="dog", help="a subject of the sticker world (default: dog)")
     tour.add_argument("--rounds", type=positive, default=60, help="rounds of the search (default: 60)")
     add_common(tour, "folder for the figure and the edit (default: tour)")
 

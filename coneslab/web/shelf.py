@@ -35,7 +35,7 @@ from ..world.subjects import SUBJECTS, subject
 
 SHIPPED = data_folder() / "shelf"
 ENERGY = 1 - 1e-6  # of an ablation that is kept: its error is then that of float16
-_SUBJECTS: tuple[tuple[str, str], ...] = (("robot", "all"), ("cat", "subject"), ("car", "subject"))  # and their scopes
+_SUBJECTS: tuple[tuple[str, str], ...] = (("cat", "subject"), ("car", "subject"), ("dog", "all"))  # and their scopes
 _TARGET, _ANCHOR = "a cat", "a dog"
 _KEPT = ("a rabbit", "a car", "a robot", "a house")  # prompts that the ablation holds on to
 
