@@ -14,7 +14,7 @@ from coneslab.cli import main
 from coneslab.diffusion.sampling import generate
 from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, WorldError
-from coneslab.experiments import comparison
+from coneslab.experiments import cluster, comparison
 from coneslab.experiments.methods import METHODS, Method, make_edit
 from coneslab.experiments.setting import stored_bytes
 from coneslab.neurons.union import joint_prompt
@@ -223,11 +223,11 @@ def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_cluster_leaves_the_environment_of_this_process_alone():
     before = dict(os.environ)
-    with comparison.dask_client(workers=1, threads=2) as client:
+    with cluster.dask_client(workers=1, threads=2) as client:
         assert dict(os.environ) == before  # notebooks started from here would run on one thread
         assert list(client.run(torch.get_num_threads).values()) == [2]
-        kept = client.run(lambda: {name: os.environ.get(name) for name in comparison.KEEP_MEMORY})
-        assert list(kept.values()) == [{name: str(size) for name, size in comparison.KEEP_MEMORY.items()}]
+        kept = client.run(lambda: {name: os.environ.get(name) for name in cluster.KEEP_MEMORY})
+        assert list(kept.values()) == [{name: str(size) for name, size in cluster.KEEP_MEMORY.items()}]
     assert dict(os.environ) == before
 
 

@@ -1,7 +1,9 @@
 """The experiments behind the tables, on a small random model: all conditions, finite numbers, no edit left applied."""
 
 import os
+import pickle
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -372,6 +374,38 @@ def test_neurons_are_searched_for_once_for_all_experiments(setting, tmp_path, mo
     run_experiment("damage", setting, subjects=["dog"], seeds=1, path=tmp_path / "second.csv", progress=False)
     with pytest.raises(AssertionError, match="searched again"):
         run_experiment("damage", setting, subjects=["house"], seeds=1, path=tmp_path / "third.csv", progress=False)
+
+
+def test_a_setting_of_named_models_can_be_sent_to_a_worker_and_no_other(setting):
+    sent = Setting.named("tiny", device="cpu", rounds=3, pictures=2, masks=Path("masks"))
+    there = pickle.loads(pickle.dumps(sent))
+    assert there == sent and there.pipe is sent.pipe and there.masks == Path("masks")
+    assert len(pickle.dumps(sent)) < 1000  # names alone
+    assert pickle.loads(pickle.dumps(sent.quick(7))).sampler_steps == 7
+    with pytest.raises(ConeslabError, match="Setting.named"):
+        pickle.dumps(setting)
+
+
+@pytest.mark.slow
+def test_the_command_shares_the_cells_among_workers(tmp_path, capsys):
+    table, masks = tmp_path / "table.csv", tmp_path / "masks"
+    common = [
+        "experiment",
+        "storage",
+        "--subjects",
+        "cat,dog",
+        "--seeds",
+        "1",
+        "--rounds",
+        "1",
+        "--finetune-steps",
+        "1",
+    ]
+    common += ["--out", str(table), "--masks", str(masks), "--device", "cpu"]
+    assert main([*common, "--threads", "2"]) == 2 and "--workers" in capsys.readouterr().err
+    assert main([*common, "--workers", "1", "--threads", "2"]) == 0
+    made = pandas.read_csv(table)
+    assert list(dict.fromkeys(made.subject)) == ["cat", "dog"] and len(list(masks.glob("*.safetensors"))) == 2
 
 
 def test_unknown_names_are_refused_before_anything_is_computed(setting, tmp_path):

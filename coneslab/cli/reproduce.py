@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .. import checks
@@ -179,24 +180,48 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
 
 
 def _experiment(arguments: argparse.Namespace) -> None:
-    from .. import diffusion, experiments, measure
+    from .. import experiments
 
     subjects = _listed(arguments.subjects)
     experiments.require_experiment(arguments.name, subjects, arguments.out)
     require_writable(arguments.masks, folder=True)
-    pipe = diffusion.load(arguments.model, device=arguments.device)
-    setting = experiments.Setting(
-        pipe,
-        measure.load_judge(arguments.judge, device=pipe.device),
+    setting = experiments.Setting.named(
+        arguments.model,
+        arguments.judge,
+        device=arguments.device,
         rounds=arguments.rounds,
         finetune_steps=arguments.finetune_steps,
         pictures=arguments.pictures,
-        masks=arguments.masks,
+        masks=arguments.masks.absolute(),
     )
-    table = experiments.run_experiment(
-        arguments.name, setting, subjects=subjects, seeds=arguments.seeds, path=arguments.out
-    )
+    with _cluster(arguments) as client:
+        table = experiments.run_experiment(
+            arguments.name, setting, subjects=subjects, seeds=arguments.seeds, path=arguments.out, client=client
+        )
     teller(arguments)(experiments.summarise(table).round(4).to_string(index=False))
+
+
+def _cluster(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
+    """A Dask client, if a scheduler or workers were asked for; else nothing, and this process computes alone."""
+    from ..experiments import dask_client
+
+    if arguments.scheduler:
+        refuse_unused(arguments, "with --scheduler, which has its own workers", "workers", "threads")
+        return dask_client(arguments.scheduler)
+    if not hasattr(arguments, "workers"):
+        refuse_unused(arguments, "without --workers: this process takes the threads that torch has", "threads")
+        return nullcontext()
+    return dask_client(workers=arguments.workers, threads=getattr(arguments, "threads", 1))
+
+
+def _add_cluster(parser: argparse.ArgumentParser, *, without: str, workers: str, threads: str) -> None:
+    """Add --scheduler, --workers and --threads, each with what is done without it."""
+    unset = argparse.SUPPRESS  # so that those without effect are known to have been given
+    parser.add_argument("--scheduler", help=f"address of a Dask scheduler (default: {without})")
+    parser.add_argument(
+        "--workers", type=positive, default=unset, help=f"processes on this machine (default: {workers})"
+    )
+    parser.add_argument("--threads", type=positive, default=unset, help=f"threads in each process (default: {threads})")
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -224,6 +249,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     experiment.add_argument("--finetune-steps", type=positive, default=100, help="steps of K-V fine-tuning (controls)")
     experiment.add_argument("--pictures", type=positive, default=1, help="pictures per prompt")
     experiment.add_argument("--masks", type=user_path, default="runs/masks", help="where found neurons are kept")
+    _add_cluster(experiment, without="this machine", workers="this process alone", threads="1 with --workers")
     add_device(experiment)
     experiment.add_argument("--out", type=user_path, help="the table (default: its place in data/results)")
     experiment.set_defaults(run=_experiment, resumes=True)
@@ -307,11 +333,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--pictures", type=positive, default=unset, help="pictures per prompt (default: 2)")
     compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(compare)
-    compare.add_argument("--scheduler", help="address of a Dask scheduler (default: a cluster on this machine)")
-    compare.add_argument(
-        "--workers", type=positive, default=unset, help="processes of the cluster on this machine (default: 1)"
-    )
-    compare.add_argument("--threads", type=positive, default=unset, help="threads in each process (default: 2)")
+    _add_cluster(compare, without="a cluster on this machine", workers="1", threads="2")
     compare.add_argument(
         "--settings", default=unset, help='settings of all methods, as JSON, such as {"steps": 50} (default: none)'
     )

@@ -12,8 +12,8 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from .ablation import OUTCOME as OUTCOME
     from .ablation import outcome as outcome
+    from .cluster import dask_client as dask_client
     from .comparison import compare_methods as compare_methods
-    from .comparison import dask_client as dask_client
     from .comparison import paper_table as paper_table
     from .comparison import require_comparison as require_comparison
     from .comparison import tune_methods as tune_methods
@@ -42,9 +42,9 @@ __getattr__, __dir__, __all__ = attach(
             "OUTCOME",
             "outcome",
         ),
+        "cluster": ("dask_client",),
         "comparison": (
             "compare_methods",
-            "dask_client",
             "paper_table",
             "require_comparison",
             "tune_methods",

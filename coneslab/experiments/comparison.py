@@ -7,12 +7,9 @@ table is made with others, so that no method is put at a disadvantage or favoure
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,8 @@ import numpy as np
 import pandas
 
 from .. import checks
-from ..diffusion.pipelines import load
 from ..errors import ConeslabError
 from ..files import data_folder, read_json, require_writable, write_json
-from ..measure.judge import load_judge
 from ..world.subjects import (
     COMBINATIONS,
     TUNING_COMBINATIONS,
@@ -34,6 +29,7 @@ from ..world.subjects import (
     table_subjects,
     title_of,
 )
+from .cluster import ONE_CELL, loaded
 from .methods import METHODS, Method, chosen_settings, how_many, make_edit
 from .setting import Setting, identity_of, measure, on_record, stored_bytes
 from .table import Row, open_table, rows_of, run_cells
@@ -47,16 +43,6 @@ def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
     """The subjects and combinations of the table, of these sizes; none contains a tuning subject."""
     groups = {**COMBINATIONS, 1: tuple((name,) for name in SINGLE_SUBJECTS)}
     return [title_of(names) for count in counts for names in groups[count]]
-
-
-@lru_cache(maxsize=2)
-def _loaded(model: str, judge: str) -> tuple[Any, Any]:
-    """Model and judge, loaded once per worker."""
-    pipe = load(model)
-    return pipe, load_judge(judge, device=pipe.device)
-
-
-_ONE_CELL = threading.Lock()  # a worker's threads share the pipeline, which has only one state
 
 
 @dataclass(frozen=True)
@@ -86,7 +72,7 @@ class _Cell:
 
     def identity(self) -> Callable[[Row], dict[str, Any]]:
         """What a cell's values depend on besides itself."""
-        common = identity_of(*_loaded(self.model, self.judge), pictures=self.pictures)
+        common = identity_of(*loaded(self.model, self.judge), pictures=self.pictures)
 
         def of_cell(cell: Row) -> dict[str, Any]:
             if cell["condition"] not in self.methods:  # an earlier run compared other methods as well
@@ -96,12 +82,12 @@ class _Cell:
         return of_cell
 
     def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
-        with _ONE_CELL:
-            pipe, _ = _loaded(self.model, self.judge)
+        with ONE_CELL:
+            pipe, _ = loaded(self.model, self.judge)
             return on_record(pipe, partial(self._measured, subject, condition, seed, trial))
 
     def _measured(self, subject: str, condition: str, seed: int, trial: str) -> list[Row]:
-        pipe, judge = _loaded(self.model, self.judge)
+        pipe, judge = loaded(self.model, self.judge)
         subjects, (method, _) = subjects_of(subject), self.methods[condition]
         settings = self.settings_of(subject, condition, trial)
         edit, seconds = make_edit(method, pipe, subjects, seed=seed, folder=self.folder, **settings)
@@ -115,45 +101,6 @@ class _Cell:
         else:
             values = measure_together(Setting(pipe, judge, pictures=self.pictures), subjects, edit, seed)
         return rows_of(values, **facts)
-
-
-# Workers compute in a separate thread, for which glibc requests every tensor's memory from the kernel and returns it at
-# once, page by page: a search takes twice as long. With these settings it keeps the memory.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 4 << 30, "MALLOC_TRIM_THRESHOLD_": 8 << 30}
-
-
-@contextmanager
-def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int = 2) -> Any:
-    """A Dask client of the scheduler at an address, or of a local cluster for the length of a block.
-
-    workers: processes; threads: torch's in each; workers × threads should be the number of cores. Every worker runs
-    one cell at a time.
-    """
-    from dask import config
-    from distributed import Client, LocalCluster
-
-    if scheduler is not None:
-        with Client(scheduler) as client:
-            yield client
-        return
-    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    spawn = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | KEEP_MEMORY
-    before = dict(os.environ)
-    try:
-        settings = {"distributed.nanny.pre-spawn-environ": spawn}
-        with config.set(settings), LocalCluster(processes=True, **options) as cluster:
-            _restore(before)
-            with Client(cluster) as client:
-                yield client
-    finally:
-        _restore(before)
-
-
-def _restore(environment: Mapping[str, str]) -> None:
-    """Restore the environment: distributed sets the workers' variables in this process as well."""
-    for name in set(os.environ) - set(environment):
-        del os.environ[name]
-    os.environ.update(environment)
 
 
 def compare_methods(

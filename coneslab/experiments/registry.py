@@ -19,6 +19,7 @@ from ..errors import ConeslabError
 from ..files import data_folder, require_writable
 from ..world.subjects import COMBINATIONS, names_in, subject, subjects_of, table_subjects, title_of
 from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral, conditions
+from .cluster import ONE_CELL
 from .conceptor import PLANTED, conceptor, planted
 from .many_concepts import SIZES, many_concepts, many_conditions, several_pairs
 from .masks import damage, precision, storage
@@ -83,12 +84,14 @@ def run_experiment(
     subjects: Sequence[str] | None = None,
     seeds: int = 3,
     path: str | Path | None = None,
+    client: Any = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
     """Run an experiment, or what its table still lacks; return it, one row per (subject, seed, condition, measure).
 
     subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
     planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
+    client: a `distributed.Client` (Dask) whose workers share the cells, for a setting made by `Setting.named`.
     path: of the table, by default in `data/results`. A table of another model, judge, version or options is not
     continued. Raises ConeslabError for it, for an unknown experiment and for nothing to do, WorldError for an unknown
     subject, WriteError for a table or a folder of masks that cannot be written, before anything is computed.
@@ -100,11 +103,22 @@ def run_experiment(
     if setting.masks is not None:
         require_writable(setting.masks, folder=True)
 
-    def cell(subject: str, seed: int, **condition: str) -> list[Row]:
-        return on_record(setting.pipe, partial(experiment.measure, setting, known[subject], seed, **condition))
-
     cells = experiment.cells(known, seeds)
-    return run_cells(cells, cell, path, identity=setting.identity, progress=progress)
+    return run_cells(cells, _Cell(name, setting), path, identity=setting.identity, client=client, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Measures one cell of an experiment; a class, so that it can be sent to a worker."""
+
+    name: str
+    setting: Setting
+
+    def __call__(self, subject: str, seed: int, **condition: str) -> list[Row]:
+        experiment = EXPERIMENTS[self.name]
+        about = experiment.resolve(subject)
+        with ONE_CELL:
+            return on_record(self.setting.pipe, partial(experiment.measure, self.setting, about, seed, **condition))
 
 
 def require_experiment(

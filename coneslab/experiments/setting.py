@@ -10,7 +10,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..diffusion.checks import require_editable, require_pipeline
 from ..diffusion.pipelines import Pipeline, fingerprint, machine_name, pipeline_fingerprint
 from ..diffusion.sampling import generate
 from ..edits.base import Edit, applied, load_edit
-from ..errors import FileFormatError
+from ..errors import ConeslabError, FileFormatError
 from ..files import read_json, require_writable, write_whole
 from ..finetuning.samples import prior_pictures
 from ..measure.judge import Judge
@@ -34,6 +34,7 @@ from ..neurons.search import SearchSettings, find_concept_neurons
 from ..seeds import derived
 from ..settings import takes
 from ..world.subjects import Subject
+from .cluster import loaded
 from .table import CELL_SECONDS, Row, rows_of
 
 MEASURES = {
@@ -182,7 +183,7 @@ class Setting:
     """What all cells of an experiment share.
 
     rounds: of a search; pictures: per prompt; sampler_steps, guidance_scale: of pictures; samples: of a denoising
-    loss; masks: folder in which found neurons are kept between experiments.
+    loss; masks: folder in which found neurons are kept between experiments; source: of the models, see `named`.
     Raises ConeslabError for a pipeline that cannot be edited, or a count below 1.
     """
 
@@ -195,6 +196,26 @@ class Setting:
     guidance_scale: float = 3.0
     samples: int = 160
     masks: Path | None = None
+    source: tuple[str, str, str | None] | None = None
+
+    @classmethod
+    def named(cls, model: str = "tiny", judge: str = "judge", *, device: str | None = None, **options: Any) -> Setting:
+        """A setting whose models are loaded by name, once per process: it can be sent to the workers of a cluster.
+
+        model, judge: names, folders or hub ids, as every worker finds them; device: default a GPU where there is one.
+        options: the other fields. Raises what `load` and `load_judge` raise.
+        """
+        pipe, own_judge = loaded(str(model), str(judge), device)
+        return cls(pipe, own_judge, source=(str(model), str(judge), device), **options)
+
+    def __reduce__(self) -> Any:
+        if self.source is None:
+            raise ConeslabError(
+                "the models of this setting were loaded beforehand and cannot be sent to a worker: make the setting "
+                "with Setting.named(model, judge)"
+            )
+        names = [field.name for field in fields(self) if field.name not in ("pipe", "judge", "source")]
+        return _named, (self.source, {name: getattr(self, name) for name in names})
 
     def __post_init__(self) -> None:
         require_editable(self.pipe)
@@ -240,3 +261,9 @@ class Setting:
         options = {"pictures": self.pictures, "samples": self.samples, **self.drawing}
         values = measure(self.pipe, self.judge, subject, edit, seed=seed, **options)
         return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})
+
+
+def _named(source: tuple[str, str, str | None], options: Mapping[str, Any]) -> Setting:
+    """The setting of these models in this process, which loads them if it has not yet."""
+    model, judge, device = source
+    return Setting.named(model, judge, device=device, **options)
