@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import findings
 import playground
 from hosts import running_times
 from result_tables import browser, evaluation, experiments, markdown_table, methods
@@ -64,6 +65,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
     yield "parts/browser.md", browser(results / "browser.csv").encode()
     yield "parts/methods.md", methods(results / "methods.csv").encode()
     yield "parts/experiments.md", experiments(results).encode()
+    yield "parts/findings.md", findings.page(results).encode()
     yield "parts/door.md", door().encode()
 
 

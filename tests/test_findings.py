@@ -1,0 +1,86 @@
+"""The page of findings: verdicts follow from the tables, and the tables are of the shipped model."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+
+from coneslab import load
+from coneslab.diffusion.pipelines import pipeline_fingerprint
+from coneslab.experiments.table import read_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "data" / "results"
+sys.path.insert(0, str(ROOT / "docs"))
+
+import findings  # noqa: E402
+
+
+def shifted(table: pandas.DataFrame, condition: str, measure: str, by: float) -> pandas.DataFrame:
+    """A table in which one condition fares better or worse than it did."""
+    table = table.copy()
+    table.loc[(table.condition == condition) & (table.measure == measure), "value"] += by
+    return table
+
+
+def verdicts(name: str, table: pandas.DataFrame) -> list[str]:
+    return [finding.verdict for finding in findings.TESTED[name][1](table)]
+
+
+@pytest.mark.parametrize(
+    "name, number, condition, by",
+    [
+        ("controls", 0, "concept neurons, binary", -0.2),
+        ("controls", 1, "another subject's mask", 0.1),
+        ("controls", 2, "top-k |gradient|", 0.2),
+        ("controls", 3, "K-V fine-tuning", 0.2),
+        ("controls", 4, "at its words", -0.3),
+        ("controls", 5, "values only", 0.05),
+        ("precision", 0, "binary", -0.1),
+        ("damage", 0, "flipped 0.02", -0.1),
+        ("damage", 1, "moved 1", 0.1),
+        ("parts", 0, "most-shut half", -0.1),
+        ("parts", 1, "keys", 0.1),
+        ("parts", 2, "densest heads", 0.2),
+    ],
+)
+def test_a_verdict_changes_with_its_table(name, number, condition, by):
+    table = read_table(RESULTS / findings.TESTED[name][0])
+    before, after = verdicts(name, table), verdicts(name, shifted(table, condition, "image alignment", by))
+    assert before[number] != after[number]
+
+
+def test_a_difference_is_paired_and_its_interval_is_over_subjects():
+    rows = [
+        {"subject": name, "seed": 0, "condition": condition, "measure": "m", "value": number + gain}
+        for number, name in enumerate("abcdefgh")
+        for condition, gain in {"untouched": 0.0, "mask": 0.25 + number / 1000}.items()
+    ]
+    found = findings.difference(pandas.DataFrame(rows), "mask", "untouched", "m")
+    assert found.above and not found.nothing and found.value == pytest.approx(0.2535)
+    assert 0.25 < found.low < found.value < found.high < 0.2571
+    with pytest.raises(ValueError, match="not both of 'mask' and 'other'"):
+        findings.difference(pandas.DataFrame(rows), "mask", "other", "m")
+
+
+def test_no_difference_is_more_than_none_seen():
+    assert findings.Difference(0.0, -0.01, 0.01).nothing
+    assert not findings.Difference(0.0, -0.05, 0.05).nothing
+    assert str(findings.Difference(-0.5, -0.75, 0.25)) == "−0.500 [−0.750, +0.250]"
+
+
+def test_what_is_found_was_measured_on_the_shipped_model():
+    shipped = pipeline_fingerprint(load("tiny", device="cpu"))[:16]
+    for name, _ in findings.TESTED.values():
+        assert set(read_table(RESULTS / name).model) == {shipped}, name
+
+
+def test_the_page_has_every_claim_with_its_verdict_and_numbers():
+    shown, found = findings.page(RESULTS), findings.findings(RESULTS)
+    assert len(found) >= 12 and len({one.claim for one in found}) == len(found)
+    for one in found:
+        assert f"| {one.claim} |" in shown and one.because in shown
+        assert one.verdict in (findings.HELD, findings.IN_PART, findings.NOT)
+        assert np.char.isdigit(list(one.because)).any()
