@@ -216,7 +216,7 @@ class ProbeBudget(Settings):
 
     method: ClassVar[str] = "budget of probes"
 
-    rounds: int = 10
+    rounds: int = 25
     inversion_steps: int = 60
     finetune_steps: int = 10
     batch_size: int = 8

@@ -22,28 +22,29 @@ from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import fast_dtype, frozen_copy
 from ...edits.tokens import embedding_of
 from ...errors import ArgumentError
-from ...finetuning.samples import CaptionedLatents, sample_batches
+from ...finetuning.samples import CaptionedLatents, NoisyBatch, sample_batches
 from ...pictures import Images, as_pictures
 from ...seeds import derived
 from ...settings import Settings, takes
 
 AT_A_TIME = 64  # noisy pictures in one pass
+HELD_OUT = 4  # batches that decide which words stay
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptAttackSettings(Settings):
     """Settings of `attack_prompt`.
 
-    tokens: words put before the prompt; rounds: of the search; proposals: tokens that the gradient proposes for each
-    place; candidates: prompts tried in each round, each a single word from the best so far; batch_size: noisy pictures
-    on which each is tried, the same for all; seed: of the first words, the candidates and the noises. The budget is
-    rounds × candidates prompts.
+    tokens: words put before the prompt, at most; rounds: of the search; proposals: tokens that the gradient proposes
+    for each place; candidates: prompts tried in each round, each a single word from the best so far; batch_size: noisy
+    pictures on which a round tries them, new ones in each round; seed: of the first words, the candidates and the
+    noises. The budget is rounds × candidates prompts.
     """
 
     method: ClassVar[str] = "prompt attack"
 
     tokens: int = 3
-    rounds: int = 10
+    rounds: int = 25
     proposals: int = 24
     candidates: int = 12
     batch_size: int = 8
@@ -57,9 +58,10 @@ class PromptAttackSettings(Settings):
 
 @dataclass(frozen=True)
 class PromptAttack:
-    """What a search found: the whole prompt, and its words; the loss before any word was put there and at the end.
+    """What a search found: the whole prompt, and the words that stay; the loss without any word and with these.
 
-    losses: of the best prompt after each round; tried: how many prompts were.
+    before, after: on noisy pictures that the search has not seen; losses: of the best prompt in each round, on that
+    round's; tried: how many prompts were.
     """
 
     prompt: str
@@ -83,6 +85,9 @@ def attack_prompt(
 ) -> PromptAttack:
     """Search for words that, put before a prompt, let the model denoise these pictures best.
 
+    At the end a word stays only if it lowers the loss on noisy pictures that the search has not seen: one that does
+    not would draw what it means itself, beside the target or instead of it.
+
     pictures: of the target. exclude: words that may not be used, such as the target's own. dtype: of the passes,
     default the fastest. settings, changes: see `PromptAttackSettings`.
     Raises ConeslabError if there is no room for the words before the prompt, or no word to choose from.
@@ -100,43 +105,60 @@ def attack_prompt(
     words = words_of(pipe, checks.texts("exclude", exclude, least=0))
     allowed = torch.tensor(list(words))
     generator = torch.Generator().manual_seed(derived(settings.seed, "prompt attack"))
-    latents = encode_images(pipe, shown).detach()
-    data = [CaptionedLatents(latents, torch.zeros(1, 1), settings.batch_size)]
-    batch = next(sample_batches(pipe, data, seed=derived(settings.seed, "noises of a prompt attack")))
-    fixed: dict[str, Any] = {"noise": batch.noise, "timesteps": batch.timesteps}
+    batches = sample_batches(
+        pipe,
+        [CaptionedLatents(encode_images(pipe, shown).detach(), torch.zeros(1, 1), settings.batch_size)],
+        seed=derived(settings.seed, "noises of a prompt attack"),
+    )
     copy = frozen_copy(pipe.unet, dtype or fast_dtype(pipe.unet), gradients=True)
     denoiser, table = Denoiser(copy, pipe.scheduler), embedding_of(pipe).weight.detach().float()
+    blank = tokenize(pipe, prompt).cpu()[0]
 
-    def losses(ids: Tensor) -> Tensor:
-        """Mean loss of each prompt, (n,), all on the same noisy pictures."""
+    def after(put: Tensor) -> Tensor:
+        """The tokens of the prompt, (length,), after those words."""
+        return torch.cat([blank[:1], put, blank[1:]])[: len(blank)]
+
+    def losses(tried: Iterable[Tensor], batch: NoisyBatch) -> Tensor:
+        """Mean loss of the prompt after each of some words, (n,), all on the same noisy pictures."""
+        ids = torch.stack([after(put) for put in tried])
         parts, samples = [], len(batch.latents)
         with torch.no_grad():
             for some in ids.split(max(1, AT_A_TIME // samples)):
                 text = encode_ids(pipe, some.to(batch.latents.device)).repeat_interleave(samples, 0)
-                many: dict[str, Any] = {name: torch.cat([one] * len(some)) for name, one in fixed.items()}
-                clean = torch.cat([batch.latents] * len(some))
-                parts.append(denoising_loss(denoiser, clean, text, **many, reduction="none").view(-1, samples).mean(1))
+                clean, noise, times = (
+                    torch.cat([one] * len(some)) for one in (batch.latents, batch.noise, batch.timesteps)
+                )
+                found = denoising_loss(denoiser, clean, text, noise=noise, timesteps=times, reduction="none")
+                parts.append(found.view(-1, samples).mean(1))
         return torch.cat(parts).cpu()
 
-    blank = tokenize(pipe, prompt).cpu()[0]
-    row = torch.cat([blank[:1], allowed[torch.randint(len(allowed), (places,), generator=generator)], blank[1:]])
-    best = row[: len(blank)].clone()
-    before, loss = losses(torch.stack([blank, best])).tolist()
+    best = allowed[torch.randint(len(allowed), (places,), generator=generator)]
     history: list[float] = []
     for _ in range(settings.rounds):
-        slope = _slope(pipe, denoiser, best, places, batch.latents, fixed)
+        batch = next(batches)
+        slope = _slope(pipe, denoiser, after(best), places, batch)
         proposed = (slope @ table[allowed].T.to(slope)).topk(min(settings.proposals, len(allowed)), largest=False)
-        tried = best.repeat(settings.candidates, 1)
-        for candidate in tried:
+        tried = best.repeat(1 + settings.candidates, 1)
+        for candidate in tried[1:]:
             place, rank = (int(torch.randint(n, (), generator=generator)) for n in proposed.indices.shape)
-            candidate[1 + place] = allowed[proposed.indices[place, rank]]
-        found = losses(tried)
-        if float(found.min()) < loss:
-            loss, best = float(found.min()), tried[int(found.argmin())].clone()
-        history.append(loss)
-    chosen = tuple(words[int(token)] for token in best[1 : 1 + places])
+            candidate[place] = allowed[proposed.indices[place, rank]]
+        found = losses(tried, batch)
+        best = tried[int(found.argmin())].clone()
+        history.append(float(found.min()))
+    unseen = [next(batches) for _ in range(HELD_OUT)]
+
+    def held_out(tried: Sequence[Tensor]) -> Tensor:
+        return torch.stack([losses(tried, batch) for batch in unseen]).mean(0)
+
+    fewer = [best]
+    while len(last := fewer[-1]):
+        shorter = [torch.cat([last[:place], last[place + 1 :]]) for place in range(len(last))]
+        fewer.append(shorter[int(held_out(shorter).argmin())])
+    found = held_out(fewer[::-1])  # from none on, so that of equals the shortest stays
+    chosen = tuple(words[int(token)] for token in fewer[::-1][int(found.argmin())])
     tried_in_all = settings.rounds * settings.candidates
-    return PromptAttack(" ".join([*chosen, prompt]).strip(), chosen, before, loss, tuple(history), tried_in_all)
+    whole = " ".join([*chosen, prompt]).strip()
+    return PromptAttack(whole, chosen, float(found[0]), float(found.min()), tuple(history), tried_in_all)
 
 
 def words_of(pipe: Pipeline, exclude: Sequence[str] = ()) -> dict[int, str]:
@@ -154,9 +176,7 @@ def words_of(pipe: Pipeline, exclude: Sequence[str] = ()) -> dict[int, str]:
     return found
 
 
-def _slope(
-    pipe: Pipeline, denoiser: Denoiser, ids: Tensor, places: int, latents: Tensor, fixed: Mapping[str, Any]
-) -> Tensor:
+def _slope(pipe: Pipeline, denoiser: Denoiser, ids: Tensor, places: int, batch: NoisyBatch) -> Tensor:
     """The gradient of the loss in the embeddings of the words, (places, width)."""
     with torch.enable_grad():
         vectors = embedding_of(pipe).weight.detach()[ids[1 : 1 + places]].clone().requires_grad_()
@@ -169,6 +189,7 @@ def _slope(
             text = encode_ids(pipe, ids[None].to(vectors.device))
         finally:
             handle.remove()
-        loss = denoising_loss(denoiser, latents, text.to(latents), **fixed)
+        noisy: dict[str, Any] = {"noise": batch.noise, "timesteps": batch.timesteps}
+        loss = denoising_loss(denoiser, batch.latents, text.to(batch.latents), **noisy)
         (slope,) = torch.autograd.grad(loss, vectors)
     return slope.float()
