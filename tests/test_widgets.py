@@ -502,6 +502,8 @@ def test_neurons_are_explored_by_threshold_and_place(v_pipe: Any, monkeypatch: p
     assert seen[-1][3].startswith(f"fewer: {len(masks['fewer'].binary(0.2).within(kind='V')):,} of")
     with pytest.raises(ConeslabError, match="no masks"):
         widgets.neuron_explorer(v_pipe, {}, ["a cat"])
+    strip = {"dose": [0.0, 0.5]}
+    assert widgets.neuron_explorer(v_pipe, masks, ["a cat"], strip=strip).strip == ("dose", [0.0, 0.5])
 
 
 def test_attention_is_browsed_without_drawing_again(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

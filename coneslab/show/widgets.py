@@ -89,14 +89,15 @@ def neuron_explorer(
     *,
     pictures: int = 4,
     bins: int = 32,
+    strip: Mapping[str, Sequence[Any]] | None = None,
     **options: Any,
 ) -> Explorer:
     """Which of these neurons are needed? Pictures, and a heat map of what is shut, by threshold, place and dose.
 
     masks: by name, such as those found and a random control, all of one model. Controls: the mask; cut, below which a
     scale counts as shut; dose; the block of the U-Net and the kind (keys, values) to which it is confined; a prompt of
-    `prompts`. bins: columns of the heat map, each a run of output channels. options: of `sketched`,
-    e.g. seed, sampler_steps.
+    `prompts`. bins: columns of the heat map, each a run of output channels. strip: one of the controls and some of its
+    values, drawn beforehand (`explorer`). options: of `sketched`, e.g. seed, sampler_steps.
     """
     require_pipeline(pipe)
     if not checks.mapping("masks", masks, least=0):
@@ -123,6 +124,7 @@ def neuron_explorer(
     cut = next(iter(masks.values())).cut
     return explorer(
         render,
+        strip=strip,
         mask=list(masks),
         cut=slider(0.05, 1.0, cut, step=0.05),
         dose=slider(0.0, 1.25, 1.0, step=0.125),
