@@ -374,6 +374,12 @@ def test_a_strip_is_drawn_beforehand_once_per_value_and_shown_without_a_script(s
     assert (pixels(view.png) == 200).all() and len(calls) == 3  # known already
 
 
+@pytest.mark.parametrize(("level", "values"), [(slider(0, 9, 3), [0, 3, 9]), (slider(0.0, 2.0, 1.0), [0.0, 1.0, 2.0])])
+def test_a_strip_first_shows_the_value_of_its_control(shown: list[Any], level: Any, values: list[float]) -> None:
+    explorer(lambda level: grey(int(level)), strip={"level": values}, level=level)._ipython_display_()
+    assert [" checked>" in button for button in shown[0].data.split("<input")[1:]] == [False, True, False]
+
+
 @pytest.mark.parametrize("strip", [{}, {"dose": [1]}, {"level": []}, {"level": [1, 300]}, {"level": ["x"]}, "level", 3])
 def test_a_strip_of_what_cannot_be_drawn_is_refused_and_the_control_is_as_it_was(strip: Any) -> None:
     level = slider(0, 255, 7)

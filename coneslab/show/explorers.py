@@ -309,8 +309,12 @@ class Explorer:
         drawn = {}
         for value in chosen:
             for picture, _ in self._pictures(self.values | {name: value}):
-                drawn[f"{value:g}" if isinstance(value, float) else str(value)] = picture
-        return stepped(drawn, str(self.controls[name].description or name), str(self.values[name]))
+                drawn[_label(value)] = picture
+        return stepped(drawn, str(self.controls[name].description or name), _label(self.values[name]))
+
+
+def _label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def stepped(pictures: Mapping[str, tuple[bytes, str]], name: str, start: str = "") -> str:
