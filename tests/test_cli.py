@@ -27,7 +27,7 @@ from coneslab.cli import doctor, reproduce, use
 from coneslab.diffusion import pipelines
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.edits import Combined, TokenEdit, WeightDelta
-from coneslab.methods.ablation.profile import KINDS
+from coneslab.methods.ablation.profile import KINDS, ProbeBudget
 from coneslab.neurons import ConceptNeurons, TunedNeurons, concatenate
 
 COMMANDS = (
@@ -671,7 +671,9 @@ def test_ablate_has_every_method(method, coneslab, tmp_path):
 
 
 @pytest.mark.slow
-def test_ablate_checks_whether_it_is_gone(coneslab, small_judge):
+def test_ablate_checks_whether_it_is_gone(coneslab, small_judge, monkeypatch):
+    for name in ("rounds", "inversion_steps", "finetune_steps"):  # what probes search and train
+        monkeypatch.setitem(ProbeBudget.__init__.__kwdefaults__, name, 1)
     check = ["--check", "--check-pictures", "2", "--judge", str(small_judge)]
     found = coneslab("ablate", "a cat", "a dog", "--method", "uce", "--other", "a car", *check)
     assert {row["group"] for row in found["report"]} == {"target", "anchor", "other", *KINDS}

@@ -387,8 +387,9 @@ def test_a_setting_of_named_models_can_be_sent_to_a_worker_and_no_other(setting)
 
 
 @pytest.mark.slow
-def test_the_command_shares_the_cells_among_workers(tmp_path, capsys):
-    table, masks = tmp_path / "table.csv", tmp_path / "masks"
+def test_the_command_shares_the_cells_among_workers(world_pipe, tmp_path, capsys):
+    table, masks, model = tmp_path / "table.csv", tmp_path / "masks", tmp_path / "model"
+    world_pipe.save_pretrained(model)
     common = [
         "experiment",
         "storage",
@@ -401,7 +402,7 @@ def test_the_command_shares_the_cells_among_workers(tmp_path, capsys):
         "--finetune-steps",
         "1",
     ]
-    common += ["--out", str(table), "--masks", str(masks), "--device", "cpu"]
+    common += ["--out", str(table), "--masks", str(masks), "--device", "cpu", "--model", str(model)]
     assert main([*common, "--threads", "2"]) == 2 and "--workers" in capsys.readouterr().err
     assert main([*common, "--workers", "1", "--threads", "2"]) == 0
     made = pandas.read_csv(table)

@@ -112,6 +112,7 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
 
 def on_record(pipe: Pipeline, measured: Callable[[], list[Row]]) -> list[Row]:
     """The rows of a cell, each with the seconds that the whole cell took and the machine that computed it."""
+    require_pipeline(pipe)
     rows, seconds = timed(measured)
     about = {CELL_SECONDS: seconds, "machine": machine_name(pipe.device)}
     return [row | about for row in rows]
