@@ -150,15 +150,17 @@ def attack_prompt(
     def held_out(tried: Sequence[Tensor]) -> Tensor:
         return torch.stack([losses(tried, batch) for batch in unseen]).mean(0)
 
-    fewer = [best]
-    while len(last := fewer[-1]):
+    fewer = [(float(held_out([best])), best)]
+    while len(last := fewer[-1][1]):
         shorter = [torch.cat([last[:place], last[place + 1 :]]) for place in range(len(last))]
-        fewer.append(shorter[int(held_out(shorter).argmin())])
-    found = held_out(fewer[::-1])  # from none on, so that of equals the shortest stays
-    chosen = tuple(words[int(token)] for token in fewer[::-1][int(found.argmin())])
+        found = held_out(shorter)
+        fewer.append((float(found.min()), shorter[int(found.argmin())]))
+    before, _ = fewer[-1]
+    after_all, kept = min(reversed(fewer), key=lambda one: one[0])  # of equals the shortest
+    chosen = tuple(words[int(token)] for token in kept)
     tried_in_all = settings.rounds * settings.candidates
     whole = " ".join([*chosen, prompt]).strip()
-    return PromptAttack(whole, chosen, float(found[0]), float(found.min()), tuple(history), tried_in_all)
+    return PromptAttack(whole, chosen, before, after_all, tuple(history), tried_in_all)
 
 
 def words_of(pipe: Pipeline, exclude: Sequence[str] = ()) -> dict[int, str]:
