@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from result_tables import markdown_table, read, told
+from result_tables import markdown_table, percent, read, signed
 
 HELD, IN_PART, NOT = "held", "held in part", "did not hold"
 MARGIN = 0.02  # of a cosine, named before any table was made (lecture 04)
@@ -18,11 +18,10 @@ MARGIN = 0.02  # of a cosine, named before any table was made (lecture 04)
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, whose it is, the experiment that tests it, the verdict, and the numbers behind it in a sentence."""
+    """A claim, whose it is, the verdict, and the numbers behind it in a sentence."""
 
     claim: str
     source: str
-    experiment: str
     verdict: str
     because: str
 
@@ -49,7 +48,7 @@ class Difference:
         return -MARGIN < self.low and self.high < MARGIN
 
     def __str__(self) -> str:
-        return told(self.value, self.low, self.high, "+.3f").replace("-", "−")
+        return signed(self.value, self.low, self.high, digits=3)
 
 
 def difference(
@@ -70,10 +69,6 @@ def _mean(table: Any, condition: str, measure: str) -> float:
     return float(table[(table.condition == condition) & (table.measure == measure)].value.mean())
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 def _verdict(all_of: Sequence[bool]) -> str:
     return HELD if all(all_of) else IN_PART if any(all_of) else NOT
 
@@ -82,63 +77,57 @@ def of_controls(table: Any) -> Iterator[Finding]:
     """Whether there are concept neurons, and what finds them."""
     from coneslab.world.subjects import FAR, NEAR
 
-    def gain(condition: str, names: Sequence[str] | None = None, minus: str = "untouched model") -> Difference:
+    def likeness(condition: str, names: Sequence[str] | None = None, minus: str = "untouched model") -> Difference:
         return difference(table, condition, minus, "image alignment", names)
 
-    own, chance = "concept neurons, binary", gain("random mask")
-    near, far, other = gain(own, NEAR), gain(own, FAR), gain("another subject's mask")
+    own, chance = "concept neurons, binary", likeness("random mask")
+    near, far, other = likeness(own, NEAR), likeness(own, FAR), likeness("another subject's mask")
     yield Finding(
         "Shutting a few of the key and value weights makes the model draw a subject that it has never seen.",
         "Cones, Sec. 3.1",
-        "controls",
         _verdict([near.above, far.above]),
         f"Image alignment, over the untouched model: {near} for near subjects, {far} for far ones. As many weights at "
-        f"random: {chance}. Real pictures of the subject gain {gain('real pictures', NEAR)} and "
-        f"{gain('real pictures', FAR)}.",
+        f"random: {chance}. Real pictures of the subject gain {likeness('real pictures', NEAR)} and "
+        f"{likeness('real pictures', FAR)}.",
     )
     yield Finding(
         "They are the subject's own.",
         "Cones, Sec. 3.1",
-        "controls",
         _verdict([other.nothing, chance.nothing]),
         f"Another subject's mask gains {other}, to be within ±{MARGIN}.",
     )
-    tops = {name: gain(f"top-k |{name}|") for name in ("gradient", "weight × gradient", "weight")}
+    tops = {name: likeness(f"top-k |{name}|") for name in ("gradient", "weight × gradient", "weight")}
     loss = difference(table, "reversed sign", "untouched model", "concept loss")
     yield Finding(
         "It is the sign of weight times gradient that finds them, not its size.",
         "Cones, Sec. 3.1",
-        "controls",
         _verdict([loss.above, *(top.high < MARGIN for top in tops.values())]),
         "As many weights of the largest "
         + ", ".join(f"{name}: {top}" for name, top in tops.items())
         + f" (to be below {MARGIN}). With the sign reversed the loss on the subject rises by {loss}.",
     )
-    tuned, price = gain(own, minus="K-V fine-tuning"), difference(table, own, "K-V fine-tuning", "text alignment")
+    tuned, price = likeness(own, minus="K-V fine-tuning"), difference(table, own, "K-V fine-tuning", "text alignment")
     yield Finding(
         "Shutting does as well as fine-tuning the same matrices.",
         "ours",
-        "controls",
         _verdict([tuned.low > -MARGIN, price.low > -MARGIN]),
         f"Image alignment {tuned}, text alignment {price}, over a hundred steps of fine-tuning all keys and values "
         f"(to be above −{MARGIN}).",
     )
-    words = [gain("at its words", names, own) for names in (NEAR, FAR)]
+    words = [likeness("at its words", names, own) for names in (NEAR, FAR)]
     price = difference(table, "at its words", own, "text alignment")
     yield Finding(
         "A mask that acts at the subject's own words alone draws it better than one that acts at all words.",
         "ours",
-        "controls",
         _verdict([one.above for one in words]),
         f"Image alignment {words[0]} for near and {words[1]} for far subjects, over the paper's rule. It costs "
         f"{price} of text alignment; no prompt without the words can change.",
     )
-    values = gain("values only", minus=own)
+    values = likeness("values only", minus=own)
     price = difference(table, "values only", own, "text alignment")
     yield Finding(
         "A search that may mask values alone finds masks as good as one that may mask keys as well.",
         "ours",
-        "controls",
         _verdict([values.low > -MARGIN, price.low > -MARGIN]),
         f"Image alignment {values}, text alignment {price}, over masks of both.",
     )
@@ -153,7 +142,6 @@ def of_precision(table: Any) -> Iterator[Finding]:
     yield Finding(
         "A mask of one bit a neuron does as well as one of 32.",
         "Cones, Sec. 3.1",
-        "precision",
         _verdict([one.nothing for both in kept.values() for one in both]),
         "Image and text alignment, over float32 (90 % intervals, to be within "
         f"±{MARGIN}): "
@@ -171,7 +159,6 @@ def of_damage(table: Any) -> Iterator[Finding]:
     yield Finding(
         "A binary mask survives errors.",
         "ours",
-        "damage",
         _verdict([few.nothing, left.above]),
         f"Image alignment changes by {few} with 2 % of all entries flipped, and by {half} with half of the neurons "
         f"lost: that is {left} over the untouched model.",
@@ -180,7 +167,6 @@ def of_damage(table: Any) -> Iterator[Finding]:
     yield Finding(
         "Which neurons, and not where about they lie, is what matters.",
         "ours",
-        "damage",
         _verdict([moved.high < MARGIN]),
         f"Every neuron moved to its neighbour in the matrix, the mask gains {moved} over the untouched model (to be "
         f"below {MARGIN}).",
@@ -194,13 +180,12 @@ def of_parts(table: Any) -> Iterator[Finding]:
     def kept(part: str) -> str:
         """The share of the whole mask's gain."""
         start, whole, own = (_mean(table, name, "image alignment") for name in ("untouched model", "whole mask", part))
-        return f"{100 * (own - start) / (whole - start):.0f} %"
+        return percent((own - start) / (whole - start))
 
     half, quarter = over_chance("most-shut half"), over_chance("most-shut quarter")
     yield Finding(
         "A mask has a core: the neurons that a graded search shuts most.",
         "ours",
-        "parts",
         _verdict([half.above, quarter.above]),
         f"The most-shut half keeps {kept('most-shut half')} of the gain, a random half "
         f"{kept('as many as most-shut half')} (image alignment {half}); the most-shut quarter "
@@ -210,7 +195,6 @@ def of_parts(table: Any) -> Iterator[Finding]:
     yield Finding(
         "Values carry a subject, keys do not.",
         "ours",
-        "parts",
         _verdict([keys.below, values.above]),
         f"The keys of a mask keep {kept('keys')} of its gain, the values {kept('values')}. Over as many of its neurons "
         f"at random that is {keys} and {values} of image alignment.",
@@ -220,7 +204,6 @@ def of_parts(table: Any) -> Iterator[Finding]:
     yield Finding(
         "A concept lies in the attention heads that hold most of its neurons.",
         "ours",
-        "parts",
         _verdict([dense.above, other.below]),
         f"One head of each layer holds {percent(inside[0])} of a mask, and {percent(inside[1])} of a random one. Over "
         f"as many of its neurons at random these bring {dense} of image alignment, those of the other heads {other}.",
@@ -235,7 +218,6 @@ def of_agreement(table: Any) -> Iterator[Finding]:
     yield Finding(
         "Two searches for one subject find the same neurons.",
         "ours",
-        "agreement",
         _verdict([again.above and other.above, means[0] > 0.9]),
         f"Their overlap is {means[0]:.2f} (Jaccard), that with another subject's mask {means[1]:.2f}, by chance "
         f"{means[2]:.2f}. What they change in the denoiser's output has a cosine of "
@@ -243,27 +225,32 @@ def of_agreement(table: Any) -> Iterator[Finding]:
     )
 
 
-TESTED: dict[str, tuple[str, Callable[[Any], Iterator[Finding]]]] = {  # experiment -> its table, and what it says
-    "controls": ("concept_neurons.csv", of_controls),
-    "precision": ("mask_precision.csv", of_precision),
-    "damage": ("mask_damage.csv", of_damage),
-    "parts": ("mask_parts.csv", of_parts),
-    "agreement": ("mask_agreement.csv", of_agreement),
+TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what its table says
+    "controls": of_controls,
+    "precision": of_precision,
+    "damage": of_damage,
+    "parts": of_parts,
+    "agreement": of_agreement,
 }
 
 
-def findings(folder: Path) -> list[Finding]:
-    """Every finding of the tables that are there."""
-    return [
-        finding for name, said in TESTED.values() if (folder / name).exists() for finding in said(read(folder / name))
-    ]
+def table_of(experiment: str, folder: Path) -> Path:
+    from coneslab.experiments import EXPERIMENTS
+
+    return folder / EXPERIMENTS[experiment].table
+
+
+def findings(folder: Path) -> Iterator[tuple[str, Finding]]:
+    """Every finding of the tables that are there, after the name of its experiment."""
+    for experiment, said in TESTED.items():
+        if (path := table_of(experiment, folder)).exists():
+            yield from ((experiment, finding) for finding in said(read(path)))
 
 
 def page(folder: Path) -> str:
     """The findings as a table and, below it, the numbers behind each."""
-    found = findings(folder)
-    rows = [[str(number), one.claim, one.source, f"**{one.verdict}**"] for number, one in enumerate(found, 1)]
-    parts = [markdown_table(["", "claim", "whose", "here"], rows)]
-    for number, one in enumerate(found, 1):
-        parts.append(f"**{number}. {one.claim}** {one.because} `coneslab experiment {one.experiment}`")
-    return "\n\n".join(parts)
+    rows, parts = [], []
+    for number, (experiment, one) in enumerate(findings(folder), 1):
+        rows.append([str(number), one.claim, one.source, f"**{one.verdict}**"])
+        parts.append(f"**{number}. {one.claim}** {one.because} `coneslab experiment {experiment}`")
+    return "\n\n".join([markdown_table(["", "claim", "whose", "here"], rows), *parts])

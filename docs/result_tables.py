@@ -49,6 +49,19 @@ def evaluation(path: Path) -> str:
     return markdown_table(list(filled), zip(*filled.values(), strict=True))
 
 
+KINDS = {  # of single subjects, as `world.subjects` has them
+    "near": "In a style that the model knows, with features that it knows one by one",
+    "far": "In a style that it has never seen",
+}
+
+
+def of_kinds(table: Any) -> dict[str, Any]:
+    """The rows of a table about near subjects, and those about far ones."""
+    from coneslab.world.subjects import FAR, NEAR
+
+    return {kind: table[table.subject.isin(names)] for kind, names in zip(KINDS, (NEAR, FAR), strict=True)}
+
+
 AT_A_GLANCE = {  # condition of the controls -> what the README calls it
     "random mask": "as many neurons, at random",
     "another subject's mask": "another subject's neurons",
@@ -62,15 +75,13 @@ AT_A_GLANCE = {  # condition of the controls -> what the README calls it
 def at_a_glance(path: Path) -> str:
     """The controls as the README shows them: what is gained over the untouched model, near and far subjects."""
     from coneslab.experiments import summarise
-    from coneslab.world.subjects import FAR, NEAR
 
     table, cells = read(path), {}
-    for kind, names in {"near": NEAR, "far": FAR, "all": NEAR + FAR}.items():
-        part = table[table.subject.isin(names)]
+    for kind, part in {**of_kinds(table), "all": table}.items():
         for row in summarise(part[part.measure != "concept loss"], minus="untouched model").itertuples():
             cells[row.condition, row.measure, kind] = gain(row.value, row.low, row.high)
         for row in summarise(part[part.measure == "subject share"]).itertuples():
-            cells[row.condition, "taken for it", kind] = f"{row.value:.0%}".replace("%", " %")
+            cells[row.condition, "taken for it", kind] = percent(row.value)
     columns = [(measure, kind) for measure in ("image alignment", "taken for it") for kind in KINDS]
     rows = [
         [title, *(cells[name, *column] for column in [*columns, ("text alignment", "all")])]
@@ -79,10 +90,18 @@ def at_a_glance(path: Path) -> str:
     return markdown_table(["", *map(", ".join, columns), "text alignment"], rows)
 
 
+def signed(value: float, low: float, high: float, digits: int) -> str:
+    """A difference with its interval, such as +0.214 [−0.138, +0.281]."""
+    return told(value, low, high, f"+.{digits}f").replace("-", "−")
+
+
 def gain(value: float, low: float, high: float) -> str:
-    """A difference with its interval, to two digits, such as +0.21 [+0.14, +0.28]."""
-    value, low, high = (round(number, 2) + 0.0 for number in (value, low, high))  # no −0.00
-    return told(value, low, high, "+.2f").replace("-", "−")
+    """A difference with its interval to two digits, of which none is −0.00."""
+    return signed(*(round(number, 2) + 0.0 for number in (value, low, high)), digits=2)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def methods(path: Path) -> str:
@@ -151,17 +170,9 @@ def mean(row: Any) -> str:
     return told(row.value, row.low, row.high, digits)
 
 
-KINDS = {  # of single subjects, as `world.subjects` has them
-    "near": "In a style that the model knows, with features that it knows one by one",
-    "far": "In a style that it has never seen",
-}
-
-
 def by_kind(table: Any) -> list[str]:
     """One summary, or one of the subjects near to what the model knows and one of those far from it."""
-    from coneslab.world.subjects import FAR, NEAR
-
-    parts = {kind: table[table.subject.isin(names)] for kind, names in (("near", NEAR), ("far", FAR))}
+    parts = of_kinds(table)
     if any(part.empty for part in parts.values()) or sum(map(len, parts.values())) < len(table):
         return [summary(table)]
     shown = []
