@@ -142,6 +142,7 @@ UNUSED = {  # commands with options that have no effect there, and what is told
     "judge, steps": (["evaluate-model", "judge", "--sampler-steps", "9"], "--sampler-steps has no effect on the judge"),
     "tune": (["compare", "--tune", "--seeds", "2", "--counts", "1"], "--counts, --seeds has no effect with --tune"),
     "scheduler": (["compare", "--scheduler", "x:1", "--workers", "2"], "--workers has no effect with --scheduler"),
+    "threads": (["experiment", "storage", "--threads", "2", "--model", "none"], "--threads has no effect without --w"),
     "subjects": (["compare", "--subjects", "cat", "--counts", "1"], "--counts has no effect with --subjects"),
 }
 
@@ -335,7 +336,12 @@ def test_what_can_be_checked_is_checked_before_anything_is_loaded(arguments, sai
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(use, "load_pipeline", loaded)
-    for name in ("coneslab.diffusion.load", "coneslab.measure.load_judge", "coneslab.experiments.dask_client"):
+    for name in (
+        "coneslab.diffusion.load",
+        "coneslab.measure.load_judge",
+        "coneslab.experiments.dask_client",
+        "coneslab.experiments.cluster._loaded",
+    ):
         monkeypatch.setattr(name, loaded)
     monkeypatch.setattr("coneslab.pretraining.run.train_vae", loaded)
     monkeypatch.setattr("coneslab.pretraining.run.train_unet", loaded)

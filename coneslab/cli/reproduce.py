@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from .. import checks
@@ -182,7 +183,7 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
 def _experiment(arguments: argparse.Namespace) -> None:
     from .. import experiments
 
-    subjects = _listed(arguments.subjects)
+    cluster, subjects = _cluster(arguments), _listed(arguments.subjects)
     experiments.require_experiment(arguments.name, subjects, arguments.out)
     require_writable(arguments.masks, folder=True)
     setting = experiments.Setting.named(
@@ -194,7 +195,7 @@ def _experiment(arguments: argparse.Namespace) -> None:
         pictures=arguments.pictures,
         masks=arguments.masks.absolute(),
     )
-    with _cluster(arguments) as client:
+    with cluster as client:
         table = experiments.run_experiment(
             arguments.name, setting, subjects=subjects, seeds=arguments.seeds, path=arguments.out, client=client
         )
@@ -202,26 +203,37 @@ def _experiment(arguments: argparse.Namespace) -> None:
 
 
 def _cluster(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
-    """A Dask client, if a scheduler or workers were asked for; else nothing, and this process computes alone."""
-    from ..experiments import dask_client
+    """A Dask client of what was asked for, or of what is usual; nothing where a process usually computes alone.
 
+    It starts with the block: what has no effect is refused now.
+    """
+    workers, threads = arguments.usual_cluster
+    workers, threads = getattr(arguments, "workers", workers), getattr(arguments, "threads", threads)
     if arguments.scheduler:
         refuse_unused(arguments, "with --scheduler, which has its own workers", "workers", "threads")
-        return dask_client(arguments.scheduler)
-    if not hasattr(arguments, "workers"):
+    elif workers is None:
         refuse_unused(arguments, "without --workers: this process takes the threads that torch has", "threads")
         return nullcontext()
-    return dask_client(workers=arguments.workers, threads=getattr(arguments, "threads", 1))
+    return _started(teller(arguments), arguments.scheduler, workers, threads)
 
 
-def _add_cluster(parser: argparse.ArgumentParser, *, without: str, workers: str, threads: str) -> None:
-    """Add --scheduler, --workers and --threads, each with what is done without it."""
-    unset = argparse.SUPPRESS  # so that those without effect are known to have been given
-    parser.add_argument("--scheduler", help=f"address of a Dask scheduler (default: {without})")
-    parser.add_argument(
-        "--workers", type=positive, default=unset, help=f"processes on this machine (default: {workers})"
-    )
-    parser.add_argument("--threads", type=positive, default=unset, help=f"threads in each process (default: {threads})")
+@contextmanager
+def _started(say: Callable[[str], None], scheduler: str | None, workers: int, threads: int) -> Iterator[Any]:
+    from ..experiments import dask_client
+
+    say(scheduler or f"{workers} worker(s) with {threads} threads each")
+    with dask_client(scheduler, workers=workers, threads=threads) as client:
+        yield client
+
+
+def _add_cluster(parser: argparse.ArgumentParser, *, workers: int | None, threads: int) -> None:
+    """Add --scheduler, --workers and --threads, and what is usual without them; no workers: this process alone."""
+    add, unset = parser.add_argument, argparse.SUPPRESS  # so that those without effect are known to have been given
+    add("--scheduler", help="address of a Dask scheduler, in place of processes on this machine")
+    usual = workers or "this process alone"
+    add("--workers", type=positive, default=unset, help=f"processes on this machine (default: {usual})")
+    add("--threads", type=positive, default=unset, help=f"threads in each of them (default: {threads})")
+    parser.set_defaults(usual_cluster=(workers, threads))
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -249,7 +261,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     experiment.add_argument("--finetune-steps", type=positive, default=100, help="steps of K-V fine-tuning (controls)")
     experiment.add_argument("--pictures", type=positive, default=1, help="pictures per prompt")
     experiment.add_argument("--masks", type=user_path, default="runs/masks", help="where found neurons are kept")
-    _add_cluster(experiment, without="this machine", workers="this process alone", threads="1 with --workers")
+    _add_cluster(experiment, workers=None, threads=1)
     add_device(experiment)
     experiment.add_argument("--out", type=user_path, help="the table (default: its place in data/results)")
     experiment.set_defaults(run=_experiment, resumes=True)
@@ -267,9 +279,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         refuse_unused(arguments, "with --tune, which has subjects and a table of its own", *names)
     if arguments.subjects:
         refuse_unused(arguments, "with --subjects, which names the combinations as well", "counts")
-    if arguments.scheduler:
-        refuse_unused(arguments, "with --scheduler, which has its own workers", "workers", "threads")
-    workers, threads = getattr(arguments, "workers", 1), getattr(arguments, "threads", 2)
+    cluster = _cluster(arguments)
     counts = getattr(arguments, "counts", (1, 2, 3, 4))
     methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
     subjects = _listed(arguments.subjects)
@@ -282,8 +292,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         "judge": arguments.judge,
         "folder": arguments.kept,
     }
-    say(f"{arguments.scheduler or f'{workers} worker(s) with {threads} threads each'}")
-    with experiments.dask_client(arguments.scheduler, workers=workers, threads=threads) as client:
+    with cluster as client:
         if arguments.tune:
             say(json.dumps(experiments.tune_methods(client=client, **common), indent=1))
             return
@@ -333,7 +342,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--pictures", type=positive, default=unset, help="pictures per prompt (default: 2)")
     compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(compare)
-    _add_cluster(compare, without="a cluster on this machine", workers="1", threads="2")
+    _add_cluster(compare, workers=1, threads=2)
     compare.add_argument(
         "--settings", default=unset, help='settings of all methods, as JSON, such as {"steps": 50} (default: none)'
     )

@@ -12,15 +12,19 @@ from typing import Any
 from ..diffusion.pipelines import load
 from ..measure.judge import load_judge
 
+_LOADING = threading.Lock()  # two threads of a worker must not load a model twice
 
-@lru_cache(maxsize=2)
+
 def loaded(model: str, judge: str, device: str | None = None) -> tuple[Any, Any]:
     """Model and judge on a device, loaded once per process."""
+    with _LOADING:
+        return _loaded(model, judge, device)
+
+
+@lru_cache(maxsize=2)
+def _loaded(model: str, judge: str, device: str | None) -> tuple[Any, Any]:
     pipe = load(model, device=device)
     return pipe, load_judge(judge, device=pipe.device)
-
-
-ONE_CELL = threading.Lock()  # a worker's threads share the pipeline, which has only one state
 
 
 # Workers compute in a separate thread, for which glibc requests every tensor's memory from the kernel and returns it at

@@ -18,8 +18,10 @@ import numpy as np
 import pandas
 
 from .. import checks
+from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError
 from ..files import data_folder, read_json, require_writable, write_json
+from ..measure.judge import Judge
 from ..world.subjects import (
     COMBINATIONS,
     TUNING_COMBINATIONS,
@@ -29,7 +31,7 @@ from ..world.subjects import (
     table_subjects,
     title_of,
 )
-from .cluster import ONE_CELL, loaded
+from .cluster import loaded
 from .methods import METHODS, Method, chosen_settings, how_many, make_edit
 from .setting import Setting, identity_of, measure, on_record, stored_bytes
 from .table import Row, open_table, rows_of, run_cells
@@ -82,12 +84,10 @@ class _Cell:
         return of_cell
 
     def __call__(self, subject: str, condition: str, seed: int, trial: str = "{}") -> list[Row]:
-        with ONE_CELL:
-            pipe, _ = loaded(self.model, self.judge)
-            return on_record(pipe, partial(self._measured, subject, condition, seed, trial))
-
-    def _measured(self, subject: str, condition: str, seed: int, trial: str) -> list[Row]:
         pipe, judge = loaded(self.model, self.judge)
+        return on_record(pipe, partial(self._measured, pipe, judge, subject, condition, seed, trial))
+
+    def _measured(self, pipe: Pipeline, judge: Judge, subject: str, condition: str, seed: int, trial: str) -> list[Row]:
         subjects, (method, _) = subjects_of(subject), self.methods[condition]
         settings = self.settings_of(subject, condition, trial)
         edit, seconds = make_edit(method, pipe, subjects, seed=seed, folder=self.folder, **settings)

@@ -19,7 +19,6 @@ from ..errors import ConeslabError
 from ..files import data_folder, require_writable
 from ..world.subjects import COMBINATIONS, names_in, subject, subjects_of, table_subjects, title_of
 from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral, conditions
-from .cluster import ONE_CELL
 from .conceptor import PLANTED, conceptor, planted
 from .many_concepts import SIZES, many_concepts, many_conditions, several_pairs
 from .masks import damage, precision, storage
@@ -117,8 +116,7 @@ class _Cell:
     def __call__(self, subject: str, seed: int, **condition: str) -> list[Row]:
         experiment = EXPERIMENTS[self.name]
         about = experiment.resolve(subject)
-        with ONE_CELL:
-            return on_record(self.setting.pipe, partial(experiment.measure, self.setting, about, seed, **condition))
+        return on_record(self.setting.pipe, partial(experiment.measure, self.setting, about, seed, **condition))
 
 
 def require_experiment(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,7 @@ from .. import __version__, checks
 from ..diffusion.checks import require_editable, require_pipeline
 from ..diffusion.pipelines import Pipeline, fingerprint, machine_name, pipeline_fingerprint
 from ..diffusion.sampling import generate
-from ..edits.base import Edit, applied, load_edit
+from ..edits.base import Combined, Edit, applied, load_edit
 from ..errors import ConeslabError, FileFormatError
 from ..files import read_json, require_writable, write_whole
 from ..finetuning.samples import prior_pictures
@@ -31,6 +32,7 @@ from ..neurons.controls import random_neurons
 from ..neurons.loss import concept_loss
 from ..neurons.mask import ConceptNeurons
 from ..neurons.search import SearchSettings, find_concept_neurons
+from ..neurons.union import TunedNeurons
 from ..seeds import derived
 from ..settings import takes
 from ..world.subjects import Subject
@@ -103,6 +105,13 @@ def stored_bytes(edit: Any) -> float:
     return float(getattr(edit, "nbytes", np.nan))
 
 
+def density_of(edit: Any) -> float:
+    """Share of neurons that an edit shuts or tunes; of masks side by side, of all of them together; NaN without any."""
+    if isinstance(edit, Combined):
+        return sum(map(density_of, edit.edits))
+    return float(getattr(edit.neurons if isinstance(edit, TunedNeurons) else edit, "density", np.nan))
+
+
 def timed(make: Callable[[], Any]) -> tuple[Any, float]:
     """What `make` returns, and the seconds it took."""
     begun = time.perf_counter()
@@ -110,10 +119,17 @@ def timed(make: Callable[[], Any]) -> tuple[Any, float]:
     return made, time.perf_counter() - begun
 
 
+_ONE_CELL = threading.Lock()  # a worker's threads share the pipeline, which has only one state
+
+
 def on_record(pipe: Pipeline, measured: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a cell, each with the seconds that the whole cell took and the machine that computed it."""
+    """The rows of a cell, each with the seconds that the whole cell took and the machine that computed it.
+
+    One cell at a time in a process.
+    """
     require_pipeline(pipe)
-    rows, seconds = timed(measured)
+    with _ONE_CELL:
+        rows, seconds = timed(measured)
     about = {CELL_SECONDS: seconds, "machine": machine_name(pipe.device)}
     return [row | about for row in rows]
 
@@ -215,8 +231,10 @@ class Setting:
                 "the models of this setting were loaded beforehand and cannot be sent to a worker: make the setting "
                 "with Setting.named(model, judge)"
             )
+        model, judge, device = self.source
         names = [field.name for field in fields(self) if field.name not in ("pipe", "judge", "source")]
-        return _named, (self.source, {name: getattr(self, name) for name in names})
+        options = {name: getattr(self, name) for name in names}
+        return partial(Setting.named, model, judge, device=device, **options), ()
 
     def __post_init__(self) -> None:
         require_editable(self.pipe)
@@ -261,10 +279,4 @@ class Setting:
         """The rows of one condition; `columns` go beside each measure."""
         options = {"pictures": self.pictures, "samples": self.samples, **self.drawing}
         values = measure(self.pipe, self.judge, subject, edit, seed=seed, **options)
-        return rows_of(values, **{"density": float(getattr(edit, "density", np.nan)), **columns})
-
-
-def _named(source: tuple[str, str, str | None], options: Mapping[str, Any]) -> Setting:
-    """The setting of these models in this process, which loads them if it has not yet."""
-    model, judge, device = source
-    return Setting.named(model, judge, device=device, **options)
+        return rows_of(values, **{"density": density_of(edit), **columns})

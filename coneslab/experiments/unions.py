@@ -27,7 +27,7 @@ from ..seeds import derived
 from ..world import SCENES
 from ..world.subjects import Subject
 from .methods import chosen_settings
-from .setting import VARIANTS, Setting
+from .setting import VARIANTS, Setting, density_of
 from .table import Row, rows_of
 
 COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
@@ -71,13 +71,6 @@ def joined(found: Sequence[ConceptNeurons]) -> Edit:
     return Combined(tuple(binary)) if binary[0].scope else concatenate(*binary)
 
 
-def _density(edit: Any) -> float:
-    """Share of neurons that are shut or tuned: of masks side by side at different words, of all of them together."""
-    parts = edit.edits if isinstance(edit, Combined) else [edit]
-    masks = [part.neurons if isinstance(part, TunedNeurons) else part for part in parts]
-    return float(sum(getattr(mask, "density", np.nan) for mask in masks))
-
-
 def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[Row]:
     """Several subjects in one picture: the union of their masks, before and after collaborative fine-tuning.
 
@@ -110,7 +103,7 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
     rows = []
     for name, steps, edit in conditions:
         values = measure_together(setting, subjects, edit, seed)
-        rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=_density(edit))
+        rows += rows_of(values, condition=name, count=len(subjects), steps=steps, density=density_of(edit))
     own = [
         concept_loss(setting.pipe, subject, edit=mask.binary(), samples=setting.samples).subject
         for subject, mask in zip(subjects, found, strict=True)

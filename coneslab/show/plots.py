@@ -78,8 +78,8 @@ def show(figure: Figure, dpi: int = 110) -> None:
 
 
 def _folded(texts: Sequence[str], inches: float, points: float) -> list[str]:
-    """Wrap texts to a width in inches at a font size in points."""
-    return [textwrap.fill(text, max(8, int(inches * 64 / (0.64 * points)))) for text in texts]
+    """Wrap texts to a width in inches at a font size in points: letters are 0.72 as wide, and 72 points an inch."""
+    return [textwrap.fill(text, max(8, int(inches * 100 / points))) for text in texts]
 
 
 def _labels(name: str, given: str | Iterable[str]) -> list[str]:
