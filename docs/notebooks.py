@@ -69,7 +69,7 @@ def cleaned(path: Path, more: str = "") -> str:
     """The notebook for the site, as JSON; the file itself is not changed. more: what is said below its first text."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
-    numbers = {other.name[:2] for other in path.parent.glob("*.ipynb")}
+    numbers = {other.name.partition("_")[0] for other in path.parent.glob("*.ipynb")}
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if more:
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(more, id="in-your-browser"))
@@ -86,7 +86,7 @@ def _link(link: re.Match[str], numbers: set[str]) -> str:
     """Links to an anchor of the same notebook as HTML, which keeps to its ids; links to what is to come as text."""
     if link["target"].startswith("#"):
         return f'<a href="{html.escape(link["target"])}">{link["text"]}</a>'
-    chapter = re.match(r"(\d\d)_\w+\.ipynb", link["target"])
+    chapter = re.match(r"(\d\d[a-z]?)_\w+\.ipynb", link["target"])
     return link["text"] if chapter and chapter[1] not in numbers else link[0]
 
 

@@ -319,7 +319,7 @@ def test_notebooks_lose_what_only_a_kernel_can_use(tmp_path):
     assert image["alt"] == "The picture that this cell shows: draw('cat')"
 
 
-CITED = re.compile(r"\[\d\d, [^]]+\]\((notebooks/\w+\.ipynb)#[\w-]+\),\s+the\s+cell\s+with\s+`([^`]+)`")
+CITED = re.compile(r"\[\d\d[a-z]?, [^]]+\]\((notebooks/\w+\.ipynb)#[\w-]+\),\s+the\s+cell\s+with\s+`([^`]+)`")
 
 
 def test_the_cells_that_instructors_are_sent_to_are_there():

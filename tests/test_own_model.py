@@ -99,7 +99,7 @@ def runs(notebook: nbformat.NotebookNode, model: Path, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "version"), SHORT.items())
 def test_a_notebook_in_short_runs_with_another_model(number, version, model, tmp_path):
-    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(number))
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(f"{number}_"))
     runs(shortened(nbformat.read(path, as_version=4)), model(version), tmp_path)
 
 
