@@ -33,7 +33,8 @@ PIECES = re.compile(
 @cache
 def modules() -> tuple[str, ...]:
     """Full names of all modules and rooms, rooms first."""
-    names = (module.name for module in pkgutil.walk_packages(coneslab.__path__, "coneslab."))
+    names = [module.name for module in pkgutil.walk_packages(coneslab.__path__, "coneslab.")]
+    names.remove("coneslab.__main__")  # runs the command line, and has nothing to read
     return tuple(sorted(names, key=lambda name: (name.count("."), name)))
 
 

@@ -738,3 +738,9 @@ def test_doctor_measures_this_machine():
     shown = {finding.what: finding.found for finding in doctor.examine(device="cpu").findings}
     assert float(shown["eight pictures"].split()[0]) > 0
     assert float(shown[f"search, {doctor.ROUNDS} rounds"].split()[1]) > 0
+
+
+def test_python_runs_the_package_as_the_command_does():
+    command = [sys.executable, "-m", "coneslab", "find", "cat", "--rounds", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "coneslab find: error: argument --rounds: the value is 'none'" in done.stderr

@@ -24,6 +24,7 @@ FLOORS = (
     ("methods", "show"),
     ("experiments", "web"),
     ("cli",),
+    ("__main__",),
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
