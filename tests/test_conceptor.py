@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_subject
+from torch import nn
 
 from coneslab.edits.base import Edit, load_edit
 from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
@@ -17,6 +19,7 @@ from coneslab.methods.conceptor.biases import bias, group_shares, rebalance
 from coneslab.methods.conceptor.decomposition import (
     Decomposition,
     DecompositionSettings,
+    _begin_with_words,
     _Weights,
     choose_dictionary,
     decompose,
@@ -92,6 +95,26 @@ def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge,
         rows = [pipe.tokenizer(word, add_special_tokens=False).input_ids[0] for word in made.words[:3]]
         direction = torch.tensor(made.coefficients[:3]) @ embedding_of(pipe).weight[rows]
         assert torch.cosine_similarity(vector, direction, dim=0) == pytest.approx(1, abs=1e-5)
+
+
+def test_training_begins_with_the_words_that_do_best_on_their_own():
+    """A model for which the concept is the mean of two directions: their words are the start, not the other ones."""
+    rng = torch.Generator().manual_seed(0)
+    vectors = nn.functional.normalize(torch.randn(12, 6, generator=rng), dim=1)
+    wanted = nn.functional.normalize(vectors[[3, 8]].mean(0), dim=0)
+    asked = []
+
+    def losses(theta, batch, text):
+        asked.append(batch)
+        return [float((text[0, 0] - wanted).square().sum())]
+
+    torch.manual_seed(0)
+    weights = _Weights(vectors, DecompositionSettings(hidden=50), 1.0)
+    gradient = SimpleNamespace(theta=lambda: None, losses=losses)
+    _begin_with_words(weights, gradient, lambda vectors: vectors[None], ["one", "two"])
+    alpha = weights.coefficients()
+    assert set(alpha.argsort()[-2:].tolist()) == {3, 8} and alpha[[3, 8]].min() > 5 * np.delete(alpha, [3, 8]).max()
+    assert asked.count("one") == asked.count("two") >= 12  # all on the same pictures and noises
 
 
 def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge):

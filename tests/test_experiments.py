@@ -168,8 +168,11 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
     assert set(recall.index) == made and recall.between(0, 1).all()
     assert set(table[table.measure == "KID"].condition) == made | {"free token"}
     if title.startswith("profession"):
-        planted = table[table.measure == "man, planted"].value
-        assert len(planted) == 1 and 0 < planted.iloc[0] < 1 and "man, coefficients" in set(table.measure)
+        planted = table[table.measure == "blue, planted"].value
+        assert planted.tolist() == [CLASSES["doctor"].share_blue] and "blue, coefficients" in set(table.measure)
+        hats = table[table.measure == "blue, pictures"].set_index("condition").value
+        assert set(hats.index) == {"untouched model", "asked for orange", "Conceptor", "balanced"}
+        assert hats.between(0, 1).all()
     else:
         later = pandas.DataFrame(conceptor.conceptor(setting, conceptor.planted(title), 1))
         assert {"Conceptor", "random words", "nearest words"} <= set(later.condition) <= made | {"component removed"}

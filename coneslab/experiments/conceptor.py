@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import generate
@@ -26,13 +27,15 @@ from ..methods.conceptor.decomposition import Decomposition, decompose
 from ..methods.conceptor.vocabulary import Vocabulary, encode_vocabulary
 from ..methods.personalization.textual_inversion import textual_inversion
 from ..seeds import derived
-from ..world import CLASSES, FACTS, with_article
+from ..world import CLASSES, FACTS, HATS, with_article
 from .setting import Setting
 from .table import Row, rows_of
 
-# Chosen on "a fruit" and "a bat": with the paper's 1e-3, 200 steps are too few.
-TRAINING: dict[str, Any] = {"batch_size": 8, "pictures": 48, "steps": 200, "learning_rate": 1e-2}
+# Chosen on "a doctor" and "a singer". From a random start the paper's 1e-3 is too slow for so few steps; 1e-2 leaves a
+# good start again.
+TRAINING: dict[str, Any] = {"batch_size": 8, "pictures": 48, "steps": 150, "learning_rate": 1e-3}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "random start": {"start": "random", "learning_rate": 1e-2},
     "no sparsity": {"sparsity": 0.0},
     "direct coefficients": {"coefficients": "direct"},
     "least squares": {"coefficients": "least squares"},
@@ -42,11 +45,15 @@ PICTURES = 16  # drawn per measurement; twice as many where a share is compared 
 
 @dataclass(frozen=True)
 class Planted:
-    """A word and what it stands for: component -> (the words that name it, its true share)."""
+    """A word and what it stands for: component -> (the words that name it, its true share).
+
+    template: how the judge is asked for a component's words.
+    """
 
     kind: str
     word: str
     components: dict[str, tuple[tuple[str, ...], float]]
+    template: str = "a {}"
 
     @property
     def title(self) -> str:
@@ -60,9 +67,10 @@ class Planted:
 def planted(name: str) -> Planted:
     """ "hypernym:pet", "sense:bat", "exemplar:mascot", "profession:doctor". Raises ConeslabError for any other."""
     kind, _, word = name.partition(":")
-    if kind == "profession" and word in CLASSES and CLASSES[word].share_man is not None:
-        man = float(CLASSES[word].share_man or 0.0)
-        return Planted(kind, word, {"man": (("man",), man), "woman": (("woman",), 1 - man)})
+    blue = CLASSES[word].share_blue if word in CLASSES else None
+    if kind == "profession" and blue is not None:
+        hats = {HATS[0]: ((HATS[0],), blue), HATS[1]: ((HATS[1],), 1 - blue)}
+        return Planted(kind, word, {**hats}, f"{with_article(word)} with a {{}} hat")
     if kind not in ("hypernym", "sense", "exemplar") or word not in FACTS[kind]:
         raise ConeslabError(f"{name!r} is not planted: choose one of {', '.join(PLANTED)}")
     shares = FACTS[kind][word]
@@ -72,7 +80,7 @@ def planted(name: str) -> Planted:
 
 PLANTED = (
     *(f"{kind}:{word}" for kind in ("hypernym", "sense", "exemplar") for word in FACTS[kind]),
-    *(f"profession:{name}" for name, info in CLASSES.items() if info.share_man is not None),
+    *(f"profession:{name}" for name, info in CLASSES.items() if info.share_blue is not None),
 )
 
 
@@ -158,7 +166,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
         rows += rows_of(values, condition=name, kind=fact.kind)
     rows += _removals(setting, found, fact, seed)
     if fact.kind == "profession":
-        rows += _balance(setting, found, fact, seed)
+        rows += _balance(setting, found, fact, seed, real)
     return rows
 
 
@@ -182,7 +190,8 @@ def _removals(setting: Setting, found: Decomposition, fact: Planted, seed: int) 
     def shares(one: Decomposition) -> dict[str, float]:
         with one.applied(setting.pipe):
             drawn = _drawn(setting, one.prompt, PICTURES, derived(seed, "removals"))
-        return {part: share.estimate for part, share in group_shares(setting.judge, drawn, groups).items()}
+        found_shares = group_shares(setting.judge, drawn, groups, template=fact.template)
+        return {part: share.estimate for part, share in found_shares.items()}
 
     before, rows = shares(found), []
     for part, words in groups.items():
@@ -194,24 +203,26 @@ def _removals(setting: Setting, found: Decomposition, fact: Planted, seed: int) 
     return rows
 
 
-def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int) -> list[Row]:
-    """The bias of the coefficients, of the pictures, and of the pictures once the coefficients are balanced."""
+def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int, real: Tensor) -> list[Row]:
+    """A bias that can be seen: of hats, in the coefficients, in the pictures, and once half of them should be blue.
+
+    The two colours are given a quarter of the sum between them; likeness says whether it is still the profession.
+    """
     groups = {part: words for part, (words, _) in fact.components.items()}
+    blue = HATS[0]
 
-    def men(edit: Edit | None, prompt: str) -> float:
+    def drawn(edit: Edit | None, prompt: str) -> dict[str, float]:
         with applied(edit, setting.pipe):
-            drawn = _drawn(setting, prompt, 2 * PICTURES, derived(seed, "balance"))
-        return group_shares(setting.judge, drawn, groups)["man"].estimate
+            made = _drawn(setting, prompt, 2 * PICTURES, derived(seed, "balance"))
+        share = group_shares(setting.judge, made, groups, template=fact.template)[blue].estimate
+        features = setting.judge.image_features(made)
+        return {f"{blue}, pictures": share, "likeness, hats": float((features @ real.mean(0)).mean())}
 
-    rows = rows_of(
-        {"man, planted": fact.components["man"][1], "man, pictures": men(None, fact.prompt)},
-        condition="untouched model",
-        kind=fact.kind,
-    )
-    leaning = {"man, coefficients": bias(found, groups)["man"], "man, pictures": men(found, found.prompt)}
-    rows += rows_of(leaning, condition="Conceptor", kind=fact.kind)
-    try:
-        even = rebalance(found, groups)
-    except ConeslabError:  # neither word matters: nothing to balance, which is a result
-        return rows
-    return rows + rows_of({"man, pictures": men(even, even.prompt)}, condition="balanced", kind=fact.kind)
+    planted_share = {f"{blue}, planted": fact.components[blue][1]}
+    rows = rows_of(planted_share | drawn(None, fact.prompt), condition="untouched model", kind=fact.kind)
+    asked = drawn(None, fact.template.format(HATS[1]))
+    rows += rows_of(asked, condition=f"asked for {HATS[1]}", kind=fact.kind)
+    leaning = {f"{blue}, coefficients": bias(found, groups)[blue]}
+    rows += rows_of(leaning | drawn(found, found.prompt), condition="Conceptor", kind=fact.kind)
+    even = rebalance(found, groups, total=0.25)
+    return rows + rows_of(drawn(even, even.prompt), condition="balanced", kind=fact.kind)

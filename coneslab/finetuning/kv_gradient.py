@@ -93,17 +93,19 @@ class KVGradient:
         return losses, gradient
 
     @torch.no_grad()
-    def losses(self, theta: Tensor, batch: NoisyBatch) -> list[float]:
-        """Mean loss of every caption without the gradient, at a third of the cost."""
-        self._require(theta, batch)
-        sums = [self._loss(theta, self._text, batch, rows, counts)[1] for rows, counts in self._chunks()]
+    def losses(self, theta: Tensor, batch: NoisyBatch, text: Tensor | None = None) -> list[float]:
+        """Mean loss of every caption without the gradient, at a third of the cost; text: as in `gradients`."""
+        text = self._required(theta, text, batch)
+        sums = [self._loss(theta, text, batch, rows, counts)[1] for rows, counts in self._chunks()]
         return self._means(torch.stack(sums).sum(0))
 
-    def _require(self, theta: Tensor, batch: NoisyBatch) -> None:
+    def _required(self, theta: Tensor, text: Tensor | None, batch: NoisyBatch) -> Tensor:
+        """The text to use, once all is known to fit."""
         self.space.layout.require_length(theta)
         samples = sum(part.batch_size for part in self.data)
         if checks.of_kind("batch", batch, NoisyBatch) and len(batch.latents) != samples:
             raise MismatchError(f"the batch has {len(batch.latents)} samples, expected {samples}: see `sample_batches`")
+        return self._text if text is None else checks.tensor("text", text, "{}, {}, {}".format(*self._text.shape))
 
     def _means(self, sums: Tensor) -> list[float]:
         return (sums / torch.tensor([part.batch_size for part in self.data])).tolist()
@@ -117,10 +119,7 @@ class KVGradient:
         text: (captions, tokens, width), one embedding per caption, or None for those of `data`; the gradient in it has
         its shape. Raises ConeslabError if a gradient is not finite.
         """
-        self._require(theta, batch)
-        if text is not None:
-            checks.tensor("text", text, "{}, {}, {}".format(*self._text.shape))
-        text = self._text if text is None else text
+        text = self._required(theta, text, batch)
         gradients = [torch.zeros_like(point) for point, of in ((theta, of_theta), (text, of_text)) if of]
         losses = torch.zeros(len(self.data), dtype=torch.float64)
         lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # small gradients underflow in float16

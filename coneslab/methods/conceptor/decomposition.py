@@ -10,6 +10,7 @@ import html
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
@@ -30,15 +31,21 @@ from ...edits.tokens import LearnedText, TokenEdit, embedding_of, vocabulary_fin
 from ...errors import ArgumentError, ConeslabError
 from ...finetuning.kv_gradient import KVGradient, require_passes
 from ...finetuning.loop import Point, TuningSettings, tune_kv
-from ...finetuning.samples import CaptionedLatents, SamplerSettings, generate_once, sample_batches
+from ...finetuning.samples import CaptionedLatents, NoisyBatch, SamplerSettings, generate_once, sample_batches
 from ...measure.judge import Judge, require_judge
 from ...neurons.encoding import numbers
 from ...pictures import Images, as_pictures
+from ...seeds import derived
 from ...settings import takes
 from .vocabulary import Vocabulary, encode_vocabulary
 
 Coefficients = Literal["mlp", "direct", "least squares"]
+Start = Literal["words", "random"]
 TEMPLATE = "a photo of a {}"
+_FITTING_STEPS = 200
+# How the first words are chosen: by their losses on so many samples or a few more, among so many words nearest to the
+# pictures, and in sums of so many.
+_TRIED_SAMPLES, _TRIED_WORDS, _TRIED_SUMS = 32, 64, (1, 2, 3, 5, 10)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,7 +215,9 @@ class DecompositionSettings(TuningSettings, SamplerSettings):
     sparsity: weight of 1 − cos(w*_N, w*). batch_size: samples per step. coefficients: α_i = |MLP(w_i)| with one hidden
     layer of `hidden` units ("mlp", the paper's, but on vectors scaled to a standard deviation of 1, without which all
     α_i stay alike), numbers learned directly ("direct"), or a free vector that is then fitted with non-negative
-    coefficients ("least squares").
+    coefficients ("least squares"). start: what "mlp" begins as, the best sum of a few words that draw the pictures
+    best on their own ("words"), or a network at random ("random", the paper's), whose sum of all words may mean nothing
+    to the model: then training begins on a plateau that it may not leave.
     include: words that are in the dictionary however far they are from the pictures, such as the groups of a bias.
     exclude: words to leave out; the words of a concept's prompt always are, and so is every word whose embedding is
     nearer than `exclude_similar` to that of the concept's own words (None: keep them).
@@ -226,6 +235,7 @@ class DecompositionSettings(TuningSettings, SamplerSettings):
     batch_size: int = 6
     hidden: int = 100
     coefficients: Coefficients = "mlp"
+    start: Start = "words"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     exclude_similar: float | None = 0.9
@@ -241,6 +251,7 @@ class DecompositionSettings(TuningSettings, SamplerSettings):
         self._check(checks.number, "sparsity", interval="[0, inf)")
         self._check(checks.number, "exclude_similar", interval="[-1, 1]", optional=True)
         self._check(checks.choice, "coefficients", among=get_args(Coefficients))
+        self._check(checks.choice, "start", among=get_args(Start))
         self._check(checks.texts, "include", "exclude", least=0)
         self._check(checks.template, "template")
         self._check(checks.word, "token")
@@ -310,12 +321,16 @@ def decompose(
         exclude_similar=settings.exclude_similar,
     )
     norm = float(embedding_of(pipe).weight.detach().float().norm(dim=1).mean())
-    torch.manual_seed(settings.seed)
-    weights = _Weights(allowed.vectors, settings, norm)
     text = LearnedText(pipe, [settings.template.format(settings.token)], [settings.token])
     empty = encode_prompts(pipe, [settings.template.format("")]).detach()[0]
     data = [CaptionedLatents(encode_images(pipe, shown).detach(), empty, settings.batch_size)]
     batches = sample_batches(pipe, data, seed=settings.seed)
+    gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
+    torch.manual_seed(settings.seed)
+    weights = _Weights(allowed.vectors, settings, norm)
+    if settings.coefficients == "mlp" and settings.start == "words":
+        trials = sample_batches(pipe, data, seed=derived(settings.seed, "start"))  # noises that no training sees
+        _begin_with_words(weights, gradient, text, list(islice(trials, -(-_TRIED_SAMPLES // settings.batch_size))))
     validation: dict[int, float] = {}
     best, best_step = weights.coefficients(), 0
 
@@ -351,7 +366,7 @@ def decompose(
             best, best_step = now, done
 
     history = tune_kv(
-        KVGradient(pipe, data, dtype=dtype, chunk=chunk),
+        gradient,
         dict(weights.named_parameters()),
         point,
         settings,
@@ -361,6 +376,23 @@ def decompose(
     )
     record = {**settings.record(), "dictionary": len(allowed), "pictures": len(shown)}
     return replace(made(best), validation=validation, best_step=best_step, settings=record, history=history)
+
+
+def _begin_with_words(
+    weights: _Weights, gradient: KVGradient, text: LearnedText, batches: Sequence[NoisyBatch]
+) -> None:
+    """Let "mlp" begin as the best sum of a few words: of those that have the lowest loss each on its own."""
+    theta = gradient.theta()
+
+    @torch.no_grad()
+    def loss(vector: Tensor) -> float:
+        embedded = text(_rescaled(vector, weights.norm)[None])
+        return sum(gradient.losses(theta, batch, embedded)[0] for batch in batches)
+
+    alone = [loss(vector) for vector in weights.vectors[:_TRIED_WORDS]]
+    order = np.argsort(alone, kind="stable").tolist()
+    best = min((order[:count] for count in _TRIED_SUMS), key=lambda rows: loss(weights.vectors[rows].mean(0)))
+    weights.begin(best)
 
 
 def _pictures(
@@ -431,6 +463,18 @@ class _Weights(nn.Module):
             self.values = nn.Parameter(torch.full((count,), 1.0 / count))
         else:
             self.free = nn.Parameter(vectors.mean(0))
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """Fit the network to a coefficient of 1 for these rows and 0 for all others; nothing is drawn for it."""
+        wanted = torch.zeros(len(self.vectors)).to(self.vectors)
+        wanted[list(rows)] = 1.0
+        optimiser = torch.optim.Adam(self.net.parameters(), lr=1e-2)
+        with torch.enable_grad():
+            for _ in range(_FITTING_STEPS):
+                optimiser.zero_grad()
+                (self.net(self.scaled)[:, 0] - wanted).square().mean().backward()
+                optimiser.step()
+        optimiser.zero_grad()
 
     def _alpha(self) -> Tensor:
         return (self.net(self.scaled)[:, 0] if self.kind == "mlp" else self.values).abs()
