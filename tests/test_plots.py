@@ -41,6 +41,25 @@ def test_a_row_without_an_interval_shows_its_points_and_a_hollow_mean():
     assert list(unknown[1].get_xdata()) == [0.2, 0.8] and len(known) == 2
 
 
+def test_a_plane_puts_each_condition_where_its_two_measures_are():
+    rows = [("a", "text", 0.1), ("a", "image", 0.7), ("b", "text", 0.2), ("b", "image", 0.9), ("c", "text", 0.3)]
+    table = pandas.DataFrame(rows, columns=["condition", "measure", "value"])
+    table = table.assign(low=table.value - 0.05, high=table.value + 0.05)
+    figure = plots.plane(table, x="text", y="image", highlight=["b"], origin=True, note="95 %")
+    (axes,) = figure.axes
+    named = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert {name: (*line.get_xdata(), *line.get_ydata()) for name, line in named.items()} == {
+        "a": (0.1, 0.7),
+        "b": (0.2, 0.9),
+    }
+    crosses = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert ([0.2, 0.2], pytest.approx([0.85, 0.95])) in crosses and (pytest.approx([0.15, 0.25]), [0.9, 0.9]) in crosses
+    assert named["a"].get_markerfacecolor() == "white" != named["b"].get_markerfacecolor()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("text", "image") and "a, b" in figure.get_label()
+    with pytest.raises(ConeslabError, match="no condition has both 'text' and 'likeness': the measures are"):
+        plots.plane(table, x="text", y="likeness")
+
+
 def test_a_logarithmic_panel_leaves_out_what_it_cannot_show():
     rows = [("a", "m", 0.0), ("b", "m", 10.0), ("a", "n", 0.0), ("b", "n", 1.0)]
     table = pandas.DataFrame([{"condition": c, "measure": m, "value": v, "low": v, "high": v} for c, m, v in rows])
@@ -111,6 +130,10 @@ BAD = r"<cat*> & \"x\" $\frac $"  # no formula, no HTML
         lambda two: plots.curves({BAD: ([1, 2], [1, 2]), "b": ([1], [1])}, x_label="x", y_label="y", title=BAD),
         lambda two: plots.intervals(
             pandas.DataFrame([{"condition": BAD, "measure": BAD, "value": 1.0, "low": 0.0, "high": 2.0}]), title=BAD
+        ),
+        lambda two: plots.plane(
+            pandas.DataFrame([{"condition": BAD, "measure": BAD, "value": 1.0, "low": 0.0, "high": 2.0}]),
+            **dict.fromkeys(("x", "y", "title", "note"), BAD),
         ),
         lambda two: plots.heatmap(np.eye(2), rows=[BAD, "b"], columns=[BAD, "c"], label="x", title=BAD),
         lambda two: plots.pictures_and_map(two, np.eye(2), rows=[BAD, "b"], label="x", title=BAD),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .plots import merit_map as merit_map
     from .plots import picture_grid as picture_grid
     from .plots import pictures_and_map as pictures_and_map
+    from .plots import plane as plane
     from .plots import profile_map as profile_map
     from .plots import show as show
     from .plots import trace_map as trace_map
@@ -57,6 +58,7 @@ __getattr__, __dir__, __all__ = attach(
             "merit_map",
             "picture_grid",
             "pictures_and_map",
+            "plane",
             "profile_map",
             "show",
             "trace_map",

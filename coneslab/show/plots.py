@@ -268,8 +268,61 @@ def intervals(
     if title:
         figure.suptitle(title, fontsize=10, **_PLAIN)
     if note:
-        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left")
+        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left", **_PLAIN)
     return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
+
+
+_MARKERS = "osD^vPX*<>"
+
+
+def plane(
+    table: pandas.DataFrame,
+    *,
+    x: str = "text alignment",
+    y: str = "image alignment",
+    by: str = "condition",
+    highlight: Sequence[str] = (),
+    origin: bool = False,
+    title: str = "",
+    note: str = "",
+) -> Figure:
+    """Draw conditions as points in the plane of two measures: what a gain in one costs in the other.
+
+    table: as for `intervals`, with the measures `x` and `y` in its column "measure"; a condition that lacks one of them
+    is left out. Crosses are the two intervals, where there are any. highlight: the conditions the claim is about, drawn
+    filled. origin: draw lines at 0, for differences. Raises ArgumentError if no condition has both measures.
+    """
+    _require_columns(table, "value", "low", "high", by, "measure")
+    x, y, title, note = _texts(x=x, y=y, title=title, note=note)
+    across, up = (table[table.measure == one].drop_duplicates(by).set_index(by) for one in (x, y))
+    names = [name for name in dict.fromkeys(table[by]) if name in across.index and name in up.index]
+    if not names:
+        known = ", ".join(map(str, dict.fromkeys(table.measure)))
+        raise ArgumentError(f"no {by} has both {x!r} and {y!r}: the measures are {known}")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        colour, marker = PALETTE[number % len(PALETTE)], _MARKERS[number % len(_MARKERS)]
+        here, there = across.loc[name], up.loc[name]
+        axes.plot([here.low, here.high], [there.value, there.value], color=colour, linewidth=1.2, alpha=0.7)
+        axes.plot([here.value, here.value], [there.low, there.high], color=colour, linewidth=1.2, alpha=0.7)
+        filled = colour if name in highlight or not len(highlight) else "white"
+        axes.plot(here.value, there.value, marker, color=colour, markerfacecolor=filled, markersize=7, label=name)
+    if origin:
+        axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=0)
+        axes.axhline(0, color="0.3", linestyle="--", linewidth=1, zorder=0)
+    axes.set_xlabel(x, fontsize=9, **_PLAIN)
+    axes.set_ylabel(y, fontsize=9, **_PLAIN)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="0.93")
+    axes.set_axisbelow(True)
+    for text in figure.legend(loc="outside right upper", fontsize=7.5, frameon=False).get_texts():
+        text.set(**_PLAIN)
+    seaborn.despine(figure)
+    axes.set_title(title, fontsize=10, **_PLAIN)
+    if note:
+        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left", **_PLAIN)
+    return _finish(figure, f"{y} against {x}, a point for each of {', '.join(map(str, names))}")
 
 
 def _require_columns(table: Any, *needed: str) -> None:
