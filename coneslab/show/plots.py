@@ -316,10 +316,11 @@ def plane(
     axes.tick_params(labelsize=8)
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
-    for text in figure.legend(loc="outside right upper", fontsize=7.5, frameon=False).get_texts():
+    for text in figure.legend(loc="outside right center", fontsize=7.5, frameon=False).get_texts():
         text.set(**_PLAIN)
     seaborn.despine(figure)
-    axes.set_title(title, fontsize=10, **_PLAIN)
+    if title:
+        figure.suptitle(title, fontsize=10, **_PLAIN)
     if note:
         figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left", **_PLAIN)
     return _finish(figure, f"{y} against {x}, a point for each of {', '.join(map(str, names))}")
