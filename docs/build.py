@@ -87,7 +87,7 @@ def modules() -> list[str]:
     """Every module, and the face of every room: "world", "world.subjects"."""
     paths = ((path, path.relative_to(ROOT / "coneslab").with_suffix("")) for path in (ROOT / "coneslab").rglob("*.py"))
     names = [".".join(name.parent.parts if path.name == "__init__.py" else name.parts) for path, name in paths]
-    return sorted(name for name in names if name)
+    return sorted(name for name in names if name and name != "__main__")  # which runs the command line
 
 
 def reference(module: str) -> str:

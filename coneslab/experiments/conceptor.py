@@ -224,5 +224,10 @@ def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int, r
     rows += rows_of(asked, condition=f"asked for {HATS[1]}", kind=fact.kind)
     leaning = {f"{blue}, coefficients": bias(found, groups)[blue]}
     rows += rows_of(leaning | drawn(found, found.prompt), condition="Conceptor", kind=fact.kind)
-    even = rebalance(found, groups, total=0.25)
+    try:
+        even = rebalance(found, groups, total=0.25)
+    except (
+        ConeslabError
+    ):  # a colour is no word of this model, or nothing but colours matters: there is nothing to balance
+        return rows
     return rows + rows_of(drawn(even, even.prompt), condition="balanced", kind=fact.kind)
