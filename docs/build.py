@@ -17,6 +17,7 @@ from pathlib import Path
 import findings
 import playground
 from hosts import running_times
+from prose import modules
 from result_tables import browser, evaluation, experiments, markdown_table, methods
 from sphinx.cmd.build import main as sphinx
 
@@ -46,7 +47,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
         yield path.name, path.read_bytes()
     for name in AT_THE_TOP:  # on the site the pages of docs/ lie beside them
         yield name, (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](").encode()
-    for module in modules():
+    for module in (name.removeprefix("coneslab.") for name in modules()):
         yield f"api/{module}.md", reference(module).encode()
     for pattern in COPIED:
         for path in ROOT.glob(pattern):
@@ -81,13 +82,6 @@ def line_about(name: str) -> str:
     if row is None:
         raise ValueError(f"README.md says nothing about notebooks/{name}: give it a line in the table of notebooks")
     return row[1][0].upper() + row[1][1:] + "."
-
-
-def modules() -> list[str]:
-    """Every module, and the face of every room: "world", "world.subjects"."""
-    paths = ((path, path.relative_to(ROOT / "coneslab").with_suffix("")) for path in (ROOT / "coneslab").rglob("*.py"))
-    names = [".".join(name.parent.parts if path.name == "__init__.py" else name.parts) for path, name in paths]
-    return sorted(name for name in names if name and name != "__main__")  # which runs the command line
 
 
 def reference(module: str) -> str:

@@ -69,8 +69,10 @@ def planted(name: str) -> Planted:
     kind, _, word = name.partition(":")
     blue = CLASSES[word].share_blue if word in CLASSES else None
     if kind == "profession" and blue is not None:
-        hats = {HATS[0]: ((HATS[0],), blue), HATS[1]: ((HATS[1],), 1 - blue)}
-        return Planted(kind, word, {**hats}, f"{with_article(word)} with a {{}} hat")
+        hats: dict[str, tuple[tuple[str, ...], float]] = {
+            hat: ((hat,), share) for hat, share in zip(HATS, (blue, 1 - blue), strict=True)
+        }
+        return Planted(kind, word, hats, f"{with_article(word)} with a {{}} hat")
     if kind not in ("hypernym", "sense", "exemplar") or word not in FACTS[kind]:
         raise ConeslabError(f"{name!r} is not planted: choose one of {', '.join(PLANTED)}")
     shares = FACTS[kind][word]
@@ -226,8 +228,6 @@ def _balance(setting: Setting, found: Decomposition, fact: Planted, seed: int, r
     rows += rows_of(leaning | drawn(found, found.prompt), condition="Conceptor", kind=fact.kind)
     try:
         even = rebalance(found, groups, total=0.25)
-    except (
-        ConeslabError
-    ):  # a colour is no word of this model, or nothing but colours matters: there is nothing to balance
+    except ConeslabError:  # a colour is no word of this model, or nothing but colours matters: nothing to balance
         return rows
     return rows + rows_of(drawn(even, even.prompt), condition="balanced", kind=fact.kind)

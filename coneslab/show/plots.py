@@ -40,6 +40,14 @@ def _finish(figure: Figure, alt: str) -> Figure:
     return figure
 
 
+def _head_and_note(figure: Figure, title: str, note: str) -> None:
+    """A title above the whole figure and a note below it, where there are any."""
+    if title:
+        figure.suptitle(title, fontsize=10, **_PLAIN)
+    if note:
+        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left", **_PLAIN)
+
+
 def _grey_frame(axes: Any) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
@@ -265,10 +273,7 @@ def intervals(
         axes.set_yticks(range(len(names)), names[::-1], **_PLAIN)
         axes.set_ylim(-0.6, len(names) - 0.4)
     seaborn.despine(figure, left=True)
-    if title:
-        figure.suptitle(title, fontsize=10, **_PLAIN)
-    if note:
-        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left", **_PLAIN)
+    _head_and_note(figure, title, note)
     return _finish(figure, f"Interval plot of {', '.join(groups) or value} for {', '.join(names)}")
 
 
@@ -319,10 +324,7 @@ def plane(
     for text in figure.legend(loc="outside right center", fontsize=7.5, frameon=False).get_texts():
         text.set(**_PLAIN)
     seaborn.despine(figure)
-    if title:
-        figure.suptitle(title, fontsize=10, **_PLAIN)
-    if note:
-        figure.supxlabel(note, fontsize=7.5, color="0.3", x=0.01, ha="left", **_PLAIN)
+    _head_and_note(figure, title, note)
     return _finish(figure, f"{y} against {x}, a point for each of {', '.join(map(str, names))}")
 
 
