@@ -30,8 +30,10 @@ from small_judge import save_small_judge
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from coneslab import load
+from coneslab.diffusion.memory import keep_memory
 from coneslab.measure.judge import Judge, load_judge
 
+keep_memory()
 WORDS = ("a", "sks", "cat", "dog", "car", "house", "on", "the", "grass", "beach", "in", "city", "and")
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 

@@ -18,7 +18,7 @@ from coneslab.experiments import cluster, comparison
 from coneslab.experiments.methods import METHODS, Method, make_edit
 from coneslab.experiments.setting import stored_bytes
 from coneslab.neurons.union import joint_prompt
-from coneslab.world.subjects import subjects_of
+from coneslab.world.subjects import TUNING_SUBJECTS, subjects_of
 
 SHORT = {
     "Cones, float": {"rounds": 2, "rate": 0.6, "threshold_quantile": 0.9},
@@ -196,7 +196,8 @@ def test_a_table_is_not_continued_with_other_pictures_or_settings(folders, tmp_p
 def test_the_table_has_no_tuning_subject_and_all_sizes():
     titles = comparison.table_titles()
     assert {len(title.split("+")) for title in titles} == {1, 2, 3, 4} and len(set(titles)) == len(titles) >= 10
-    assert not {name for title in titles for name in title.split("+")} & set(comparison.TUNING_SUBJECTS)
+    assert not {name for title in titles for name in title.split("+")} & set(TUNING_SUBJECTS)
+    assert {name for title in comparison.TUNING_TITLES for name in title.split("+")} <= set(TUNING_SUBJECTS)
 
 
 def test_a_method_gets_its_own_settings_unless_told_otherwise(world_pipe, tmp_path):
@@ -226,8 +227,6 @@ def test_a_cluster_leaves_the_environment_of_this_process_alone():
     with cluster.dask_client(workers=1, threads=2) as client:
         assert dict(os.environ) == before  # notebooks started from here would run on one thread
         assert list(client.run(torch.get_num_threads).values()) == [2]
-        kept = client.run(lambda: {name: os.environ.get(name) for name in cluster.KEEP_MEMORY})
-        assert list(kept.values()) == [{name: str(size) for name, size in cluster.KEEP_MEMORY.items()}]
     assert dict(os.environ) == before
 
 

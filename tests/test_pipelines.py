@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +300,32 @@ def test_a_judge_without_tokenizer_or_numbers_is_refused(tmp_path: Path):
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(ConeslabError, match="has no tokenizer: expected"):
         load_judge(folder)
+
+
+FAULTS = """
+import resource, torch
+from concurrent.futures import ThreadPoolExecutor
+from coneslab.diffusion.memory import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [torch.ones(2_000_000) for _ in range(6)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with ThreadPoolExecutor(1) as one:
+    before = faults(), one.submit(faults).result()
+    kept = keep_memory()
+    faults(), one.submit(faults).result()
+    print(kept, *before, faults(), one.submit(faults).result())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by themselves, or never do")
+def test_memory_is_not_requested_page_by_page():
+    """In the main thread and in another, as a worker's is: pages come once, not 20 times."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    kept, *faults = done.stdout.split()
+    main, thread, main_kept, thread_kept = map(int, faults)
+    assert kept == "True"
+    assert main_kept < main / 4 and thread_kept < thread / 4

@@ -275,7 +275,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     say, settings = teller(arguments), _settings(getattr(arguments, "settings", "{}"))
     if arguments.tune:
-        names = ("counts", "subjects", "seeds", "pictures", "settings", "out")
+        names = ("counts", "subjects", "seeds", "pictures", "sampler_steps", "settings", "out")
         refuse_unused(arguments, "with --tune, which has subjects and a table of its own", *names)
     if arguments.subjects:
         refuse_unused(arguments, "with --subjects, which names the combinations as well", "counts")
@@ -302,6 +302,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             seeds=getattr(arguments, "seeds", 3),
             subjects=subjects,
             pictures=getattr(arguments, "pictures", 2),
+            sampler_steps=getattr(arguments, "sampler_steps", 12),
             settings=settings,
             client=client,
             **common,
@@ -340,6 +341,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--subjects", help='comma-separated names and combinations, such as "cat,dog+house"')
     compare.add_argument("--seeds", type=positive, default=unset, help="seeds per subject (default: 3)")
     compare.add_argument("--pictures", type=positive, default=unset, help="pictures per prompt (default: 2)")
+    compare.add_argument("--sampler-steps", type=positive, default=unset, help="steps of each picture (default: 12)")
     compare.add_argument("--model", default="tiny", help="pipeline folder or hub id")
     add_judge(compare)
     _add_cluster(compare, workers=1, threads=2)

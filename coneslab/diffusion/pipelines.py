@@ -23,6 +23,7 @@ from .. import checks
 from ..errors import ArgumentError, ConeslabError, FileFormatError
 from ..files import SUMS, data_folder, file_sum, require_folder, user_path, write_whole
 from .checks import require_finite, require_pipeline, uncompiled
+from .memory import keep_memory
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: left until a model is loaded
     from diffusers import StableDiffusionPipeline
@@ -211,6 +212,8 @@ def load(
         part.eval()
     require_pipeline(pipe)
     require_finite(pipe)
+    if where.type == "cpu":
+        keep_memory()
     return pipe
 
 

@@ -27,11 +27,6 @@ def _loaded(model: str, judge: str, device: str | None) -> tuple[Any, Any]:
     return pipe, load_judge(judge, device=pipe.device)
 
 
-# Workers compute in a separate thread, for which glibc requests every tensor's memory from the kernel and returns it at
-# once, page by page: a search takes twice as long. With these settings it keeps the memory.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 4 << 30, "MALLOC_TRIM_THRESHOLD_": 8 << 30}
-
-
 @contextmanager
 def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int = 2) -> Any:
     """A Dask client of the scheduler at an address, or of a local cluster for the length of a block.
@@ -47,7 +42,7 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
             yield client
         return
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    spawn = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | KEEP_MEMORY
+    spawn = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}
     before = dict(os.environ)
     try:
         settings = {"distributed.nanny.pre-spawn-environ": spawn}

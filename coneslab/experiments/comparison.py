@@ -1,7 +1,7 @@
 """`coneslab compare`: methods × subjects and their combinations × seeds, into one tidy table, on Dask.
 
-Subjects are split: settings are chosen on `TUNING_SUBJECTS`, with the same number of trials for each method, and the
-table is made with others, so that no method is put at a disadvantage or favoured.
+Subjects are split: settings are chosen on some of `world.TUNING_SUBJECTS`, with the same number of trials for each
+method, and the table is made with others, so that no method is put at a disadvantage or favoured.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from ..files import data_folder, read_json, require_writable, write_json
 from ..measure.judge import Judge
 from ..world.subjects import (
     COMBINATIONS,
-    TUNING_COMBINATIONS,
-    TUNING_SUBJECTS,
     names_in,
     subjects_of,
     table_subjects,
@@ -38,7 +36,10 @@ from .table import Row, open_table, rows_of, run_cells
 from .unions import measure_together
 
 SINGLE_SUBJECTS = table_subjects(4)
-TUNING_TITLES = (*TUNING_SUBJECTS, *map(title_of, TUNING_COMBINATIONS))
+#: Two near subjects and two far ones, each alone and in a pair: all tuning subjects would take three times as long.
+TUNING_TITLES = ("truffle", "tome", "fish", "castle", "truffle+tome", "fish+castle")
+SAMPLES = 64  # of the denoising loss
+TRIAL: dict[str, Any] = {"pictures": 1, "sampler_steps": 12, "samples": 16}  # of tuning, which uses no losses
 
 
 def table_titles(counts: Sequence[int] = (1, 2, 3, 4)) -> list[str]:
@@ -65,7 +66,7 @@ class _Cell:
     methods: Mapping[str, tuple[Method, Callable[[int], dict[str, Any]]]]  # each with its settings, by size
     model: str
     judge: str
-    pictures: int
+    budget: Mapping[str, Any]  # pictures, sampler_steps, samples
     folder: Path | None
 
     def settings_of(self, subject: str, condition: str, trial: str = "{}") -> dict[str, Any]:
@@ -74,7 +75,7 @@ class _Cell:
 
     def identity(self) -> Callable[[Row], dict[str, Any]]:
         """What a cell's values depend on besides itself."""
-        common = identity_of(*loaded(self.model, self.judge), pictures=self.pictures)
+        common = identity_of(*loaded(self.model, self.judge), **self.budget)
 
         def of_cell(cell: Row) -> dict[str, Any]:
             if cell["condition"] not in self.methods:  # an earlier run compared other methods as well
@@ -97,9 +98,9 @@ class _Cell:
             "bytes": stored_bytes(edit),
         }
         if len(subjects) == 1:
-            values = measure(pipe, judge, subjects[0], edit, seed=seed, pictures=self.pictures)
+            values = measure(pipe, judge, subjects[0], edit, seed=seed, **self.budget)
         else:
-            values = measure_together(Setting(pipe, judge, pictures=self.pictures), subjects, edit, seed)
+            values = measure_together(Setting(pipe, judge, **self.budget), subjects, edit, seed)
         return rows_of(values, **facts)
 
 
@@ -114,6 +115,7 @@ def compare_methods(
     model: str = "tiny",
     judge: str = "judge",
     pictures: int = 2,
+    sampler_steps: int = 12,
     settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -121,13 +123,16 @@ def compare_methods(
     """Run every method on every subject and combination of these sizes; an existing table is continued.
 
     One row per (subject, condition, seed, measure); the condition is the method. A cell that fails is recorded with its
-    error. A table of another model, judge, version, number of pictures or settings is not continued. path: default
-    `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names and combinations
-    ("cat+car") instead of those that ship. settings: for all methods, overriding those chosen. folder: where edits of
-    single subjects are kept, so that methods and combinations share them; on a cluster, one that all workers can see.
+    error. A table of another model, judge, version, number of pictures or steps, or settings is not continued. path:
+    default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names and
+    combinations ("cat+car") instead of those that ship. pictures: per prompt; sampler_steps: of each (means over 12
+    steps differ from those over 25 by less than 0.003). settings: for all methods, overriding those chosen. folder:
+    where edits of single subjects are kept, so that methods and combinations share them; on a cluster, one that all
+    workers can see.
     Raises ConeslabError for an unknown method, subject or count, WriteError if table or folder cannot be written.
     """
     seeds, pictures = checks.count("seeds", seeds), checks.count("pictures", pictures)
+    sampler_steps = checks.count("sampler_steps", sampler_steps)
     settings = checks.mapping("settings", {} if settings is None else settings, least=0)
     chosen, subjects, path, folder = require_comparison(path, methods, counts, subjects, folder)
     cells = [
@@ -138,7 +143,8 @@ def compare_methods(
         name: (method, _Settings(name if METHODS.get(name) is method else None, settings))
         for name, method in chosen.items()
     }
-    run = _Cell(ready, model, judge, pictures, folder)
+    budget: dict[str, Any] = {"pictures": pictures, "sampler_steps": sampler_steps, "samples": SAMPLES}
+    run = _Cell(ready, model, judge, budget, folder)
     return run_cells(cells, run, path, identity=run.identity(), client=client, keep_going=True, progress=progress)
 
 
@@ -213,7 +219,7 @@ def tune_methods(
         for value in values
     ]
     ready = {name: (method, _Settings(None, {})) for name, method in chosen.items()}
-    run = _Cell(ready, model, judge, 1, folder)
+    run = _Cell(ready, model, judge, TRIAL, folder)
     trials = path.with_suffix(".csv")
     table = run_cells(cells, run, trials, identity=run.identity(), client=client, progress=progress)
     tried = {(cell["subject"], cell["condition"], cell["trial"]) for cell in cells}
