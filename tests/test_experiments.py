@@ -190,7 +190,7 @@ def test_the_decomposition_of_a_planted_concept_is_measured_beside_its_controls(
         "object:ladybug",
         "memorised:lighthouse",
         pytest.param("style:flat", marks=pytest.mark.full),
-        pytest.param("unseen:twemoji", marks=pytest.mark.full),
+        pytest.param("unseen:twemoji cat", marks=pytest.mark.full),
     ],
 )
 def test_every_way_to_ablate_is_measured(title, setting, tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_profiles_pool_the_targets_and_stand_on_the_floor_of_the_control():
     for kind, subject, condition, shares in (
         ("object", "object:cat", "untouched model", {"plain prompt": 1.0, "inpainting": 1.0, "other words": 1.0}),
         ("object", "object:cat", "UCE", {"plain prompt": 0.0, "inpainting": 0.9, "other words": 0.0}),
-        ("unseen", "unseen:twemoji", "untouched model", {"plain prompt": 0.0, "inpainting": 0.25}),
+        ("unseen", "unseen:twemoji cat", "untouched model", {"plain prompt": 0.0, "inpainting": 0.25}),
     ):
         names = [subject] if kind == "unseen" else [f"{subject} {number}" for number in range(6)]
         cells = [

@@ -107,7 +107,7 @@ class Target:
 
 
 def ablation_target(title: str) -> Target:
-    """ "object:cat", "style:flat", "memorised:lighthouse", "unseen:twemoji". Raises ConeslabError for any other."""
+    """ "object:cat", "style:flat", "memorised:lighthouse", "unseen:twemoji cat". Raises ConeslabError for any other."""
     kind, _, name = title.partition(":")
     if kind == "object" and name in OBJECTS:
         near = near_and_far(name)
@@ -135,9 +135,10 @@ def ablation_target(title: str) -> Target:
             templates=tuple(f"{{}} {noun}" for noun in STYLE_CLASSES),
             rivals=style_rivals(name, STYLE_CLASSES[0]),
         )
-    if kind == "unseen" and name == UNSEEN:
-        shown = styled(name, STYLE_CLASSES[0]), styled("3d", STYLE_CLASSES[0])
-        return Target(kind, name, *shown, shown, {}, rivals=style_rivals(name, STYLE_CLASSES[0]))
+    style, _, noun = name.partition(" ")
+    if kind == "unseen" and style == UNSEEN and noun in STYLE_CLASSES:
+        shown = styled(style, noun), styled("3d", noun)
+        return Target(kind, name, *shown, shown, {}, rivals=style_rivals(style, noun))
     if kind == "memorised" and name in MEMORISED:
         entry = FACTS["memorised"][name]
         classes = [drawing.partition("/")[0] for drawing, _, _ in entry["objects"]]
@@ -154,7 +155,7 @@ ABLATIONS = (
     *(f"object:{name}" for name in OBJECTS),
     *(f"style:{name}" for name in STYLED),
     *(f"memorised:{name}" for name in MEMORISED),
-    f"unseen:{UNSEEN}",
+    *(f"unseen:{UNSEEN} {noun}" for noun in STYLE_CLASSES),
 )
 
 
@@ -249,7 +250,8 @@ def battery(setting: Setting, case: Target, seed: int) -> tuple[Probe, ...]:
         anchor = STYLED.get(case.name, "3d")
         few = {**CLASSIFIER, "pictures": max(1, CLASSIFIER["pictures"] // 8)}  # of each class in each of six styles
         classifier = world_classifier(setting.pipe, "style", **few)
-        return tuple(style_probes(case.name, anchor, STYLE_CLASSES[0], classifier=classifier, budget=budget))
+        style, _, noun = case.name.partition(" ")
+        return tuple(style_probes(style, anchor, noun or STYLE_CLASSES[0], classifier=classifier, budget=budget))
     original = Image.fromarray(memorised(case.name)[0])
     return tuple(usual_probes(*case.shown, [original], budget=budget))
 
