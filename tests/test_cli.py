@@ -666,7 +666,7 @@ def test_what_has_no_effect_is_told(coneslab, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["model", "noise", "uce", "esd", "neurons", "prune"])
+@pytest.mark.parametrize("method", use.ABLATIONS)
 def test_ablate_has_every_method(method, coneslab, tmp_path):
     few = ["--steps", "1", "--pictures", "4", "--method", method]
     found = coneslab("ablate", "a cat", "a dog", *few)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ..diffusion.pipelines import Pipeline
 
 EDIT, FIGURE = ".safetensors", ".png"  # what files of edits, and figures, end in
-ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune")
+ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune", "unlearn")
 
 
 # --- what commands share --------------------------------------------------------------------------------
@@ -388,10 +388,12 @@ def _require_belonging(arguments: Arguments, say: Callable[..., None]) -> None:
     where = f"on the method {method}"
     if method not in ("model", "noise"):
         refuse_unused(arguments, f"{where}: it is for the methods model and noise", "parameters")
-    if method not in ("model", "noise", "uce") and arguments.template:
-        raise ConeslabError(f"--template is for the methods model, noise and uce; {method} takes the target as it is")
-    if method != "uce" and not arguments.check:
-        refuse_unused(arguments, f"{where} without --check: only uce holds on to other prompts", "other")
+    if method not in ("model", "noise", "uce", "unlearn") and arguments.template:
+        raise ConeslabError(
+            f"--template is for the methods model, noise, uce and unlearn; {method} takes the target as it is"
+        )
+    if method not in ("uce", "unlearn") and not arguments.check:
+        refuse_unused(arguments, f"{where} without --check: only uce and unlearn hold on to other prompts", "other")
     if not arguments.check:
         refuse_unused(arguments, "without --check", "judge", "check_pictures")
     idle = {"uce": ("steps", "pictures"), "prune": ("steps",)}.get(method, ())
@@ -408,7 +410,7 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
 
     target, anchor, method = arguments.target, arguments.anchor, arguments.method
     quiet: dict[str, Any] = {"progress": not arguments.quiet}
-    steps = 50 if arguments.steps is None else arguments.steps
+    steps = (100 if method == "unlearn" else 50) if arguments.steps is None else arguments.steps
     drawn: dict[str, Any] = {
         "pictures": 64 if arguments.pictures is None else arguments.pictures,
         "seed": arguments.seed,
@@ -419,6 +421,9 @@ def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
     if method == "uce":
         return methods.closed_form_edit(pipe, target, anchor, templates=templates, preserve=arguments.other)
     one_pair(pipe, target, anchor)
+    if method == "unlearn":
+        targets, anchors = ([text.format(one) for text in templates] for one in (target, anchor))
+        return methods.unlearn(pipe, targets, anchors, preserve=arguments.other, steps=steps, **drawn, **quiet)
     if method == "esd":
         return methods.erase(pipe, target, steps=steps, **drawn, **quiet)
     if method == "neurons":
@@ -522,13 +527,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     ablate = add("ablate", _ablate, "make a model draw the anchor instead of the target, and check that it does")
     ablate.add_argument("target", type=as_text, help='what to remove, such as "a cat"')
     ablate.add_argument("anchor", type=as_text, help='what to draw instead, such as "a dog"')
-    ablate.add_argument("--method", choices=ABLATIONS, default="model", help="(default: model)")
+    ablate.add_argument(
+        "--method", choices=ABLATIONS, default="model", help="(default: model; unlearn trains the whole U-Net)"
+    )
     ablate.add_argument(
         "--parameters",
         choices=("cross_attention_kv", "attention", "embedding", "all"),
         help="what the methods model and noise train (default: cross_attention_kv)",
     )
-    ablate.add_argument("--steps", type=positive, help="training steps; for neurons, rounds (default: 50)")
+    ablate.add_argument("--steps", type=positive, help="training steps; for neurons, rounds (default: 50, unlearn 100)")
     ablate.add_argument("--pictures", type=positive, help="of the anchor, to train on (default: 64)")
     ablate.add_argument(
         "--template", action="append", type=as_template, default=[], help='a caption for both, such as "{} at night"'
