@@ -360,7 +360,7 @@ def test_docstrings_become_what_they_say():
     text = "Shut V* |θ|_j.\n\nscale: s in `scale`, see `plots.show` and `search.py`.\nRaises MaskError.\n\n    x = f(1)"
     assert prose.to_rst(text, frozenset({"scale"})).split("\n\n") == [
         r"Shut V\* \|θ\|\_j.",
-        "**scale**: s in ``scale``, see :py:obj:`plots.show <coneslab.show.plots.show>` and "
+        "**scale**: s in ``scale``, see :py:obj:`plots.show <coneslab.show.plots.frame.show>` and "
         ":py:mod:`search.py <coneslab.neurons.search>`.",
         "Raises :py:exc:`MaskError <coneslab.errors.MaskError>`.",
         "::",
