@@ -109,20 +109,26 @@ def _add(pipe: Pipeline, subjects: Sequence[Subject], edits: Sequence[Edit], *, 
     return edits[0] if len(edits) == 1 else Combined(tuple(edits))
 
 
+# Four values each: where the best of three was at an edge, one more beyond it, and as many for all.
 # No method takes longer for one subject than Cones' search, and losses are flat by these steps (notebook 02).
 _STEPS, _STEPS_OF_ALL = {"steps": 80}, {"steps": 40}
-_RATES = (3e-4, 1e-3, 3e-3)
-_TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998)}
+_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998, 0.999)}
 METHODS: dict[str, Method] = {
     "untouched model": Method(_nothing),
     "Cones, float": Method(_join_graded, neurons, choices=_TAU),
     "Cones, binary": Method(_join_binary, neurons, choices=_TAU),
     "Cones + collaborative tuning": Method(
-        _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": _RATES}
+        _join_and_tune, neurons, ("tuning_steps", "tuning_rate"), {"tuning_rate": (1e-4, 3e-4, 1e-3, 3e-3)}
     ),
-    "Cones, token-local": Method(_at_their_words, neurons, choices=_TAU, settings={"scope": "subject"}),
-    "Textual Inversion": Method(_invert, choices={"learning_rate": (3e-3, 1e-2, 3e-2)}, settings=_STEPS),
-    "DreamBooth": Method(_dreambooth, choices={"learning_rate": (3e-5, 1e-4, 3e-4)}, settings=_STEPS_OF_ALL),
+    "Cones, token-local": Method(
+        _at_their_words,
+        neurons,
+        choices={"threshold_quantile": (0.98, 0.99, 0.995, 0.998)},
+        settings={"scope": "subject"},
+    ),
+    "Textual Inversion": Method(_invert, choices={"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)}, settings=_STEPS),
+    "DreamBooth": Method(_dreambooth, choices={"learning_rate": (3e-5, 1e-4, 3e-4, 1e-3)}, settings=_STEPS_OF_ALL),
     "LoRA, joint": Method(_lora, choices={"learning_rate": _RATES}, settings=_STEPS_OF_ALL),
     "LoRA, merged": Method(_add, _lora, choices={"learning_rate": _RATES}, settings=_STEPS_OF_ALL),
     "Custom Diffusion, joint": Method(_customised, choices={"learning_rate": _RATES}, settings=_STEPS),
