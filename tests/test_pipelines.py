@@ -302,6 +302,19 @@ def test_a_judge_without_tokenizer_or_numbers_is_refused(tmp_path: Path):
         load_judge(folder)
 
 
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("meta", 0)])
+def test_loading_onto_a_cpu_keeps_memory(device: str, kept: int, saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """Workers of a cluster load their own model, so that they keep it as well."""
+    calls: list[bool] = []
+    monkeypatch.setattr(pipelines, "keep_memory", lambda: calls.append(True))
+    if device != "cpu":  # a stand-in for a GPU
+        monkeypatch.setattr(pipelines, "usable_device", lambda given: torch.device(given))
+        for check in ("require_pipeline", "require_finite"):
+            monkeypatch.setattr(pipelines, check, lambda pipe: None)
+    pipelines.load(saved, device=device)
+    assert len(calls) == kept
+
+
 FAULTS = """
 import resource, torch
 from concurrent.futures import ThreadPoolExecutor

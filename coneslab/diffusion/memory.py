@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt(3)
 _KEPT, _LARGEST, _PAD = 2**31 - 1, 256 << 20, 64 << 20  # bytes
 
 
-@lru_cache(maxsize=1)
 def keep_memory() -> bool:
     """Let this process keep the memory that tensors leave, for those that come next; whether it can.
 

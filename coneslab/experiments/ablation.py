@@ -78,6 +78,7 @@ CLASSIFIER: dict[str, Any] = {"pictures": 32}  # of each class, or of each class
 BUDGET: dict[str, Any] = {}  # of the probes that search and train, see `ProbeBudget`
 UNTOUCHED = "untouched model"
 UNSEEN = "twemoji"  # the art style that no model here has seen: what probes find of it is what they find of nothing
+ANCHOR_STYLES = {**STYLED, UNSEEN: "3d"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Target:
 
     shown: the prompts that ask for target and anchor when measuring; others: prompts for other concepts, by group;
     templates: captions with {} for target or anchor; rivals: prompts that a picture must be farther from than from the
-    target's to show it. The kind "unseen" is the control: an art style that no model has learned.
+    target's to show it; style, noun: the art style that is the target, if it is one, and the class it is shown on. The
+    kind "unseen" is the control: an art style that no model has learned.
     """
 
     kind: str
@@ -97,6 +99,8 @@ class Target:
     others: dict[str, tuple[str, ...]] = field(hash=False)
     templates: tuple[str, ...] = ("{}",)
     rivals: tuple[str, ...] = ()
+    style: str = ""
+    noun: str = ""
 
     @property
     def pairs(self) -> tuple[list[str], list[str]]:
@@ -134,11 +138,13 @@ def ablation_target(title: str) -> Target:
             },
             templates=tuple(f"{{}} {noun}" for noun in STYLE_CLASSES),
             rivals=style_rivals(name, STYLE_CLASSES[0]),
+            style=name,
+            noun=STYLE_CLASSES[0],
         )
     style, _, noun = name.partition(" ")
     if kind == "unseen" and style == UNSEEN and noun in STYLE_CLASSES:
-        shown = styled(style, noun), styled("3d", noun)
-        return Target(kind, name, *shown, shown, {}, rivals=style_rivals(style, noun))
+        shown = styled(style, noun), styled(ANCHOR_STYLES[style], noun)
+        return Target(kind, name, *shown, shown, {}, rivals=style_rivals(style, noun), style=style, noun=noun)
     if kind == "memorised" and name in MEMORISED:
         entry = FACTS["memorised"][name]
         classes = [drawing.partition("/")[0] for drawing, _, _ in entry["objects"]]
@@ -246,12 +252,11 @@ def battery(setting: Setting, case: Target, seed: int) -> tuple[Probe, ...]:
     if case.kind == "object":
         classifier = world_classifier(setting.pipe, **CLASSIFIER)
         return tuple(class_probes(case.name, OBJECTS[case.name], classifier=classifier, budget=budget))
-    if case.kind in ("style", "unseen"):
-        anchor = STYLED.get(case.name, "3d")
+    if case.style:
         few = {**CLASSIFIER, "pictures": max(1, CLASSIFIER["pictures"] // 8)}  # of each class in each of six styles
         classifier = world_classifier(setting.pipe, "style", **few)
-        style, _, noun = case.name.partition(" ")
-        return tuple(style_probes(style, anchor, noun or STYLE_CLASSES[0], classifier=classifier, budget=budget))
+        about = case.style, ANCHOR_STYLES[case.style], case.noun
+        return tuple(style_probes(*about, classifier=classifier, budget=budget))
     original = Image.fromarray(memorised(case.name)[0])
     return tuple(usual_probes(*case.shown, [original], budget=budget))
 

@@ -24,6 +24,7 @@ from ..files import data_folder, read_json, require_writable, write_json
 from ..measure.judge import Judge
 from ..world.subjects import (
     COMBINATIONS,
+    TUNING_COMBINATIONS,
     names_in,
     subjects_of,
     table_subjects,
@@ -36,8 +37,9 @@ from .table import Row, open_table, rows_of, run_cells
 from .unions import measure_together
 
 SINGLE_SUBJECTS = table_subjects(4)
-#: Two near subjects and two far ones, each alone and in a pair: all tuning subjects would take three times as long.
-TUNING_TITLES = ("truffle", "tome", "fish", "castle", "truffle+tome", "fish+castle")
+_PAIRS = TUNING_COMBINATIONS[0], TUNING_COMBINATIONS[2]  # near subjects, and far ones
+#: The subjects of a near and of a far pair, alone and in their pair: all tuning subjects would take three times that.
+TUNING_TITLES = (*_PAIRS[0], *_PAIRS[1], *map(title_of, _PAIRS))
 SAMPLES = 64  # of the denoising loss
 TRIAL: dict[str, Any] = {"pictures": 1, "sampler_steps": 12, "samples": 16}  # of tuning, which uses no losses
 
