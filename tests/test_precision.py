@@ -67,3 +67,17 @@ def test_a_twin_for_gradients_computes_the_same(v_pipe):
         for gradients in (False, True):
             made = frozen_copy(v_pipe.unet, torch.float32, gradients=gradients)(x, t, encoder_hidden_states=text).sample
             assert torch.allclose(made, expected, atol=1e-5)
+
+
+def test_copies_of_a_unet_are_apart_from_each_other(v_pipe):
+    torch.manual_seed(0)
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 12, 24)
+    first = frozen_copy(v_pipe.unet, torch.float32, gradients=True)
+    first.conv_in.weight = torch.nn.Parameter(torch.zeros_like(first.conv_in.weight))
+    first.mid_block.register_forward_hook(lambda *_: pytest.fail("the hook of another copy was called"))
+    second = frozen_copy(v_pipe.unet, torch.float32)
+    with torch.no_grad():
+        made, expected = (unet(x, t, encoder_hidden_states=text).sample for unet in (second, v_pipe.unet))
+    assert torch.equal(made, expected) and not second.training
+    kinds = [{type(used).__name__ for used in unet.attn_processors.values()} for unet in (first, second)]
+    assert kinds == [{"AttnProcessor"}, {"AttnProcessor2_0"}]

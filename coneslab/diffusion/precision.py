@@ -7,8 +7,12 @@ that without touching the pipeline, and in bfloat16, where the processor support
 
 from __future__ import annotations
 
+import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,21 +57,19 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
             "copy of its weights would not have: leave that block first"
         )
     weights = {name: weight.detach().to(dtype) for name, weight in separate_weights(unet).items()}
-    with torch.device("meta"):
-        copy = type(unet).from_config(unet.config)
+    made = _tree_of(_structure(unet.__class__, unet.to_json_string()))
     try:
-        copy.load_state_dict(weights, assign=True)
+        made.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ConeslabError(
             f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): unload adapters first"
         ) from error
-    copy.eval().requires_grad_(False)
     for name, module in unet.named_modules():
         for hook in module._forward_hooks.values():
             if _goes_along(hook):
-                copy.get_submodule(name).register_forward_hook(hook)
+                made.get_submodule(name).register_forward_hook(hook)
     if gradients:
-        speed_up_backward(copy)
+        speed_up_backward(made)
 
     def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         def as_dtype(x: Any) -> Any:
@@ -75,8 +77,25 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
 
         return tuple(map(as_dtype, args)), {name: as_dtype(x) for name, x in kwargs.items()}
 
-    copy.register_forward_pre_hook(cast, with_kwargs=True)
-    return copy
+    made.register_forward_pre_hook(cast, with_kwargs=True)
+    return made
+
+
+@lru_cache(maxsize=2)
+def _structure(kind: Any, config: str) -> nn.Module:
+    """A U-Net of this config (JSON) on the meta device: building one takes longer than the rest of a copy."""
+    with torch.device("meta"):
+        return kind.from_config(json.loads(config)).eval().requires_grad_(False)
+
+
+def _tree_of(module: nn.Module) -> Any:
+    """A module whose parts, weights and hooks can be replaced without changing this one; `deepcopy` is far slower."""
+    made = copy(module)
+    own = {name: value.copy() for name, value in vars(module).items() if type(value) in (dict, OrderedDict)}
+    vars(made).update(own)
+    for name, part in made._modules.items():
+        made._modules[name] = None if part is None else _tree_of(part)
+    return made
 
 
 def speed_up_backward(unet: Any) -> None:
@@ -130,15 +149,15 @@ def drawing(pipe: Pipeline, dtype: torch.dtype | None = None) -> Block:
         wanted = dtype or fast_dtype(unet)
         if wanted == unet.dtype or unet is not pipe.unet or not is_plain(unet):
             return []
-        copy, own = frozen_copy(unet, wanted), unet.dtype
+        drawn, own = frozen_copy(unet, wanted), unet.dtype
 
         def cast_back(module: nn.Module, args: tuple, output: Any) -> Any:
             if isinstance(output, tuple):
                 return tuple(x.to(own) for x in output)
             return type(output)(output.sample.to(own))
 
-        copy.register_forward_hook(cast_back)
-        return [(attribute(pipe, "unet"), copy)]
+        drawn.register_forward_hook(cast_back)
+        return [(attribute(pipe, "unet"), drawn)]
 
     return Block(changes, pipe=pipe)
 
