@@ -89,6 +89,7 @@ test-all: style
 notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.timeout=900 --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/python docs/saved.py notebooks/*.ipynb
 
 book: $(VENV)/.coneslab-book
 	$(BIN)/python docs/build.py build/book

@@ -14,7 +14,8 @@ from bs4 import BeautifulSoup
 from PIL import Image
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-LIVE = re.compile(r"it/s\]|\d+%\||^\w+\(")  # a progress bar, or the repr of a widget: says nothing to a reader
+BAR = re.compile(r"it/s\]|\d+%\|")  # a progress bar
+LIVE = re.compile(rf"{BAR.pattern}|^\w+\(")  # that, or the repr of a widget: says nothing to a reader
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 THUMBNAIL = (640, 360)
 

@@ -13,6 +13,11 @@ import nbformat
 import pytest
 from short_notebooks import NOTEBOOKS, shortened, write
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+from saved import STATE, without_bars  # noqa: E402
+
+from notebooks import BAR, WIDGET  # noqa: E402
+
 MEGABYTE = 1_000_000
 
 
@@ -57,14 +62,35 @@ def test_first_sets_up_on_colab_too_then_parameters(code):
 def test_shows_no_warnings_and_no_paths_of_the_machine_it_ran_on(code):
     for output in outputs(code):
         assert not re.search(r"(/work|/root|/home|/Users|/tmp)/|site-packages|Warning:", words(output)), words(output)
-        assert output.get("name") != "stderr" or "it/s" in words(output) or "s/it" in words(output), words(output)
+        assert output.get("name") != "stderr", words(output)
+
+
+def test_shows_no_bar_that_stands_half_finished(code):
+    assert not [words(output) for output in outputs(code) if BAR.search(words(output))], "run: make notebooks"
+
+
+def test_bars_are_not_saved_nor_what_only_they_are_made_of():
+    def shown(name: str, text: str) -> nbformat.NotebookNode:
+        view = {"model_id": name, "version_major": 2, "version_minor": 0}
+        return nbformat.v4.new_output("display_data", data={"text/plain": text, WIDGET: view})
+
+    bar, slider = shown("bar", "cells:   0%|          | 0/3"), shown("box", "VBox(children=())")
+    printed = nbformat.v4.new_output("stream", name="stdout", text="kept: 40%| of all\n")
+    heard = nbformat.v4.new_output("stream", name="stderr", text="cells:  33%|###       | 1/3 [00:01<00:02, 1.0it/s]")
+    cell = nbformat.v4.new_code_cell("explore()", outputs=[bar, printed, heard, slider])
+    parts = {"bar": "IPY_MODEL_line", "line": "", "box": "IPY_MODEL_dose", "dose": "IPY_MODEL_style", "style": ""}
+    state = {name: {"model_name": "M", "state": {"children": [part]}} for name, part in parts.items()}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {STATE: {"state": state}}})
+    saved = without_bars(notebook)
+    assert saved.cells[0].outputs == [printed, slider]
+    assert set(saved.metadata.widgets[STATE].state) == {"box", "dose", "style"}
 
 
 def test_has_something_to_move_exercises_and_references(path, code):
     notebook = nbformat.read(path, as_version=4)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     kinds = {kind for output in outputs(code) for kind in output.get("data", {})}
-    assert "application/vnd.jupyter.widget-view+json" in kinds, "no widget"
+    assert WIDGET in kinds, "no widget"
     listed = re.split(r"(?m)^#+ .*Exercises.*$", text)[-1]
     assert len(re.findall(r"(?i)\bexercise\b", text)) >= 2 or len(re.findall(r"(?m)^\d\. ", listed)) >= 2
     assert re.search(r"(?im)^#+ .*(references|reading|read on)", text)
