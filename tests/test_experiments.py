@@ -25,7 +25,8 @@ from coneslab.neurons.damage import dropped
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.seeds import derived
 from coneslab.world import CLASSES, memorised, rearranged, with_article
-from coneslab.world.subjects import subjects_of
+from coneslab.world.subjects import TUNING_SUBJECTS, subjects_of, truth
+from coneslab.world.subjects import subject as subject_named
 
 SUBJECT_MEASURES = {"text alignment", "image alignment", "subject share", "concept loss"}
 EXPECTED = {
@@ -39,6 +40,15 @@ EXPECTED = {
     "parts": (
         {"untouched model", "whole mask", "most-shut half", "as many as keys", "densest heads"},
         SUBJECT_MEASURES,
+    ),
+    "sharing": (
+        {"untouched model", "whole mask", "common to its kind", "common to the other kind", "random mask"}
+        | {
+            f"without {what} common to {whom} kind"
+            for what in ("what is", "as many as are")
+            for whom in ("its", "the other")
+        },
+        SUBJECT_MEASURES | {"overlap (Jaccard)", "overlap by chance", "share of the mask in it"},
     ),
     "density": (
         {"untouched model", "concept neurons 0.9", "random mask 0.998", "concept neurons at its words 0.998"},
@@ -86,6 +96,7 @@ def short(monkeypatch):
     monkeypatch.setattr(ablation, "UNLEARNING", {"steps": 1, "pictures": 2, "words": 0})
     for name, value in {"STEPS": 1, "STEPS_EACH": 1, "ROUNDS": 1, "PICTURES": 2, "SHOWN": 4}.items():
         monkeypatch.setattr(many_concepts, name, value)
+    monkeypatch.setattr(parts, "OTHERS", 2)
     monkeypatch.setattr(unions, "TUNING_STEPS", (1, 10))
     monkeypatch.setattr(neurons, "DENSITIES", (0.9, 0.998))
     monkeypatch.setattr(masks, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
@@ -155,6 +166,29 @@ def test_every_part_of_a_mask_has_as_many_neurons_at_random_beside_it():
     assert set(made["densest heads"].indices) | set(made["other heads"].indices) == set(made["whole mask"].indices)
     for name in ("most-shut half", "most-shut quarter", "keys", "values", "densest heads", "other heads"):
         assert len(made[f"as many as {name}"]) == len(made[name])
+
+
+def test_what_is_common_is_what_more_than_half_of_the_masks_shut():
+    masks = [
+        graded([1, 2, 5], [0.0] * 3),
+        graded([2, 5, 9], [0.0, 0.9, 0.0]),
+        graded([2, 9, 12], [0.0] * 3),
+    ]  # 0.9: open
+    assert parts.common(masks).indices.tolist() == [2, 9] and not parts.common(masks).scales.any()
+    assert parts.common(masks[:2]).indices.tolist() == [2]
+
+
+def test_a_subject_is_compared_with_the_others_of_both_kinds(monkeypatch):
+    monkeypatch.setattr(parts, "OTHERS", 7)
+    for name in ("tom", "cat"):
+        kinds = parts.others_by_kind(subject_named(name))
+        every = (
+            {truth(other).kind for other in kinds["its kind"]},
+            {truth(other).kind for other in kinds["the other kind"]},
+        )
+        assert every == (({"near"}, {"far"}) if name == "tom" else ({"far"}, {"near"}))
+        assert [len(set(names)) for names in kinds.values()] == [7, 7] and name not in kinds["its kind"]
+        assert not {*kinds["its kind"], *kinds["the other kind"]} & {*TUNING_SUBJECTS}
 
 
 @pytest.mark.slow

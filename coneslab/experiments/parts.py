@@ -1,9 +1,10 @@
-"""What is in a mask: its core, its keys and values, its heads, each beside as many of its neurons at random."""
+"""What is in a mask: its core, keys and values, heads, what its kind shares, each beside as many neurons at random."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +13,14 @@ from ..diffusion.pipelines import Pipeline
 from ..neurons.damage import dropped
 from ..neurons.mask import ConceptNeurons
 from ..seeds import derived
-from ..world.subjects import Subject
+from ..world.subjects import FAR, NEAR, Subject, table_subjects, truth
+from ..world.subjects import subject as subject_named
 from .setting import Setting
 from .table import Row, rows_of
 
 CORES = {"half": 0.5, "quarter": 0.25}
 KINDS = {"keys": "K", "values": "V"}
+OTHERS = 7  # subjects of either kind whose masks a subject's is compared with
 
 
 def only(mask: ConceptNeurons, kept: np.ndarray) -> ConceptNeurons:
@@ -84,3 +87,56 @@ def parts(setting: Setting, subject: Subject, seed: int) -> list[Row]:
             inside = {"share in the densest heads": float(in_densest_heads(mask, heads).mean())}
             rows += rows_of(inside, condition=name, density=mask.density, share=1.0)
     return rows
+
+
+def common(masks: Sequence[ConceptNeurons]) -> ConceptNeurons:
+    """What more than half of these masks shut, as a binary mask."""
+    held = np.bincount(np.concatenate([mask.shut() for mask in masks]), minlength=masks[0].n)
+    places = np.flatnonzero(held > len(masks) / 2)
+    facts: dict[str, Any] = {"subject": f"common to {len(masks)}", "settings": {}, "history": {}}
+    return replace(masks[0].binary(), indices=places, scales=np.zeros(len(places), np.float32), **facts)
+
+
+def others_by_kind(subject: Subject) -> dict[str, tuple[str, ...]]:
+    """The other subjects of a subject's kind, near or far, and those of the other kind; as many of each."""
+    kinds = [[name for name in table_subjects(8) if name in kin] for kin in (NEAR, FAR)]
+    own, other = kinds if truth(subject.name).kind == "near" else kinds[::-1]
+    named = {"its kind": own, "the other kind": other}
+    return {kind: tuple([name for name in names if name != subject.name][:OTHERS]) for kind, names in named.items()}
+
+
+def sharing(setting: Setting, subject: Subject, seed: int) -> list[Row]:
+    """How much of a mask the others of its kind share (far subjects: an art style), and what that does by itself.
+
+    What is common to the others is found without this subject: what it draws of it can only be their kind's.
+    """
+    whole = setting.found(subject, seed).binary()
+    rows = setting.measure(subject, None, seed, condition="untouched model")
+    parts_of = {"whole mask": whole}
+    for kind, names in others_by_kind(subject).items():
+        masks = [setting.found(subject_named(name), seed).binary() for name in names]
+        chance = [setting.random_mask(mask, subject_named(name), seed) for mask, name in zip(masks, names, strict=True)]
+        shared = common(masks)
+        pairs = [whole.overlap(mask) for mask in masks]
+        values = {
+            "overlap (Jaccard)": float(np.mean([pair.jaccard for pair in pairs])),
+            "overlap by chance": float(np.mean([pair.expected_jaccard for pair in pairs])),
+            "share of the mask in it": _share_in(whole, shared),
+            "share of a random mask in it": _share_in(setting.random_mask(whole, subject, seed), shared),
+            "density by chance": common(chance).density,
+        }
+        rows += rows_of(values, condition=f"common to {kind}", density=shared.density)
+        parts_of[f"common to {kind}"] = shared
+        left = only(whole, np.flatnonzero(~np.isin(whole.indices, shared.indices)))
+        parts_of[f"without what is common to {kind}"] = left
+        lost = 1 - len(left) / max(len(whole), 1)
+        own = derived(seed, "sharing", subject.name, kind)
+        parts_of[f"without as many as are common to {kind}"] = dropped(whole, lost, seed=own)
+    parts_of["random mask"] = setting.random_mask(parts_of["common to its kind"], subject, seed)
+    for name, part in parts_of.items():
+        rows += setting.measure(subject, part, seed, condition=name)
+    return rows
+
+
+def _share_in(mask: ConceptNeurons, other: ConceptNeurons) -> float:
+    return float(np.isin(mask.indices, other.indices).mean()) if len(mask) else 0.0

@@ -23,7 +23,7 @@ from .conceptor import PLANTED, conceptor, planted
 from .many_concepts import SIZES, many_concepts, many_conditions, several_pairs
 from .masks import damage, precision, storage
 from .neurons import agreement, controls, density, finders, references
-from .parts import parts
+from .parts import parts, sharing
 from .setting import Setting, on_record
 from .table import Row, open_table, run_cells
 from .unions import together
@@ -64,6 +64,7 @@ EXPERIMENTS = {
     "storage": Experiment(storage, "mask_storage.csv"),
     "damage": Experiment(damage, "mask_damage.csv"),
     "parts": Experiment(parts, "mask_parts.csv"),
+    "sharing": Experiment(sharing, "mask_sharing.csv"),
     "density": Experiment(density, "mask_density.csv", table_subjects(4)),
     "references": Experiment(references, "reference_pictures.csv", table_subjects(4)),
     "agreement": Experiment(agreement, "mask_agreement.csv"),
