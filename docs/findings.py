@@ -225,19 +225,68 @@ def of_agreement(table: Any) -> Iterator[Finding]:
     )
 
 
+def of_methods(table: Any) -> Iterator[Finding]:
+    one, several = table[table["count"] == 1], table[table["count"] > 1]
+    rivals = "Textual Inversion", "DreamBooth", "Custom Diffusion, joint"
+
+    def alignments(part: Any, name: str, minus: str) -> list[Difference]:
+        return [difference(part, name, minus, f"{one} alignment") for one in ("text", "image")]
+
+    def told(over: dict[str, list[Difference]]) -> str:
+        return "; ".join(f"{name} {text} and {image}" for name, (text, image) in over.items())
+
+    alone = {name: alignments(one, "Cones, binary", name) for name in rivals}
+    yield Finding(
+        "For one subject, concept neurons obey the prompt better than three methods that train.",
+        "Cones, Table 1",
+        _verdict([text.above for text, _ in alone.values()]),
+        f"Text and image alignment over {told(alone)}.",
+    )
+    joined = {name: alignments(several, "Cones + collaborative tuning", name) for name in rivals}
+    yield Finding(
+        "With two to four subjects, joined and tuned concept neurons beat the same three in both alignments.",
+        "Cones, Table 1",
+        _verdict([each.above for both in joined.values() for each in both]),
+        f"Text and image alignment over {told(joined)}.",
+    )
+    merged = alignments(several, "Custom Diffusion, merged", "Custom Diffusion, joint")
+    yield Finding(
+        "Edits of single subjects, merged in a closed form, do as well as training on all of them together.",
+        "Custom Diffusion, Sec. 4.2",
+        _verdict([each.low > -MARGIN for each in merged]),
+        f"Text and image alignment, merged over joint: {merged[0]} and {merged[1]} (to be above −{MARGIN}).",
+    )
+    words = {name: alignments(one, "Cones, token-local", name) for name in ("Custom Diffusion, joint", "LoRA, joint")}
+    yield Finding(
+        "For one subject, a mask at the subject's words draws it better than Custom Diffusion and LoRA do.",
+        "ours",
+        _verdict([image.above for _, image in words.values()]),
+        f"Text and image alignment over {told(words)}.",
+    )
+    adding = difference(several, "LoRA, merged", "LoRA, joint", "every subject found")
+    yield Finding(
+        "LoRAs of single subjects that are added up lose subjects.",
+        "common experience",
+        _verdict([adding.below]),
+        f"Pictures that show every subject, over a LoRA trained on all of them: {adding}.",
+    )
+
+
+METHODS = "compare"  # a command of its own; all other tables are experiments
 TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what its table says
     "controls": of_controls,
     "precision": of_precision,
     "damage": of_damage,
     "parts": of_parts,
     "agreement": of_agreement,
+    METHODS: of_methods,
 }
 
 
 def table_of(experiment: str, folder: Path) -> Path:
     from coneslab.experiments import EXPERIMENTS
 
-    return folder / EXPERIMENTS[experiment].table
+    return folder / ("methods.csv" if experiment == METHODS else EXPERIMENTS[experiment].table)
 
 
 def findings(folder: Path) -> Iterator[tuple[str, Finding]]:
@@ -251,6 +300,7 @@ def page(folder: Path) -> str:
     """The findings as a table and, below it, the numbers behind each."""
     rows, parts = [], []
     for number, (experiment, one) in enumerate(findings(folder), 1):
+        command = experiment if experiment == METHODS else f"experiment {experiment}"
         rows.append([str(number), one.claim, one.source, f"**{one.verdict}**"])
-        parts.append(f"**{number}. {one.claim}** {one.because} `coneslab experiment {experiment}`")
+        parts.append(f"**{number}. {one.claim}** {one.because} `coneslab {command}`")
     return "\n\n".join([markdown_table(["", "claim", "whose", "here"], rows), *parts])

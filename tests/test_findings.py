@@ -44,6 +44,9 @@ def verdicts(name: str, table: pandas.DataFrame) -> list[str]:
         ("parts", 0, "most-shut half", -0.1),
         ("parts", 1, "keys", 0.1),
         ("parts", 2, "densest heads", 0.2),
+        ("compare", 1, "Cones + collaborative tuning", -0.2),
+        ("compare", 2, "Custom Diffusion, merged", -0.1),
+        ("compare", 3, "Cones, token-local", -0.3),
     ],
 )
 def test_a_verdict_changes_with_its_table(name, number, condition, by):
