@@ -230,7 +230,7 @@ def of_methods(table: Any) -> Iterator[Finding]:
     rivals = "Textual Inversion", "DreamBooth", "Custom Diffusion, joint"
 
     def alignments(part: Any, name: str, minus: str) -> list[Difference]:
-        return [difference(part, name, minus, f"{one} alignment") for one in ("text", "image")]
+        return [difference(part, name, minus, f"{kind} alignment") for kind in ("text", "image")]
 
     def told(over: dict[str, list[Difference]]) -> str:
         return "; ".join(f"{name} {text} and {image}" for name, (text, image) in over.items())

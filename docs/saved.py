@@ -39,8 +39,10 @@ def without_bars(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _is_bar(output: nbformat.NotebookNode) -> bool:
-    said = output.get("text", "") if output.get("name") == "stderr" else output.get("data", {}).get("text/plain", "")
-    return bool(BAR.search("".join(said))) and (WIDGET in output.get("data", {}) or output.get("name") == "stderr")
+    """A bar is a widget, or lines on stderr."""
+    data = output.get("data", {})
+    said = data.get("text/plain", "") if WIDGET in data else output.text if output.get("name") == "stderr" else ""
+    return bool(BAR.search(said))
 
 
 if __name__ == "__main__":

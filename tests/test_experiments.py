@@ -171,9 +171,9 @@ def test_every_part_of_a_mask_has_as_many_neurons_at_random_beside_it():
 def test_what_is_common_is_what_more_than_half_of_the_masks_shut():
     masks = [
         graded([1, 2, 5], [0.0] * 3),
-        graded([2, 5, 9], [0.0, 0.9, 0.0]),
+        graded([2, 5, 9], [0.0, 0.9, 0.0]),  # 5 counts as open
         graded([2, 9, 12], [0.0] * 3),
-    ]  # 0.9: open
+    ]
     assert parts.common(masks).indices.tolist() == [2, 9] and not parts.common(masks).scales.any()
     assert parts.common(masks[:2]).indices.tolist() == [2]
 

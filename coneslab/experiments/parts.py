@@ -111,32 +111,29 @@ def sharing(setting: Setting, subject: Subject, seed: int) -> list[Row]:
     What is common to the others is found without this subject: what it draws of it can only be their kind's.
     """
     whole = setting.found(subject, seed).binary()
+    chance = setting.random_mask(whole, subject, seed)
     rows = setting.measure(subject, None, seed, condition="untouched model")
     parts_of = {"whole mask": whole}
     for kind, names in others_by_kind(subject).items():
-        masks = [setting.found(subject_named(name), seed).binary() for name in names]
-        chance = [setting.random_mask(mask, subject_named(name), seed) for mask, name in zip(masks, names, strict=True)]
-        shared = common(masks)
-        pairs = [whole.overlap(mask) for mask in masks]
+        others = [subject_named(name) for name in names]
+        masks = [setting.found(other, seed).binary() for other in others]
+        controls = [setting.random_mask(mask, other, seed) for mask, other in zip(masks, others, strict=True)]
+        shared, pairs = common(masks), [whole.overlap(mask) for mask in masks]
+        inside = np.isin(whole.indices, shared.indices)
+        share = float(inside.sum() / max(len(whole), 1))
         values = {
             "overlap (Jaccard)": float(np.mean([pair.jaccard for pair in pairs])),
             "overlap by chance": float(np.mean([pair.expected_jaccard for pair in pairs])),
-            "share of the mask in it": _share_in(whole, shared),
-            "share of a random mask in it": _share_in(setting.random_mask(whole, subject, seed), shared),
-            "density by chance": common(chance).density,
+            "share of the mask in it": share,
+            "share of a random mask in it": chance.overlap(shared).intersection / max(len(chance), 1),
+            "density by chance": common(controls).density,
         }
         rows += rows_of(values, condition=f"common to {kind}", density=shared.density)
         parts_of[f"common to {kind}"] = shared
-        left = only(whole, np.flatnonzero(~np.isin(whole.indices, shared.indices)))
-        parts_of[f"without what is common to {kind}"] = left
-        lost = 1 - len(left) / max(len(whole), 1)
+        parts_of[f"without what is common to {kind}"] = only(whole, np.flatnonzero(~inside))
         own = derived(seed, "sharing", subject.name, kind)
-        parts_of[f"without as many as are common to {kind}"] = dropped(whole, lost, seed=own)
+        parts_of[f"without as many as are common to {kind}"] = dropped(whole, share, seed=own)
     parts_of["random mask"] = setting.random_mask(parts_of["common to its kind"], subject, seed)
     for name, part in parts_of.items():
         rows += setting.measure(subject, part, seed, condition=name)
     return rows
-
-
-def _share_in(mask: ConceptNeurons, other: ConceptNeurons) -> float:
-    return float(np.isin(mask.indices, other.indices).mean()) if len(mask) else 0.0
