@@ -249,8 +249,8 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = (
-        "controls, precision, storage, damage, parts, density, references, agreement, finders, together, conceptor, "
-        "ablation, many-concepts, collateral"
+        "controls, precision, storage, damage, parts, sharing, density, references, agreement, finders, together, "
+        "conceptor, ablation, many-concepts, collateral"
     )
     experiment.add_argument("name", help=f"one of {names}")
     experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")
