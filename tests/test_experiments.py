@@ -87,7 +87,7 @@ def setting(world_pipe, tmp_path_factory, judge):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(conceptor, "TRAINING", {"batch_size": 2, "pictures": 4, "steps": 2})
+    monkeypatch.setattr(conceptor, "TRAINING", {**conceptor.TRAINING, "batch_size": 2, "pictures": 4, "steps": 2})
     monkeypatch.setattr(conceptor, "PICTURES", 6)
     for name, value in {"STEPS": 1, "ESD_STEPS": 1, "ROUNDS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
         monkeypatch.setattr(ablation, name, value)

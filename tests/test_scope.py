@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionImg2ImgPipeline
 
+from coneslab.diffusion import steps
 from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.kvspace import KVSpace, cross_attentions
 from coneslab.diffusion.loss import denoising_loss
@@ -201,6 +202,21 @@ def test_texts_whose_words_are_not_known_are_refused(v_pipe):
         v_pipe(prompt_embeds=encode_prompts(v_pipe, ["a sks cat"]), num_inference_steps=1, guidance_scale=1.0)
     with pytest.raises(ConeslabError, match="scope"):
         mask_of(v_pipe, ("",)).applied(v_pipe).__enter__()
+
+
+def test_words_encoded_again_are_known_for_longer_and_a_whole_batch_always(v_pipe, monkeypatch):
+    monkeypatch.setattr(steps, "_REMEMBERED", 9)  # three texts, each in three precisions
+
+    def drawn(prompts):
+        v_pipe(prompt_embeds=encode_prompts(v_pipe, prompts), num_inference_steps=1, guidance_scale=1.0)
+
+    with mask_of(v_pipe).applied(v_pipe):
+        embeds = encode_prompts(v_pipe, ["a sks cat"])
+        encode_prompts(v_pipe, ["a dog", "a car"])
+        encode_prompts(v_pipe, ["a sks cat"])  # as a search for prompts does, whose best words stay the best
+        encode_prompts(v_pipe, ["a house"])
+        v_pipe(prompt_embeds=embeds, num_inference_steps=1, guidance_scale=1.0)
+        drawn(["a sks cat", "a dog", "a car", "a house", "a bus"])
 
 
 def test_other_pipelines_of_the_same_networks_see_the_mask(v_pipe):

@@ -10,6 +10,7 @@ spacing; a run that starts from a picture at strength 0.4 begins at a share of 0
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -228,11 +229,14 @@ def _among(text: Tensor, texts: list[Tensor]) -> bool:
 
 # --- which words a text has -----------------------------------------------------------------------------
 
-_REMEMBERED = 512  # embeddings whose words are known
+_REMEMBERED = 4096  # embeddings whose words are known
 
 
 class KnownTexts:
-    """Remembers which token ids gave which embedding, so that the U-Net's text can be told by its bytes."""
+    """Remembers which token ids gave which embedding, so that the U-Net's text can be told by its bytes.
+
+    What was encoded last is remembered longest, however often it was encoded before; never less than a whole batch.
+    """
 
     def __init__(self) -> None:
         self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
@@ -242,10 +246,14 @@ class KnownTexts:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             return
-        for row, embedding in zip(ids, output[0].detach(), strict=True):
+        heard = {}
+        for row, embedding in zip(ids.tolist(), output[0].detach(), strict=True):
             for dtype in {embedding.dtype, torch.float32, torch.bfloat16, torch.float16}:
-                self._ids[self.key(embedding.to(dtype))] = tuple(row.tolist())
-        while len(self._ids) > _REMEMBERED:
+                heard[self.key(embedding.to(dtype))] = tuple(row)
+        for key, words in heard.items():
+            self._ids[key] = words
+            self._ids.move_to_end(key)
+        while len(self._ids) > max(_REMEMBERED, len(heard)):
             self._ids.popitem(last=False)
 
     def ids(self, embedding: Tensor) -> tuple[int, ...] | None:
@@ -254,6 +262,7 @@ class KnownTexts:
 
     @staticmethod
     def key(embedding: Tensor) -> bytes:
-        """The bytes of an embedding."""
+        """A digest of an embedding's type and bytes: of a large text encoder it has hundreds of kilobytes."""
         embedding = embedding.detach()
-        return embedding.dtype.__repr__().encode() + embedding.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        held = embedding.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        return hashlib.sha256(repr(embedding.dtype).encode() + held).digest()

@@ -156,7 +156,7 @@ def conceptor(setting: Setting, fact: Planted, seed: int) -> list[Row]:
     sums = {"Conceptor": found, "random words": random_words, "nearest words": nearest}
     edits: dict[str, Edit] = {}
     if first and PLANTED.index(fact.title) % 2 == 0:
-        sums |= {name: decompose(pipe, fact.prompt, judge, **options, **own) for name, own in VARIANTS.items()}
+        sums |= {name: decompose(pipe, fact.prompt, judge, **{**options, **own}) for name, own in VARIANTS.items()}
         edits["free token"] = _free_token(setting, fact, found, seed)
     rows = []
     for name, one in sums.items():
