@@ -102,6 +102,20 @@ def test_how_long_a_cell_took_is_no_result_of_its_own():
     assert "cell_seconds" not in summarise(pandas.DataFrame(rows))
 
 
+def test_what_is_no_share_has_none_of_its_intervals_where_it_is_0():
+    rows = [
+        {"subject": name, "seed": 0, "condition": condition, "measure": measure, "value": value}
+        for name in "abcdef"
+        for measure, values in {"seconds": (0.0, 2.5), "KID, far": (0.0, 0.5), "found": (0.0, 1.0)}.items()
+        for condition, value in zip(("untouched", "mask"), values, strict=True)
+    ]
+    found = summarise(pandas.DataFrame(rows)).set_index(["measure", "condition"])
+    assert found.loc[("seconds", "untouched"), "high"] == found.loc[("KID, far", "untouched"), "high"] == 0
+    assert found.loc[("found", "untouched"), "high"] == pytest.approx(0.39, abs=0.01)  # Wilson, 0 of 6
+    less = summarise(pandas.DataFrame(rows), minus="untouched").set_index("measure")
+    assert less.low["seconds"] == less.high["seconds"] == 2.5 and less.low["found"] < 0.6
+
+
 def test_summaries_are_means_over_subjects_and_paired_differences():
     table = pandas.DataFrame([{**cell, **row} for cell in CELLS for row in rows_of(**cell)])
     summary = summarise(table).set_index("condition")

@@ -287,6 +287,10 @@ def test_the_outcome_of_an_ablation_is_the_mean_of_its_measures_and_its_costs():
         }
     )
     assert found["object:dog", "KID of others"] == pytest.approx(1.2) and found["object:dog", "seconds"] == 3
+    machines = [table.assign(machine="one"), other.assign(machine="one"), table.assign(subject="car", machine="two")]
+    timed = ablation.outcome(pandas.concat(machines)).groupby("measure").subject.unique().map(list)
+    assert timed["seconds"] == ["object:cat", "object:dog"]  # another machine's seconds say nothing beside these
+    assert timed["kilobytes"] == ["object:cat", "object:dog", "car"]
 
 
 def test_profiles_pool_the_targets_and_stand_on_the_floor_of_the_control():

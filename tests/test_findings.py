@@ -1,6 +1,7 @@
 """The page of findings: verdicts follow from the tables, and the tables are of the shipped model."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
 sys.path.insert(0, str(ROOT / "docs"))
 
+import claims  # noqa: E402
 import findings  # noqa: E402
 
 
@@ -27,6 +29,13 @@ def shifted(table: pandas.DataFrame, condition: str, measure: str, by: float) ->
 
 def verdicts(name: str, table: pandas.DataFrame) -> list[str]:
     return [finding.verdict for finding in findings.TESTED[name](table)]
+
+
+@cache
+def as_measured(name: str) -> tuple[pandas.DataFrame, list[str]]:
+    """A table and its verdicts."""
+    table = read_table(findings.table_of(name, RESULTS))
+    return table, verdicts(name, table)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +59,35 @@ def verdicts(name: str, table: pandas.DataFrame) -> list[str]:
     ],
 )
 def test_a_verdict_changes_with_its_table(name, number, condition, by):
-    table = read_table(findings.table_of(name, RESULTS))
-    before, after = verdicts(name, table), verdicts(name, shifted(table, condition, "image alignment", by))
-    assert before[number] != after[number]
+    table, before = as_measured(name)
+    assert before[number] != verdicts(name, shifted(table, condition, "image alignment", by))[number]
+
+
+@pytest.mark.parametrize(
+    "name, number, condition, measure, by",
+    [
+        ("together", 0, "union", "every subject found", 0.3),
+        ("together", 1, "union, 40 steps", "every subject found", -0.3),
+        ("together", 2, "union, as for one subject", "every subject found", 0.4),
+        ("together", 3, "union, at its words", "every subject found", 0.9),
+        ("together", 4, "union, values only", "every subject found", 0.3),
+        ("ablation", 0, "model-based, K-V", "comes back: plain prompt", 0.9),
+        ("ablation", 1, "noise-based, K-V", "comes back: plain prompt", 0.5),
+        ("ablation", 2, "model-based, embedding", "comes back: other words", -0.9),
+        ("ablation", 3, "UCE", "comes back: plain prompt", 0.9),
+        ("ablation", 4, "ConceptPrune", "comes back: plain prompt", -0.8),
+        ("ablation", 5, "ESD", "comes back: Textual Inversion", 0.95),
+        ("ablation", 6, "unlearning", "comes back: other words", 0.9),
+        ("ablation", 7, "unlearning", "comes back: other words", 0.9),
+        ("ablation", 8, "concept neurons, at its word", "comes back: other words", -0.9),
+        ("many-concepts", 0, "UCE, at once", "right class, others", 0.3),
+    ],
+)
+def test_a_verdict_on_shares_changes_with_its_table(name, number, condition, measure, by):
+    table, before = as_measured(name)
+    moved = shifted(table, condition, measure, by)
+    moved.loc[moved.measure == measure, "value"] = moved[moved.measure == measure].value.clip(0, 1)
+    assert before[number] != verdicts(name, moved)[number]
 
 
 def test_a_difference_is_paired_and_its_interval_is_over_subjects():
@@ -61,17 +96,17 @@ def test_a_difference_is_paired_and_its_interval_is_over_subjects():
         for number, name in enumerate("abcdefgh")
         for condition, gain in {"untouched": 0.0, "mask": 0.25 + number / 1000}.items()
     ]
-    found = findings.difference(pandas.DataFrame(rows), "mask", "untouched", "m")
+    found = claims.difference(pandas.DataFrame(rows), "mask", "untouched", "m")
     assert found.above and not found.nothing and found.value == pytest.approx(0.2535)
     assert 0.25 < found.low < found.value < found.high < 0.2571
     with pytest.raises(ValueError, match="not both of 'mask' and 'other'"):
-        findings.difference(pandas.DataFrame(rows), "mask", "other", "m")
+        claims.difference(pandas.DataFrame(rows), "mask", "other", "m")
 
 
 def test_no_difference_is_more_than_none_seen():
-    assert findings.Difference(0.0, -0.01, 0.01).nothing
-    assert not findings.Difference(0.0, -0.05, 0.05).nothing
-    assert str(findings.Difference(-0.5, -0.75, 0.25)) == "−0.500 [−0.750, +0.250]"
+    assert claims.Difference(0.0, -0.01, 0.01).nothing
+    assert not claims.Difference(0.0, -0.05, 0.05).nothing
+    assert str(claims.Difference(-0.5, -0.75, 0.25)) == "−0.500 [−0.750, +0.250]"
 
 
 def test_what_is_found_was_measured_on_the_shipped_model():
@@ -85,5 +120,5 @@ def test_the_page_has_every_claim_with_its_verdict_and_numbers():
     assert len(found) >= 12 and len({one.claim for one in found}) == len(found)
     for one in found:
         assert f"| {one.claim} |" in shown and one.because in shown
-        assert one.verdict in (findings.HELD, findings.IN_PART, findings.NOT)
+        assert one.verdict in (claims.HELD, claims.IN_PART, claims.NOT)
         assert np.char.isdigit(list(one.because)).any()

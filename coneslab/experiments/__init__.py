@@ -12,6 +12,7 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from .ablation import OUTCOME as OUTCOME
     from .ablation import outcome as outcome
+    from .ablation import profiles as profiles
     from .cluster import dask_client as dask_client
     from .comparison import compare_methods as compare_methods
     from .comparison import paper_table as paper_table
@@ -41,6 +42,7 @@ __getattr__, __dir__, __all__ = attach(
         "ablation": (
             "OUTCOME",
             "outcome",
+            "profiles",
         ),
         "cluster": ("dask_client",),
         "comparison": (

@@ -209,13 +209,16 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
     """Mean and interval of every condition and measure, over subjects and the seeds within them.
 
     minus: a condition to subtract from the others, pairing subject and seed; the interval is then of the difference.
-    level: of the interval, which is `share_interval` for `SHARES` and `bootstrap_interval` for all else. Returns the
-    columns condition, measure, value, low, high, clusters (the number of subjects), points, and means of all other
-    numbers. With fewer than five subjects low and high are NaN, and points has each subject's mean to show instead.
+    level: of the interval, which is `share_interval` for `SHARES` and what is 0 or 1 in every condition, and
+    `bootstrap_interval` for all else. Returns the columns condition, measure, value, low, high, clusters (the number of
+    subjects), points, and means of all other numbers. With fewer than five subjects low and high are NaN, and points
+    has each subject's mean to show instead.
     """
     others = [name for name in table.select_dtypes("number") if name not in ("seed", "value", CELL_SECONDS)]
     rows = []
+    all_or_nothing = table.value.isin([0, 1]).groupby(table.measure).all()
     for (measure, condition), part in table.groupby(["measure", "condition"], sort=False):
+        named = str(measure).startswith(SHARES)
         part = part.set_index(["subject", "seed"]).sort_index()
         values, other = part.value.to_numpy(), None
         if minus is not None:
@@ -224,10 +227,11 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
             base = table[(table.measure == measure) & (table.condition == minus)]
             other = base.set_index(["subject", "seed"]).sort_index().loc[part.index, "value"].to_numpy()
         clusters = [part.index.get_level_values(name).tolist() for name in ("subject", "seed")]
-        if other is None and str(measure).startswith(SHARES) and ((values >= 0) & (values <= 1)).all():
+        if other is None and named and ((values >= 0) & (values <= 1)).all():
             interval = share_interval(values, clusters=clusters, level=level)
         else:
-            interval = bootstrap_interval(values, clusters=clusters, minus=other, level=level)
+            options: dict[str, Any] = {"minus": other, "shares": named or bool(all_or_nothing[measure]), "level": level}
+            interval = bootstrap_interval(values, clusters=clusters, **options)
         points: tuple[float, ...] = ()
         if interval.clusters < MIN_CLUSTERS:
             shown = pandas.Series(values if other is None else values - other, index=part.index)

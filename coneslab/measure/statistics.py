@@ -134,6 +134,7 @@ def bootstrap_interval(
     *,
     clusters: Sequence[Sequence] = (),
     minus: Numbers | None = None,
+    shares: bool = True,
     level: float = 0.95,
     resamples: int = 5000,
     seed: int = 0,
@@ -149,7 +150,8 @@ def bootstrap_interval(
     Fewer than five values, or outermost clusters, give a mean without an interval: resampling so few says nothing.
     Values that are all 0 or 1 are a share, and shares near an end of their range cannot be resampled either (of 24
     zeros, every resample is 0): see `share_interval`. The difference of two such columns has the interval of Agresti
-    and Min (2005, Sec. 3, matched pairs) unless the clusters differ among themselves.
+    and Min (2005, Sec. 3, matched pairs) unless the clusters differ among themselves. shares: False for what is no share
+    although these values of it happen to be 0 or 1, such as seconds.
     Raises MismatchError for different lengths, ConeslabError for no values or non-finite values.
 
     >>> subjects = ["cat", "cat", "dog", "dog", "car", "car", "pig", "pig", "sun", "sun"]
@@ -164,12 +166,12 @@ def bootstrap_interval(
     clusters = checks.items("clusters", clusters, least=0)
     numbers = _checked(values, clusters, minus, level, checks.count("resamples", resamples))
     seed = checks.seed("seed", seed)
-    shares = np.isin(numbers, (0.0, 1.0)).all()
+    shares = shares and bool(np.isin(numbers, (0.0, 1.0)).all())
     if minus is None and shares:
         return share_interval(numbers, clusters=clusters, level=level)
     if minus is not None:
         base = np.asarray(minus, dtype=np.float64)
-        numbers, shares = numbers - base, shares and np.isin(base, (0.0, 1.0)).all()
+        numbers, shares = numbers - base, shares and bool(np.isin(base, (0.0, 1.0)).all())
     tree = _grouped(numbers, clusters)
     if minus is not None and shares and (not clusters or _constant(tree)):
         return _difference_of_shares(numbers, tree, level)

@@ -1,0 +1,79 @@
+"""What a claim is made of: a verdict that follows from numbers, and the numbers with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from result_tables import signed
+
+HELD, IN_PART, NOT = "held", "held in part", "did not hold"
+MARGIN = 0.02  # of a cosine, named before any table was made (lecture 04)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, whose it is, the verdict, and the numbers behind it in a sentence."""
+
+    claim: str
+    source: str
+    verdict: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference between two conditions, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def above(self) -> bool:
+        return self.low > 0
+
+    @property
+    def below(self) -> bool:
+        return self.high < 0
+
+    @property
+    def nothing(self) -> bool:
+        """Within the margin, which is more than that no difference was seen."""
+        return -MARGIN < self.low and self.high < MARGIN
+
+    def __str__(self) -> str:
+        return signed(self.value, self.low, self.high, digits=3)
+
+
+def difference(
+    table: Any, condition: str, minus: str, measure: str, subjects: Sequence[str] | None = None, level: float = 0.95
+) -> Difference:
+    """Of one condition from another, paired by subject and seed. Raises ValueError if the table has them not."""
+    from coneslab.experiments import summarise
+
+    part = table[table.condition.isin([condition, minus]) & (table.measure == measure)]
+    part = part if subjects is None else part[part.subject.isin(subjects)]
+    if part.condition.nunique() < 2:
+        raise ValueError(f"the table has not both of {condition!r} and {minus!r} with {measure!r}")
+    (row,) = summarise(part, minus=minus, level=level).itertuples()
+    return Difference(row.value, row.low, row.high)
+
+
+def mean_of(table: Any, condition: str, measure: str) -> float:
+    """Of all rows of one condition and measure."""
+    return float(table[(table.condition == condition) & (table.measure == measure)].value.mean())
+
+
+def verdict(all_of: Sequence[bool]) -> str:
+    """Of a claim that holds if all of these do."""
+    return HELD if all(all_of) else IN_PART if any(all_of) else NOT
+
+
+def share_of(table: Any, condition: str, measure: str) -> Any:
+    """A share with its interval, over subjects and seeds."""
+    from coneslab.measure import share_interval
+
+    part = table[(table.condition == condition) & (table.measure == measure)]
+    return share_interval(part.value.to_numpy(), clusters=[part.subject.tolist(), part.seed.tolist()])

@@ -1,0 +1,210 @@
+"""What the tables of masks say: of concept neurons alone, in parts, damaged, and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from claims import MARGIN, Difference, Finding, difference, mean_of, verdict
+from result_tables import percent
+
+
+def of_controls(table: Any) -> Iterator[Finding]:
+    """Whether there are concept neurons, and what finds them."""
+    from coneslab.world.subjects import FAR, NEAR
+
+    def likeness(condition: str, names: Sequence[str] | None = None, minus: str = "untouched model") -> Difference:
+        return difference(table, condition, minus, "image alignment", names)
+
+    own, chance = "concept neurons, binary", likeness("random mask")
+    near, far, other = likeness(own, NEAR), likeness(own, FAR), likeness("another subject's mask")
+    yield Finding(
+        "Shutting a few of the key and value weights makes the model draw a subject that it has never seen.",
+        "Cones, Sec. 3.1",
+        verdict([near.above, far.above]),
+        f"Image alignment, over the untouched model: {near} for near subjects, {far} for far ones. As many weights at "
+        f"random: {chance}. Real pictures of the subject gain {likeness('real pictures', NEAR)} and "
+        f"{likeness('real pictures', FAR)}.",
+    )
+    yield Finding(
+        "They are the subject's own.",
+        "Cones, Sec. 3.1",
+        verdict([other.nothing, chance.nothing]),
+        f"Another subject's mask gains {other}, to be within ±{MARGIN}.",
+    )
+    tops = {name: likeness(f"top-k |{name}|") for name in ("gradient", "weight × gradient", "weight")}
+    loss = difference(table, "reversed sign", "untouched model", "concept loss")
+    yield Finding(
+        "It is the sign of weight times gradient that finds them, not its size.",
+        "Cones, Sec. 3.1",
+        verdict([loss.above, *(top.high < MARGIN for top in tops.values())]),
+        "As many weights of the largest "
+        + ", ".join(f"{name}: {top}" for name, top in tops.items())
+        + f" (to be below {MARGIN}). With the sign reversed the loss on the subject rises by {loss}.",
+    )
+    tuned, price = likeness(own, minus="K-V fine-tuning"), difference(table, own, "K-V fine-tuning", "text alignment")
+    yield Finding(
+        "Shutting does as well as fine-tuning the same matrices.",
+        "ours",
+        verdict([tuned.low > -MARGIN, price.low > -MARGIN]),
+        f"Image alignment {tuned}, text alignment {price}, over a hundred steps of fine-tuning all keys and values "
+        f"(to be above −{MARGIN}).",
+    )
+    words = [likeness("at its words", names, own) for names in (NEAR, FAR)]
+    price = difference(table, "at its words", own, "text alignment")
+    yield Finding(
+        "A mask that acts at the subject's own words alone draws it better than one that acts at all words.",
+        "ours",
+        verdict([one.above for one in words]),
+        f"Image alignment {words[0]} for near and {words[1]} for far subjects, over the paper's rule. It costs "
+        f"{price} of text alignment; no prompt without the words can change.",
+    )
+    values = likeness("values only", minus=own)
+    price = difference(table, "values only", own, "text alignment")
+    yield Finding(
+        "A search that may mask values alone finds masks as good as one that may mask keys as well.",
+        "ours",
+        verdict([values.low > -MARGIN, price.low > -MARGIN]),
+        f"Image alignment {values}, text alignment {price}, over masks of both.",
+    )
+
+
+def of_precision(table: Any) -> Iterator[Finding]:
+    kept = {
+        name: [difference(table, name, "float32", f"{one} alignment", level=0.9) for one in ("image", "text")]
+        for name in ("float16", "quaternary", "binary")
+    }
+    sizes = table.groupby("condition").bytes.median()
+    yield Finding(
+        "A mask of one bit a neuron does as well as one of 32.",
+        "Cones, Sec. 3.1",
+        verdict([one.nothing for both in kept.values() for one in both]),
+        "Image and text alignment, over float32 (90 % intervals, to be within "
+        f"±{MARGIN}): "
+        + "; ".join(f"{name} {image} and {text}" for name, (image, text) in kept.items())
+        + f". The file shrinks from {sizes['float32'] / 1000:.0f} kB to {sizes['binary'] / 1000:.0f} kB.",
+    )
+
+
+def of_damage(table: Any) -> Iterator[Finding]:
+    def lost(condition: str) -> Difference:
+        return difference(table, condition, "whole mask", "image alignment")
+
+    few, half = lost("flipped 0.02"), lost("dropped 0.5")
+    left = difference(table, "dropped 0.5", "untouched model", "image alignment")
+    yield Finding(
+        "A binary mask survives errors.",
+        "ours",
+        verdict([few.nothing, left.above]),
+        f"Image alignment changes by {few} with 2 % of all entries flipped, and by {half} with half of the neurons "
+        f"lost: that is {left} over the untouched model.",
+    )
+    moved = difference(table, "moved 1", "untouched model", "image alignment")
+    yield Finding(
+        "Which neurons, and not where about they lie, is what matters.",
+        "ours",
+        verdict([moved.high < MARGIN]),
+        f"Every neuron moved to its neighbour in the matrix, the mask gains {moved} over the untouched model (to be "
+        f"below {MARGIN}).",
+    )
+
+
+def of_parts(table: Any) -> Iterator[Finding]:
+    def over_chance(part: str) -> Difference:
+        return difference(table, part, f"as many as {part}", "image alignment")
+
+    def kept(part: str) -> str:
+        """The share of the whole mask's gain."""
+        start, whole, own = (
+            mean_of(table, name, "image alignment") for name in ("untouched model", "whole mask", part)
+        )
+        return percent((own - start) / (whole - start))
+
+    half, quarter = over_chance("most-shut half"), over_chance("most-shut quarter")
+    yield Finding(
+        "A mask has a core: the neurons that a graded search shuts most.",
+        "ours",
+        verdict([half.above, quarter.above]),
+        f"The most-shut half keeps {kept('most-shut half')} of the gain, a random half "
+        f"{kept('as many as most-shut half')} (image alignment {half}); the most-shut quarter "
+        f"{kept('most-shut quarter')}, a random one {kept('as many as most-shut quarter')} ({quarter}).",
+    )
+    keys, values = over_chance("keys"), over_chance("values")
+    yield Finding(
+        "Values carry a subject, keys do not.",
+        "ours",
+        verdict([keys.below, values.above]),
+        f"The keys of a mask keep {kept('keys')} of its gain, the values {kept('values')}. Over as many of its neurons "
+        f"at random that is {keys} and {values} of image alignment.",
+    )
+    dense, other = over_chance("densest heads"), over_chance("other heads")
+    inside = [mean_of(table, name, "share in the densest heads") for name in ("whole mask", "random mask")]
+    yield Finding(
+        "A concept lies in the attention heads that hold most of its neurons.",
+        "ours",
+        verdict([dense.above, other.below]),
+        f"One head of each layer holds {percent(inside[0])} of a mask, and {percent(inside[1])} of a random one. Over "
+        f"as many of its neurons at random these bring {dense} of image alignment, those of the other heads {other}.",
+    )
+
+
+def of_agreement(table: Any) -> Iterator[Finding]:
+    jaccard = "overlap (Jaccard)"
+    again = difference(table, "same subject, other seed", "random mask", jaccard)
+    other = difference(table, "same subject, other seed", "another subject", jaccard)
+    means = [mean_of(table, name, jaccard) for name in ("same subject, other seed", "another subject", "random mask")]
+    yield Finding(
+        "Two searches for one subject find the same neurons.",
+        "ours",
+        verdict([again.above and other.above, means[0] > 0.9]),
+        f"Their overlap is {means[0]:.2f} (Jaccard), that with another subject's mask {means[1]:.2f}, by chance "
+        f"{means[2]:.2f}. What they change in the denoiser's output has a cosine of "
+        f"{mean_of(table, 'same subject, other seed', 'cosine of what they change'):.2f}.",
+    )
+
+
+def of_together(table: Any) -> Iterator[Finding]:
+    def over(condition: str, minus: str) -> list[Difference]:
+        measures = "image alignment", "text alignment", "every subject found"
+        return [difference(table, condition, minus, measure) for measure in measures]
+
+    joined = over("union", "untouched model")
+    yield Finding(
+        "Joined, the masks of two to four subjects draw all of them in one picture.",
+        "Cones, Sec. 3.2",
+        verdict([joined[0].above, joined[2].low > -MARGIN]),
+        f"Over the untouched model, which draws their classes: image alignment {joined[0]}, text alignment "
+        f"{joined[1]}, pictures with every subject {joined[2]} (to be above −{MARGIN}).",
+    )
+    tuned = over("union, 40 steps", "union")
+    yield Finding(
+        "Tuning the joined neurons together makes them compose.",
+        "Cones, Sec. 3.3",
+        verdict([tuned[0].above, tuned[2].above]),
+        f"Forty steps, over the union as it was: image alignment {tuned[0]}, text alignment {tuned[1]}, pictures with "
+        f"every subject {tuned[2]}.",
+    )
+    dense, density = over("union, as for one subject", "union"), table.groupby("condition").density.mean()
+    yield Finding(
+        "What joined masks lose of composition, they lose by their density.",
+        "ours",
+        verdict([dense[2].below]),
+        f"With the masks that are best for one subject, {percent(density['union, as for one subject'])} of all weights "
+        f"are shut in place of {percent(density['union'])}: pictures with every subject {dense[2]}, image alignment "
+        f"{dense[0]}.",
+    )
+    words = over("union, at its words", "union")
+    yield Finding(
+        "Masks that act at their own subjects' words alone compose better than masks joined for all words.",
+        "ours",
+        verdict([words[0].above, words[2].low > -MARGIN]),
+        f"Image alignment {words[0]}, text alignment {words[1]}, pictures with every subject {words[2]} (to be above "
+        f"−{MARGIN}): each subject is drawn better, and more often alone.",
+    )
+    values = over("union, values only", "union")
+    yield Finding(
+        "Joined masks of values alone compose as well as those of keys and values.",
+        "ours",
+        verdict([values[0].low > -MARGIN, values[2].low > -MARGIN]),
+        f"Image alignment {values[0]}, pictures with every subject {values[2]} (both to be above −{MARGIN}).",
+    )
