@@ -90,6 +90,41 @@ def at_a_glance(path: Path) -> str:
     return markdown_table(["", *map(", ".join, columns), "text alignment"], rows)
 
 
+ABLATED = {  # condition of the ablations -> what the README calls it
+    "untouched model": "untouched model",
+    "model-based, K-V": "keys and values, trained (Ablating Concepts)",
+    "UCE": "keys and values, in closed form (UCE)",
+    "ESD": "keys and values, trained (ESD)",
+    "concept neurons": "**concept neurons**, shut",
+    "concept neurons, at its word": "**concept neurons, shut at its word**, ours",
+    "unlearning": "the whole U-Net unlearns, ours",
+}
+
+
+def ablated_at_a_glance(path: Path) -> str:
+    """Objects ablated as the README shows it: whether they are gone, what else is lost, and what the probes say."""
+    from coneslab.experiments import outcome, profiles, summarise
+
+    table, cells = read(path), {}
+    chosen = outcome(table[table.kind == "object"])
+    for row in summarise(chosen).itertuples():
+        cells[row.condition, row.measure] = told(row.value, row.low, row.high, ".2f")
+    sizes = chosen[chosen.measure == "kilobytes"].groupby("condition").value.mean()
+    verdicts = {name: one.verdict for name, one in profiles(table[table.kind.isin(["object", "unseen"])]).items()}
+    columns = {"target still drawn": "target still drawn", "KID of others": "KID of others"}
+    columns["back by training"] = "back after a little training"
+    rows = [
+        [title, *(cells[name, measure] for measure in columns), verdicts[name], kilobytes(sizes[name])]
+        for name, title in ABLATED.items()
+    ]
+    rows[0] = [*rows[0][:2], "", *rows[0][3:-1], ""]
+    return markdown_table(["", *columns.values(), "the probes say", "size"], rows)
+
+
+def kilobytes(size: float) -> str:
+    return f"{size / 1000:.1f} MB" if size >= 1000 else f"{size:.0f} kB"
+
+
 def signed(value: float, low: float, high: float, digits: int) -> str:
     """A difference with its interval, such as +0.214 [−0.138, +0.281]."""
     return told(value, low, high, f"+.{digits}f").replace("-", "−")
@@ -182,10 +217,18 @@ def by_kind(table: Any) -> list[str]:
 
 
 def by_count(table: Any) -> list[str]:
-    """One summary, or one for every number of subjects in a picture, or for each kind of single subjects."""
-    if "count" not in table:
+    """One summary, or one for every number of subjects in a picture or of concepts, or for each kind."""
+    if "count" not in table and "kind" not in table:
         return by_kind(table)
     parts = []
+    if "kind" in table:
+        for kind, part in table.groupby("kind", sort=False):
+            parts += [f"{plain(kind).capitalize()}, {part.subject.nunique()} of this kind:", summary(part)]
+        return parts
+    if set(table.subject) == set(table["count"].astype(str)):  # so many concepts, whose cells have no other name
+        for count, part in table.groupby("count"):
+            parts += [f"{count} concept{'s' * (count > 1)}:", summary(part)]
+        return parts
     for count, part in table.groupby("count"):
         pictures = "One subject in a picture" if count == 1 else f"{count} subjects in a picture"
         parts += [f"{pictures}, {part.subject.nunique()} {'of them' if count == 1 else 'combinations'}:", summary(part)]

@@ -429,6 +429,19 @@ def test_the_readme_shows_the_table_of_controls_as_it_is():
     assert shown in (ROOT / "README.md").read_text("utf-8")
 
 
+def test_the_readme_shows_the_table_of_ablations_as_it_is():
+    shown = tables.ablated_at_a_glance(ROOT / "data" / "results" / "ablation.csv")
+    assert shown in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_tables_of_kinds_and_of_so_many_concepts_are_summed_up_apart():
+    row = {"seed": 0, "condition": "a", "measure": "m", "value": 0.5}
+    kinds = pandas.DataFrame([{**row, "subject": name, "kind": name[:5]} for name in ("style:flat", "objec:cat")])
+    assert tables.by_count(kinds)[::2] == ["Style, 1 of this kind:", "Objec, 1 of this kind:"]
+    sizes = pandas.DataFrame([{**row, "subject": str(number), "count": number} for number in (1, 20)])
+    assert tables.by_count(sizes)[::2] == ["1 concept:", "20 concepts:"]
+
+
 def test_gains_have_a_sign_and_nothing_is_less_than_nothing():
     assert tables.gain(0.214, -0.138, 0.281) == "+0.21 [−0.14, +0.28]"
     assert tables.gain(-0.001, -0.004, 0.004) == "+0.00 [+0.00, +0.00]"

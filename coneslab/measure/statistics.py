@@ -150,8 +150,8 @@ def bootstrap_interval(
     Fewer than five values, or outermost clusters, give a mean without an interval: resampling so few says nothing.
     Values that are all 0 or 1 are a share, and shares near an end of their range cannot be resampled either (of 24
     zeros, every resample is 0): see `share_interval`. The difference of two such columns has the interval of Agresti
-    and Min (2005, Sec. 3, matched pairs) unless the clusters differ among themselves. shares: False for what is no share
-    although these values of it happen to be 0 or 1, such as seconds.
+    and Min (2005, Sec. 3, matched pairs) unless the clusters differ among themselves. shares: False for what is no
+    share although these values of it happen to be 0 or 1, such as seconds.
     Raises MismatchError for different lengths, ConeslabError for no values or non-finite values.
 
     >>> subjects = ["cat", "cat", "dog", "dog", "car", "car", "pig", "pig", "sun", "sun"]
