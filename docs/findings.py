@@ -19,6 +19,7 @@ TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what 
     "controls": masks.of_controls,
     "precision": masks.of_precision,
     "damage": masks.of_damage,
+    "storage": masks.of_storage,
     "parts": masks.of_parts,
     "agreement": masks.of_agreement,
     "together": masks.of_together,
