@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import claims_of_concepts as concepts
 import claims_of_masks as masks
 import claims_of_methods as methods
 from claims import Finding
@@ -24,8 +25,9 @@ TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what 
     "agreement": masks.of_agreement,
     "together": masks.of_together,
     METHODS: methods.of_methods,
-    "ablation": methods.of_ablation,
-    "many-concepts": methods.of_many_concepts,
+    "conceptor": concepts.of_conceptor,
+    "ablation": concepts.of_ablation,
+    "many-concepts": concepts.of_many_concepts,
 }
 
 
