@@ -55,6 +55,23 @@ def test_a_verdict_changes_with_its_table(name, number, condition, by):
     assert before[number] != after[number]
 
 
+@pytest.mark.parametrize(
+    "number, condition, measure, by",
+    [
+        (0, "Conceptor", "precision at k", 0.3),
+        (1, "Conceptor", "rank correlation", 0.6),
+        (2, "component removed", "share after", -0.2),
+        (3, "Conceptor", "blue, coefficients", 0.2),
+        (4, "balanced", "likeness, hats", 0.6),
+    ],
+)
+def test_a_verdict_on_decompositions_changes_with_its_table(number, condition, measure, by):
+    table = read_table(findings.table_of("conceptor", RESULTS))
+    before, after = verdicts("conceptor", table), verdicts("conceptor", shifted(table, condition, measure, by))
+    changed = [old != new for old, new in zip(before, after, strict=True)]
+    assert changed == [one == number for one in range(len(before))]
+
+
 def test_a_difference_is_paired_and_its_interval_is_over_subjects():
     rows = [
         {"subject": name, "seed": 0, "condition": condition, "measure": "m", "value": number + gain}
