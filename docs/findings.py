@@ -21,6 +21,7 @@ TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what 
     "precision": masks.of_precision,
     "damage": masks.of_damage,
     "storage": masks.of_storage,
+    "density": masks.of_density,
     "parts": masks.of_parts,
     "agreement": masks.of_agreement,
     "together": masks.of_together,
