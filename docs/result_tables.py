@@ -191,7 +191,7 @@ def read(path: Path) -> Any:
     table = read_table(path)
     if missing := TIDY - set(table.columns):
         raise ValueError(f"{path.name} lacks the columns {', '.join(sorted(missing))}")
-    return table[table.value.notna()]
+    return table[table.value.notna()].astype({"subject": str})  # where the cells are so many concepts, too
 
 
 def size(table: Any) -> str:

@@ -100,6 +100,7 @@ def test_how_long_a_cell_took_is_no_result_of_its_own():
     rows = [{"subject": "cat", "seed": 0, "condition": "a", "measure": "m", "value": 1.0, "cell_seconds": 9.0, "n": 3}]
     assert set(summarise(pandas.DataFrame(rows)).columns) >= {"n"}
     assert "cell_seconds" not in summarise(pandas.DataFrame(rows))
+    assert "subject" not in summarise(pandas.DataFrame(rows).assign(subject=20))  # of so many concepts
 
 
 def test_what_is_no_share_has_none_of_its_intervals_where_it_is_0():

@@ -214,7 +214,7 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
     subjects), points, and means of all other numbers. With fewer than five subjects low and high are NaN, and points
     has each subject's mean to show instead.
     """
-    others = [name for name in table.select_dtypes("number") if name not in ("seed", "value", CELL_SECONDS)]
+    others = [name for name in table.select_dtypes("number") if name not in ("subject", "seed", "value", CELL_SECONDS)]
     rows = []
     all_or_nothing = table.value.isin([0, 1]).groupby(table.measure).all()
     for (measure, condition), part in table.groupby(["measure", "condition"], sort=False):
