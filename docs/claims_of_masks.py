@@ -148,6 +148,36 @@ def of_parts(table: Any) -> Iterator[Finding]:
     )
 
 
+def of_sharing(table: Any) -> Iterator[Finding]:
+    from coneslab.world.subjects import FAR
+
+    def likeness(condition: str, minus: str, names: Sequence[str] | None = None) -> Difference:
+        return difference(table, condition, minus, "image alignment", names)
+
+    common, rest, plain = "common to its kind", "without what is common to its kind", "untouched model"
+    alone, over = likeness(common, plain, FAR), likeness(common, "common to the other kind", FAR)
+    yield Finding(
+        "What the masks of one art set have in common draws the set's style, on a subject of it that was left out.",
+        "ours",
+        verdict([alone.above, over.above]),
+        f"What most of seven other far subjects' masks share gains {alone} of image alignment on a far subject, and "
+        f"{over} over what those of seven near subjects share. The subject's own mask gains "
+        f"{likeness('whole mask', plain, FAR)}.",
+    )
+    inside, by_chance = "share of the mask in it", "share of a random mask in it"
+    shared, other = mean_of(table, common, inside), mean_of(table, "common to the other kind", inside)
+    nothing, kept = likeness(common, plain), likeness(rest, "without as many as are common to its kind")
+    yield Finding(
+        "Two fifths of a mask belong to no subject, and draw none by themselves.",
+        "ours",
+        verdict([nothing.nothing, min(shared, other) > 5 * mean_of(table, common, by_chance)]),
+        f"Most masks of seven other subjects share {percent(shared)} of a subject's mask if they are of its kind and "
+        f"{percent(other)} if not; of a random mask {percent(mean_of(table, common, by_chance))}. By itself that gains "
+        f"{nothing} of image alignment (to be within ±{MARGIN}). Without it the mask gains {likeness(rest, plain)}, "
+        f"{kept} more than without as many of its neurons at random; whole it gains {likeness('whole mask', plain)}.",
+    )
+
+
 def of_agreement(table: Any) -> Iterator[Finding]:
     jaccard = "overlap (Jaccard)"
     again = difference(table, "same subject, other seed", "random mask", jaccard)

@@ -23,6 +23,7 @@ TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what 
     "storage": masks.of_storage,
     "density": masks.of_density,
     "parts": masks.of_parts,
+    "sharing": masks.of_sharing,
     "agreement": masks.of_agreement,
     "together": masks.of_together,
     METHODS: methods.of_methods,

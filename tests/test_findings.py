@@ -55,6 +55,8 @@ def as_measured(name: str) -> tuple[pandas.DataFrame, list[str]]:
         ("parts", 2, "densest heads", 0.2),
         ("density", 0, "concept neurons 0.998", 0.2),
         ("density", 1, "concept neurons at its words 0.998", -0.2),
+        ("sharing", 0, "common to its kind", -0.1),
+        ("sharing", 1, "common to its kind", 0.1),
         ("compare", 1, "Cones + collaborative tuning", -0.2),
         ("compare", 2, "Custom Diffusion, merged", -0.1),
         ("compare", 3, "Cones, token-local", -0.3),
