@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from result_tables import signed
+from result_tables import signed, told
 
 HELD, IN_PART, NOT = "held", "held in part", "did not hold"
 MARGIN = 0.02  # of a cosine, named before any table was made (lecture 04)
@@ -71,9 +71,23 @@ def verdict(all_of: Sequence[bool]) -> str:
     return HELD if all(all_of) else IN_PART if any(all_of) else NOT
 
 
-def share_of(table: Any, condition: str, measure: str) -> Any:
-    """A share with its interval, over subjects and seeds."""
-    from coneslab.measure import share_interval
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of one condition with its interval, and over how many subjects."""
 
-    part = table[(table.condition == condition) & (table.measure == measure)]
-    return share_interval(part.value.to_numpy(), clusters=[part.subject.tolist(), part.seed.tolist()])
+    value: float
+    low: float
+    high: float
+    clusters: int
+
+    def __str__(self) -> str:
+        return told(self.value, self.low, self.high, ".3f")
+
+
+def estimate(table: Any, condition: str, measure: str) -> Estimate:
+    """Of one condition and measure, as `summarise` has it; what could not be measured is left out."""
+    from coneslab.experiments import summarise
+
+    part = table[(table.condition == condition) & (table.measure == measure) & table.value.notna()]
+    (row,) = summarise(part).itertuples()
+    return Estimate(row.value, row.low, row.high, row.clusters)

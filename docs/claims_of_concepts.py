@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from claims import MARGIN, Difference, Finding, difference, share_of, verdict
+from claims import MARGIN, Difference, Finding, difference, estimate, verdict
 from result_tables import signed
 
 HALF = 0.5  # of the pictures: what eight targets can tell, since 0 of 8 may be 0.32
 KID, SYNONYMS, TAUGHT = "KID of others", "comes back: other words", "comes back: Textual Inversion"
 AT_ITS_WORD = "concept neurons, at its word"
-
-
-def summary_of(table: Any, condition: str, measure: str) -> Any:
-    """The row of a condition and a measure in a summary: value, low, high. Shares without an order are left out."""
-    from coneslab.experiments import summarise
-
-    part = table[(table.condition == condition) & (table.measure == measure) & table.value.notna()]
-    (row,) = summarise(part).itertuples()
-    return row
 
 
 def of_conceptor(table: Any) -> Iterator[Finding]:
@@ -31,7 +22,7 @@ def of_conceptor(table: Any) -> Iterator[Finding]:
 
     controls = "random words", "nearest words"
     named = {control: [over(control, one) for one in ("precision at k", "recall at 10")] for control in controls}
-    right = summary_of(table, "Conceptor", "precision at k")
+    right = estimate(table, "Conceptor", "precision at k")
     yield Finding(
         "A decomposition names what a concept is made of.",
         "Conceptor, Sec. 4",
@@ -42,11 +33,11 @@ def of_conceptor(table: Any) -> Iterator[Finding]:
         + f" ({right.clusters} concepts, one seed). By component, among the first k, it finds "
         f"{over('nearest words', 'recall at k')} more than the nearest words.",
     )
-    order = summary_of(table, "Conceptor", "rank correlation")
+    order = estimate(table, "Conceptor", "rank correlation")
     ordered = table[(table.measure == "rank correlation") & table.value.notna()].subject.unique()
     shares = difference(table, "Conceptor", "random words", "error of shares", ordered)
     eight = table[table.subject.isin(table[table.condition == "random start"].subject) & table.value.notna()]
-    start = summary_of(eight, "random start", "rank correlation")
+    start = estimate(eight, "random start", "rank correlation")
     gain = difference(eight, "random start", "Conceptor", "rank correlation")
     yield Finding(
         "The coefficients say how much of each component there is.",
@@ -114,7 +105,7 @@ def of_ablation(table: Any) -> Iterator[Finding]:
     def over(condition: str, minus: str, measure: str) -> Difference:
         return difference(chosen, condition, minus, measure)
 
-    drawn, kept = share_of(chosen, trained, "target still drawn"), share_of(chosen, trained, "others kept")
+    drawn, kept = estimate(chosen, trained, "target still drawn"), estimate(chosen, trained, "others kept")
     yield Finding(
         "Trained to answer the target's caption as its anchor's, keys and values no longer draw the target, and keep "
         "the rest.",
@@ -130,7 +121,7 @@ def of_ablation(table: Any) -> Iterator[Finding]:
         verdict([target.below, rest.below]),
         f"Target still drawn {target}, KID of others {rest}, model-based over noise-based.",
     )
-    words = {name: share_of(objects, name, SYNONYMS) for name in ("model-based, embedding", trained)}
+    words = {name: estimate(objects, name, SYNONYMS) for name in ("model-based, embedding", trained)}
     yield Finding(
         "An ablated word embedding is undone by other words.",
         "Ablating Concepts, Sec. 4.3",
@@ -139,7 +130,7 @@ def of_ablation(table: Any) -> Iterator[Finding]:
         + "; ".join(f"{name} {share}" for name, share in words.items())
         + " (the first to be above a half).",
     )
-    solved, rest = share_of(chosen, "UCE", "target still drawn"), over("UCE", trained, KID)
+    solved, rest = estimate(chosen, "UCE", "target still drawn"), over("UCE", trained, KID)
     yield Finding(
         "A closed form ablates as well as training, and moves the rest less.",
         "UCE, Sec. 4",
@@ -147,14 +138,14 @@ def of_ablation(table: Any) -> Iterator[Finding]:
         f"Pictures that still show the target {solved} (to be below a half), KID of others {rest} over the keys and "
         "values that were trained.",
     )
-    pruned = share_of(chosen, "ConceptPrune", "target still drawn")
+    pruned = estimate(chosen, "ConceptPrune", "target still drawn")
     yield Finding(
         "Setting the feed-forward weights that a concept needs most to zero removes it.",
         "ConceptPrune, Sec. 4",
         verdict([pruned.high < HALF]),
         f"Pictures that still show the target {pruned} (to be below a half).",
     )
-    learned = {name: share_of(objects, name, TAUGHT) for name in (plain, trained, "ESD", "UCE")}
+    learned = {name: estimate(objects, name, TAUGHT) for name in (plain, trained, "ESD", "UCE")}
     yield Finding(
         "A learned word brings an ablated concept back.",
         "Circumventing Concept Erasure, Sec. 4",
@@ -180,13 +171,13 @@ def of_ablation(table: Any) -> Iterator[Finding]:
         f"Of {len(ours.findings)} probes, {len(ours.found_by)} find it; the verdict is “{ours.verdict}”. The price: "
         f"KID of others {over('unlearning', plain, KID)}.",
     )
-    local, others = over(AT_ITS_WORD, plain, KID), share_of(objects, AT_ITS_WORD, SYNONYMS)
+    local, others = over(AT_ITS_WORD, plain, KID), estimate(objects, AT_ITS_WORD, SYNONYMS)
     yield Finding(
         "Neurons shut at the target's word alone leave all other prompts as they were, and a synonym still draws it.",
         "ours",
         verdict([local.high < MARGIN, others.low > HALF]),
         f"KID of others {local} (to be below {MARGIN}); pictures that show the target under its own prompt "
-        f"{share_of(chosen, AT_ITS_WORD, 'target still drawn')}, under its synonyms {others}.",
+        f"{estimate(chosen, AT_ITS_WORD, 'target still drawn')}, under its synonyms {others}.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,18 +220,23 @@ def by_count(table: Any) -> list[str]:
     """One summary, or one for every number of subjects in a picture or of concepts, or for each kind."""
     if "count" not in table and "kind" not in table:
         return by_kind(table)
-    parts = []
     if "kind" in table:
-        for kind, part in table.groupby("kind", sort=False):
-            parts += [f"{plain(kind).capitalize()}, {part.subject.nunique()} of this kind:", summary(part)]
-        return parts
+        return _apart(table, "kind", lambda kind, count: f"{plain(kind).capitalize()}, {count} of this kind:")
     if set(table.subject) == set(table["count"].astype(str)):  # so many concepts, whose cells have no other name
-        for count, part in table.groupby("count"):
-            parts += [f"{count} concept{'s' * (count > 1)}:", summary(part)]
-        return parts
-    for count, part in table.groupby("count"):
-        pictures = "One subject in a picture" if count == 1 else f"{count} subjects in a picture"
-        parts += [f"{pictures}, {part.subject.nunique()} {'of them' if count == 1 else 'combinations'}:", summary(part)]
+        return _apart(table, "count", lambda size, _: f"{size} concept{'s' * (size > 1)}:")
+    return _apart(table, "count", _in_a_picture)
+
+
+def _in_a_picture(size: int, count: int) -> str:
+    pictures = "One subject in a picture" if size == 1 else f"{size} subjects in a picture"
+    return f"{pictures}, {count} {'of them' if size == 1 else 'combinations'}:"
+
+
+def _apart(table: Any, column: str, title: Callable[[Any, int], str]) -> list[str]:
+    """A title and a summary for every value of a column; title(value, number of subjects)."""
+    parts = []
+    for value, part in table.groupby(column, sort=column == "count"):  # kinds as they come
+        parts += [title(value, part.subject.nunique()), summary(part)]
     return parts
 
 
