@@ -234,11 +234,16 @@ def cross_attentions(unet: nn.Module) -> dict[str, Any]:
 
     Raises ConeslabError if there are none.
     """
-    found = {
-        path: module
-        for path, module in unet.named_modules()
-        if path.rsplit(".", 1)[-1] == "attn2" and getattr(module, "is_cross_attention", False)
-    }
+    found: dict[str, Any] = {}
+
+    def look_into(module: nn.Module, path: str) -> None:
+        for name, child in module._modules.items():
+            if child is not None:
+                if name == "attn2" and getattr(child, "is_cross_attention", False):
+                    found[path + name] = child
+                look_into(child, f"{path}{name}.")
+
+    look_into(unet, "")
     if not found:
         raise ConeslabError(
             f"{type(unet).__name__} has no cross-attention (no module attn2 with to_k and to_v): "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..blocks import Block, Place, attribute
 from ..errors import ConeslabError
-from .checks import NETWORKS, require_own_projections, require_pipeline, separate_weights, uncompiled
+from .checks import NETWORKS, parts_of, require_own_projections, require_pipeline, separate_weights, uncompiled
 from .kvspace import unet_of
 from .pipelines import Pipeline, require_float
 
@@ -128,7 +128,7 @@ def is_plain(unet: Any) -> bool:
         return False
     if any(
         module._forward_pre_hooks or not all(map(_goes_along, module._forward_hooks.values()))
-        for module in unet.modules()
+        for module in parts_of(unet)
     ):
         return False
     return all(type(used) in (AttnProcessor, AttnProcessor2_0) for used in unet.attn_processors.values())

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import Block, Made
-from ..diffusion.checks import require_own_projections, require_pipeline
+from ..diffusion.checks import parts_of, require_own_projections, require_pipeline
 from ..diffusion.encoding import tokenize
 from ..diffusion.kvspace import cross_attentions, unet_of
 from ..diffusion.pipelines import Pipeline
@@ -144,7 +144,7 @@ def _remove(pipe: Pipeline, unet: nn.Module, acting: _Acting, masks: tuple[Scope
 
 
 def _hooks_of(*roots: nn.Module) -> list[tuple[dict, dict]]:
-    modules = [module for root in roots for module in root.modules()]
+    modules = [module for root in roots for module in parts_of(root)]
     return [(module._forward_hooks, module._forward_hooks_with_kwargs) for module in modules]
 
 
