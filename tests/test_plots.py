@@ -15,11 +15,22 @@ from coneslab.world import sample
 def test_picture_grid_shows_every_picture_in_its_row():
     pictures = [[np.full((8, 8, 3), 10 * r + c, np.uint8) for c in range(3)] for r in range(2)]
     figure = plots.picture_grid(pictures, row_labels=["untouched", "shut"], column_labels=["a", "b", "c"])
-    shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
-    assert shown == [0, 1, 2, 10, 11, 12]
+    shown = figure.axes[0].images
+    assert [int(image.get_array()[0, 0, 0]) for image in shown] == [0, 1, 2, 10, 11, 12]
+    places = np.array([image.get_extent() for image in shown]).reshape(2, 3, 4)  # left, right, bottom, top
+    assert (places[0, :, 2] < places[1, :, 3]).all() and (places[:, :-1, 1] < places[:, 1:, 0]).all()
     assert "untouched" in figure.get_label() and "6 pictures" in figure.get_label()
     with pytest.raises(ConeslabError, match="no pictures"):
         plots.picture_grid([])
+
+
+def test_a_picture_of_any_shape_keeps_it_within_its_square():
+    figure = plots.picture_grid([np.zeros((8, 8, 3), np.uint8), np.zeros((10, 40, 3), np.uint8)], size=2)
+    figure.draw_without_rendering()
+    square, wide = (image.get_window_extent() for image in figure.axes[0].images)
+    assert square.width == pytest.approx(square.height) and square.width == pytest.approx(wide.width)
+    assert wide.width == pytest.approx(4 * wide.height) and wide.y0 > square.y0
+    assert (wide.y0 + wide.y1) / 2 == pytest.approx((square.y0 + square.y1) / 2)
 
 
 def test_intervals_draw_the_numbers_given():

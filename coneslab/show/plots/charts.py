@@ -50,29 +50,40 @@ def picture_grid(
         rows = [flat[i : i + columns] for i in range(0, len(flat), columns)]
     width = max(len(row) for row in rows)
     captions, column_labels = folded(captions, size, 6.5), folded(column_labels, size, 8)
-    extra = 0.04 + 0.12 * max((text.count("\n") + 1 for text in captions), default=0) if captions else 0.0
-    figure = Figure(figsize=(width * size, len(rows) * (size + extra) + (0.3 if title or column_labels else 0)))
-    grid = figure.subplots(len(rows), width, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06 + extra})
-    number = 0
+    side, gap = 0.75 * size, 0.05 * size
+    below = 0.04 + 0.12 * max((text.count("\n") + 1 for text in captions), default=0) if captions else 0.0
+    across, down = width * (side + gap) - gap, len(rows) * (side + below + gap) - gap
+    figure = Figure(figsize=(across, down))
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all pictures, in inches: one each takes five times as long
+    axes.set_axis_off()
+    axes.set(xlim=(0, across), ylim=(down, 0))
+    words: dict[str, Any] = {"xycoords": "data", "textcoords": "offset points", "annotation_clip": False, **PLAIN}
+    centred, number = words | {"ha": "center"}, 0
     for r, row in enumerate(rows):
-        for c in range(width):
-            axes = grid[r][c]
-            grey_frame(axes)
-            if c >= len(row):
-                continue
-            axes.imshow(np.asarray(row[c]), interpolation="nearest" if np.asarray(row[c]).shape[0] <= 128 else None)
+        top = r * (side + below + gap)
+        if r < len(row_labels):
+            axes.annotate(row_labels[r], (0, top + side / 2), (-4, 0), ha="right", va="center", fontsize=8, **words)
+        for c, picture in enumerate(row):
+            middle = c * (side + gap) + side / 2
+            place = _centred(picture, middle, top + side / 2, side)
+            smooth = None if picture.height > 128 else "nearest"
+            axes.imshow(np.asarray(picture), extent=place, interpolation=smooth, aspect="auto")
             if r == 0 and c < len(column_labels):
-                axes.set_title(column_labels[c], fontsize=8, **PLAIN)
+                axes.annotate(column_labels[c], (middle, 0), (0, 6), va="bottom", fontsize=8, **centred)
             if number < len(captions):
-                axes.set_xlabel(captions[number], fontsize=6.5, labelpad=2, **PLAIN)
-            if c == 0 and r < len(row_labels):
-                axes.set_ylabel(row_labels[r], rotation=0, ha="right", va="center", fontsize=8, **PLAIN)
+                axes.annotate(captions[number], (middle, top + side), (0, -3), va="top", fontsize=6.5, **centred)
             number += 1
     if title:
         lines = max((text.count("\n") + 1 for text in column_labels), default=0)
-        figure.suptitle(title, fontsize=10, y=0.9 + 0.16 * lines / figure.get_figheight(), va="bottom", **PLAIN)
+        figure.suptitle(title, fontsize=10, y=1 + (0.12 + 0.13 * lines) / down, va="bottom", **PLAIN)
     labels = ", ".join([*row_labels, *column_labels]) or title
     return finish(figure, f"A grid of {number} pictures{': ' + labels if labels else ''}")
+
+
+def _centred(picture: Image.Image, x: float, y: float, side: float) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of a picture in a square of this side; x, y: its centre, y downwards."""
+    half = side / 2 / max(picture.size)
+    return x - picture.width * half, x + picture.width * half, y + picture.height * half, y - picture.height * half
 
 
 def curves(
