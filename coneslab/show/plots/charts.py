@@ -15,7 +15,7 @@ from PIL import Image
 from ... import checks
 from ...errors import ArgumentError
 from ...pictures import Images, as_pictures
-from .frame import PALETTE, PLAIN, as_labels, as_texts, finish, folded, grey_frame, head_and_note, require_columns
+from .frame import PALETTE, PLAIN, as_labels, as_texts, finish, folded, head_and_note, require_columns
 
 if TYPE_CHECKING:
     import pandas
