@@ -102,23 +102,28 @@ FEW = ("recorder", "guidance", "scheduler")  # whose changes are few, so that a 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # injected where nothing is left to do
 @pytest.mark.parametrize(
-    "kind", [*FEW, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FEW)]
+    ("kind", "tries"),
+    [
+        *((kind, (50, 20)) for kind in FEW),
+        *(pytest.param(kind, (10, 5), marks=pytest.mark.slow) for kind in KINDS if kind not in FEW),
+        *(pytest.param(kind, (50, 20), marks=pytest.mark.full) for kind in KINDS if kind not in FEW),
+    ],
 )
-def test_an_interrupt_at_any_bytecode_leaves_nothing_changed(kind, v_pipe):
-    """Fifty bytecodes of `blocks.py`, evenly spread, those at both ends, and twenty of the whole package."""
+def test_an_interrupt_at_any_bytecode_leaves_nothing_changed(kind, tries, v_pipe):
+    """At bytecodes of `blocks.py` and of the whole package, so many of each, evenly spread, and at both ends."""
     before, own = state(v_pipe), blocks.__file__
 
     def enter_and_leave():
         with KINDS[kind](v_pipe):
             pass
 
-    for place, tries in ((own, 50), (str(Path(own).parent), 20)):
+    for place, many in zip((own, str(Path(own).parent)), tries, strict=True):
         watched = partial(_is_in, place)
         total, struck = passed(enter_and_leave, watched, "opcode"), 0
-        for count in {1, 2, *np.linspace(3, total - 2, tries, dtype=int).tolist(), total - 1, total}:
+        for count in {1, 2, *np.linspace(3, total - 2, many, dtype=int).tolist(), total - 1, total}:
             struck += interrupted_at(enter_and_leave, count, watched, "opcode")
             assert state(v_pipe) == before, count
-        assert struck >= tries  # runs differ by a few bytecodes
+        assert struck >= many  # runs differ by a few bytecodes
 
 
 def _is_in(start: str, code: CodeType) -> bool:

@@ -431,7 +431,7 @@ def compiled_in_place(pipe):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", [compiled, compiled_in_place])
+@pytest.mark.parametrize("change", [compiled, pytest.param(compiled_in_place, marks=pytest.mark.full)])
 def test_compiled_pipelines_do_what_others_do(own_pipe, v_pipe, edits, change):
     change(own_pipe)
     subject, parts = make_subject(16), [getattr(own_pipe, part) for part in checks.NETWORKS]

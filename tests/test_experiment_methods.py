@@ -230,7 +230,7 @@ def test_a_cluster_leaves_the_environment_of_this_process_alone():
     assert dict(os.environ) == before
 
 
-@pytest.mark.slow
+@pytest.mark.full  # `test_experiments` has a cluster in `make test`
 def test_the_command_runs_on_a_cluster_of_processes(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["compare", "--methods", "Textual Inversion", "--subjects", "cat", "--seeds", "1", "--pictures", "1"]

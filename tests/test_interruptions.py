@@ -70,7 +70,8 @@ def test_tuning_that_is_interrupted_at_any_line_ends_where_a_whole_run_does(tmp_
 
 
 @pytest.mark.slow
-def test_pretraining_that_is_interrupted_at_any_line_ends_where_a_whole_run_does(tmp_path):
+@pytest.mark.parametrize("every", [13, pytest.param(3, marks=pytest.mark.full)])
+def test_pretraining_that_is_interrupted_at_any_line_ends_where_a_whole_run_does(every, tmp_path):
     recipe = replace(QUICK, muon=True, pictures=12)
     options = {"checkpoint_every": 0.0, "preview": lambda step: None, "measure": lambda step: {}, "measure_every": 4}
     whole, log = fit_small(tmp_path / "whole", recipe, **options)
@@ -85,7 +86,7 @@ def test_pretraining_that_is_interrupted_at_any_line_ends_where_a_whole_run_does
             assert torch.equal(net.state_dict()[name], value), count
         assert [row["loss"] for row in again.rows] == [row["loss"] for row in log.rows]
         assert [row["step"] for row in again.measures] == [row["step"] for row in log.measures], count
-        count += 3
+        count += every
     assert count > 200
 
 
