@@ -64,7 +64,8 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
         raise ConeslabError(
             f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): unload adapters first"
         ) from error
-    for name, module in unet.named_modules():
+    hooked = any(module._forward_hooks for module in parts_of(unet))
+    for name, module in unet.named_modules() if hooked else ():
         for hook in module._forward_hooks.values():
             if _goes_along(hook):
                 made.get_submodule(name).register_forward_hook(hook)
