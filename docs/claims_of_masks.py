@@ -295,3 +295,34 @@ def of_density(table: Any) -> Iterator[Finding]:
         f"{percent(densities[f'{paper} {best}'])}: image alignment {likeness}, text alignment {price} (both to be "
         f"above −{MARGIN}).",
     )
+
+
+def of_references(table: Any) -> Iterator[Finding]:
+    def over(few: str, measure: str, many: str = "5 pictures") -> Difference:
+        return difference(table, many, few, measure)
+
+    fewer = ("1 picture", "2 pictures", "3 pictures", "4 pictures")
+    losses = {number: over(number, "concept loss") for number in fewer}
+    likeness = {number: over(number, "image alignment") for number in fewer}
+    yield Finding(
+        "A mask from more reference pictures draws its subject better.",
+        "ours",
+        verdict([losses["1 picture"].below, likeness["1 picture"].above]),
+        "Five pictures in place of "
+        + ", ".join(f"{number.split()[0]}: loss {losses[number]}" for number in fewer)
+        + f". In image alignment that is {likeness['1 picture']} over one and {likeness['4 pictures']} over four.",
+    )
+
+
+def of_finders(table: Any) -> Iterator[Finding]:
+    ours, paper = "straight-through", "paper's rule"
+    loss, likeness, price = (
+        difference(table, ours, paper, measure) for measure in ("concept loss", "image alignment", "text alignment")
+    )
+    yield Finding(
+        "Who lowers the paper's loss further than the paper's rule gets better pictures.",
+        "ours",
+        verdict([loss.below, likeness.above, price.low > -MARGIN]),
+        f"Straight-through optimisation of the binary mask, over the paper's rule with as many gradients: loss {loss}, "
+        f"image alignment {likeness}, text alignment {price} (to be above −{MARGIN}).",
+    )

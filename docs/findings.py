@@ -24,6 +24,8 @@ TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what 
     "density": masks.of_density,
     "parts": masks.of_parts,
     "sharing": masks.of_sharing,
+    "references": masks.of_references,
+    "finders": masks.of_finders,
     "agreement": masks.of_agreement,
     "together": masks.of_together,
     METHODS: methods.of_methods,

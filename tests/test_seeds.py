@@ -108,7 +108,7 @@ def every_way(setting, case, seed):
     [
         ("ablation", "model-based, K-V"),
         pytest.param("ablation", "ESD", marks=pytest.mark.full),
-        ("collateral", "ESD"),
+        ("collateral", "model-based, K-V"),
         ("conceptor", ""),
     ],
 )
