@@ -66,6 +66,10 @@ EXPECTED = {
         | {f"union, {name}" for name in VARIANTS},
         {"text alignment", "image alignment", "image alignment, cat", "every subject found", "additivity: cosine"},
     ),
+    "doses": (
+        {"untouched model", "union, dose 0.2", "union, dose 1", "at its words, dose 0.2", "at its words, dose 1"},
+        {"text alignment", "image alignment", "image alignment, weakest subject", "every subject found"},
+    ),
 }
 
 
@@ -98,6 +102,7 @@ def short(monkeypatch):
         monkeypatch.setattr(many_concepts, name, value)
     monkeypatch.setattr(parts, "OTHERS", 2)
     monkeypatch.setattr(unions, "TUNING_STEPS", (1, 10))
+    monkeypatch.setattr(unions, "DOSES", (0.2, 1.0))
     monkeypatch.setattr(neurons, "DENSITIES", (0.9, 0.998))
     monkeypatch.setattr(masks, "FRACTIONS", {"flipped": (0.02,), "dropped": (0.5,), "moved": (1.0,)})
 
@@ -107,7 +112,7 @@ def short(monkeypatch):
 def test_an_experiment_measures_every_condition(name, setting, tmp_path):
     conditions, measures = EXPECTED[name]
     before = weights_of(setting.pipe)
-    title = "cat+dog" if name == "together" else "cat"
+    title = "cat+dog" if name in ("together", "doses") else "cat"
     table = run_experiment(name, setting, subjects=[title], seeds=1, path=tmp_path / "table.csv", progress=False)
     assert conditions <= set(table.condition) and measures <= set(table.measure)
     assert np.isfinite(table.value).all() and set(table.subject) == {title}

@@ -250,7 +250,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     )
     names = (
         "controls, precision, storage, damage, parts, sharing, density, references, agreement, finders, together, "
-        "conceptor, ablation, many-concepts, collateral"
+        "doses, conceptor, ablation, many-concepts, collateral"
     )
     experiment.add_argument("name", help=f"one of {names}")
     experiment.add_argument("--model", default="tiny", help="pipeline folder or hub id")

@@ -17,7 +17,7 @@ import pandas
 from .. import checks
 from ..errors import ConeslabError
 from ..files import data_folder, require_writable
-from ..world.subjects import COMBINATIONS, names_in, subject, subjects_of, table_subjects, title_of
+from ..world.subjects import COMBINATIONS, TUNING_COMBINATIONS, names_in, subject, subjects_of, table_subjects, title_of
 from .ablation import ABLATIONS, OBJECTS, ablation, ablation_target, collateral, conditions
 from .conceptor import PLANTED, conceptor, planted
 from .many_concepts import SIZES, many_concepts, many_conditions, several_pairs
@@ -26,7 +26,7 @@ from .neurons import agreement, controls, density, finders, references
 from .parts import parts, sharing
 from .setting import Setting, on_record
 from .table import Row, open_table, run_cells
-from .unions import together
+from .unions import doses, together
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ EXPERIMENTS = {
     "agreement": Experiment(agreement, "mask_agreement.csv"),
     "finders": Experiment(finders, "finders.csv", table_subjects(4)),
     "together": Experiment(together, "concatenation.csv", COMBINATION_NAMES, subjects_of),
+    "doses": Experiment(
+        doses, "doses_together.csv", (*map(title_of, TUNING_COMBINATIONS), *COMBINATION_NAMES), subjects_of
+    ),
     "conceptor": Experiment(conceptor, "conceptor.csv", PLANTED, planted),
     "ablation": Experiment(ablation, "ablation.csv", ABLATIONS, ablation_target, conditions),
     "many-concepts": Experiment(many_concepts, "many_concepts.csv", SIZES, several_pairs, many_conditions),
@@ -89,8 +92,8 @@ def run_experiment(
 ) -> pandas.DataFrame:
     """Run an experiment, or what its table still lacks; return it, one row per (subject, seed, condition, measure).
 
-    subjects: names, by default the experiment's own; for "together" combinations such as "cat+car", for "conceptor"
-    planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
+    subjects: names, by default the experiment's own; for "together" and "doses" combinations such as "cat+car", for
+    "conceptor" planted facts such as "hypernym:pet", for "ablation" targets such as "object:cat".
     client: a `distributed.Client` (Dask) whose workers share the cells, for a setting made by `Setting.named`.
     path: of the table, by default in `data/results`. A table of another model, judge, version or options is not
     continued. Raises ConeslabError for it, for an unknown experiment and for nothing to do, WorldError for an unknown

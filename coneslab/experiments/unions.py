@@ -34,19 +34,23 @@ COMBINED_SCENES = ("grass", "beach", "room", "night", "white")
 
 
 TUNING_STEPS = (10, 20, 40, 80)
+DOSES = (0.2, 0.35, 0.5, 0.7, 1.0)
 
 
-def measure_together(setting: Setting, subjects: Sequence[Subject], edit: Edit | None, seed: int) -> dict[str, float]:
+def measure_together(
+    setting: Setting, subjects: Sequence[Subject], edit: Edit | None, seed: int, dose: float = 1.0
+) -> dict[str, float]:
     """Measures of pictures that should show all subjects; alignment with each of them, with all, with the weakest."""
     pipe, judge = setting.pipe, setting.judge
     prompts = [f"{joint_prompt(subjects)} {SCENES[scene][0]}" for scene in COMBINED_SCENES]
     prompts = [prompt for prompt in prompts for _ in range(2 * setting.pictures)]
-    with applied(edit, pipe):
+    with applied(edit, pipe, dose):
         first = derived(seed, "evaluation", *(subject.name for subject in subjects))
         drawn = generate(pipe, prompts, seed=first, batch_size=20, **setting.drawing)
     plain = [reduce(lambda text, subject: subject.plain(text), subjects, prompt) for prompt in prompts]
     classes = [subject.class_word for subject in subjects]
-    losses = [concept_loss(pipe, subject, edit=edit, samples=setting.samples).subject for subject in subjects]
+    options: dict[str, Any] = {"edit": edit, "dose": dose, "samples": setting.samples}
+    losses = [concept_loss(pipe, subject, **options).subject for subject in subjects]
     near = {subject.name: judge.image_alignment(drawn, subject.images) for subject in subjects}
     return {
         "text alignment": judge.text_alignment(drawn, plain),
@@ -115,3 +119,15 @@ def together(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[R
     shares["overlap (Jaccard)"] = np.mean([a.overlap(b).jaccard for a, b in combinations(found, 2)])
     shares["overlap by chance"] = np.mean([a.overlap(b).expected_jaccard for a, b in combinations(found, 2)])
     return rows + rows_of(shares, condition="union", count=len(subjects), steps=0, density=union.density)
+
+
+def doses(setting: Setting, subjects: Sequence[Subject], seed: int) -> list[Row]:
+    """How much of the subjects' masks, joined, is best: every dose of the union and of the masks at their words."""
+    facts = {"count": len(subjects)}
+    rows = rows_of(measure_together(setting, subjects, None, seed), condition="untouched model", dose=0.0, **facts)
+    for name, options in {"union": {}, "at its words": VARIANTS["at its words"]}.items():
+        edit = joined(searched(setting, subjects, seed, **options))
+        for dose in DOSES:
+            values = measure_together(setting, subjects, edit, seed, dose)
+            rows += rows_of(values, condition=f"{name}, dose {dose:g}", dose=dose, density=density_of(edit), **facts)
+    return rows
