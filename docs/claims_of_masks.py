@@ -240,6 +240,31 @@ def of_together(table: Any) -> Iterator[Finding]:
     )
 
 
+def of_doses(table: Any) -> Iterator[Finding]:
+    """The dose is chosen on combinations of tuning subjects, by the sum of three measures, and tried on the others."""
+    from coneslab.world.subjects import TUNING_COMBINATIONS, title_of
+
+    measures = "image alignment", "text alignment", "every subject found"
+    tuning = table.subject.isin([title_of(names) for names in TUNING_COMBINATIONS])
+    scores = table[tuning & table.measure.isin(measures)].groupby("condition").value.mean()
+    words = max((name for name in scores.index if name.startswith("at its words")), key=lambda name: scores[name])
+
+    def over(condition: str, minus: str) -> list[Difference]:
+        return [difference(table[~tuning], condition, minus, measure) for measure in measures]
+
+    plain, union, whole = (over(words, name) for name in ("untouched model", "union, dose 1", "at its words, dose 1"))
+    dose = words.rpartition(" ")[2]
+    yield Finding(
+        "At a part of their dose, masks at their own words draw several subjects and keep all of them in the picture.",
+        "ours",
+        verdict([plain[0].above, plain[2].low > -MARGIN, union[0].low > -MARGIN]),
+        f"At a dose of {dose}, chosen on combinations of tuning subjects, over the untouched model: image alignment "
+        f"{plain[0]}, text alignment {plain[1]}, pictures with every subject {plain[2]} (to be above −{MARGIN}). Over "
+        f"the union at its whole dose: {union[0]}, {union[1]} and {union[2]}; over the masks at their words at theirs: "
+        f"{whole[0]}, {whole[1]} and {whole[2]}.",
+    )
+
+
 def of_storage(table: Any) -> Iterator[Finding]:
     sizes = table[table.measure == "bytes"].groupby("condition").value.mean()
     small, full = sizes["mask, binary"], sizes["all keys and values, float32"]

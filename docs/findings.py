@@ -28,6 +28,7 @@ TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what 
     "finders": masks.of_finders,
     "agreement": masks.of_agreement,
     "together": masks.of_together,
+    "doses": masks.of_doses,
     METHODS: methods.of_methods,
     "conceptor": concepts.of_conceptor,
     "ablation": concepts.of_ablation,
