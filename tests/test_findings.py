@@ -59,6 +59,7 @@ def as_measured(name: str) -> tuple[pandas.DataFrame, list[str]]:
         ("sharing", 1, "common to its kind", 0.1),
         ("references", 0, "1 picture", -0.2),
         ("finders", 0, "straight-through", 0.1),
+        ("doses", 0, "untouched model", 0.1),
         ("compare", 1, "Cones + collaborative tuning", -0.2),
         ("compare", 2, "Custom Diffusion, merged", -0.1),
         ("compare", 3, "Cones, token-local", -0.3),
