@@ -139,6 +139,7 @@ def test_no_difference_is_more_than_none_seen():
 def test_every_table_was_measured_on_the_shipped_model():
     shipped = pipeline_fingerprint(load("tiny", device="cpu"))[:16]
     for path in RESULTS.glob("*.csv"):
+        assert path.with_name(f"{path.name}.sha256").is_file(), path.name
         if path.name != "browser.csv":  # times of the page alone
             assert set(read_table(path).model) == {shipped}, path.name
 
