@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from claims import MARGIN, Difference, Finding, difference, mean_of, verdict
@@ -193,10 +194,15 @@ def of_agreement(table: Any) -> Iterator[Finding]:
     )
 
 
+TOGETHER = "image alignment", "text alignment", "every subject found"  # what is measured of several subjects
+
+
+def _in_each(table: Any, condition: str, minus: str) -> list[Difference]:
+    return [difference(table, condition, minus, measure) for measure in TOGETHER]
+
+
 def of_together(table: Any) -> Iterator[Finding]:
-    def over(condition: str, minus: str) -> list[Difference]:
-        measures = "image alignment", "text alignment", "every subject found"
-        return [difference(table, condition, minus, measure) for measure in measures]
+    over = partial(_in_each, table)
 
     joined = over("union", "untouched model")
     yield Finding(
@@ -244,15 +250,12 @@ def of_doses(table: Any) -> Iterator[Finding]:
     """The dose is chosen on combinations of tuning subjects, by the sum of three measures, and tried on the others."""
     from coneslab.world.subjects import TUNING_COMBINATIONS, title_of
 
-    measures = "image alignment", "text alignment", "every subject found"
     tuning = table.subject.isin([title_of(names) for names in TUNING_COMBINATIONS])
-    scores = table[tuning & table.measure.isin(measures)].groupby("condition").value.mean()
+    scores = table[tuning & table.measure.isin(TOGETHER)].groupby("condition").value.mean()
     words = max((name for name in scores.index if name.startswith("at its words")), key=lambda name: scores[name])
 
-    def over(condition: str, minus: str) -> list[Difference]:
-        return [difference(table[~tuning], condition, minus, measure) for measure in measures]
-
-    plain, union, whole = (over(words, name) for name in ("untouched model", "union, dose 1", "at its words, dose 1"))
+    over = partial(_in_each, table[~tuning], words)
+    plain, union, whole = map(over, ("untouched model", "union, dose 1", "at its words, dose 1"))
     dose = words.rpartition(" ")[2]
     yield Finding(
         "At a part of their dose, masks at their own words draw several subjects and keep all of them in the picture.",
@@ -323,19 +326,19 @@ def of_density(table: Any) -> Iterator[Finding]:
 
 
 def of_references(table: Any) -> Iterator[Finding]:
-    def over(few: str, measure: str, many: str = "5 pictures") -> Difference:
-        return difference(table, many, few, measure)
+    def over(few: str, measure: str) -> Difference:
+        return difference(table, "5 pictures", few, measure)
 
     fewer = ("1 picture", "2 pictures", "3 pictures", "4 pictures")
     losses = {number: over(number, "concept loss") for number in fewer}
-    likeness = {number: over(number, "image alignment") for number in fewer}
+    one, four = (over(number, "image alignment") for number in (fewer[0], fewer[-1]))
     yield Finding(
         "A mask from more reference pictures draws its subject better.",
         "ours",
-        verdict([losses["1 picture"].below, likeness["1 picture"].above]),
+        verdict([losses[fewer[0]].below, one.above]),
         "Five pictures in place of "
         + ", ".join(f"{number.split()[0]}: loss {losses[number]}" for number in fewer)
-        + f". In image alignment that is {likeness['1 picture']} over one and {likeness['4 pictures']} over four.",
+        + f". In image alignment that is {one} over one and {four} over four.",
     )
 
 

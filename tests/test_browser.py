@@ -458,8 +458,9 @@ def test_the_app_draws_finds_neurons_and_runs_no_code_of_visitors(
     control(body, "seed").locator("input").press("Enter")
     before = next_picture(body, before)
     steps = control(body, "steps").locator(".widget-readout")
-    steps.fill("2")
-    steps.press("Enter")
+    for given in ("500", "2"):  # far beyond what a visitor may, and few
+        steps.fill(given)
+        steps.press("Enter")
     prompt = control(body, "prompt").locator("input")
     prompt.fill("cat " * 100)
     prompt.press("Enter")

@@ -317,7 +317,7 @@ def colab(wheel, bare, monkeypatch) -> Path:
 @pytest.mark.parametrize("cells", [3, pytest.param(None, marks=pytest.mark.full)])  # to the first pictures; all
 def test_the_tour_runs_on_colab(cells, colab, tmp_path):
     notebook = shortened(nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4))
-    notebook.cells = code = [cell for cell in notebook.cells if cell.cell_type == "code"][:cells]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"][:cells]
     notebook.cells = [*code, where := nbformat.v4.new_code_cell("print(coneslab.__file__)")]
     before = {entry.name for entry in colab.iterdir()}
     alone = tmp_path / "content"

@@ -211,12 +211,17 @@ def require_own_projections(unet: nn.Module) -> None:
                 f"{_path(module, unet)} is wrapped, perhaps by a LoRA adapter: unload it first "
                 "(pipe.unload_lora_weights(); to keep what it does, call pipe.fuse_lora() before that)"
             )
-        processor = module._modules.get("processor")
-        if processor is not None and any(True for _ in processor.parameters()):
+        processor = _processor(module)
+        if isinstance(processor, nn.Module) and any(True for _ in processor.parameters()):
             raise ConeslabError(
                 f"{_path(module, unet)} computes with the weights of a {type(processor).__name__} instead of its own: "
                 "call pipe.unet.set_default_attn_processor() first"
             )
+
+
+def _processor(module: nn.Module) -> Any:
+    """A module's attention processor or None, without the error that PyTorch makes for each module that has none."""
+    return module._modules.get("processor") or module.__dict__.get("processor")
 
 
 def _path(module: nn.Module, unet: nn.Module) -> str:
@@ -225,7 +230,7 @@ def _path(module: nn.Module, unet: nn.Module) -> str:
 
 def fused_attentions(unet: nn.Module) -> list[Any]:
     """The attention modules of a U-Net that compute with fused copies of their projections."""
-    return [part for part in parts_of(unet) if type(part.__dict__.get("processor")).__name__.startswith("Fused")]
+    return [part for part in parts_of(unet) if type(_processor(part)).__name__.startswith("Fused")]
 
 
 def fuse_again(unet: nn.Module) -> None:
