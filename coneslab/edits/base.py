@@ -213,13 +213,19 @@ def _unpacked(kind: str, tensors: dict[str, Tensor], description: dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Combined(Edit):
-    """Several edits applied one after the other, in order; itself an edit."""
+    """Several edits applied one after the other, in order; itself an edit.
+
+    dose: how much of each of them is the whole of this edit, in [0, 1]. Masks of several subjects, for example, compose
+    better when each is on in part.
+    """
 
     edits: tuple[Edit, ...]
+    dose: float = 1.0
 
     def __post_init__(self) -> None:
         edits = checks.items("edits", self.edits, Edit, least=0)
         object.__setattr__(self, "edits", tuple(edits))
+        object.__setattr__(self, "dose", checks.number("dose", self.dose, checks.SHARE, kind="share"))
 
     @property
     def nbytes(self) -> int:
@@ -239,8 +245,9 @@ class Combined(Edit):
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True
     ) -> AbstractContextManager[Pipeline]:
-        """Apply all edits inside a `with` block, each at this dose. Raises what any of them raises."""
-        return Nested(lambda: (edit.applied(pipe, dose, check_model=check_model) for edit in self.edits), pipe)
+        """Apply all edits inside a `with` block, each at this share of the own dose. Raises what any of them raises."""
+        own = dose * self.dose
+        return Nested(lambda: (edit.applied(pipe, own, check_model=check_model) for edit in self.edits), pipe)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
@@ -249,7 +256,7 @@ class Combined(Edit):
             parts, description = edit._pack()
             tensors |= {f"{number}:{name}": tensor for name, tensor in parts.items()}
             descriptions.append([type(edit).__name__, description])
-        return tensors, {"edits": descriptions}
+        return tensors, {"edits": descriptions} | ({} if self.dose == 1 else {"dose": self.dose})
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], description: dict[str, Any]) -> Combined:
@@ -257,4 +264,4 @@ class Combined(Edit):
         for number, (kind, part) in enumerate(description["edits"]):
             own = {key.split(":", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{number}:")}
             edits.append(_unpacked(kind, own, part))
-        return cls(tuple(edits))
+        return cls(tuple(edits), description.get("dose", 1.0))

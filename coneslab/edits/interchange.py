@@ -208,4 +208,8 @@ def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:
     kinds = {type(part): part for part in getattr(edit, "edits", ())}
     if set(kinds) != {TokenEdit, WeightDelta}:
         raise ConeslabError(f"{type(edit).__name__} is not a Custom Diffusion edit: give one of `custom_diffusion`")
+    if edit.dose != 1:
+        raise ConeslabError(
+            f"this edit is on at {edit.dose:g} of its parts, and a file holds whole ones: give Combined(edit.edits)"
+        )
     return kinds[TokenEdit], kinds[WeightDelta]

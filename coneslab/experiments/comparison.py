@@ -38,9 +38,10 @@ from .unions import measure_together
 
 SINGLE_SUBJECTS = table_subjects(4)
 _PAIRS = TUNING_COMBINATIONS[0], TUNING_COMBINATIONS[2]  # near subjects, and far ones
-#: The subjects of a near and of a far pair, alone and in their pair: all tuning subjects would take three times that.
-TUNING_TITLES = (*_PAIRS[0], *_PAIRS[1], *map(title_of, _PAIRS))
+#: The subjects of a near and of a far pair, alone, and all combinations: a share of ten pictures says little.
+TUNING_TITLES = (*_PAIRS[0], *_PAIRS[1], *map(title_of, TUNING_COMBINATIONS))
 SAMPLES = 64  # of the denoising loss
+SCORED = ("text alignment", "image alignment", "every subject found")  # the last one of combinations alone
 TRIAL: dict[str, Any] = {"pictures": 1, "sampler_steps": 12, "samples": 16}  # of tuning, which uses no losses
 
 
@@ -206,8 +207,9 @@ def tune_methods(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Choose each method's settings with the same number of trials on tuning subjects; write and return them.
 
-    Those for one subject are chosen on single ones, those for several on combinations. The score is text plus image
-    alignment, the mean over them. path: of the settings, default `data/results/settings.json`, in which other methods'
+    Those for one subject are chosen on single ones, those for several on combinations. The score is the sum of text
+    alignment, image alignment and, for several, the share of pictures in which every subject is found; of that, the
+    mean over titles. path: of the settings, default `data/results/settings.json`, in which other methods'
     settings are kept; the trials are saved beside it, as `.csv`. folder: as in `compare_methods`. Returns
     {"one subject": {method: settings}, "several subjects": {...}}.
     """
@@ -215,10 +217,9 @@ def tune_methods(
     path = require_writable(path if path is not None else data_folder() / "results" / "settings.json")
     others = read_json(path, remedy="restore it, or delete it and tune again") if path.is_file() else {}
     cells = [
-        {"subject": name, "condition": method, "seed": 0, "trial": json.dumps({setting: value})}
-        for method, name in product(chosen, subjects)
-        for setting, values in chosen[method].choices.items()
-        for value in values
+        {"subject": title, "condition": name, "seed": 0, "trial": json.dumps(trial)}
+        for name, title in product(chosen, subjects)
+        for trial in chosen[name].trials(len(names_in(title)))
     ]
     ready = {name: (method, _Settings(None, {})) for name, method in chosen.items()}
     run = _Cell(ready, model, judge, TRIAL, folder)
@@ -226,11 +227,11 @@ def tune_methods(
     table = run_cells(cells, run, trials, identity=run.identity(), client=client, progress=progress)
     tried = {(cell["subject"], cell["condition"], cell["trial"]) for cell in cells}
     own = np.array([key in tried for key in zip(table.subject, table.condition, table.trial, strict=True)])
-    scored = table[own & table.measure.isin(["text alignment", "image alignment"])]
+    scored = table[own & table.measure.isin(SCORED)]
     best = {}
     for part, scores in scored.groupby(scored.subject.map(lambda title: how_many(len(names_in(title))))):
-        score = scores.groupby(["condition", "trial"]).value.mean()
-        new = {name: json.loads(score[name].idxmax()) for name, method in chosen.items() if method.choices}
+        score = scores.groupby(["condition", "trial"]).value.sum()  # titles and measures are as many for all trials
+        new = {name: json.loads(score[name].idxmax()) for name in chosen if name in score}
         best[str(part)] = dict(sorted({**others.get(part, {}), **new}.items()))
     best = {**others, **best}
     write_json(path, best)

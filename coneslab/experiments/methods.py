@@ -39,7 +39,8 @@ class Method:
     make(pipe, subjects, seed=..., **settings) -> edit, of all subjects at once. With `single`, a function
     (pipe, subject, seed=..., **settings) -> edit of one subject, it is make(pipe, subjects, edits, seed=..., **those of
     the settings that `own_settings` names); `single` gets the others.
-    settings: its defaults. choices: setting -> values from which `comparison.tune_methods` chooses.
+    settings: its defaults. choices: setting -> values from which `comparison.tune_methods` chooses, one at a time;
+    for_several: the same for edits of several subjects, if other settings matter then.
     """
 
     make: Callable[..., Edit]
@@ -47,6 +48,16 @@ class Method:
     own_settings: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    for_several: Mapping[str, Sequence[Any]] | None = None
+
+    def trials(self, subjects: int) -> list[dict[str, Any]]:
+        """The settings to choose from for an edit of so many subjects; none if there is nothing to choose."""
+        own = self.choices if subjects == 1 or self.for_several is None else self.for_several
+        return [{name: value} for name, values in own.items() for value in values]
+
+    def of_single(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of the settings that is for the edit of one subject."""
+        return {name: value for name, value in settings.items() if name not in self.own_settings}
 
 
 @takes(CustomDiffusionSettings)
@@ -62,9 +73,12 @@ def _join_binary(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[Co
     return concatenate(*[mask.binary() for mask in found])
 
 
-def _at_their_words(pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int) -> Edit:
-    """Masks that act at their subjects' words do not meet."""
-    return _add(pipe, subjects, [mask.binary() for mask in found], seed=seed)
+def _at_their_words(
+    pipe: Pipeline, subjects: Sequence[Subject], found: Sequence[ConceptNeurons], *, seed: int, dose: float = 1.0
+) -> Edit:
+    """Masks at their subjects' words do not meet in the weights. In a picture they do, and a part of each does best."""
+    masks = [mask.binary() for mask in found]
+    return masks[0] if len(masks) == 1 and dose == 1 else Combined(tuple(masks), dose)
 
 
 def _join_and_tune(
@@ -124,8 +138,10 @@ METHODS: dict[str, Method] = {
     "Cones, token-local": Method(
         _at_their_words,
         neurons,
+        ("dose",),
         choices={"threshold_quantile": (0.98, 0.99, 0.995, 0.998)},
         settings={"scope": "subject"},
+        for_several={"dose": (0.1, 0.2, 0.4, 0.8)},
     ),
     "Textual Inversion": Method(_invert, choices={"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)}, settings=_STEPS),
     "DreamBooth": Method(_dreambooth, choices={"learning_rate": (3e-5, 1e-4, 3e-4, 1e-3)}, settings=_STEPS_OF_ALL),
@@ -186,7 +202,7 @@ def make_edit(
     if method.single is None:
         return timed(partial(method.make, pipe, list(subjects), seed=joint, **settings))
     own = {name: value for name, value in settings.items() if name in method.own_settings}
-    rest = {name: value for name, value in settings.items() if name not in own}
+    rest = method.of_single(settings)
     made = [kept(method.single, pipe, subject, seed=seed, folder=folder, **rest) for subject in subjects]
     edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=joint, **own))
     return edit, seconds + sum(before for _, before in made)

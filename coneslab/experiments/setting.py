@@ -99,7 +99,9 @@ def alignments(judge: Judge, subject: Subject, drawn: Sequence[Any]) -> dict[str
 
 
 def stored_bytes(edit: Any) -> float:
-    """Bytes of an edit in its smallest stored form: a mask's file, else `nbytes`; NaN if it has none."""
+    """Bytes of an edit in its smallest stored form: a mask's file, else `nbytes`, of all its parts; NaN without."""
+    if isinstance(edit, Combined):
+        return sum(map(stored_bytes, edit.edits))
     if isinstance(edit, ConceptNeurons):
         return len(edit.to_bytes())
     return float(getattr(edit, "nbytes", np.nan))

@@ -26,7 +26,7 @@ from ..neurons.union import (
 from ..seeds import derived
 from ..world import SCENES
 from ..world.subjects import Subject
-from .methods import chosen_settings
+from .methods import METHODS, chosen_settings
 from .setting import VARIANTS, Setting, density_of
 from .table import Row, rows_of
 
@@ -65,7 +65,7 @@ def measure_together(
 def searched(setting: Setting, subjects: Sequence[Subject], seed: int, **options: Any) -> list[ConceptNeurons]:
     """The subjects' masks from a search with these options, and the settings chosen for so many subjects."""
     method = "Cones, token-local" if options.get("scope") else "Cones, binary"
-    chosen = chosen_settings(method, len(subjects))
+    chosen = METHODS[method].of_single(chosen_settings(method, len(subjects)))
     return [setting.found(subject, seed, **{**chosen, **options}) for subject in subjects]
 
 

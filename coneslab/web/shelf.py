@@ -77,23 +77,28 @@ def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
     checks.of_kind("edit", edit, Edit)
     layout, model = KVSpace(pipe).layout, model_fingerprint(pipe)
     data, parts = [], []
-    for part in _parts(edit):
+    for part, dose in _parts(edit):
         if getattr(part, "fingerprint", model) != model:
             require_model(part.fingerprint, pipe, "this edit")  # type: ignore[attr-defined]
         if isinstance(part, ConceptNeurons):
-            raw, entry = _mask(part, pipe)
+            raw, entry = _mask(part, dose, pipe)
         else:
-            raw, entry = _delta(part, layout)
+            raw, entry = _delta(part, dose, layout)
         data.append(raw)
         parts.append(entry | {"bytes": len(raw)})
     return b"".join(data), parts
 
 
-def _parts(edit: Edit) -> list[Edit]:
-    return [one for part in edit.edits for one in _parts(part)] if isinstance(edit, Combined) else [edit]
+def _parts(edit: Edit, dose: float = 1.0) -> list[tuple[Edit, float]]:
+    """What an edit is made of, each part with its dose."""
+    if not isinstance(edit, Combined):
+        return [(edit, dose)]
+    return [one for part in edit.edits for one in _parts(part, dose * edit.dose)]
 
 
-def _mask(mask: ConceptNeurons, pipe: Pipeline) -> tuple[bytes, dict[str, Any]]:
+def _mask(mask: ConceptNeurons, dose: float, pipe: Pipeline) -> tuple[bytes, dict[str, Any]]:
+    if dose != 1:
+        mask = replace(mask, scales=1 - dose * (1 - mask.scales))
     graded = bool(mask.scales.any())
     gaps = np.diff(mask.indices, prepend=0).tolist()
     raw = b"".join(map(_seven_bits, gaps)) + (mask.scales.astype("<f4").tobytes() if graded else b"")
@@ -116,7 +121,7 @@ def _seven_bits(number: int) -> bytes:
     return bytes([*found, number])
 
 
-def _delta(edit: Edit, layout: KVLayout) -> tuple[bytes, dict[str, Any]]:
+def _delta(edit: Edit, dose: float, layout: KVLayout) -> tuple[bytes, dict[str, Any]]:
     if isinstance(edit, WeightDelta) and all(delta.ndim == 2 for delta in edit.deltas.values()):
         edit = compress(edit, energy=ENERGY)
     if not isinstance(edit, LowRankDelta) or not set(edit.factors) <= set(layout.names):
@@ -125,7 +130,8 @@ def _delta(edit: Edit, layout: KVLayout) -> tuple[bytes, dict[str, Any]]:
             "closed-form ablations, or other changes of these matrices"
         )
     named = [name for name in layout.names if name in edit.factors]
-    raw = b"".join(factor.to(torch.float16).numpy().tobytes() for name in named for factor in edit.factors[name])
+    pairs = ((dose * left, right) for left, right in (edit.factors[name] for name in named))
+    raw = b"".join(factor.to(torch.float16).numpy().tobytes() for pair in pairs for factor in pair)
     return raw, {"kind": "delta", "ranks": {name: edit.ranks[name] for name in named}}
 
 
