@@ -342,3 +342,26 @@ def test_memory_is_not_requested_page_by_page():
     main, thread, main_kept, thread_kept = map(int, faults)
     assert kept == "True"
     assert main_kept < main / 4 and thread_kept < thread / 4
+
+
+def test_a_pipeline_is_the_same_under_another_python_and_another_diffusers(v_pipe, monkeypatch):
+    """On Python 3.12 a dictionary is written otherwise, and diffusers puts its version into what it loads."""
+    first = pipelines.pipeline_fingerprint(v_pipe)
+
+    class Written(dict):
+        def __repr__(self) -> str:
+            return f"Written({super().__repr__()})"
+
+    def told(**changed: Any) -> str:
+        config = Written({**v_pipe.scheduler.config, **changed})
+        monkeypatch.setattr(v_pipe.scheduler, "_internal_dict", config)
+        found = pipelines.pipeline_fingerprint(v_pipe)
+        monkeypatch.undo()
+        return found
+
+    assert told() == told(_diffusers_version="9.0.0") == told(_use_default_values=["clip_sample"]) == first
+    assert told(timestep_spacing="linspace") != first != told(something_new=1)
+    monkeypatch.setattr(v_pipe, "scheduler", type(v_pipe.scheduler).from_config({**v_pipe.scheduler.config}))
+    assert pipelines.pipeline_fingerprint(v_pipe) == first
+    monkeypatch.setattr(v_pipe, "scheduler", type(v_pipe.scheduler)(prediction_type="epsilon"))
+    assert pipelines.pipeline_fingerprint(v_pipe) != first

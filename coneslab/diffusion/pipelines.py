@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -261,11 +262,27 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def pipeline_fingerprint(pipe: Pipeline) -> str:
-    """Hex SHA-256 of everything that decides what a pipeline draws: weights, tokenizer, scheduler."""
+    """Hex SHA-256 of everything that decides what a pipeline draws: weights, tokenizer, scheduler.
+
+    It is the same under every version of Python and of diffusers: of the scheduler count its class and what it is told
+    beside its defaults, not the version that saved it, nor how a dictionary is written.
+    """
     require_pipeline(pipe)
     parts = [fingerprint(uncompiled(module)) for module in (pipe.unet, pipe.text_encoder, pipe.vae)]
     words = repr(sorted(pipe.tokenizer.get_vocab().items()))
-    return hashlib.sha256("\n".join([*parts, words, str(pipe.scheduler.config)]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*parts, words, _told(pipe.scheduler)]).encode()).hexdigest()
+
+
+def _told(scheduler: Any) -> str:
+    """A scheduler's class and the settings that differ from its defaults, as JSON."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    usual = {name: parameter.default for name, parameter in known.items()}
+    told = {
+        name: value
+        for name, value in scheduler.config.items()
+        if not name.startswith("_") and repr(value) != repr(usual.get(name, inspect.Parameter.empty))
+    }
+    return json.dumps([type(scheduler).__name__, told], sort_keys=True, default=repr)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> bytes:
