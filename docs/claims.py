@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,25 @@ def difference(
         raise ValueError(f"the table has not both of {condition!r} and {minus!r} with {measure!r}")
     (row,) = summarise(part, minus=minus, level=level).itertuples()
     return Difference(row.value, row.low, row.high)
+
+
+def rank_correlation(
+    of: Mapping[str, float], table: Any, condition: str, minus: str, measure: str, *, seed: int = 0
+) -> Difference:
+    """Spearman's, of a number a subject with what a condition adds to a measure; interval from resampled subjects."""
+    import numpy as np
+    import pandas
+
+    part = table[(table.measure == measure) & table.subject.isin(of)]
+    means = part.pivot_table(index="subject", columns="condition", values="value")
+    gains = (means[condition] - means[minus]).dropna()
+    pair = pandas.DataFrame({"number": [of[name] for name in gains.index], "gain": gains.to_numpy()})
+
+    def correlation(of_these: Any) -> float:
+        return float(of_these.number.corr(of_these.gain, method="spearman"))  # NaN if all have one number
+
+    drawn = [correlation(pair.sample(frac=1, replace=True, random_state=seed + i)) for i in range(2000)]
+    return Difference(correlation(pair), *map(float, np.nanquantile(drawn, [0.025, 0.975])))
 
 
 def mean_of(table: Any, condition: str, measure: str) -> float:

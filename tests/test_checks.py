@@ -393,7 +393,12 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         for name in ("found", "delta", "token", "parts", "trained")
     },
     "applied": lambda m: (edits.applied, (), dict(edit=m.delta, pipe=m.pipe, dose=1.0)),
-    "combined": lambda m: (edits.Combined, (), {"edits": (m.delta,)}, {"edits": (None, 3, [None], "x")}),
+    "combined": lambda m: (
+        edits.Combined,
+        (),
+        {"edits": (m.delta,), "dose": 0.5},
+        {"edits": (None, 3, [None], "x"), "dose": (-0.5, 2, None)},
+    ),
     "compress": lambda m: (edits.compress, (), dict(edit=m.delta, energy=0.5, dtype=torch.float32), {"edit": NEURONS}),
     "WeightDelta": lambda m: (edits.WeightDelta, (), dict(deltas={}, fingerprint="ab"), {"fingerprint": TEXT}),
     "TokenEdit": lambda m: (

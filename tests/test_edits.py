@@ -248,6 +248,19 @@ def test_deltas_nest_and_combine(v_pipe):
     assert_untouched(v_pipe, before)
 
 
+def test_a_combination_is_on_at_its_own_dose(v_pipe, tmp_path):
+    before, theta = weights_of(v_pipe), KVSpace(v_pipe).gather()
+    both = Combined((delta_of(v_pipe, 0.5), delta_of(v_pipe, 2.0)), dose=0.4)
+    for edit in (both, load_edit(both.save(tmp_path / "both")), Combined((both,))):
+        with edit.applied(v_pipe, 0.5):
+            assert torch.allclose(KVSpace(v_pipe).gather(), theta + 0.2 * 2.5)
+    assert both == load_edit(tmp_path / "both") != Combined(both.edits)
+    assert_untouched(v_pipe, before)
+    for wrong in (-0.1, 1.5, "half"):
+        with pytest.raises(ConeslabError, match="dose"):
+            Combined(both.edits, wrong)
+
+
 def test_a_combination_with_a_foreign_edit_is_refused(v_pipe, epsilon_pipe):
     before = weights_of(v_pipe)
     with pytest.raises(MismatchError):

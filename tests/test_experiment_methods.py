@@ -122,7 +122,7 @@ def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folde
     assert shown.loc["mine", 1] == f"{one['text alignment']:.3f} / {one['image alignment']:.3f}"
 
 
-def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeypatch):
+def test_settings_are_chosen_by_alignments_and_complete_pictures(folders, tmp_path, monkeypatch):
     path, calls = tmp_path / "settings.json", []
     own = Method(first, single(calls), choices={"size": (0.1, 0.2, 0.3)})
     monkeypatch.setitem(METHODS, "own", own)
@@ -147,11 +147,44 @@ def test_settings_are_chosen_by_the_sum_of_alignments(folders, tmp_path, monkeyp
     monkeypatch.setattr(comparison, "measure_together", lambda setting, about, edit, seed: measured(0, 0, about, edit))
     both["several subjects"] = {"own": {"size": 0.3}}
     assert comparison.tune_methods(path, **options | {"subjects": ["cat+dog"]}, **folders) == both
+    path.with_suffix(".csv").unlink()
+    found = {0.1: 0.9, 0.2: 0.6, 0.3: 0.3}  # but with complete pictures it is the smallest: 1.4, then 1.2 and 1.3
+
+    def complete(setting, about, edit, seed):
+        values = measured(0, 0, about, edit)
+        size = next(size for size in best if best[size] == values["text alignment"])
+        return values | {"every subject found": found[size]}
+
+    monkeypatch.setattr(comparison, "measure_together", complete)
+    both["several subjects"] = {"own": {"size": 0.1}}
+    assert comparison.tune_methods(path, **options | {"subjects": ["cat+dog"]}, **folders) == both
     monkeypatch.setattr("coneslab.experiments.methods.data_folder", lambda: tmp_path)
     (tmp_path / "results").mkdir()
     path.rename(tmp_path / "results" / "settings.json")
-    assert comparison.chosen_settings("own") == {"size": 0.2} and comparison.chosen_settings("own", 2) == {"size": 0.3}
+    assert comparison.chosen_settings("own") == {"size": 0.2} and comparison.chosen_settings("own", 2) == {"size": 0.1}
     assert comparison.chosen_settings("second", 3) == {}
+
+
+def test_other_settings_may_be_chosen_for_several_subjects():
+    own = Method(
+        first, choices={"size": (1, 2)}, for_several={"turned": (True,), "size": (3,)}, own_settings=("turned",)
+    )
+    assert own.trials(1) == [{"size": 1}, {"size": 2}] and own.trials(3) == [{"turned": True}, {"size": 3}]
+    assert Method(first, choices={"size": (1, 2)}).trials(2) == own.trials(1) and not Method(first).trials(2)
+    assert own.of_single({"turned": True, "size": 3}) == {"size": 3}
+    for one in (1, 2):  # as many trials for all
+        assert {len(method.trials(one)) for name, method in METHODS.items() if name != "untouched model"} == {4}
+
+
+@pytest.mark.slow
+def test_masks_at_their_words_are_joined_at_their_dose(world_pipe, tmp_path):
+    subjects, short = subjects_of("cat+dog"), SHORT["Cones, token-local"]
+    part, _ = make_edit("Cones, token-local", world_pipe, subjects, folder=tmp_path, dose=0.25, **short)
+    whole, _ = make_edit("Cones, token-local", world_pipe, subjects, folder=tmp_path, dose=1.0, **short)
+    assert (part.edits, part.dose, whole.dose) == (whole.edits, 0.25, 1.0)
+    assert stored_bytes(part) == sum(len(mask.to_bytes()) for mask in part.edits)
+    alone, _ = make_edit("Cones, token-local", world_pipe, subjects[:1], folder=tmp_path, **short)
+    assert alone == whole.edits[0]
 
 
 def test_a_kept_edit_is_that_of_all_settings_defaults_included(world_pipe, tmp_path, monkeypatch):

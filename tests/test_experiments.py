@@ -138,13 +138,14 @@ def graded(places: list[int], scales: list[float]) -> ConceptNeurons:
 
 def test_masks_of_several_subjects_are_searched_for_with_the_settings_chosen_for_several(setting, monkeypatch):
     chosen = {("Cones, binary", 2): 0.9, ("Cones, token-local", 2): 0.8}
-    monkeypatch.setattr(unions, "chosen_settings", lambda *asked: {"threshold_quantile": chosen[asked]})
+    monkeypatch.setattr(unions, "chosen_settings", lambda *asked: {"threshold_quantile": chosen[asked], "dose": 0.2})
     asked = []
     monkeypatch.setattr(Setting, "found", lambda self, subject, seed, **options: asked.append(options))
     subjects = subjects_of("cat+dog")
     unions.searched(setting, subjects, 0)
     unions.searched(setting, subjects, 0, scope="subject")
     assert [one["threshold_quantile"] for one in asked] == [0.9, 0.9, 0.8, 0.8]
+    assert ["dose" in one for one in asked] == [True, True, False, False]  # it is one of masks at their words alone
 
 
 def test_the_core_of_a_mask_is_what_is_shut_most():

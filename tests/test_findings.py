@@ -11,6 +11,8 @@ import pytest
 from coneslab import load
 from coneslab.diffusion.pipelines import pipeline_fingerprint
 from coneslab.experiments.table import read_table
+from coneslab.world import CLASSES
+from coneslab.world.subjects import truth
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
@@ -115,6 +117,33 @@ def test_a_verdict_on_decompositions_changes_with_its_table(number, condition, m
     after = verdicts("conceptor", shifted(table, condition, measure, by))
     changed = [old != new for old, new in zip(before, after, strict=True)]
     assert changed == [one == number for one in range(len(before))]
+
+
+def test_a_verdict_on_rich_classes_changes_with_its_table():
+    table, before = as_measured("controls")
+    moved = table.copy()
+    drawings = moved.subject.map(lambda name: len(CLASSES[truth(name).class_word].drawings))
+    own = moved.condition == "concept neurons, binary"
+    moved.loc[own & (moved.measure == "concept loss"), "value"] -= drawings
+    assert [before[6], verdicts("controls", moved)[6]] == [claims.NOT, claims.IN_PART]
+    moved.loc[own & (moved.measure == "image alignment"), "value"] += drawings
+    assert verdicts("controls", moved)[6] == claims.HELD
+
+
+def test_a_rank_correlation_is_of_the_gain_and_its_interval_over_subjects():
+    names = "abcdefgh"
+    rows = [
+        {"subject": name, "seed": seed, "condition": condition, "measure": "m", "value": 10 * number + gain + seed}
+        for number, name in enumerate(names)
+        for seed in (0, 1)
+        for condition, gain in {"untouched": 0.0, "mask": -float(number)}.items()
+    ]
+    table = pandas.DataFrame(rows)
+    found = claims.rank_correlation(dict(zip(names, range(8), strict=True)), table, "mask", "untouched", "m")
+    assert (found.value, found.low, found.high) == pytest.approx((-1, -1, -1))
+    mixed = dict(zip(names, (3, 1, 4, 1, 5, 9, 2, 6), strict=True))
+    found = claims.rank_correlation(mixed, table, "mask", "untouched", "m")
+    assert found.low < found.value < 0 < found.high and not found.below
 
 
 def test_a_difference_is_paired_and_its_interval_is_over_subjects():

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.diffusion.sampling import start_noise
+from coneslab.edits.base import Combined
 from coneslab.edits.interchange import (
     WEIGHTS,
     export_custom_diffusion,
@@ -81,6 +82,8 @@ def test_custom_diffusion_weights_work_in_diffusers_and_come_back(v_pipe, pictur
     theirs.load_textual_inversion(str(files[1]))
     assert np.allclose(draw(theirs, "a <cat*> cat"), expected, atol=1e-3)
     assert not np.allclose(draw(v_pipe, "a cat"), expected, atol=1e-2)
+    with pytest.raises(ConeslabError, match="on at 0.5 of its parts"):
+        export_custom_diffusion(Combined(edit.edits, 0.5), v_pipe, tmp_path / "half")
     back = import_custom_diffusion(v_pipe, tmp_path)
     with back.applied(v_pipe):
         assert torch.allclose(KVSpace(v_pipe).gather(), theta, atol=1e-6)

@@ -258,6 +258,23 @@ def test_edits_that_are_combined_are_parts(v_pipe):
     assert sum(part["bytes"] for part in parts) == len(data)
 
 
+def test_parts_of_a_combination_come_at_its_dose(v_pipe):
+    mask, change = some_neurons(v_pipe).binary(), closed_form_edit(v_pipe, "a cat", "a dog")
+    data, (first, second) = plain(Combined((Combined((mask, change), 0.5),), 0.4), v_pipe)
+    scales = np.frombuffer(data[first["bytes"] - 4 * len(mask) : first["bytes"]], "<f4")
+    assert first["graded"] and np.allclose(scales, 1 - 0.2)
+    whole, (alone,) = plain(change, v_pipe)
+    assert second == alone
+    layer, left, right = (
+        next(iter(KVSpace(v_pipe).layout)),
+        *(np.frombuffer(raw, "<f2") for raw in (whole, data[first["bytes"] :])),
+    )
+    count = layer.shape[0] * alone["ranks"][layer.name]
+    assert np.allclose(right[:count], 0.2 * left[:count], atol=1e-3) and np.array_equal(
+        right[count : 2 * count], left[count : 2 * count]
+    )
+
+
 def test_an_edit_of_anything_else_is_refused(v_pipe, epsilon_pipe):
     weight = {"conv_in.weight": torch.zeros_like(v_pipe.unet.conv_in.weight)}
     query = {f"{next(iter(KVSpace(v_pipe).modules))}.to_q.weight": torch.zeros(16, 16)}
