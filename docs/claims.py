@@ -66,18 +66,22 @@ def rank_correlation(
 ) -> Difference:
     """Spearman's, of a number a subject with what a condition adds to a measure; interval from resampled subjects."""
     import numpy as np
-    import pandas
+    from scipy.stats import rankdata
 
     part = table[(table.measure == measure) & table.subject.isin(of)]
     means = part.pivot_table(index="subject", columns="condition", values="value")
     gains = (means[condition] - means[minus]).dropna()
-    pair = pandas.DataFrame({"number": [of[name] for name in gains.index], "gain": gains.to_numpy()})
+    pair = np.array([[of[name] for name in gains.index], gains])
 
-    def correlation(of_these: Any) -> float:
-        return float(of_these.number.corr(of_these.gain, method="spearman"))  # NaN if all have one number
+    def correlations(pairs: Any) -> Any:
+        ranks = rankdata(pairs, axis=-1)
+        ranks -= ranks.mean(-1, keepdims=True)
+        spread = np.sqrt((ranks**2).sum(-1).prod(-1))
+        return np.divide(ranks.prod(-2).sum(-1), spread, out=np.full(len(pairs), np.nan), where=spread > 0)
 
-    drawn = [correlation(pair.sample(frac=1, replace=True, random_state=seed + i)) for i in range(2000)]
-    return Difference(correlation(pair), *map(float, np.nanquantile(drawn, [0.025, 0.975])))
+    drawn = np.random.default_rng(seed).integers(len(gains), size=(5000, len(gains)))
+    (value,), resampled = correlations(pair[None]), correlations(pair[:, drawn].transpose(1, 0, 2))
+    return Difference(float(value), *map(float, np.nanquantile(resampled, [0.025, 0.975])))
 
 
 def mean_of(table: Any, condition: str, measure: str) -> float:

@@ -130,6 +130,16 @@ def test_summaries_are_means_over_subjects_and_paired_differences():
     assert difference.loc["b", ["value", "low", "high"]].tolist() == pytest.approx([0.5, 0.5, 0.5])
 
 
+def test_a_difference_without_its_pair_is_refused():
+    table = pandas.DataFrame([{**cell, **row} for cell in CELLS for row in rows_of(**cell)])
+    known = table[(table.condition != "a") | (table.seed != table.seed.max())]
+    seed = table.seed.max()
+    with pytest.raises(ConeslabError, match=f"'b' was measured on 'cat' with seed {seed}, and 'a' was not"):
+        summarise(known, minus="a")
+    with pytest.raises(ConeslabError, match="and 'nothing' was not"):
+        summarise(table, minus="nothing")
+
+
 def test_shares_in_a_table_are_never_known_exactly():
     rows = [
         {"subject": name, "seed": seed, "condition": "a", "measure": measure, "value": 1.0}

@@ -213,6 +213,7 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
     `bootstrap_interval` for all else. Returns the columns condition, measure, value, low, high, clusters (the number of
     subjects), points, and means of all other numbers. With fewer than five subjects low and high are NaN, and points
     has each subject's mean to show instead.
+    Raises ConeslabError if `minus` was not measured where another condition was.
     """
     others = [name for name in table.select_dtypes("number") if name not in ("subject", "seed", "value", CELL_SECONDS)]
     rows = []
@@ -225,7 +226,14 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
             if condition == minus:
                 continue
             base = table[(table.measure == measure) & (table.condition == minus)]
-            other = base.set_index(["subject", "seed"]).sort_index().loc[part.index, "value"].to_numpy()
+            base = base.set_index(["subject", "seed"]).sort_index()
+            if alone := sorted(set(part.index) - set(base.index)):
+                subject, seed = alone[0]
+                raise ConeslabError(
+                    f"{condition!r} was measured on {subject!r} with seed {seed}, and {minus!r} was not ({measure}): "
+                    "measure what is missing, or leave out what has no pair"
+                )
+            other = base.loc[part.index, "value"].to_numpy()
         clusters = [part.index.get_level_values(name).tolist() for name in ("subject", "seed")]
         if other is None and named and ((values >= 0) & (values <= 1)).all():
             interval = share_interval(values, clusters=clusters, level=level)
