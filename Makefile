@@ -73,18 +73,19 @@ style: $(VENV)/.coneslab-test
 	$(BIN)/mypy
 
 # Two workers with one thread each: torch threads that share a core wait for each other, and tests of seconds take
-# minutes. A file's tests stay together, for their shared fixtures.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+# minutes. A file's tests stay together, for their shared fixtures. Files are begun in the order in which they are named,
+# lectures first: each is one test of a minute, and begun last one of them would keep one worker waiting for the other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 check: style
 	$(PYTEST) -m 'not slow and not full' $(TEST_ARGS) tests
 
 test: style
 	$(BIN)/python tests/short_notebooks.py build/short
-	$(PYTEST) -m 'not full' --nbmake --nbmake-timeout=300 --durations=10 $(TEST_ARGS) tests build/short
+	$(PYTEST) -m 'not full' --nbmake --nbmake-timeout=300 --durations=10 $(TEST_ARGS) build/short tests
 
 test-all: style
-	$(PYTEST) --nbmake --nbmake-timeout=1800 --durations=10 $(TEST_ARGS) tests notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=1800 --durations=10 $(TEST_ARGS) notebooks tests
 
 notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \

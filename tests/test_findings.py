@@ -92,6 +92,7 @@ def test_a_verdict_changes_with_its_table(name, number, condition, by):
         ("storage", 0, "mask, binary", "bytes", 1e6),
         ("storage", 1, "mask, binary", "concept loss", 0.02),
         ("many-concepts", 0, "UCE, at once", "right class, others", 0.3),
+        ("compare", 5, "Cones, token-local", "every subject found", 0.3),
     ],
 )
 def test_a_verdict_on_other_measures_changes_with_its_table(name, number, condition, measure, by):
