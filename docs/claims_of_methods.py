@@ -57,8 +57,8 @@ def of_methods(table: Any) -> Iterator[Finding]:
     local = partial(difference, several, "Cones, token-local", "Custom Diffusion, joint")
     image, text, found = map(local, ("image alignment", "text alignment", "every subject found"))
     yield Finding(
-        "For several subjects, masks at their words, each at a part of its dose, draw them better than Custom Diffusion "
-        "does, and cost no more.",
+        "For several subjects, masks at their words, each at a part of its dose, draw them better than Custom "
+        "Diffusion does, and cost no more.",
         "ours",
         verdict([image.above, text.low > -MARGIN, found.low > -MARGIN]),
         f"Image alignment {image}, text alignment {text}, pictures that show every subject {found}, over Custom "
