@@ -426,6 +426,7 @@ def test_unlearning_aims_at_the_anchor_whatever_is_read_and_keeps_the_rest(v_pip
         assert torch.allclose(batch.regression_target[rows], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_unlearning_changes_what_is_predicted_on_the_targets_pictures_without_a_word(v_pipe, pictured):
     options = {**UNLEARN, "steps": 40, "learning_rate": 5e-4, "words": 0, "eta": 0.0, "preserve_weight": 0.0}
     edit = unlearn(v_pipe, "a cat", "a dog", images=pictured.images, **options)

@@ -124,6 +124,7 @@ def _never(n: int, seed: int) -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_stream_gives_each_picture_once_and_in_order():
     recipe = replace(RECIPE, batch_size=4)
     ready = lambda drawn, index: {"x": drawn, "chunk": torch.full((len(drawn),), index)}  # noqa: E731

@@ -632,6 +632,7 @@ def test_an_edit_of_another_model_is_refused(coneslab, tmp_path, monkeypatch):
     assert cli.main(command) == 2 and not any(tmp_path.glob("pictures/*.png"))
 
 
+@pytest.mark.slow
 def test_decompose_names_words_and_those_of_one_picture(coneslab, tmp_path, small_judge):
     few = ["--judge", str(small_judge), "--steps", "2", "--pictures", "3", "--top", "4"]
     found = coneslab("decompose", "a cat", *few, "--picture", "3")

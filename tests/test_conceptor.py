@@ -77,6 +77,7 @@ def test_features_are_kept_and_damaged_ones_made_again(v_pipe, judge, tmp_path, 
 # --- learning ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mlp", "direct", "least squares"])
 def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge, tmp_path, method):
     made = decompose(v_pipe, "a cat on the grass", judge, coefficients=method, **FAST)
@@ -291,6 +292,7 @@ def test_shares_of_pictures_come_with_intervals(judge):
 # --- one picture ---
 
 
+@pytest.mark.slow
 def test_words_fall_away_until_the_picture_would_change(v_pipe, judge):
     made = example(v_pipe)
     options = {"sampler_steps": 2, "progress": False}

@@ -82,6 +82,7 @@ def estimates(report) -> dict[str, float]:
     return {row.name: row.interval.estimate for row in report.shares}
 
 
+@pytest.mark.slow
 def test_a_perfect_pipeline_scores_one_everywhere(drawing):
     seen = drawing()
     report = evaluate_model(Pipe(), ORACLE, seeds=SEEDS, sampler_steps=7, guidance_scale=2.0)

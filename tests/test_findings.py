@@ -174,6 +174,7 @@ def test_every_table_was_measured_on_the_shipped_model():
             assert set(read_table(path).model) == {shipped}, path.name
 
 
+@pytest.mark.slow
 def test_the_page_has_every_claim_with_its_verdict_and_numbers():
     shown, found = findings.page(RESULTS), [one for _, one in findings.findings(RESULTS)]
     assert len(found) >= 12 and len({one.claim for one in found}) == len(found)

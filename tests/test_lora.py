@@ -25,6 +25,7 @@ def linear(pipe) -> dict[str, torch.nn.Linear]:
     return {name: part for name, part in pipe.unet.named_modules() if isinstance(part, torch.nn.Linear)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["cross-attention", "attention", "all"])
 def test_the_layers_asked_for_change_and_no_other(v_pipe, pictured, targets):
     expected = {

@@ -658,6 +658,7 @@ def test_fine_tuning_lowers_the_loss_and_leaves_the_pipeline_alone(v_pipe, pictu
 # --- the measure ---
 
 
+@pytest.mark.slow
 def test_the_measured_loss_is_paired_and_is_the_plain_one(v_pipe, pictured, found):
     first = concept_loss(v_pipe, pictured, samples=12, batch_size=5)
     assert np.array_equal(first.subject_values, concept_loss(v_pipe, pictured, samples=12, batch_size=5).subject_values)

@@ -57,6 +57,7 @@ def test_constraints_pin_every_direct_dependency_within_its_range():
     assert pins["torch"] == "==2.13.0"
 
 
+@pytest.mark.slow
 def test_every_import_is_declared_and_every_dependency_says_why():
     declared = {split(requirement)[0] for requirement in REQUIREMENTS}
     optional = {split(requirement)[0] for extra in ("stickers", "web") for requirement in EXTRAS[extra]}

@@ -242,6 +242,7 @@ def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, dtyp
     assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
 
 
+@pytest.mark.slow
 def test_custom_diffusion_trains_keys_values_and_every_token(v_pipe, both):
     edit = custom_diffusion(v_pipe, both, **FAST, **PRIOR, learning_rate=3e-3)
     token, delta = edit.edits
@@ -305,6 +306,7 @@ def test_without_a_class_word_a_token_has_to_be_told_what_to_start_from(v_pipe, 
         textual_inversion(v_pipe, about, initial=["dog", "cat"], **FAST)
 
 
+@pytest.mark.slow
 def test_bad_settings_are_refused(v_pipe, pictured):
     for method in (textual_inversion, dreambooth, custom_diffusion):
         with pytest.raises(ConeslabError, match="positive"):
@@ -388,6 +390,7 @@ def ablate_class(pipe, subject, **options):
     return ablate(pipe, "a cat", "a dog", pictures=2, sampler_steps=1, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -223,6 +223,7 @@ def test_all_that_takes_pictures_takes_them_in_any_way(v_pipe, judge, given):
     assert "grid of 3 pictures" in plots.picture_grid(given).get_label()
 
 
+@pytest.mark.slow
 def test_a_generator_of_pictures_is_read_once(v_pipe, judge):
     few = {"steps": 1, "batch_size": 2, "validation_pictures": 1, "sampler_steps": 1, "dictionary": 3, "explain": 2}
     found = decompose(v_pipe, (one for one in PIXELS), judge, template="a {}", token="<c>", progress=False, **few)

@@ -334,6 +334,7 @@ with ThreadPoolExecutor(1) as one:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by themselves, or never do")
 def test_memory_is_not_requested_page_by_page():
     """In the main thread and in another, as a worker's is: pages come once, not 20 times."""

@@ -95,6 +95,7 @@ def latents_of(monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 def test_a_completion_from_hardly_any_noise_is_the_picture_and_from_all_of_it_is_a_new_one(v_pipe, latents_of):
     shown = random_pictures(2)
     own = encode_images(v_pipe, shown)
@@ -257,6 +258,7 @@ def test_a_word_stays_only_if_it_helps_on_noisy_pictures_that_the_search_has_not
     assert all(found.after < loss for loss in shorter)
 
 
+@pytest.mark.slow
 def test_the_gradient_proposes_and_the_loss_decides(v_pipe):
     """One place, one proposal: the word whose embedding lies farthest down the slope, kept only if it is better."""
     shown, table = random_pictures(3), v_pipe.text_encoder.get_input_embeddings().weight.detach()

@@ -291,6 +291,7 @@ def test_the_gradient_goes_through_the_words_of_the_scope_alone(v_pipe, pictured
     assert float(found @ step) == pytest.approx((up - down) / 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_search_at_the_subjects_words_has_no_prior_and_lowers_its_loss(v_pipe, pictured):
     options = {"rounds": 8, "batch_size": 16, "threshold_quantile": 0.95, "progress": False}
     found = find_concept_neurons(v_pipe, subject(pictured), scope="subject", **options)

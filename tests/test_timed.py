@@ -72,6 +72,7 @@ def by_hand(pipe, edits, dose=1.0, prompt=PROMPT):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EDITS)
 def test_a_timed_edit_is_one_that_is_put_on_and_taken_off_by_hand(v_pipe, kind):
     edit, before = EDITS[kind](v_pipe), state(v_pipe)
@@ -113,6 +114,7 @@ def test_between_calls_of_the_network_nothing_is_changed(v_pipe):
     assert seen == [True] * 4
 
 
+@pytest.mark.slow
 def test_generate_and_plain_calls_draw_alike_in_several_calls_and_batches(v_pipe):
     prompts = ["a sks cat", "a <new> dog", "a <new> sks"]
     for edit in (token_edit(v_pipe), large(v_pipe), Combined((token_edit(v_pipe), small(v_pipe)))):
