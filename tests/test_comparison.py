@@ -130,6 +130,14 @@ def test_summaries_are_means_over_subjects_and_paired_differences():
     assert difference.loc["b", ["value", "low", "high"]].tolist() == pytest.approx([0.5, 0.5, 0.5])
 
 
+def test_what_is_not_defined_is_left_out_of_a_summary():
+    table = pandas.DataFrame([{**cell, **row} for cell in CELLS for row in rows_of(**cell)])
+    nowhere = table[table.subject == "cat"].assign(subject="bow", value=np.nan)
+    for minus in (None, "a"):
+        summary = summarise(pandas.concat([table, nowhere]), minus=minus)
+        pandas.testing.assert_frame_equal(summary, summarise(table, minus=minus))
+
+
 def test_a_difference_without_its_pair_is_refused():
     table = pandas.DataFrame([{**cell, **row} for cell in CELLS for row in rows_of(**cell)])
     known = table[(table.condition != "a") | (table.seed != table.seed.max())]

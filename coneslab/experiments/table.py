@@ -212,11 +212,13 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
     level: of the interval, which is `share_interval` for `SHARES` and what is 0 or 1 in every condition, and
     `bootstrap_interval` for all else. Returns the columns condition, measure, value, low, high, clusters (the number of
     subjects), points, and means of all other numbers. With fewer than five subjects low and high are NaN, and points
-    has each subject's mean to show instead.
+    has each subject's mean to show instead. Values that are not defined (NaN), such as the order of equal shares, are
+    left out.
     Raises ConeslabError if `minus` was not measured where another condition was.
     """
     others = [name for name in table.select_dtypes("number") if name not in ("subject", "seed", "value", CELL_SECONDS)]
     rows = []
+    table = table[table.value.notna()]
     all_or_nothing = table.value.isin([0, 1]).groupby(table.measure).all()
     for (measure, condition), part in table.groupby(["measure", "condition"], sort=False):
         named = str(measure).startswith(SHARES)
