@@ -10,6 +10,7 @@ from result_tables import signed, told
 
 HELD, IN_PART, NOT = "held", "held in part", "did not hold"
 MARGIN = 0.02  # of a cosine, named before any table was made (lecture 04)
+TOGETHER = "image alignment", "text alignment", "every subject found"  # what is measured of several subjects
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,12 @@ def difference(
     return Difference(row.value, row.low, row.high)
 
 
-def rank_correlation(
-    of: Mapping[str, float], table: Any, condition: str, minus: str, measure: str, *, seed: int = 0
-) -> Difference:
+def in_each(table: Any, condition: str, minus: str) -> list[Difference]:
+    """Of one condition from another in every measure of several subjects."""
+    return [difference(table, condition, minus, measure) for measure in TOGETHER]
+
+
+def rank_correlation(of: Mapping[str, float], table: Any, condition: str, minus: str, measure: str) -> Difference:
     """Spearman's, of a number a subject with what a condition adds to a measure; interval from resampled subjects."""
     import numpy as np
     from scipy.stats import rankdata
@@ -79,7 +83,7 @@ def rank_correlation(
         spread = np.sqrt((ranks**2).sum(-1).prod(-1))
         return np.divide(ranks.prod(-2).sum(-1), spread, out=np.full(len(pairs), np.nan), where=spread > 0)
 
-    drawn = np.random.default_rng(seed).integers(len(gains), size=(5000, len(gains)))
+    drawn = np.random.default_rng(0).integers(len(gains), size=(5000, len(gains)))
     (value,), resampled = correlations(pair[None]), correlations(pair[:, drawn].transpose(1, 0, 2))
     return Difference(float(value), *map(float, np.nanquantile(resampled, [0.025, 0.975])))
 
@@ -111,6 +115,6 @@ def estimate(table: Any, condition: str, measure: str) -> Estimate:
     """Of one condition and measure, as `summarise` has it; what could not be measured is left out."""
     from coneslab.experiments import summarise
 
-    part = table[(table.condition == condition) & (table.measure == measure) & table.value.notna()]
+    part = table[(table.condition == condition) & (table.measure == measure)]
     (row,) = summarise(part).itertuples()
     return Estimate(row.value, row.low, row.high, row.clusters)

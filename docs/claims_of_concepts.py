@@ -36,7 +36,7 @@ def of_conceptor(table: Any) -> Iterator[Finding]:
     order = estimate(table, "Conceptor", "rank correlation")
     ordered = table[(table.measure == "rank correlation") & table.value.notna()].subject.unique()
     shares = difference(table, "Conceptor", "random words", "error of shares", ordered)
-    eight = table[table.subject.isin(table[table.condition == "random start"].subject) & table.value.notna()]
+    eight = table[table.subject.isin(table[table.condition == "random start"].subject)]
     start = estimate(eight, "random start", "rank correlation")
     gain = difference(eight, "random start", "Conceptor", "rank correlation")
     yield Finding(

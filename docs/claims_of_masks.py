@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from claims import MARGIN, Difference, Finding, difference, mean_of, rank_correlation, verdict
+from claims import MARGIN, TOGETHER, Difference, Finding, difference, in_each, mean_of, rank_correlation, verdict
 from result_tables import percent
 
 
@@ -206,15 +206,8 @@ def of_agreement(table: Any) -> Iterator[Finding]:
     )
 
 
-TOGETHER = "image alignment", "text alignment", "every subject found"  # what is measured of several subjects
-
-
-def _in_each(table: Any, condition: str, minus: str) -> list[Difference]:
-    return [difference(table, condition, minus, measure) for measure in TOGETHER]
-
-
 def of_together(table: Any) -> Iterator[Finding]:
-    over = partial(_in_each, table)
+    over = partial(in_each, table)
 
     joined = over("union", "untouched model")
     yield Finding(
@@ -266,7 +259,7 @@ def of_doses(table: Any) -> Iterator[Finding]:
     scores = table[tuning & table.measure.isin(TOGETHER)].groupby("condition").value.mean()
     words = max((name for name in scores.index if name.startswith("at its words")), key=lambda name: scores[name])
 
-    over = partial(_in_each, table[~tuning], words)
+    over = partial(in_each, table[~tuning], words)
     plain, union, whole = map(over, ("untouched model", "union, dose 1", "at its words, dose 1"))
     dose = words.rpartition(" ")[2]
     yield Finding(

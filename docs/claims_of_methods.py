@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-from claims import MARGIN, Difference, Finding, difference, verdict
+from claims import MARGIN, Difference, Finding, difference, in_each, verdict
 
 
 def of_methods(table: Any) -> Iterator[Finding]:
@@ -54,8 +53,7 @@ def of_methods(table: Any) -> Iterator[Finding]:
         verdict([adding.below]),
         f"Pictures that show every subject, over a LoRA trained on all of them: {adding}.",
     )
-    local = partial(difference, several, "Cones, token-local", "Custom Diffusion, joint")
-    image, text, found = map(local, ("image alignment", "text alignment", "every subject found"))
+    image, text, found = in_each(several, "Cones, token-local", "Custom Diffusion, joint")
     yield Finding(
         "For several subjects, masks at their words, each at a part of its dose, draw them better than Custom "
         "Diffusion does, and cost no more.",

@@ -265,14 +265,11 @@ def test_parts_of_a_combination_come_at_its_dose(v_pipe):
     assert first["graded"] and np.allclose(scales, 1 - 0.2)
     whole, (alone,) = plain(change, v_pipe)
     assert second == alone
-    layer, left, right = (
-        next(iter(KVSpace(v_pipe).layout)),
-        *(np.frombuffer(raw, "<f2") for raw in (whole, data[first["bytes"] :])),
-    )
-    count = layer.shape[0] * alone["ranks"][layer.name]
-    assert np.allclose(right[:count], 0.2 * left[:count], atol=1e-3) and np.array_equal(
-        right[count : 2 * count], left[count : 2 * count]
-    )
+    old, new = np.frombuffer(whole, "<f2"), np.frombuffer(data[first["bytes"] :], "<f2")
+    layer = next(iter(KVSpace(v_pipe).layout))
+    count = layer.shape[0] * alone["ranks"][layer.name]  # numbers of its left factor, which takes the dose
+    assert np.allclose(new[:count], 0.2 * old[:count], atol=1e-3)
+    assert np.array_equal(new[count : 2 * count], old[count : 2 * count])
 
 
 def test_an_edit_of_anything_else_is_refused(v_pipe, epsilon_pipe):
