@@ -1,10 +1,12 @@
 """Figures: they show what was given, have an alt text, and refuse empty input."""
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pandas
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from coneslab.errors import ConeslabError
@@ -69,6 +71,17 @@ def test_a_plane_puts_each_condition_where_its_two_measures_are():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("text", "image") and "a, b" in figure.get_label()
     with pytest.raises(ConeslabError, match="no condition has both 'text' and 'likeness': the measures are"):
         plots.plane(table, x="text", y="likeness")
+
+
+def test_the_numbers_below_a_plane_are_apart():
+    names = {"Cones + collaborative tuning": -0.0168, "Textual Inversion": 0.0027}
+    rows = [(name, measure, value) for name, value in names.items() for measure in ("x", "y")]
+    table = pandas.DataFrame(rows, columns=["condition", "measure", "value"])
+    figure = plots.plane(table.assign(low=table.value, high=table.value), x="x", y="y", origin=True)
+    FigureCanvasAgg(figure).draw()
+    shown = [label for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.x0)
+    assert len(boxes) > 3 and all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_a_logarithmic_panel_leaves_out_what_it_cannot_show():

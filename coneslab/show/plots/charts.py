@@ -247,6 +247,7 @@ def plane(
     axes.set_xlabel(x, fontsize=9, **PLAIN)
     axes.set_ylabel(y, fontsize=9, **PLAIN)
     axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=5)  # small differences have long numbers, which would run into each other
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
     for text in figure.legend(loc="outside right center", fontsize=7.5, frameon=False).get_texts():
