@@ -36,6 +36,8 @@ VISITORS ?=
 WEB_PORT ?= 8000
 TEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests and lectures start a hundred Pythons; without bytecode on the disk each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help lab app web style check test test-all notebooks book hosts assignments bench clean
 

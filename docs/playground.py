@@ -43,8 +43,17 @@ def links(stem: str) -> str:
     return f"*In your browser, with nothing installed:* {', '.join(shown)}." if shown else ""
 
 
-def build(folder: Path) -> None:
-    """Write the page into the site. Without a network it is written without what computes, and says so."""
+def build(folder: Path, *, draft: bool = False) -> None:
+    """Write the page into the site. Without a network it is written without what computes, and says so.
+
+    draft: only a page in its place.
+    """
+    if draft:
+        folder.mkdir(parents=True)
+        (folder / "index.html").write_text(
+            "<!doctype html><title>A draft</title><h1>A draft has no model.</h1>\n", "utf-8"
+        )
+        return
     try:
         runtime = fetch_runtime(KEPT)
     except ConeslabError as error:

@@ -176,12 +176,26 @@ def _style(text: str) -> list:
 # --- the site -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("book")
-    built = subprocess.run([sys.executable, ROOT / "docs" / "build.py", folder], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+def built(folder: Path, *options: str) -> Path:
+    command = [sys.executable, ROOT / "docs" / "build.py", folder, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "html"
+
+
+@pytest.fixture(scope="module")
+def whole_site(tmp_path_factory) -> Path:
+    return built(tmp_path_factory.mktemp("book"))
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory) -> Path:
+    return built(tmp_path_factory.mktemp("draft"), "--draft")
+
+
+@pytest.fixture(params=["draft", pytest.param("whole_site", marks=pytest.mark.full)])
+def site(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.slow
@@ -212,9 +226,9 @@ def test_site_keeps_the_alt_texts_of_notebooks_and_no_widgets(site):
         assert "vnd.jupyter.widget" not in str(page) and "it/s]" not in page.text
 
 
-@pytest.mark.slow
-def test_reference_shows_every_public_function(site):
-    page = BeautifulSoup((site / "api" / "neurons.search.html").read_bytes(), "html.parser")
+@pytest.mark.full
+def test_reference_shows_every_public_function(whole_site):
+    page = BeautifulSoup((whole_site / "api" / "neurons.search.html").read_bytes(), "html.parser")
     entry = page.find(id="coneslab.neurons.search.find_concept_neurons")
     assert "threshold_quantile" in entry.text
     about = entry.find_next_sibling("dd")

@@ -146,6 +146,25 @@ def test_a_difference_without_its_pair_is_refused():
         summarise(known, minus="a")
     with pytest.raises(ConeslabError, match="and 'nothing' was not"):
         summarise(table, minus="nothing")
+    twice = pandas.concat([table, table[(table.condition == "a") & (table.subject == "cat")]])
+    with pytest.raises(ConeslabError, match="'a' has 9 values of m and 6 subjects and seeds: expected one for each"):
+        summarise(twice, minus="a")
+
+
+def test_rows_are_paired_whatever_their_order():
+    rng = np.random.default_rng(0)
+    keys = [(name, seed, condition) for name in "abcdefg" for seed in range(3) for condition in ("plain", "edit")]
+    table = pandas.DataFrame(keys, columns=["subject", "seed", "condition"])
+    table = table.assign(measure="m", value=rng.normal(size=len(table)), density=rng.random(len(table)))
+    shuffled = table.sample(frac=1, random_state=1)
+    (row,) = summarise(shuffled, minus="plain").itertuples()
+    wide = table.pivot(index=["subject", "seed"], columns="condition", values="value")
+    each = (wide["edit"] - wide["plain"]).groupby("subject").mean()
+    assert row.value == pytest.approx(each.mean()) and row.low < row.value < row.high
+    assert row.density == pytest.approx(table[table.condition == "edit"].density.mean())
+    few = shuffled[shuffled.subject.isin(["a", "c", "f"])]
+    (row,) = summarise(few, minus="plain").itertuples()
+    assert row.points == pytest.approx(tuple(each[["a", "c", "f"]]))
 
 
 def test_shares_in_a_table_are_never_known_exactly():

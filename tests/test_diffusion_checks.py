@@ -429,9 +429,9 @@ def compiled_in_place(pipe):
     pipe.unet.compile(backend="eager")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", [compiled, pytest.param(compiled_in_place, marks=pytest.mark.full)])
+@pytest.mark.parametrize("change", [compiled, compiled_in_place])
 def test_compiled_pipelines_do_what_others_do(own_pipe, v_pipe, edits, change):
     change(own_pipe)
     subject, parts = make_subject(16), [getattr(own_pipe, part) for part in checks.NETWORKS]

@@ -143,7 +143,7 @@ with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_addres
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_table_made_on_a_cluster_is_the_same_whenever_its_process_was_killed(tmp_path):
     command = [sys.executable, "-c", GRID]
     subprocess.run([*command, tmp_path / "whole.csv"], check=True, stdout=subprocess.DEVNULL)

@@ -1,6 +1,6 @@
 """Notebooks with `MODEL` set to another model: random weights, in the architecture of Stable Diffusion 1.5 or 2.1.
 
-One of them in short; all of them with both models, with their own settings, in `make test-all`.
+At full length, in `make test-all`. What each function does with other structures is tested where it is.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import pytest
 from conftest import DOWN, make_pipeline
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from nbclient import NotebookClient
-from short_notebooks import NOTEBOOKS, shortened
+from short_notebooks import NOTEBOOKS
 
 from coneslab import load
 from coneslab.pretraining.unet import build_tokenizer
 from coneslab.world import RARE_TOKENS, WORDS
 
 VERSIONS = ("1.5", "2.1")
-SHORT = {"03": "2.1"}
 CASES = [pytest.param(path, version, id=f"{path.stem}-{version}") for path in NOTEBOOKS for version in VERSIONS]
 # What a tokenizer of another model has in pieces; of the rare tokens it knows the one that everybody uses.
 SPLIT = {"pipistrelle", "toadstool", "tangerine", "ladybug", *RARE_TOKENS} - {"sks"}
@@ -94,13 +93,6 @@ def runs(notebook: nbformat.NotebookNode, model: Path, folder: Path) -> None:
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("<img " in "".join(output.get("data", {}).get("text/html", "")) for output in shown)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "version"), SHORT.items())
-def test_a_notebook_in_short_runs_with_another_model(number, version, model, tmp_path):
-    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(f"{number}_"))
-    runs(shortened(nbformat.read(path, as_version=4)), model(version), tmp_path)
 
 
 @pytest.mark.full

@@ -51,9 +51,9 @@ def test_constraints_pin_every_direct_dependency_within_its_range():
     pins = dict(split(line) for line in lines if line and not line.startswith("#"))
     extras = [entry for extra in EXTRAS.values() for entry in extra if not entry.startswith("coneslab[")]
     wanted = dict(map(split, [*REQUIREMENTS, *extras]))
-    assert pins.keys() == wanted.keys()
-    for name, pin in pins.items():
-        assert numbers(pin.removeprefix("==")) >= numbers(wanted[name].removeprefix(">=")), name
+    assert pins.keys() - wanted.keys() == {"jsonschema"} and not wanted.keys() - pins.keys()  # why: see there
+    for name, least in wanted.items():
+        assert numbers(pins[name].removeprefix("==")) >= numbers(least.removeprefix(">=")), name
     assert pins["torch"] == "==2.13.0"
 
 

@@ -106,8 +106,7 @@ def every_way(setting, case, seed):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("ablation", "model-based, K-V"),
-        pytest.param("ablation", "ESD", marks=pytest.mark.full),
+        *(pytest.param("ablation", way, marks=pytest.mark.full) for way in ("model-based, K-V", "ESD")),
         ("collateral", "model-based, K-V"),
         ("conceptor", ""),
     ],

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import files
 from ..errors import ConeslabError, FileFormatError
-from ..measure.statistics import MIN_CLUSTERS, bootstrap_interval, share_interval
+from ..measure.statistics import MIN_CLUSTERS, bootstrap_interval, cluster_means, share_interval
 
 Row = dict[str, Any]
 
@@ -214,29 +214,37 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
     subjects), points, and means of all other numbers. With fewer than five subjects low and high are NaN, and points
     has each subject's mean to show instead. Values that are not defined (NaN), such as the order of equal shares, are
     left out.
-    Raises ConeslabError if `minus` was not measured where another condition was.
+    Raises ConeslabError if `minus` was not measured where another condition was, or several times for one of its pairs.
     """
     others = [name for name in table.select_dtypes("number") if name not in ("subject", "seed", "value", CELL_SECONDS)]
-    rows = []
     table = table[table.value.notna()]
     all_or_nothing = table.value.isin([0, 1]).groupby(table.measure).all()
-    for (measure, condition), part in table.groupby(["measure", "condition"], sort=False):
-        named = str(measure).startswith(SHARES)
-        part = part.set_index(["subject", "seed"]).sort_index()
-        values, other = part.value.to_numpy(), None
+    in_order = table.groupby(["measure", "condition"], sort=False).groups
+    grouped = table.sort_values(["subject", "seed"], kind="stable").groupby(["measure", "condition"])
+    means, places = grouped[others].mean(), grouped.indices
+    subjects, seeds, numbers = (grouped.obj[name].to_numpy() for name in ("subject", "seed", "value"))
+    rows = []
+    for measure, condition in in_order:
+        if condition == minus:
+            continue
+        here, named = places[measure, condition], str(measure).startswith(SHARES)
+        values, clusters, other = numbers[here], [subjects[here].tolist(), seeds[here].tolist()], None
         if minus is not None:
-            if condition == minus:
-                continue
-            base = table[(table.measure == measure) & (table.condition == minus)]
-            base = base.set_index(["subject", "seed"]).sort_index()
-            if alone := sorted(set(part.index) - set(base.index)):
+            base = places.get((measure, minus), np.empty(0, dtype=int))
+            of_pair = dict(zip(zip(subjects[base], seeds[base], strict=True), numbers[base], strict=True))
+            pairs = list(zip(*clusters, strict=True))
+            if alone := sorted(set(pairs) - set(of_pair)):
                 subject, seed = alone[0]
                 raise ConeslabError(
                     f"{condition!r} was measured on {subject!r} with seed {seed}, and {minus!r} was not ({measure}): "
                     "measure what is missing, or leave out what has no pair"
                 )
-            other = base.loc[part.index, "value"].to_numpy()
-        clusters = [part.index.get_level_values(name).tolist() for name in ("subject", "seed")]
+            if len(of_pair) < len(base):
+                raise ConeslabError(
+                    f"{minus!r} has {len(base)} values of {measure} and {len(of_pair)} subjects and seeds: "
+                    "expected one for each, such as their mean"
+                )
+            other = np.array([of_pair[pair] for pair in pairs])
         if other is None and named and ((values >= 0) & (values <= 1)).all():
             interval = share_interval(values, clusters=clusters, level=level)
         else:
@@ -244,11 +252,12 @@ def summarise(table: pandas.DataFrame, *, minus: str | None = None, level: float
             interval = bootstrap_interval(values, clusters=clusters, **options)
         points: tuple[float, ...] = ()
         if interval.clusters < MIN_CLUSTERS:
-            shown = pandas.Series(values if other is None else values - other, index=part.index)
-            points = tuple(shown.groupby(["subject", "seed"]).mean().groupby("subject").mean())
+            points = cluster_means(values if other is None else values - other, clusters)
         bounds = {"value": interval.estimate, "low": interval.low, "high": interval.high}
         counted = {"clusters": interval.clusters, "points": points}
-        rows.append({"condition": condition, "measure": measure, **bounds, **counted, **part[others].mean()})
+        rows.append(
+            {"condition": condition, "measure": measure, **bounds, **counted, **means.loc[(measure, condition)]}
+        )
     return pandas.DataFrame(rows)
 
 

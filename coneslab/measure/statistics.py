@@ -215,6 +215,20 @@ def share_interval(values: Numbers, *, clusters: Sequence[Sequence] = (), level:
     return Interval(share, 0.0 if share == 0 else low, 1.0 if share == 1 else high, level, len(numbers), count)
 
 
+def cluster_means(values: Numbers, clusters: Sequence[Sequence]) -> tuple[float, ...]:
+    """The mean of each of the outermost clusters, in their order, taken as in `bootstrap_interval`.
+
+    What to show where there are too few for an interval. Raises MismatchError for different lengths, ConeslabError for
+    no values or non-finite ones.
+
+    >>> cluster_means([0.25, 0.5, 0.75], [["cat", "cat", "dog"]])
+    (0.375, 0.75)
+    """
+    clusters = checks.items("clusters", clusters)
+    numbers = _checked(values, clusters, None, 0.95)
+    return tuple(map(_tree_mean, _grouped(numbers, clusters)))
+
+
 def _difference_of_shares(differences: np.ndarray, tree: list[_Tree], level: float) -> Interval:
     """Difference of two shares on matched pairs, −1, 0 or 1 each: Agresti and Min (2005), half a pair in each cell."""
     mean, count = _tree_mean(tree), len(tree)
@@ -286,6 +300,8 @@ def _resample(tree: _Tree, size: int, rng: np.random.Generator) -> np.ndarray:
     if isinstance(tree, float):
         return np.full(size, tree)
     drawn = rng.integers(len(tree), size=(size, len(tree)))
+    if all(isinstance(child, float) for child in tree):
+        return np.array(tree)[drawn].mean(1)
     means = np.empty(drawn.shape)
     for index, child in enumerate(tree):
         here = drawn == index
