@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from claims import MARGIN, Difference, Finding, difference, estimate, verdict
-from result_tables import signed
+from result_tables import signed, size
 
 HALF = 0.5  # of the pictures: what eight targets can tell, since 0 of 8 may be 0.32
 KID, SYNONYMS, TAUGHT = "KID of others", "comes back: other words", "comes back: Textual Inversion"
@@ -30,7 +30,7 @@ def of_conceptor(table: Any) -> Iterator[Finding]:
         f"Of its first k words, for k components, {right.value:.2f} [{right.low:.2f}, {right.high:.2f}] name one. "
         "Precision at k and recall at ten words, over "
         + "; ".join(f"{control} {precision} and {recall}" for control, (precision, recall) in named.items())
-        + f" ({right.clusters} concepts, one seed). By component, among the first k, it finds "
+        + f" ({size(table)}). By component, among the first k, it finds "
         f"{over('nearest words', 'recall at k')} more than the nearest words.",
     )
     order = estimate(table, "Conceptor", "rank correlation")
@@ -63,7 +63,7 @@ def of_conceptor(table: Any) -> Iterator[Finding]:
         f"({len(parts)} concepts); that of a profession's hats in the colour taken out, by "
         f"{changed} ({len(hats)} professions, no interval). The table has no control, such as another word taken out.",
     )
-    at = table[table.kind == "profession"].set_index(["condition", "measure", "subject"]).value.sort_index()
+    at = table[table.kind == "profession"].groupby(["condition", "measure", "subject"]).value.mean()  # over seeds
     planted, drawn = at["untouched model", "blue, planted"], at["untouched model", "blue, pictures"]
     read, leaning = at["Conceptor", "blue, coefficients"], planted[(planted - 0.5).abs() > 1e-6].index
     yield Finding(
