@@ -498,6 +498,11 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         dict(start=None, threshold=None),
         {"start": (3, "x", m.delta), "threshold": NUMBER},
     ),
+    "ready_neurons": lambda m: (
+        neurons.ready_neurons,
+        (m.pipe,),
+        dict(subject=m.cat, settings=None, kept=None, rounds=1, batch_size=1, prior_batch_size=0, progress=False),
+    ),
     "reversed_neurons": lambda m: (neurons.reversed_neurons, (m.pipe,), dict(subject=m.cat, rounds=1)),
     "top_k_neurons": lambda m: (
         neurons.top_k_neurons,

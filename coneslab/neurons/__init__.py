@@ -18,6 +18,7 @@ from .damage import DAMAGES, dropped, flipped, moved
 from .encoding import LEVELS, PRECISIONS, MaskFile, decode, encode, entropy, entropy_bound, precision_of, quantised
 from .loss import ConceptLoss, concept_loss
 from .mask import ConceptNeurons, Overlap
+from .ready import ready_neurons
 from .search import RULES, SearchSettings, find_concept_neurons, quantiles
 from .union import (
     Additivity,
@@ -69,6 +70,7 @@ __all__ = [
     "quantiles",
     "quantised",
     "random_neurons",
+    "ready_neurons",
     "reversed_neurons",
     "top_k_neurons",
 ]

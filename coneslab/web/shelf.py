@@ -25,17 +25,16 @@ from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined, Edit, load_edit
 from ..edits.low_rank import LowRankDelta, compress
 from ..edits.weights import WeightDelta, model_fingerprint, require_model
-from ..errors import ArgumentError, ConeslabError, FileFormatError, MissingFileError
-from ..files import data_folder, require_writable, user_path
+from ..errors import ArgumentError, ConeslabError, MissingFileError
+from ..files import user_path
 from ..methods.ablation.uce import closed_form_edit
 from ..neurons.mask import ConceptNeurons
+from ..neurons.ready import ready_neurons
 from ..neurons.scope import word_ids
-from ..neurons.search import find_concept_neurons
 from ..world.subjects import SUBJECTS, subject
 
-SHIPPED = data_folder() / "shelf"
 ENERGY = 1 - 1e-6  # of an ablation that is kept: its error is then that of float16
-_SUBJECTS: tuple[tuple[str, str], ...] = (("cat", "subject"), ("car", "subject"), ("dog", "all"))  # and their scopes
+_SUBJECTS: dict[str, dict[str, Any]] = {"cat": {"scope": "subject"}, "car": {"scope": "subject"}, "dog": {}}
 _TARGET, _ANCHOR = "a cat", "a dog"
 _KEPT = ("a rabbit", "a car", "a robot", "a house")  # prompts that the ablation holds on to
 
@@ -189,33 +188,16 @@ def _first(value: Any) -> str:
 def default_shelf(pipe: Pipeline, kept: str | Path, *, rounds: int = 40, progress: bool = True) -> list[Shelved]:
     """Concept neurons of three subjects of the sticker world, two of them at their words only, and an ablation.
 
-    Those that were found on this very model are read from the mask files of `data/shelf`, which come with the shipped
-    one, or else from the folder `kept`; only then is each subject searched for, in about half a minute on two cores,
-    and kept. The ablation has a closed form, and is made anew.
+    Neurons that were found before are read, from those that come with the shipped model or from the folder `kept`
+    (`ready_neurons`); only else is a subject searched for, in about half a minute on two cores. The ablation has a
+    closed form, and is made anew.
     """
     require_editable(pipe)
-    folder, model = require_writable(kept, folder=True), model_fingerprint(pipe)
-    checks.count("rounds", rounds)
-    files = []
-    for name, scope in _SUBJECTS:
-        known = [place / f"{name}-{rounds}.mask" for place in (SHIPPED, folder)]
-        file = next((one for one in known if _found_on(pipe, model, one)), None)
-        if file is None:
-            file = known[-1]
-            found = find_concept_neurons(pipe, subject(name), rounds=rounds, scope=scope, progress=progress)
-            found.binary().save_mask(file)
-        files.append((name, file))
-    found_neurons = [replace(one, name=name) for name, file in files for one in shelf_of(pipe, [file])]
+    shelved = []
+    for name, where in _SUBJECTS.items():
+        found = ready_neurons(pipe, subject(name), rounds=rounds, **where, kept=kept, progress=progress)
+        shelved.append(Shelved(name, _title(found, name), *_prompts(found), found))
     ablation = closed_form_edit(pipe, _TARGET, _ANCHOR, preserve=_KEPT)
     words = _TARGET.split()[-1], _ANCHOR.split()[-1]
-    return [
-        *found_neurons,
-        Shelved(f"{words[0]}-to-{words[1]}", _title(ablation, ""), _TARGET, f"{_TARGET} on the grass", ablation),
-    ]
-
-
-def _found_on(pipe: Pipeline, model: str, file: Path) -> bool:
-    try:
-        return ConceptNeurons.load_mask(file, pipe).fingerprint == model
-    except (MissingFileError, FileFormatError):
-        return False
+    shown = f"{_TARGET} on the grass"
+    return [*shelved, Shelved(f"{words[0]}-to-{words[1]}", _title(ablation, ""), _TARGET, shown, ablation)]
