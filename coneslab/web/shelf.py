@@ -26,7 +26,7 @@ from ..edits.base import Combined, Edit, load_edit
 from ..edits.low_rank import LowRankDelta, compress
 from ..edits.weights import WeightDelta, model_fingerprint, require_model
 from ..errors import ArgumentError, ConeslabError, MissingFileError
-from ..files import user_path
+from ..files import require_writable, user_path
 from ..methods.ablation.uce import closed_form_edit
 from ..neurons.mask import ConceptNeurons
 from ..neurons.ready import ready_neurons
@@ -193,7 +193,7 @@ def default_shelf(pipe: Pipeline, kept: str | Path, *, rounds: int = 40, progres
     closed form, and is made anew.
     """
     require_editable(pipe)
-    shelved = []
+    kept, shelved = require_writable(kept, folder=True), []
     for name, where in _SUBJECTS.items():
         found = ready_neurons(pipe, subject(name), rounds=rounds, **where, kept=kept, progress=progress)
         shelved.append(Shelved(name, _title(found, name), *_prompts(found), found))
