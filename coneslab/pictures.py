@@ -72,6 +72,11 @@ def _damage_told(file: str | Path) -> Iterator[None]:
         raise FileFormatError(f"{file} cannot be read as a picture ({reason}): remove or replace it") from error
 
 
+def contents(pictures: Iterable[Image.Image]) -> bytes:
+    """What tells pictures from others: their sizes and pixels, in their order. For keys of what was made from them."""
+    return b"".join(repr(picture.size).encode() + picture.tobytes() for picture in pictures)
+
+
 def picture_files(folder: str | Path) -> list[Path]:
     """The files of a folder that hold pictures, in the order of their names.
 

@@ -295,15 +295,14 @@ def _tree_mean(tree: _Tree) -> float:
     return tree if isinstance(tree, float) else float(np.mean([_tree_mean(child) for child in tree]))
 
 
-def _resample(tree: _Tree, size: int, rng: np.random.Generator) -> np.ndarray:
+def _resample(tree: list[_Tree], size: int, rng: np.random.Generator) -> np.ndarray:
     """Means of `size` resamples of a tree, (size,): children drawn with replacement, each resampled in turn."""
-    if isinstance(tree, float):
-        return np.full(size, tree)
     drawn = rng.integers(len(tree), size=(size, len(tree)))
-    if all(isinstance(child, float) for child in tree):
+    branches = [child for child in tree if not isinstance(child, float)]
+    if not branches:
         return np.array(tree)[drawn].mean(1)
     means = np.empty(drawn.shape)
-    for index, child in enumerate(tree):
+    for index, child in enumerate(branches):  # leaves are as deep as one another: here are none
         here = drawn == index
         means[here] = _resample(child, int(here.sum()), rng)
     return means.mean(1)

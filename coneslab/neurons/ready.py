@@ -16,7 +16,7 @@ from ..diffusion.pipelines import Pipeline, pipeline_fingerprint
 from ..errors import FileFormatError, MissingFileError
 from ..files import data_folder, require_writable
 from ..finetuning.samples import ConceptSubject, require_subject
-from ..pictures import as_pictures
+from ..pictures import as_pictures, contents
 from ..settings import takes
 from .mask import ConceptNeurons
 from .search import SearchSettings, find_concept_neurons
@@ -64,5 +64,4 @@ def ready_neurons(
 def _key(pipe: Pipeline, subject: ConceptSubject, settings: SearchSettings) -> str:
     """What a search depends on, as 16 hex digits. The device and the precision of its passes are left out."""
     facts = [pipeline_fingerprint(pipe), subject.prompt, subject.prior_prompt, sorted(settings.record().items())]
-    pictures = b"".join(repr(picture.size).encode() + picture.tobytes() for picture in as_pictures(subject.images))
-    return hashlib.sha256(repr(facts).encode() + pictures).hexdigest()[:16]
+    return hashlib.sha256(repr(facts).encode() + contents(as_pictures(subject.images))).hexdigest()[:16]
