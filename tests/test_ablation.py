@@ -428,7 +428,7 @@ def test_unlearning_aims_at_the_anchor_whatever_is_read_and_keeps_the_rest(v_pip
 
 @pytest.mark.slow
 def test_unlearning_changes_what_is_predicted_on_the_targets_pictures_without_a_word(v_pipe, pictured):
-    options = {**UNLEARN, "steps": 40, "learning_rate": 5e-4, "words": 0, "eta": 0.0, "preserve_weight": 0.0}
+    options = {**UNLEARN, "steps": 40, "learning_rate": 2e-4, "words": 0, "eta": 0.0, "preserve_weight": 0.0}
     edit = unlearn(v_pipe, "a cat", "a dog", images=pictured.images, **options)
     assert any("attn1" in name or "conv" in name for name in edit.deltas)  # the whole U-Net
     latents, when = encode_images(v_pipe, pictured.images), torch.tensor([200, 500, 800])
@@ -441,7 +441,7 @@ def test_unlearning_changes_what_is_predicted_on_the_targets_pictures_without_a_
     aim, before = predicted("a dog"), predicted("")
     with edit.applied(v_pipe):
         after = predicted("")
-    assert (after - aim).norm() < 0.97 * (before - aim).norm()
+    assert (after - aim).norm() < 0.92 * (before - aim).norm()
 
 
 def test_unlearning_goes_on_where_it_was_interrupted(v_pipe, tmp_path):

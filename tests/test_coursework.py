@@ -187,7 +187,7 @@ def nbgrader(tmp_path_factory):
     return run
 
 
-GRADED_FIRST = "01_diffusion_basics"  # the others in `make test-all`
+GRADED_FIRST = "01b_training_from_scratch"  # the others in `make test-all`
 
 
 @pytest.mark.slow

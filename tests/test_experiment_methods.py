@@ -16,7 +16,8 @@ from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import cluster, comparison
 from coneslab.experiments.methods import METHODS, Method, make_edit
-from coneslab.experiments.setting import stored_bytes
+from coneslab.experiments.setting import neurons, stored_bytes
+from coneslab.neurons.search import find_concept_neurons
 from coneslab.neurons.union import joint_prompt
 from coneslab.world.subjects import TUNING_SUBJECTS, subjects_of
 
@@ -185,6 +186,14 @@ def test_masks_at_their_words_are_joined_at_their_dose(world_pipe, tmp_path):
     assert stored_bytes(part) == sum(len(mask.to_bytes()) for mask in part.edits)
     alone, _ = make_edit("Cones, token-local", world_pipe, subjects[:1], folder=tmp_path, **short)
     assert alone == whole.edits[0]
+
+
+def test_a_search_draws_the_prior_pictures_that_its_settings_ask_for(world_pipe):
+    (cat,) = subjects_of("cat")
+    few = {"rounds": 1, "batch_size": 2, "prior_batch_size": 2, "prior_images": 2, "sampler_steps": 2, "seed": 3}
+    found = neurons(world_pipe, cat, **few)
+    assert found == find_concept_neurons(world_pipe, cat, progress=False, **few)
+    assert found != neurons(world_pipe, cat, **few | {"prior_images": 1})
 
 
 def test_a_kept_edit_is_that_of_all_settings_defaults_included(world_pipe, tmp_path, monkeypatch):

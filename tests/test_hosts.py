@@ -314,7 +314,7 @@ def colab(wheel, bare, monkeypatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cells", [3, pytest.param(None, marks=pytest.mark.full)])  # to the first pictures; all
+@pytest.mark.parametrize("cells", [2, pytest.param(None, marks=pytest.mark.full)])  # the set-up; all
 def test_the_tour_runs_on_colab(cells, colab, tmp_path):
     notebook = shortened(nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"][:cells]

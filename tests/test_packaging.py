@@ -147,7 +147,8 @@ TOUR = """
 import coneslab
 pipe = coneslab.load("tiny")
 cat = coneslab.subject("cat")
-found = coneslab.find_concept_neurons(pipe, cat, rounds=2)
+few = {"batch_size": 4, "prior_batch_size": 2, "prior_images": 2, "sampler_steps": 2}
+found = coneslab.find_concept_neurons(pipe, cat, rounds=2, rate=0.5, **few)
 with found.applied(pipe):
     images = coneslab.generate(pipe, cat.prompts[:2], seed=0, sampler_steps=2)
 judge = coneslab.load_judge()

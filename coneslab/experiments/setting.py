@@ -25,7 +25,6 @@ from ..diffusion.sampling import generate
 from ..edits.base import Combined, Edit, applied, load_edit
 from ..errors import ConeslabError, FileFormatError
 from ..files import read_json, require_writable, write_whole
-from ..finetuning.samples import prior_pictures
 from ..measure.judge import Judge
 from ..measure.subject_truth import shows_subject
 from ..neurons.controls import random_neurons
@@ -149,10 +148,8 @@ def identity_of(pipe: Pipeline, judge: Judge, **options: Any) -> dict[str, Any]:
 
 @takes(SearchSettings)
 def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> ConceptNeurons:
-    """A search without a progress bar; its prior pictures are drawn first, once for all searches from one seed."""
-    require_editable(pipe)
-    prior = prior_pictures(pipe, subject, seed=seed) if SearchSettings.chosen(None, settings).has_prior else None
-    return find_concept_neurons(pipe, subject, prior=prior, seed=seed, progress=False, **settings)
+    """A search without a progress bar. Its prior pictures are drawn once for all searches from one seed."""
+    return find_concept_neurons(pipe, subject, seed=seed, progress=False, **settings)
 
 
 def kept(
