@@ -23,7 +23,7 @@ from PIL import Image
 from small_judge import save_small_judge
 
 from coneslab import ConeslabError, cli, generate, load, load_edit
-from coneslab.cli import doctor, reproduce, use
+from coneslab.cli import concepts, doctor, reproduce, use
 from coneslab.diffusion import pipelines
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.edits import Combined, TokenEdit, WeightDelta
@@ -667,7 +667,7 @@ def test_what_has_no_effect_is_told(coneslab, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", use.ABLATIONS)
+@pytest.mark.parametrize("method", concepts.ABLATIONS)
 def test_ablate_has_every_method(method, coneslab, tmp_path):
     few = ["--steps", "1", "--pictures", "4", "--method", method]
     found = coneslab("ablate", "a cat", "a dog", *few)

@@ -1,7 +1,8 @@
 """The command line: `coneslab COMMAND ...`, which `make lab` installs beside Python.
 
-`use` has the commands that use a model, `publish` the one that puts it on a page, `reproduce` those that make what
-ships or is reported. Builds on everything else; each command imports what it needs when it runs.
+`use` has the commands that find neurons and draw, `concepts` those that take concepts apart and remove them, `publish`
+the one that puts a model on a page, `reproduce` those that make what ships or is reported. Builds on everything else;
+each command imports what it needs when it runs.
 """
 
 from __future__ import annotations

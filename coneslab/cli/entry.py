@@ -16,7 +16,7 @@ from typing import Any
 from .. import __version__
 from ..errors import ConeslabError, ConeslabWarning
 from ..files import write_json, write_whole
-from . import publish, reproduce, use
+from . import concepts, publish, reproduce, use
 from .options import free_path, require_text, silence
 
 _EPILOG = """\
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"coneslab {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     use.add_commands(commands)
+    concepts.add_commands(commands)
     publish.add_commands(commands)
     reproduce.add_commands(commands)
     return top

@@ -10,13 +10,17 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .. import checks
 from ..errors import ArgumentError, ConeslabError
 from ..files import require_replaceable, require_writable, user_path
 
+if TYPE_CHECKING:
+    from ..diffusion.pipelines import Pipeline
+
 Arguments = argparse.Namespace
+EDIT = ".safetensors"  # what files of edits end in
 PIPELINE = "model_index.json"  # the file that every pipeline folder has
 
 
@@ -55,6 +59,15 @@ def several_positive(text: str) -> list[int]:
 
 
 # --- options --------------------------------------------------------------------------------------------
+
+
+def add_command(
+    commands: argparse._SubParsersAction, name: str, run: Callable[[Arguments], dict[str, Any]], what: str
+) -> argparse.ArgumentParser:
+    """Add a command that runs a function; what: what it does, for the list of commands and its own help."""
+    made = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    made.set_defaults(run=run)
+    return made
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -203,3 +216,29 @@ def command(*words: Any) -> str:
 def drawing_options(arguments: Arguments) -> dict[str, Any]:
     """Options of `generate`."""
     return {"sampler_steps": arguments.sampler_steps, "guidance_scale": arguments.guidance_scale}
+
+
+def is_folder(given: str, instead: str) -> bool:
+    """Whether a folder is meant. Raises ConeslabError for a file."""
+    path = user_path(given)
+    if path.is_file():
+        raise ConeslabError(f"{given} is a file: give a folder of pictures, or {instead}")
+    return path.is_dir()
+
+
+def resolution(pipe: Pipeline) -> int:
+    """The size of the pipeline's pictures, in pixels."""
+    from ..diffusion.encoding import latent_shape
+
+    return latent_shape(pipe)[1] * pipe.vae_scale_factor
+
+
+def about_edit(edit: Any, path: Path) -> dict[str, Any]:
+    """What --json says of an edit that was written."""
+    return {"file": str(path), "kind": type(edit).__name__, "bytes": path.stat().st_size}
+
+
+def say_if_nothing_is_shut(say: Callable[..., None], edit: Any) -> None:
+    """Tell of a mask without neurons."""
+    if hasattr(edit, "shut") and not len(edit.shut()):
+        say("no neuron is shut, so the edit does nothing: search for more rounds")

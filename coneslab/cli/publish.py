@@ -8,6 +8,7 @@ from typing import Any
 from ..files import user_path
 from .options import (
     Arguments,
+    add_command,
     add_device,
     add_json,
     as_guidance_scale,
@@ -46,8 +47,7 @@ def _export_web(arguments: Arguments) -> dict[str, Any]:
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     what = "write a page that draws with a model in a browser, with nothing installed"
-    export = commands.add_parser("export-web", help=what, description=what[0].upper() + what[1:] + ".")
-    export.set_defaults(run=_export_web)
+    export = add_command(commands, "export-web", _export_web, what)
     export.add_argument("folder", metavar="DIR", type=user_path, help="where to: files for any static host")
     export.add_argument("--model", default="tiny", help='"tiny", a pipeline folder, or a hub id (default: tiny)')
     export.add_argument(

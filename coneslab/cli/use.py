@@ -1,4 +1,4 @@
-"""Commands that use a model: `tour`, `find`, `generate`, `apply`, `decompose`, `ablate`, `doctor`.
+"""Commands that find neurons and draw: `doctor`, `tour`, `find`, `generate`, `apply`.
 
 Each imports what it needs when it runs: torch and diffusers take seconds, and --help should not. A command checks that
 it can write its files before it draws or trains, and overwrites nothing unless told to.
@@ -10,41 +10,40 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConeslabError
 from ..files import replacing, replacing_folder, seal_folder, user_path, write_whole
 from .options import (
+    EDIT,
     PIPELINE,
     Arguments,
+    about_edit,
+    add_command,
     add_common,
     add_device,
     add_json,
-    add_judge,
     as_dose,
-    as_seed,
-    as_template,
     as_text,
     as_word,
     command,
     drawing_options,
     file_name,
     free_path,
+    is_folder,
     load_pipeline,
     positive,
     refuse_unused,
+    resolution,
+    say_if_nothing_is_shut,
     teller,
-    unused,
 )
 
-if TYPE_CHECKING:
-    from ..diffusion.pipelines import Pipeline
-
-EDIT, FIGURE = ".safetensors", ".png"  # what files of edits, and figures, end in
-ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune", "unlearn")
+FIGURE = ".png"  # what files of figures end in
 
 
 # --- what commands share --------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ def _subject(arguments: Arguments, resolution: int | None = None) -> Any:
     """A subject of the sticker world by name, or your own from a folder of pictures, of this many pixels."""
     from ..world.subjects import subject, subject_from_folder
 
-    if not _is_folder(arguments.subject, "a subject of the sticker world"):
+    if not is_folder(arguments.subject, "a subject of the sticker world"):
         refuse_unused(arguments, "on a subject of the sticker world (for yours, give a folder)", "class_word", "token")
         return subject(arguments.subject)
     if not arguments.class_word:
@@ -64,29 +63,10 @@ def _subject(arguments: Arguments, resolution: int | None = None) -> Any:
     return subject_from_folder(arguments.subject, arguments.class_word, **options)
 
 
-def _is_folder(given: str, instead: str) -> bool:
-    """Whether a folder is meant. Raises ConeslabError for a file."""
-    path = user_path(given)
-    if path.is_file():
-        raise ConeslabError(f"{given} is a file: give a folder of pictures, or {instead}")
-    return path.is_dir()
-
-
-def _resolution(pipe: Pipeline) -> int:
-    """The size of the pipeline's pictures, in pixels."""
-    from ..diffusion.encoding import latent_shape
-
-    return latent_shape(pipe)[1] * pipe.vae_scale_factor
-
-
 def _edits(paths: Sequence[Path]) -> list[Any]:
     from ..edits.base import load_edit
 
     return [load_edit(path) for path in paths]
-
-
-def _about_edit(edit: Any, path: Path) -> dict[str, Any]:
-    return {"file": str(path), "kind": type(edit).__name__, "bytes": path.stat().st_size}
 
 
 # --- tour -----------------------------------------------------------------------------------------------
@@ -152,7 +132,7 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     say, name = teller(arguments), _subject(arguments).name
     path = free_path(arguments.out or f"{file_name(name)}{EDIT}", arguments, ending=EDIT)
     pipe = load_pipeline(arguments)
-    subject, start = _subject(arguments, _resolution(pipe)), time.perf_counter()
+    subject, start = _subject(arguments, resolution(pipe)), time.perf_counter()
     found = find_concept_neurons(
         pipe,
         subject,
@@ -167,13 +147,13 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     found.save(path)
     say(found)
-    _say_if_nothing_is_shut(say, found)
+    say_if_nothing_is_shut(say, found)
     say(f"written: {path}, {path.stat().st_size:,} bytes, in {seconds:.0f} s")
     say(f"try it:  {command('generate', subject.prompts[0], '--edit', path)}")
     layers = {row["layer"]: row["shut"] for row in found.per_layer()}
     return {
         "subject": subject.name,
-        **_about_edit(found, path),
+        **about_edit(found, path),
         "precision": arguments.precision,
         "scope": list(found.scope),
         "neurons": found.n,
@@ -182,11 +162,6 @@ def _find(arguments: Arguments) -> dict[str, Any]:
         "shut by layer": layers,
         "seconds": seconds,
     }
-
-
-def _say_if_nothing_is_shut(say: Callable[..., None], edit: Any) -> None:
-    if hasattr(edit, "shut") and not len(edit.shut()):
-        say("no neuron is shut, so the edit does nothing: search for more rounds")
 
 
 # --- generate and apply ---------------------------------------------------------------------------------
@@ -277,172 +252,6 @@ def _titles(edit: Any) -> list[str]:
     return [str(getattr(edit, "subject", "")), *(title for part in parts for title in _titles(part))]
 
 
-# --- decompose ------------------------------------------------------------------------------------------
-
-
-def _decompose(arguments: Arguments) -> dict[str, Any]:
-    from ..measure.judge import judge_source, load_judge
-    from ..methods.conceptor.decomposition import decompose
-    from ..methods.conceptor.image import decompose_image
-    from ..world.subjects import subject_from_folder
-
-    say, own = teller(arguments), _is_folder(arguments.concept, "a prompt")
-    judge_source(arguments.judge)
-    name = user_path(arguments.concept).resolve().name if own else ""
-    if own:
-        subject_from_folder(arguments.concept, "thing")  # refuses a folder that holds no pictures
-    path = free_path(arguments.out or f"{file_name(name or arguments.concept)}{EDIT}", arguments, ending=EDIT)
-    if own and (given := unused(arguments, "pictures")):
-        say(f"{given} has no effect: the pictures of the folder are used")
-    pipe = load_pipeline(arguments)
-    judge = load_judge(arguments.judge, device=pipe.device)
-    size = _resolution(pipe)
-    shown = subject_from_folder(arguments.concept, "thing", resolution=size).images if own else arguments.concept
-    found = decompose(
-        pipe,
-        shown,
-        judge,
-        name=name,
-        pictures=100 if arguments.pictures is None else arguments.pictures,
-        steps=arguments.steps,
-        sampler_steps=arguments.sampler_steps,
-        guidance_scale=arguments.guidance_scale,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-    )
-    found.save(path)
-    words = found.top(arguments.top)
-    say("\n".join([f"{'word':16} share of the sum", *(f"{word:16} {share:.3f}" for word, share in words)]))
-    say(f"written: {path}; “{found.prompt}” draws it: {command('generate', found.prompt, '--edit', path)}")
-    facts = {"concept": arguments.concept, **_about_edit(found, path), "prompt": found.prompt, "words": dict(words)}
-    if arguments.picture is not None:
-        one = decompose_image(
-            pipe,
-            found,
-            judge,
-            seed=arguments.picture,
-            sampler_steps=arguments.sampler_steps,
-            guidance_scale=arguments.guidance_scale,
-            progress=not arguments.quiet,
-        )
-        needed = f"{', '.join(one.words)} (similarity {one.similarity:.3f})"
-        say(f"the picture from seed {arguments.picture} needs: {needed}")
-        facts["picture"] = {"seed": arguments.picture, "words": list(one.words), "similarity": one.similarity}
-    return facts
-
-
-# --- ablate ---------------------------------------------------------------------------------------------
-
-
-def _ablate(arguments: Arguments) -> dict[str, Any]:
-    say = teller(arguments)
-    _require_belonging(arguments, say)
-    path = free_path(arguments.out or f"without-{file_name(arguments.target)}{EDIT}", arguments, ending=EDIT)
-    if arguments.check:
-        from ..measure.judge import judge_source
-
-        judge_source(arguments.judge or "judge")
-    pipe, start = load_pipeline(arguments), time.perf_counter()
-    edit = _ablated(arguments, pipe)
-    seconds = time.perf_counter() - start
-    edit.save(path)
-    _say_if_nothing_is_shut(say, edit)
-    say(f"written: {path}, {path.stat().st_size:,} bytes, in {seconds:.0f} s")
-    facts = {
-        "target": arguments.target,
-        "anchor": arguments.anchor,
-        "method": arguments.method,
-        "seconds": seconds,
-        **_about_edit(edit, path),
-    }
-    if not arguments.check:
-        say(f"is it gone? {command('ablate', arguments.target, arguments.anchor, '--check')} ... draws and measures")
-        return facts
-    from ..finetuning.samples import generate_once
-    from ..measure.judge import load_judge
-    from ..methods.ablation.profile import KINDS, Profile, usual_probes
-    from ..methods.ablation.report import evaluate_ablation
-    from ..seeds import derived
-
-    judge = load_judge(arguments.judge or "judge", device=pipe.device)
-    shown = (pipe, judge, edit, arguments.target, arguments.anchor)
-    pictures = 16 if arguments.check_pictures is None else arguments.check_pictures
-    options = {"pictures": pictures, "seed": arguments.seed, **drawing_options(arguments)}
-    drawn = {**drawing_options(arguments), "seed": derived(arguments.seed, "pictures of the target")}
-    own = generate_once(pipe, [arguments.target] * pictures, **drawn)
-    word = arguments.target.split()[-1]
-    probes = usual_probes(arguments.target, arguments.anchor, own, word=word, budget={"seed": arguments.seed})
-    others = {"other": arguments.other}
-    report = evaluate_ablation(*shown, others=others, probes=probes, progress=not arguments.quiet, **options)
-    profile = Profile.of(report)
-    prompts = report[~report.group.isin(KINDS)]
-    say(prompts.pivot(index=["group", "prompt"], columns="measure", values="value").round(3).to_string())
-    say(f"\nis it gone, or only avoided? {profile}")
-    text = report.astype(object).where(report.notna(), None)  # JSON has no NaN
-    return {**facts, "report": text.to_dict("records"), "verdict": profile.verdict}
-
-
-def _require_belonging(arguments: Arguments, say: Callable[..., None]) -> None:
-    """Raise ConeslabError for options that another method takes; say which others have no effect on this one."""
-    method = arguments.method
-    where = f"on the method {method}"
-    if method not in ("model", "noise"):
-        refuse_unused(arguments, f"{where}: it is for the methods model and noise", "parameters")
-    if method not in ("model", "noise", "uce", "unlearn") and arguments.template:
-        raise ConeslabError(
-            f"--template is for the methods model, noise, uce and unlearn; {method} takes the target as it is"
-        )
-    if method not in ("uce", "unlearn") and not arguments.check:
-        refuse_unused(arguments, f"{where} without --check: only uce and unlearn hold on to other prompts", "other")
-    if not arguments.check:
-        refuse_unused(arguments, "without --check", "judge", "check_pictures")
-    idle = {"uce": ("steps", "pictures"), "prune": ("steps",)}.get(method, ())
-    if given := unused(arguments, *idle):
-        say(f"{given} has no effect {where}: nothing is trained")
-    if method == "esd" and not arguments.check:
-        say(f"the anchor has no effect {where}: it takes none")
-
-
-def _ablated(arguments: Arguments, pipe: Pipeline) -> Any:
-    from .. import methods
-    from ..methods.ablation.concept_ablation import ablate
-    from ..methods.ablation.prompts import one_pair
-
-    target, anchor, method = arguments.target, arguments.anchor, arguments.method
-    quiet: dict[str, Any] = {"progress": not arguments.quiet}
-    steps = (100 if method == "unlearn" else 50) if arguments.steps is None else arguments.steps
-    drawn: dict[str, Any] = {
-        "pictures": 64 if arguments.pictures is None else arguments.pictures,
-        "seed": arguments.seed,
-        "sampler_steps": arguments.sampler_steps,
-        "guidance_scale": arguments.guidance_scale,
-    }
-    templates = tuple(arguments.template) or ("{}",)
-    if method == "uce":
-        return methods.closed_form_edit(pipe, target, anchor, templates=templates, preserve=arguments.other)
-    one_pair(pipe, target, anchor)
-    if method == "unlearn":
-        targets, anchors = ([text.format(one) for text in templates] for one in (target, anchor))
-        return methods.unlearn(pipe, targets, anchors, preserve=arguments.other, steps=steps, **drawn, **quiet)
-    if method == "esd":
-        return methods.erase(pipe, target, steps=steps, **drawn, **quiet)
-    if method == "neurons":
-        return methods.ablating_neurons(pipe, target, anchor, rounds=steps, **drawn, **quiet).binary()
-    if method == "prune":
-        return methods.prune_feed_forward(pipe, target, anchor, **drawn)
-    return ablate(
-        pipe,
-        target,
-        anchor,
-        objective=method,
-        parameters=arguments.parameters or "cross_attention_kv",
-        steps=steps,
-        templates=templates,
-        **drawn,
-        **quiet,
-    )
-
-
 # --- doctor ---------------------------------------------------------------------------------------------
 
 
@@ -459,12 +268,7 @@ def _doctor(arguments: Arguments) -> dict[str, Any]:
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add all commands, in the order in which they are listed."""
-
-    def add(name: str, run: Callable[[Arguments], dict[str, Any]], what: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
-        made.set_defaults(run=run)
-        return made
-
+    add = partial(add_command, commands)
     doctor = add("doctor", _doctor, "check versions, device and shipped models, and say what will be slow")
     add_device(doctor)
     doctor.add_argument("--no-timing", action="store_true", help="skip the ten seconds of timing")
@@ -512,38 +316,3 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--save-model", type=user_path, metavar="FOLDER", help="also save the pipeline with the edits in it"
     )
     add_common(apply, "output figure (default: applied.png)")
-
-    decompose = add("decompose", _decompose, "write a concept as a weighted sum of words (Conceptor)")
-    decompose.add_argument("concept", type=as_text, help='a prompt, such as "a pet", or a folder of pictures')
-    decompose.add_argument("--steps", type=positive, default=500, help="training steps (default: 500)")
-    decompose.add_argument("--pictures", type=positive, help="pictures drawn for a prompt (default: 100)")
-    decompose.add_argument("--top", type=positive, default=10, help="words to show (default: 10)")
-    decompose.add_argument(
-        "--picture", type=as_seed, metavar="SEED", help="also say which words this one picture needs"
-    )
-    add_judge(decompose)
-    add_common(decompose, "output file (default: CONCEPT.safetensors)")
-
-    ablate = add("ablate", _ablate, "make a model draw the anchor instead of the target, and check that it does")
-    ablate.add_argument("target", type=as_text, help='what to remove, such as "a cat"')
-    ablate.add_argument("anchor", type=as_text, help='what to draw instead, such as "a dog"')
-    ablate.add_argument(
-        "--method", choices=ABLATIONS, default="model", help="(default: model; unlearn trains the whole U-Net)"
-    )
-    ablate.add_argument(
-        "--parameters",
-        choices=("cross_attention_kv", "attention", "embedding", "all"),
-        help="what the methods model and noise train (default: cross_attention_kv)",
-    )
-    ablate.add_argument("--steps", type=positive, help="training steps; for neurons, rounds (default: 50, unlearn 100)")
-    ablate.add_argument("--pictures", type=positive, help="of the anchor, to train on (default: 64)")
-    ablate.add_argument(
-        "--template", action="append", type=as_template, default=[], help='a caption for both, such as "{} at night"'
-    )
-    ablate.add_argument(
-        "--other", action="append", type=as_text, default=[], help="a prompt that should stay as it is, repeatable"
-    )
-    ablate.add_argument("--check", action="store_true", help="measure if it is gone, stays gone, and what else is lost")
-    ablate.add_argument("--check-pictures", type=positive, help="per prompt of the check (default: 16)")
-    add_judge(ablate, default=None)
-    add_common(ablate, "output file (default: without-TARGET.safetensors)")
