@@ -228,7 +228,7 @@ def test_dreambooth_is_gradient_descent_on_the_whole_unet(v_pipe, pictured, dtyp
     pairs = concept_latents(v_pipe, pictured, batch_size=4, prior_batch_size=0)
     draw = next(sample_batches(v_pipe, pairs, seed=0))
     loss = denoising_loss(v_pipe, draw.latents, pairs[0].text[None], noise=draw.noise, timesteps=draw.timesteps)
-    assert edit.history["loss"][0] == pytest.approx(float(loss), rel=close)  # by default passes may be in bfloat16
+    assert edit.history["loss"][0] == pytest.approx(loss.item(), rel=close)  # by default passes may be in bfloat16
     weights = dict(v_pipe.unet.named_parameters())
     slopes = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
     agree, total = 0, 0

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from coneslab import world
-from coneslab.errors import ConeslabError, WorldError
+from coneslab.errors import ConeslabError, ConeslabWarning, WorldError
 from coneslab.world import subjects
 
 
@@ -32,7 +32,8 @@ def test_subject_from_a_users_folder(tmp_path):
     rotated.save(tmp_path / "b.jpg", exif=exif)
     Image.new("RGBA", (50, 50), (0, 0, 255, 0)).save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("not a picture")
-    mine = subjects.subject_from_folder(tmp_path, "dog", token="wug", resolution=32)
+    with pytest.warns(ConeslabWarning, match=r"notes\.txt: left out"):
+        mine = subjects.subject_from_folder(tmp_path, "dog", token="wug", resolution=32)
     assert [image.size for image in mine.images] == [(32, 32), (32, 32)] and mine.prompt == "a wug dog"
     assert mine.images[0].getpixel((5, 5)) == (255, 255, 255)  # transparent becomes white
     assert mine.name == tmp_path.name and len(mine.prompts) == 10
