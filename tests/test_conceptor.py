@@ -16,15 +16,15 @@ from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprin
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.methods.conceptor.biases import bias, group_shares, rebalance
-from coneslab.methods.conceptor.decomposition import (
-    Decomposition,
+from coneslab.methods.conceptor.decomposition import Decomposition
+from coneslab.methods.conceptor.image import _Left, decompose_image
+from coneslab.methods.conceptor.learning import (
     DecompositionSettings,
     _begin_with_words,
     _Weights,
     choose_dictionary,
     decompose,
 )
-from coneslab.methods.conceptor.image import _Left, decompose_image
 from coneslab.methods.conceptor.vocabulary import encode_vocabulary, whole_words
 
 FAST = {

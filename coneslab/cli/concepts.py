@@ -45,8 +45,8 @@ ABLATIONS = ("model", "noise", "uce", "esd", "neurons", "prune", "unlearn")
 
 def _decompose(arguments: Arguments) -> dict[str, Any]:
     from ..measure.judge import judge_source, load_judge
-    from ..methods.conceptor.decomposition import decompose
     from ..methods.conceptor.image import decompose_image
+    from ..methods.conceptor.learning import decompose
     from ..world.subjects import subject_from_folder
 
     say, own = teller(arguments), is_folder(arguments.concept, "a prompt")

@@ -23,7 +23,8 @@ from ..errors import ConeslabError
 from ..finetuning.samples import SamplerSettings, generate_once
 from ..measure.statistics import kid
 from ..methods.conceptor.biases import bias, group_shares, rebalance
-from ..methods.conceptor.decomposition import Decomposition, decompose
+from ..methods.conceptor.decomposition import Decomposition
+from ..methods.conceptor.learning import decompose
 from ..methods.conceptor.vocabulary import Vocabulary, encode_vocabulary
 from ..methods.personalization.textual_inversion import textual_inversion
 from ..seeds import derived

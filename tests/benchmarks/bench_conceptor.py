@@ -32,8 +32,9 @@ from coneslab.diffusion.encoding import encode_images  # noqa: E402
 from coneslab.diffusion.loss import denoising_loss  # noqa: E402
 from coneslab.diffusion.sampling import generate  # noqa: E402
 from coneslab.edits.tokens import embedding_of, with_tokens  # noqa: E402
-from coneslab.methods.conceptor.decomposition import TEMPLATE, Decomposition, choose_dictionary, decompose  # noqa: E402
+from coneslab.methods.conceptor.decomposition import TEMPLATE, Decomposition  # noqa: E402
 from coneslab.methods.conceptor.image import decompose_image  # noqa: E402
+from coneslab.methods.conceptor.learning import choose_dictionary, decompose  # noqa: E402
 from coneslab.methods.conceptor.vocabulary import Vocabulary, encode_vocabulary  # noqa: E402
 
 CONCEPT, TOKEN = "a pet", "<concept>"

@@ -6,8 +6,9 @@ A decomposition is an edit. Builds on `finetuning`, `edits` and `measure`.
 from __future__ import annotations
 
 from .biases import bias, group_shares, rebalance
-from .decomposition import Decomposition, DecompositionSettings, choose_dictionary, decompose
+from .decomposition import Decomposition
 from .image import ImageDecomposition, decompose_image
+from .learning import DecompositionSettings, choose_dictionary, decompose
 from .vocabulary import Vocabulary, encode_vocabulary, whole_words
 
 __all__ = [
