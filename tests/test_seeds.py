@@ -130,12 +130,13 @@ def test_searches_of_subjects_and_seeds_share_no_noise(world_pipe, judge, noises
     now, seen = noises
     monkeypatch.setattr(samples, "_DRAWN", OrderedDict())
     setting = Setting(world_pipe, judge, rounds=1, **SMALL)
+    few = {"batch_size": 8, "prior_batch_size": 4, "prior_images": 4, "sampler_steps": 2}
     for name in ("cat", "dog"):
         for seed in range(2):
             now.what = name, seed
-            setting.search(subject(name), seed)
+            setting.search(subject(name), seed, **few)
             settled = {**seen}
-            setting.found(subject(name), seed)  # the same search, whose prior pictures have been drawn
+            setting.found(subject(name), seed, **few)  # the same search, whose prior pictures have been drawn
             assert seen == settled
     assert_apart(seen, 4)
 
