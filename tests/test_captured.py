@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import never, numbers
 from torch import nn
 
 from coneslab.errors import ConeslabError
@@ -114,21 +115,11 @@ def test_a_captured_loss_that_is_not_finite_stops_the_run(tmp_path: Path, device
         loop.fit(tmp_path, modules={"net": net}, loss=broken, recipe=RECIPE)
 
 
-def _numbers(n: int, seed: int) -> torch.Tensor:
-    return torch.arange(n) + seed
-
-
-def _never(n: int, seed: int) -> None:
-    import time
-
-    time.sleep(60)
-
-
 @pytest.mark.slow
 def test_a_stream_gives_each_picture_once_and_in_order():
     recipe = replace(RECIPE, batch_size=4)
     ready = lambda drawn, index: {"x": drawn, "chunk": torch.full((len(drawn),), index)}  # noqa: E731
-    with captured.Stream(_numbers, ready, size=8, seed=100, recipe=recipe, workers=1) as stream:
+    with captured.Stream(numbers, ready, size=8, seed=100, recipe=recipe, workers=1) as stream:
         batches = [stream.batch(step) for step in range(4)]
     assert [batch["x"].tolist() for batch in batches] == [
         [100, 101, 102, 103],
@@ -141,7 +132,7 @@ def test_a_stream_gives_each_picture_once_and_in_order():
 
 def test_a_stream_without_pictures_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(captured, "_PATIENCE", 0.2)
-    stream = captured.Stream(_never, lambda drawn, index: drawn, size=8, seed=0, recipe=RECIPE, workers=1)
+    stream = captured.Stream(never, lambda drawn, index: drawn, size=8, seed=0, recipe=RECIPE, workers=1)
     with stream, pytest.raises(ConeslabError, match="no pictures came"):
         stream.batch(0)
 
