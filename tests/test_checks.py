@@ -1106,9 +1106,19 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "compare_methods": lambda m: (
         experiments.compare_methods,
         (m.folder / "table.csv",),
-        dict(methods="untouched model", counts=[1], seeds=1, subjects=None, pictures=1, sampler_steps=2, settings=None),
+        dict(
+            methods="untouched model",
+            counts=[1],
+            seeds=1,
+            subjects=None,
+            pictures=1,
+            sampler_steps=2,
+            samples=2,
+            settings=None,
+        ),
         {
             "sampler_steps": (None, 0, "x", 2.5),
+            "samples": (None, 0, "x", 2.5),
             "methods": (None, 3, [], "x", {"x": 3}),
             "counts": (None, 3, [], "1", [9], [0]),
             "subjects": (3, [], "unicorn"),

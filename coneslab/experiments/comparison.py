@@ -40,7 +40,6 @@ SINGLE_SUBJECTS = table_subjects(4)
 _PAIRS = TUNING_COMBINATIONS[0], TUNING_COMBINATIONS[2]  # near subjects, and far ones
 #: The subjects of a near and of a far pair, alone, and all combinations: a share of ten pictures says little.
 TUNING_TITLES = (*_PAIRS[0], *_PAIRS[1], *map(title_of, TUNING_COMBINATIONS))
-SAMPLES = 64  # of the denoising loss
 SCORED = ("text alignment", "image alignment", "every subject found")  # the last one of combinations alone
 TRIAL: dict[str, Any] = {"pictures": 1, "sampler_steps": 12, "samples": 16}  # of tuning, which uses no losses
 
@@ -119,6 +118,7 @@ def compare_methods(
     judge: str = "judge",
     pictures: int = 2,
     sampler_steps: int = 12,
+    samples: int = 64,
     settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -126,16 +126,16 @@ def compare_methods(
     """Run every method on every subject and combination of these sizes; an existing table is continued.
 
     One row per (subject, condition, seed, measure); the condition is the method. A cell that fails is recorded with its
-    error. A table of another model, judge, version, number of pictures or steps, or settings is not continued. path:
-    default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names and
+    error. A table of another model, judge, version, number of pictures, steps or samples, or settings is not continued.
+    path: default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names and
     combinations ("cat+car") instead of those that ship. pictures: per prompt; sampler_steps: of each (means over 12
-    steps differ from those over 25 by less than 0.003). settings: for all methods, overriding those chosen. folder:
-    where edits of single subjects are kept, so that methods and combinations share them; on a cluster, one that all
-    workers can see.
+    steps differ from those over 25 by less than 0.003); samples: of the denoising loss. settings: for all methods,
+    overriding those chosen. folder: where edits of single subjects are kept, so that methods and combinations share
+    them; on a cluster, one that all workers can see.
     Raises ConeslabError for an unknown method, subject or count, WriteError if table or folder cannot be written.
     """
     seeds, pictures = checks.count("seeds", seeds), checks.count("pictures", pictures)
-    sampler_steps = checks.count("sampler_steps", sampler_steps)
+    sampler_steps, samples = checks.count("sampler_steps", sampler_steps), checks.count("samples", samples)
     settings = checks.mapping("settings", {} if settings is None else settings, least=0)
     chosen, subjects, path, folder = require_comparison(path, methods, counts, subjects, folder)
     cells = [
@@ -146,7 +146,7 @@ def compare_methods(
         name: (method, _Settings(name if METHODS.get(name) is method else None, settings))
         for name, method in chosen.items()
     }
-    budget: dict[str, Any] = {"pictures": pictures, "sampler_steps": sampler_steps, "samples": SAMPLES}
+    budget: dict[str, Any] = {"pictures": pictures, "sampler_steps": sampler_steps, "samples": samples}
     run = _Cell(ready, model, judge, budget, folder)
     return run_cells(cells, run, path, identity=run.identity(), client=client, keep_going=True, progress=progress)
 
