@@ -195,8 +195,9 @@ def read(path: Path) -> Any:
 
 
 def size(table: Any) -> str:
-    subjects, seeds = table.subject.nunique(), table.seed.nunique()
-    return f"{subjects} subject{'s' * (subjects > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+    seeds = table.groupby("subject").seed.nunique().tolist()
+    most, fewest = max(seeds), f"{min(seeds)} to " if min(seeds) < max(seeds) else ""
+    return f"{len(seeds)} subject{'s' * (len(seeds) > 1)}, {fewest}{most} seed{'s' * (most > 1)}"
 
 
 def mean(row: Any) -> str:

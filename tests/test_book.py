@@ -409,6 +409,9 @@ def test_a_table_of_methods_joins_when_it_is_there(tmp_path):
     shown = tables.methods(path)
     assert "| mine | 0.500 / 0.500 |" in shown and "| theirs | 0.200 / 0.200 |" in shown
     assert "6 subjects, 2 seeds" in shown and "| mine | 0.500 [0.433, 0.567] | 0.500 [0.433, 0.567] |" in shown
+    table = tables.read(path)
+    assert tables.size(table[(table.subject != "cat") | (table.seed == 0)]) == "6 subjects, 1 to 2 seeds"
+    assert tables.size(table[(table.subject == "cat") & (table.seed == 0)]) == "1 subject, 1 seed"
 
 
 def test_pictures_of_several_subjects_are_summed_up_by_their_number():
