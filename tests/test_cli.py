@@ -614,6 +614,7 @@ def test_what_the_model_cannot_take_is_told_in_one_line_and_nothing_is_written(
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {f"{number}.png" for number in range(3)}
 
 
+@pytest.mark.filterwarnings("always:the text encoder reads:coneslab.errors.ConeslabWarning")
 def test_what_is_left_out_is_told_in_one_line(coneslab, tmp_path, capsys, model):
     save_pictures(tmp_path / "mine")
     (tmp_path / "mine" / "IMG_1.HEIC").write_bytes(b"no picture")

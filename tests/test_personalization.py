@@ -494,7 +494,7 @@ def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both):
     with edits[0].applied(v_pipe):
         before = [text @ weight.detach().T for weight in KVSpace(v_pipe).parameters.values()]
     assert all(torch.allclose(x, y, atol=2e-3) for x, y in zip(after, before, strict=True))
-    other = encode_prompts(v_pipe, ["a red car on the beach", "the house"])[:, 1:].flatten(0, 1)
+    other = encode_prompts(v_pipe, ["a red car on the beach", "the house"])[:, 1:].flatten(0, 1).detach()
     moved = [
         float((other @ delta.T).norm() / (other @ KVSpace(v_pipe).parameters[name].detach().T).norm())
         for name, delta in merged.edits[1].deltas.items()
