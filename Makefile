@@ -2,7 +2,7 @@
 # make app        the playground as a web page, for a class
 # make web        the page that draws in the browser alone, with nothing installed there: built, and served to this machine
 # make check      style, types and the fast tests: after every edit, two to three minutes
-# make test       everything, with every cell of every notebook run in short: about twelve minutes
+# make test       everything, with every cell of every notebook run in short: ten to fifteen minutes
 # make test-all   the same at full length, for a release or a change to a notebook: an hour
 # make notebooks  run every notebook again and save its outputs in place
 # make book       the site: notebooks as saved, results, model cards, reference, in build/book/html

@@ -5,8 +5,9 @@ Nothing is guessed: what could be meant in two ways is refused. It needs no torc
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -72,9 +73,10 @@ def _damage_told(file: str | Path) -> Iterator[None]:
         raise FileFormatError(f"{file} cannot be read as a picture ({reason}): remove or replace it") from error
 
 
-def contents(pictures: Iterable[Image.Image]) -> bytes:
-    """What tells pictures from others: their sizes and pixels, in their order. For keys of what was made from them."""
-    return b"".join(repr(picture.size).encode() + picture.tobytes() for picture in pictures)
+def key_of(facts: Sequence[Any], pictures: Iterable[Image.Image]) -> str:
+    """16 hex digits for what is made from these facts and pictures: their sizes and pixels, in their order."""
+    held = b"".join(repr(picture.size).encode() + picture.tobytes() for picture in pictures)
+    return hashlib.sha256(repr(facts).encode() + held).hexdigest()[:16]
 
 
 def picture_files(folder: str | Path) -> list[Path]:

@@ -49,7 +49,7 @@ FIGURE = ".png"  # what files of figures end in
 # --- what commands share --------------------------------------------------------------------------------
 
 
-def _subject(arguments: Arguments, resolution: int | None = None) -> Any:
+def _subject(arguments: Arguments, pixels: int | None = None) -> Any:
     """A subject of the sticker world by name, or your own from a folder of pictures, of this many pixels."""
     from ..world.subjects import subject, subject_from_folder
 
@@ -59,7 +59,7 @@ def _subject(arguments: Arguments, resolution: int | None = None) -> Any:
     if not arguments.class_word:
         raise ConeslabError(f"{arguments.subject} is a folder: say with --class-word what its pictures show, e.g. cat")
     options: dict[str, Any] = {"token": arguments.token} if arguments.token else {}
-    options |= {"resolution": resolution} if resolution else {}
+    options |= {"resolution": pixels} if pixels else {}
     return subject_from_folder(arguments.subject, arguments.class_word, **options)
 
 

@@ -32,7 +32,7 @@ from ..neurons.loss import concept_loss
 from ..neurons.mask import ConceptNeurons
 from ..neurons.search import SearchSettings, find_concept_neurons
 from ..neurons.union import TunedNeurons
-from ..pictures import contents
+from ..pictures import key_of
 from ..seeds import derived
 from ..settings import takes
 from ..world.subjects import Subject
@@ -167,7 +167,7 @@ def kept(
         return timed(make_it)
     prompts, options = [subject.prompt, subject.prior_prompt], _filled(make, settings)
     facts = [make.__module__, make.__qualname__, pipeline_fingerprint(pipe), prompts, options, __version__]
-    key = hashlib.sha256(repr(facts).encode() + contents(subject.images)).hexdigest()[:16]
+    key = key_of(facts, subject.images)
     file = require_writable(folder, folder=True) / f"{subject.name}-{seed}-{key}.safetensors"
     noted = file.with_suffix(".json")
     if noted.is_file():  # written last

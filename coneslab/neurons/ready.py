@@ -5,7 +5,6 @@ A search takes half a minute and more, and lectures and pages that are about som
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..diffusion.pipelines import Pipeline, pipeline_fingerprint
 from ..errors import FileFormatError, MissingFileError
 from ..files import data_folder, require_writable
 from ..finetuning.samples import ConceptSubject, require_subject
-from ..pictures import as_pictures, contents
+from ..pictures import as_pictures, key_of
 from ..settings import takes
 from .mask import ConceptNeurons
 from .search import SearchSettings, find_concept_neurons
@@ -64,4 +63,4 @@ def ready_neurons(
 def _key(pipe: Pipeline, subject: ConceptSubject, settings: SearchSettings) -> str:
     """What a search depends on, as 16 hex digits. The device and the precision of its passes are left out."""
     facts = [pipeline_fingerprint(pipe), subject.prompt, subject.prior_prompt, sorted(settings.record().items())]
-    return hashlib.sha256(repr(facts).encode() + contents(as_pictures(subject.images))).hexdigest()[:16]
+    return key_of(facts, as_pictures(subject.images))
