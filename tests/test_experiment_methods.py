@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pandas
@@ -58,22 +59,31 @@ def test_every_method_makes_an_edit_that_goes_on_and_off(name, title, world_pipe
     assert before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
 
 
-def single(calls):
-    def make(pipe, about, *, seed, size=1.0):
-        calls.append((about.name, seed, size))
-        name, weight = next(iter(pipe.unet.named_parameters()))
-        return WeightDelta({name: torch.full_like(weight, size)}, model_fingerprint(pipe), subject=about.name)
+CALLS = []  # of the method below: what was made, in order
 
-    return make
+
+def single(pipe, about, *, seed, size=1.0):
+    CALLS.append((about.name, seed, size))
+    name, weight = next(iter(pipe.unet.named_parameters()))
+    return WeightDelta({name: torch.full_like(weight, size)}, model_fingerprint(pipe), subject=about.name)
+
+
+def at_once(pipe, subjects, *, seed, size=1.0):
+    return single(pipe, subjects[0], seed=seed, size=size)
 
 
 def first(pipe, subjects, edits, *, seed, turned=False):
     return edits[-1 if turned else 0]
 
 
-def test_single_edits_are_made_once_and_their_seconds_count_every_time(world_pipe, tmp_path):
-    calls = []
-    own = Method(first, single(calls), ("turned",))
+@pytest.fixture
+def calls():
+    CALLS.clear()
+    return CALLS
+
+
+def test_single_edits_are_made_once_and_their_seconds_count_every_time(world_pipe, tmp_path, calls):
+    own = Method(first, single, ("turned",))
     both, turned = subjects_of("cat+dog"), {"turned": True}
     edit, seconds = make_edit(own, world_pipe, both, folder=tmp_path)
     again, later = make_edit(own, world_pipe, both, folder=tmp_path, **turned)
@@ -83,6 +93,43 @@ def test_single_edits_are_made_once_and_their_seconds_count_every_time(world_pip
     make_edit(own, world_pipe, both, folder=tmp_path, size=2.0)
     make_edit(own, world_pipe, both)
     assert len(calls) == 8
+
+
+def test_edits_of_several_subjects_at_once_are_kept_too_unless_they_are_as_large_as_the_model(
+    world_pipe, tmp_path, calls
+):
+    both, options = subjects_of("cat+dog"), {"folder": tmp_path}
+    edit, seconds = make_edit(Method(at_once), world_pipe, both, **options)
+    assert make_edit(Method(at_once), world_pipe, both, **options) == (edit, seconds) and len(calls) == 1
+    make_edit(Method(at_once), world_pipe, subjects_of("dog+cat"), **options)  # their order is part of the seed
+    make_edit(Method(at_once), world_pipe, both[:1], **options)
+    make_edit(Method(at_once), world_pipe, both, seed=1, **options)
+    make_edit(Method(at_once), world_pipe, both, size=2.0, **options)
+    assert len(calls) == 5 and METHODS["LoRA, joint"].keep
+    make_edit(Method(at_once, keep=False), world_pipe, both, **options)
+    assert len(calls) == 6 and not METHODS["DreamBooth"].keep
+
+
+def test_what_a_function_depends_on_must_be_seen_for_its_edit_to_be_kept(world_pipe, tmp_path, calls):
+    def of_size(size):
+        def made(pipe, subjects, *, seed):
+            return single(pipe, subjects[0], seed=seed, size=size)
+
+        return made
+
+    for size in (1.0, 2.0):  # two functions of one name and one text
+        make_edit(Method(of_size(size)), world_pipe, subjects_of("cat"), folder=tmp_path)
+        make_edit(Method(partial(at_once, size=size)), world_pipe, subjects_of("cat"), folder=tmp_path)
+    assert [size for _, _, size in calls] == [1.0, 1.0, 2.0, 2.0] and not list(tmp_path.iterdir())
+    for size in (1.0, 2.0):  # one that was changed, as in a notebook
+        file = tmp_path / f"size_{size}.py"
+        file.write_text(
+            f"def made(pipe, subjects, *, seed):\n    return make(pipe, subjects[0], seed=seed, size={size})\n"
+        )
+        names = {"__name__": "__main__", "make": single}
+        exec(compile(file.read_text(), file, "exec"), names)
+        make_edit(Method(names["made"]), world_pipe, subjects_of("cat"), folder=tmp_path)
+    assert [size for _, _, size in calls[4:]] == [1.0, 2.0] and len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +152,9 @@ def test_bytes_are_those_of_the_smallest_file(world_pipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folders, tmp_path):
-    path, calls = tmp_path / "table.csv", []
-    methods = {"mine": Method(first, single(calls)), "broken": Method(broken)}
+def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folders, tmp_path, calls):
+    path = tmp_path / "table.csv"
+    methods = {"mine": Method(first, single), "broken": Method(broken)}
     options = {"methods": methods, "subjects": ["cat", "cat+dog"], "seeds": 1, "pictures": 1, "progress": False}
     table = comparison.compare_methods(path, **options, **folders)
     failed = table[table.error.notna()]
@@ -123,9 +170,9 @@ def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folde
     assert shown.loc["mine", 1] == f"{one['text alignment']:.3f} / {one['image alignment']:.3f}"
 
 
-def test_settings_are_chosen_by_alignments_and_complete_pictures(folders, tmp_path, monkeypatch):
-    path, calls = tmp_path / "settings.json", []
-    own = Method(first, single(calls), choices={"size": (0.1, 0.2, 0.3)})
+def test_settings_are_chosen_by_alignments_and_complete_pictures(folders, tmp_path, monkeypatch, calls):
+    path = tmp_path / "settings.json"
+    own = Method(first, single, choices={"size": (0.1, 0.2, 0.3)})
     monkeypatch.setitem(METHODS, "own", own)
     best = {0.1: 0.5, 0.2: 0.9, 0.3: 0.4}
 
@@ -196,36 +243,28 @@ def test_a_search_draws_the_prior_pictures_that_its_settings_ask_for(world_pipe)
     assert found != neurons(world_pipe, cat, **few | {"prior_images": 1})
 
 
-def test_a_kept_edit_is_that_of_all_settings_defaults_included(world_pipe, tmp_path, monkeypatch):
+def test_a_kept_edit_is_that_of_all_settings_defaults_included(world_pipe, tmp_path, monkeypatch, calls):
     from coneslab.experiments import setting
-
-    made = []
-
-    def make(pipe, about, *, seed, size=1.0):
-        made.append((about.name, seed, size))
-        name, weight = next(iter(pipe.unet.named_parameters()))
-        return WeightDelta({name: torch.full_like(weight, size)}, model_fingerprint(pipe))
 
     (cat,) = subjects_of("cat")
     for _ in range(2):
         for given in ({}, {"size": 1.0}, {"size": 2.0}):
-            setting.kept(make, world_pipe, cat, seed=0, folder=tmp_path, **given)
-    assert [size for _, _, size in made] == [1.0, 2.0]
-    make.__kwdefaults__["size"] = 3.0  # as a new version would
-    edit, _ = setting.kept(make, world_pipe, cat, seed=0, folder=tmp_path)
-    assert made[-1][2] == 3.0 and float(next(iter(edit.deltas.values())).flatten()[0]) == 3.0
+            setting.kept(single, world_pipe, cat, seed=0, folder=tmp_path, **given)
+    assert [size for _, _, size in calls] == [1.0, 2.0]
+    monkeypatch.setitem(single.__kwdefaults__, "size", 3.0)  # as a new version would
+    edit, _ = setting.kept(single, world_pipe, cat, seed=0, folder=tmp_path)
+    assert calls[-1][2] == 3.0 and float(next(iter(edit.deltas.values())).flatten()[0]) == 3.0
     monkeypatch.setattr(setting, "__version__", "9")
-    setting.kept(make, world_pipe, cat, seed=0, folder=tmp_path)
-    assert len(made) == 4
-    assert len({seed for _, seed, _ in made}) == 1
+    setting.kept(single, world_pipe, cat, seed=0, folder=tmp_path)
+    assert len(calls) == 4 and len({seed for _, seed, _ in calls}) == 1
     filled = setting._filled(setting.neurons, {"rounds": 7})
     assert filled["rounds"] == 7 and {"threshold_quantile", "batch_size", "prior_weight"} <= filled.keys()
 
 
 @pytest.mark.slow
 def test_a_table_is_not_continued_with_other_pictures_or_settings(folders, tmp_path):
-    path, calls = tmp_path / "table.csv", []
-    options = {"methods": {"mine": Method(first, single(calls))}, "subjects": ["cat"], "seeds": 1, "progress": False}
+    path = tmp_path / "table.csv"
+    options = {"methods": {"mine": Method(first, single)}, "subjects": ["cat"], "seeds": 1, "progress": False}
     comparison.compare_methods(path, pictures=1, **options, **folders)
     with pytest.raises(ConeslabError, match=r'"pictures": 1.*"pictures": 2'):
         comparison.compare_methods(path, pictures=2, **options, **folders)
@@ -242,9 +281,8 @@ def test_the_table_has_no_tuning_subject_and_all_sizes():
     assert {name for title in comparison.TUNING_TITLES for name in title.split("+")} <= set(TUNING_SUBJECTS)
 
 
-def test_a_method_gets_its_own_settings_unless_told_otherwise(world_pipe, tmp_path):
-    calls = []
-    own = Method(first, single(calls), settings={"size": 2.0})
+def test_a_method_gets_its_own_settings_unless_told_otherwise(world_pipe, tmp_path, calls):
+    own = Method(first, single, settings={"size": 2.0})
     for given in ({}, {"size": 3.0}):
         make_edit(own, world_pipe, subjects_of("cat"), folder=tmp_path, **given)
     assert [size for _, _, size in calls] == [2.0, 3.0]

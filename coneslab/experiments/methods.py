@@ -40,7 +40,8 @@ class Method:
     (pipe, subject, seed=..., **settings) -> edit of one subject, it is make(pipe, subjects, edits, seed=..., **those of
     the settings that `own_settings` names); `single` gets the others.
     settings: its defaults. choices: setting -> values from which `comparison.tune_methods` chooses, one at a time;
-    for_several: the same for edits of several subjects, if other settings matter then.
+    for_several: the same for edits of several subjects, if other settings matter then. keep: whether edits are kept in
+    the folder that a comparison has for them; one that is as large as the model is not worth it.
     """
 
     make: Callable[..., Edit]
@@ -49,6 +50,7 @@ class Method:
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     for_several: Mapping[str, Sequence[Any]] | None = None
+    keep: bool = True
 
     def trials(self, subjects: int) -> list[dict[str, Any]]:
         """The settings to choose from for an edit of so many subjects; none if there is nothing to choose."""
@@ -129,7 +131,7 @@ _STEPS, _STEPS_OF_ALL = {"steps": 80}, {"steps": 40}
 _RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 _TAU: dict[str, Sequence[Any]] = {"threshold_quantile": (0.99, 0.995, 0.998, 0.999)}
 METHODS: dict[str, Method] = {
-    "untouched model": Method(_nothing),
+    "untouched model": Method(_nothing, keep=False),
     "Cones, float": Method(_join_graded, neurons, choices=_TAU),
     "Cones, binary": Method(_join_binary, neurons, choices=_TAU),
     "Cones + collaborative tuning": Method(
@@ -144,7 +146,9 @@ METHODS: dict[str, Method] = {
         for_several={"dose": (0.1, 0.2, 0.4, 0.8)},
     ),
     "Textual Inversion": Method(_invert, choices={"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)}, settings=_STEPS),
-    "DreamBooth": Method(_dreambooth, choices={"learning_rate": (3e-5, 1e-4, 3e-4, 1e-3)}, settings=_STEPS_OF_ALL),
+    "DreamBooth": Method(
+        _dreambooth, choices={"learning_rate": (3e-5, 1e-4, 3e-4, 1e-3)}, settings=_STEPS_OF_ALL, keep=False
+    ),
     "LoRA, joint": Method(_lora, choices={"learning_rate": _RATES}, settings=_STEPS_OF_ALL),
     "LoRA, merged": Method(_add, _lora, choices={"learning_rate": _RATES}, settings=_STEPS_OF_ALL),
     "Custom Diffusion, joint": Method(_customised, choices={"learning_rate": _RATES}, settings=_STEPS),
@@ -185,8 +189,8 @@ def make_edit(
     """The edit that a method makes, and the seconds it takes to make from scratch.
 
     method: a name in `METHODS`, used with its chosen settings, or a `Method` of your own. settings: override these and
-    the method's own. folder: where the edits of single subjects are kept, with their seconds, for other combinations
-    and methods.
+    the method's own. folder: where edits are kept, with their seconds: of single subjects for other combinations and
+    methods too, of several at once for the next call.
     Raises ConeslabError for an unknown name, and whatever the method raises.
     """
     if isinstance(method, str) and method not in METHODS:
@@ -198,11 +202,12 @@ def make_edit(
         method = METHODS[method]
     seed = checks.seed("seed", seed)
     settings = {**checks.of_kind("method", method, Method).settings, **settings}
-    joint = derived(seed, *(subject.name for subject in subjects))
+    folder = folder if method.keep else None
     if method.single is None:
-        return timed(partial(method.make, pipe, list(subjects), seed=joint, **settings))
+        return kept(method.make, pipe, list(subjects), seed=seed, folder=folder, **settings)
     own = {name: value for name, value in settings.items() if name in method.own_settings}
     rest = method.of_single(settings)
     made = [kept(method.single, pipe, subject, seed=seed, folder=folder, **rest) for subject in subjects]
+    joint = derived(seed, *(subject.name for subject in subjects))
     edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=joint, **own))
     return edit, seconds + sum(before for _, before in made)

@@ -35,7 +35,7 @@ from ..neurons.union import TunedNeurons
 from ..pictures import key_of
 from ..seeds import derived
 from ..settings import takes
-from ..world.subjects import Subject
+from ..world.subjects import Subject, title_of
 from .cluster import loaded
 from .table import CELL_SECONDS, Row, rows_of
 
@@ -153,22 +153,32 @@ def neurons(pipe: Pipeline, subject: Subject, *, seed: int, **settings: Any) -> 
 
 
 def kept(
-    make: Callable[..., Any], pipe: Pipeline, subject: Subject, *, seed: int, folder: str | Path | None, **settings: Any
+    make: Callable[..., Any],
+    pipe: Pipeline,
+    subjects: Subject | Sequence[Subject],
+    *,
+    seed: int,
+    folder: str | Path | None,
+    **settings: Any,
 ) -> tuple[Any, float]:
-    """The edit make(pipe, subject, seed=..., **settings) and the seconds it takes to make, from `folder` if kept there.
+    """The edit make(pipe, subjects, seed=..., **settings) and the seconds it takes, from `folder` if it is kept there.
 
     For another function, model, subject, version of the package or settings, defaults included, the edit is made again,
-    and kept beside the first. Without a folder nothing is kept. Raises FileFormatError if what is kept is damaged,
-    WriteError if nothing can be kept there.
+    and kept beside the first. A function is known by its name and its text; without a folder nothing is kept, nor what
+    is no `Edit` or was made by what is no plain function, such as one that another function made, since what it depends
+    on cannot be seen. Raises FileFormatError if what is kept is damaged, WriteError if nothing can be kept there.
     """
     require_pipeline(pipe)
-    make_it = partial(make, pipe, subject, seed=derived(seed, subject.name), **settings)
-    if folder is None:
+    several = [subjects] if isinstance(subjects, Subject) else list(subjects)
+    make_it = partial(make, pipe, subjects, seed=derived(seed, *(one.name for one in several)), **settings)
+    known = _known_by(make)
+    if folder is None or known is None:
         return timed(make_it)
-    prompts, options = [subject.prompt, subject.prior_prompt], _filled(make, settings)
-    facts = [make.__module__, make.__qualname__, pipeline_fingerprint(pipe), prompts, options, __version__]
-    key = key_of(facts, subject.images)
-    file = require_writable(folder, folder=True) / f"{subject.name}-{seed}-{key}.safetensors"
+    prompts = [prompt for one in several for prompt in (one.prompt, one.prior_prompt)]
+    facts = [*known, pipeline_fingerprint(pipe), prompts, _filled(make, settings), __version__]
+    key = key_of(facts, [picture for one in several for picture in one.images])
+    title = title_of([one.name for one in several])
+    file = require_writable(folder, folder=True) / f"{title}-{seed}-{key}.safetensors"
     noted = file.with_suffix(".json")
     if noted.is_file():  # written last
         note = read_json(noted)
@@ -176,10 +186,21 @@ def kept(
             raise FileFormatError(f"{noted} or the edit beside it is damaged: delete it, and the edit is made again")
         return load_edit(file), float(note["seconds"])
     edit, seconds = timed(make_it)
-    edit.save(file)
-    note = {"seconds": seconds, "sha256": _sum_of(file, seconds)}
-    write_whole(noted, json.dumps(note).encode())  # as one file, because several workers may write it at a time
+    if isinstance(edit, Edit):
+        edit.save(file)
+        note = {"seconds": seconds, "sha256": _sum_of(file, seconds)}
+        write_whole(noted, json.dumps(note).encode())  # as one file, because several workers may write it at a time
     return edit, seconds
+
+
+def _known_by(make: Callable[..., Any]) -> tuple[str, str, str] | None:
+    """Module, name and text of a function; None if it depends on more than its text and arguments, or has no text."""
+    if not inspect.isfunction(make) or make.__closure__:
+        return None
+    try:
+        return make.__module__, make.__qualname__, inspect.getsource(make)
+    except OSError:  # typed at a prompt
+        return None
 
 
 def _sum_of(file: Path, seconds: Any) -> str:
