@@ -35,6 +35,14 @@ from coneslab.neurons.mask import ConceptNeurons
 from coneslab.neurons.union import TunedNeurons
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """As in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Thing:
     """Something with attributes to change."""
 

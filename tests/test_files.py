@@ -54,6 +54,14 @@ def mask_of(pipe: Any) -> ConceptNeurons:
     return ConceptNeurons(space.layout, [0, 3, 70], [0.0, 0.5, 0.25], space.fingerprint(), **facts)
 
 
+def named(name: str) -> coneslab.world.Subject:
+    return coneslab.world.Subject(name, "cat", "sks", (Image.new("RGB", (4, 4)),), ("a sks cat",))
+
+
+def named_delta(pipe: Any, subject: Any, *, seed: int) -> WeightDelta:
+    return WeightDelta({"w": torch.full((2, 2), float(ord(subject.name)))}, "ab")
+
+
 def tables_of(folder: Path) -> tuple[Path, Read]:
     cells = [{"subject": name, "seed": 0} for name in ("cat", AWKWARD)]
 
@@ -103,8 +111,7 @@ def keep(kind: str, pipe: Any, judge: Any, folder: Path, monkeypatch: pytest.Mon
         read()
         return list(folder.iterdir()), read
     if kind == "kept edit":
-        subject = type("Subject", (), {"name": "cat", "prompt": "a sks cat", "prior_prompt": "a cat", "images": ()})
-        read = lambda: setting.kept(lambda *_, **__: delta, pipe, subject, seed=0, folder=folder)  # noqa: E731
+        read = lambda: setting.kept(named_delta, pipe, named("a"), seed=0, folder=folder)  # noqa: E731
         read()
         monkeypatch.setattr(setting, "timed", lambda make: pytest.fail("it is kept already"))
         return sorted(folder.iterdir()), read
@@ -183,17 +190,12 @@ def test_a_damaged_file_is_read_as_it_was_or_refused(kind, v_pipe, judge, tmp_pa
 
 def test_what_was_kept_under_another_name_is_not_taken_for_this(v_pipe, tmp_path, monkeypatch):
     """Whole files that change places: each has the right checksum, of something else."""
-    subjects = [type("Subject", (), {"name": name, "prompt": "a", "prior_prompt": "b", "images": ()}) for name in "ab"]
-
-    def make(pipe: Any, subject: Any, *, seed: int) -> WeightDelta:
-        return WeightDelta({"w": torch.full((2, 2), float(ord(subject.name)))}, "ab")
-
-    for subject in subjects:
-        setting.kept(make, v_pipe, subject, seed=0, folder=tmp_path)
+    for name in "ab":
+        setting.kept(named_delta, v_pipe, named(name), seed=0, folder=tmp_path)
     one, other = sorted(tmp_path.glob("*.safetensors"))
     one.rename(tmp_path / "aside"), other.rename(one), (tmp_path / "aside").rename(other)
     with pytest.raises(FileFormatError, match="delete it, and the edit is made again"):
-        setting.kept(make, v_pipe, subjects[0], seed=0, folder=tmp_path)
+        setting.kept(named_delta, v_pipe, named("a"), seed=0, folder=tmp_path)
 
     recipe = type("Recipe", (), {"seed": 0, "place": lambda *_: (0, slice(0, 2))})()
     with Latents(tmp_path, recipe, lambda _: torch.zeros(2, 1), distinct=2, objects=(1, 0, 0, 0)) as latents:
@@ -493,12 +495,11 @@ def test_work_whose_results_cannot_be_kept_does_not_begin(v_pipe, judge, tmp_pat
         raise AssertionError("it began")
 
     path = unwritable(tmp_path)["is a folder: name another file"]
-    subject = type("Subject", (), {"name": "cat", "prompt": "a sks cat", "prior_prompt": "a cat", "images": ()})
     sampler = coneslab.measure.Sampler("DDIM", 2)
     monkeypatch.setattr(type(judge), "text_features", never)
     for work in (
         lambda: table.run_cells([{"seed": 0}], never, path, progress=False),
-        lambda: setting.kept(never, v_pipe, subject, seed=0, folder=tmp_path / "file"),
+        lambda: setting.kept(never, v_pipe, named("a"), seed=0, folder=tmp_path / "file"),
         lambda: vocabulary.encode_vocabulary(v_pipe, judge, cache=tmp_path / "file", progress=False),
         lambda: coneslab.measure.compare_samplers(v_pipe, judge, [sampler], out=path),
         lambda: coneslab.experiments.compare_methods(path, client=never),
