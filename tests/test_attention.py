@@ -9,7 +9,8 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.sampling import ddim_sample, generate, guided_between, start_noise
 from coneslab.errors import ConeslabError, MismatchError
-from coneslab.measure.attention import KVLayout, KVSpace, record_attention
+from coneslab.measure.attention import KVLayout, KVSpace
+from coneslab.measure.recording import record_attention
 from coneslab.neurons.mask import ConceptNeurons
 
 PROMPT = "a sks cat on the grass"

@@ -30,7 +30,7 @@ from coneslab.edits.low_rank import compress
 from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError
-from coneslab.measure.attention import record_attention
+from coneslab.measure.recording import record_attention
 from coneslab.neurons.mask import ConceptNeurons
 from coneslab.neurons.union import TunedNeurons
 

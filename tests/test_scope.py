@@ -20,7 +20,7 @@ from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprin
 from coneslab.errors import ConeslabError
 from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.finetuning.samples import concept_latents, sample_batches
-from coneslab.measure.attention import record_attention
+from coneslab.measure.recording import record_attention
 from coneslab.neurons.controls import random_neurons
 from coneslab.neurons.damage import DAMAGES
 from coneslab.neurons.mask import ConceptNeurons

@@ -32,7 +32,7 @@ from coneslab.edits.base import Combined
 from coneslab.edits.tokens import TokenEdit
 from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import FileFormatError, MismatchError, MissingFileError, WriteError
-from coneslab.measure.attention import record_attention
+from coneslab.measure.recording import record_attention
 from coneslab.methods import closed_form_edit
 from coneslab.neurons import ready
 from coneslab.web import (

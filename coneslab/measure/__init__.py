@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .asking import questions as questions
     from .attention import AttentionMaps as AttentionMaps
     from .attention import attention_probabilities as attention_probabilities
-    from .attention import record_attention as record_attention
     from .evaluation import Report as Report
     from .evaluation import Share as Share
     from .evaluation import evaluate_model as evaluate_model
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from .merit import chance_iou as chance_iou
     from .merit import map_iou as map_iou
     from .merit import points_at as points_at
+    from .recording import record_attention as record_attention
     from .samplers import SCHEDULERS as SCHEDULERS
     from .samplers import Sampler as Sampler
     from .samplers import compare_samplers as compare_samplers
@@ -49,7 +49,6 @@ __getattr__, __dir__, __all__ = attach(
         "attention": (
             "AttentionMaps",
             "attention_probabilities",
-            "record_attention",
         ),
         "evaluation": (
             "Report",
@@ -68,6 +67,7 @@ __getattr__, __dir__, __all__ = attach(
             "map_iou",
             "points_at",
         ),
+        "recording": ("record_attention",),
         "samplers": (
             "SCHEDULERS",
             "Sampler",

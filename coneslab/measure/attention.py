@@ -1,42 +1,25 @@
-"""Record cross-attention: which part of the picture attends to which word, layer by layer and step by step.
+"""Cross-attention: which part of the picture attends to which word, by picture, token, layer and step.
 
-`record_attention` watches a pipeline draw and keeps the probabilities that its attention never materialises.
-`KVSpace`, where the keys and values are in the U-Net, is in `diffusion/kvspace.py` and re-exported here.
+`record_attention` in `recording.py` watches a pipeline draw and fills these maps. `KVSpace`, where the keys and values
+are in the U-Net, is in `diffusion/kvspace.py` and re-exported here.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
-from ..blocks import Block, Made, Place
-from ..diffusion.checks import require_own_projections, require_pipeline, uncompiled
-from ..diffusion.encoding import encode_prompts, require_read
-from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace, cross_attentions, short_name
-from ..diffusion.pipelines import Pipeline, require_float
-from ..diffusion.precision import without_compiling
-from ..diffusion.steps import Clock
+from ..diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from ..errors import ArgumentError, ConeslabError
 
-__all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities", "record_attention"]
-
-_RECORDABLE = (
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "AttnProcessorNPU",
-    "_RecordingProcessor",
-)
+__all__ = ["AttentionMaps", "KVLayer", "KVLayout", "KVSpace", "attention_probabilities"]
 
 
 def attention_probabilities(
@@ -47,11 +30,11 @@ def attention_probabilities(
     hidden_states: (batch, queries, channels); text: (batch, tokens, width); attention_mask: the U-Net's additive
     bias, (batch, 1, tokens). Returns (batch, heads, queries, tokens) float32, or float64 for a float64 model.
     """
-    return _attention_scores(attn, hidden_states, text, attention_mask).softmax(-1)
+    return attention_scores(attn, hidden_states, text, attention_mask).softmax(-1)
 
 
 @torch.no_grad()
-def _attention_scores(attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def attention_scores(attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Q Kᵀ / sqrt(d), (batch, heads, queries, tokens)."""
     if attn.norm_cross:
         text = attn.norm_encoder_hidden_states(text)
@@ -62,7 +45,7 @@ def _attention_scores(attn: Any, hidden_states: Tensor, text: Tensor, attention_
     return scores if attention_mask is None else scores + attention_mask.to(scores)[:, None]
 
 
-def _with_words(scores: Tensor, words: Iterable[Tensor]) -> Tensor:
+def with_words(scores: Tensor, words: Iterable[Tensor]) -> Tensor:
     """Probabilities from scores (..., tokens), with those that the tokens of each word would have beside the prompt's.
 
     words: the scores (..., own tokens) of each word. With Z the prompt's sum of exp(score), a word's tokens get
@@ -74,7 +57,7 @@ def _with_words(scores: Tensor, words: Iterable[Tensor]) -> Tensor:
 
 
 @dataclass
-class _Run:
+class Run:
     """One trajectory: a batch of pictures drawn together, from the first step to the last."""
 
     tokens: int
@@ -96,7 +79,7 @@ class AttentionMaps:
     ) -> None:
         self.keep_heads, self.words = keep_heads, tuple(words)
         self._tokenizer, self._dtype, self._max_bytes = tokenizer, dtype, max_bytes
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
         self.nbytes = 0  # of the maps kept so far
 
     @property
@@ -254,7 +237,7 @@ class AttentionMaps:
             for one in (checks.items(name, given) if several else [given])
         ]
 
-    def _find(self, picture: int) -> tuple[_Run, int]:
+    def _find(self, picture: int) -> tuple[Run, int]:
         """The run a picture was drawn in, and its row there."""
         if not self._runs or not self._runs[0].maps:
             raise ConeslabError(
@@ -268,179 +251,16 @@ class AttentionMaps:
             row -= len(run.prompts)
         raise ConeslabError(f"there is no picture {picture}: {self.pictures} were recorded, numbered from 0")
 
-
-class _RecordingProcessor:
-    """Calls the processor it replaces, unchanged, and also lets a recorder see what it is called with."""
-
-    def __init__(self, original: Any, see: Callable[[Any, Tensor, Tensor, Tensor | None], None]) -> None:
-        self.original, self.see = original, see
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        if encoder_hidden_states is not None:
-            self.see(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if temb is not None:  # not every processor takes one
-            kwargs["temb"] = temb
-        return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-
-
-class record_attention(Block):
-    """Record every cross-attention map while a pipeline draws, and put everything back afterwards.
-
-    The pictures are bit for bit those of an unrecorded run: the maps are computed beside the attention. (A compiled
-    pipeline computes uncompiled in the block.) With classifier-free guidance only the conditional half is kept.
-
-    words: others than the prompt's, whose maps are recorded as well: how much each place would attend to such a word if
-    it stood beside the prompt (its keys, from the word encoded alone, against the run's queries; see `_with_words`).
-    keep_heads: keep the heads apart instead of their mean; dtype: of the maps, which are kept on the CPU;
-    max_bytes: how much may be kept. guided: whether the first half of each batch is the unconditional one; default:
-    recognised by its latents being those of the second half, unless the pipeline's last guidance scale says no.
-    Raises ConeslabError for a processor whose probabilities cannot be known, such as one with fused projections, and
-    when `max_bytes` is used up.
-
-    >>> pipe = coneslab.load("tiny")
-    >>> with coneslab.record_attention(pipe) as maps:
-    ...     images = coneslab.generate(pipe, "a cat on the grass", sampler_steps=2)
-    >>> maps
-    AttentionMaps(1 pictures, ... layers, 2 steps, ... MiB)
-    >>> maps.indices("cat")  # after the start token and "a"
-    [2]
-    >>> where = maps.token("cat")  # (height, width), averaged over layers, steps and heads
-    >>> everything = maps.average()  # (tokens, height, width)
-    >>> where.shape == everything.shape[1:], bool((everything.sum(0) - 1).abs().max() < 0.01)
-    (True, True)
-    """
-
-    def __init__(
-        self,
-        pipe: Pipeline,
-        *,
-        words: str | Iterable[str] = (),
-        keep_heads: bool = False,
-        dtype: torch.dtype = torch.float16,
-        max_bytes: int = 2 * 2**30,
-        guided: bool | None = None,
-    ) -> None:
-        require_pipeline(pipe)
-        checks.flag("keep_heads", keep_heads)
-        dtype, max_bytes = require_float(dtype), checks.count("max_bytes", max_bytes, most=2**63)
-        if guided is not None:
-            checks.flag("guided", guided)
-        asked = tuple(dict.fromkeys(checks.texts("words", words, least=0)))
-        require_read(pipe, *asked)
-        maps = AttentionMaps(pipe.tokenizer, keep_heads=keep_heads, dtype=dtype, max_bytes=max_bytes, words=asked)
-        self._recorder = _Recorder(pipe, maps, guided)
-        super().__init__(partial(_processors, pipe, self._recorder), maps, pipe=pipe)
-
-    def open(self, made: Made) -> AttentionMaps:
-        recorder, pipe = self._recorder, self._pipe
-        require_own_projections(uncompiled(pipe.unet))
-        made.enter(without_compiling(pipe))
-        recorder.stopped = False
-        made.undo(recorder.stop)
-        made.hook(pipe.unet, "forward_pre_hook", recorder.before_step)
-        made.hook(pipe.text_encoder, "forward_hook", recorder.after_text)
-        return super().open(made)
-
-
-def _processors(pipe: Pipeline, recorder: _Recorder) -> Iterator[tuple[Place, _RecordingProcessor]]:
-    """Every cross-attention's processor, and one that records around it. (Not a method: see `Made.undo`.)"""
-    for path, module in cross_attentions(pipe.unet).items():
-        original = module.processor
-        kind = type(original).__name__
-        if kind not in _RECORDABLE:
-            raise ConeslabError(
-                f"cannot record {path}: the attention inside {kind} is not known; "
-                "call pipe.unet.set_default_attn_processor() first"
-            )
-        place = Place(module, "processor", partial(getattr, module, "processor"), module.set_processor)
-        yield place, _RecordingProcessor(original, partial(recorder.see, short_name(path)))
-
-
-class _Recorder:
-    """What the hooks and processors of `record_attention` share: it sorts what they see into maps."""
-
-    def __init__(self, pipe: Pipeline, maps: AttentionMaps, guided: bool | None) -> None:
-        self._pipe, self.maps = pipe, maps
-        self.stopped = True  # a recorder that was left before one that was entered later is still called by it
-        self._clock = Clock(pipe, guided)
-        self._encoded: list[tuple[Tensor, Tensor]] = []  # token ids (tokens,) and their text embedding
-        self._words: list[tuple[Tensor, slice]] | None = None  # the embedding of each word asked for, and its tokens
-        self._of_clock: dict[int, _Run] = {}
-        self._run: _Run | None = None  # where maps go now; None while an unconditional batch is drawn
-
-    def stop(self) -> None:
-        self.stopped = True
-
-    def after_text(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Remember which token ids gave which embedding, to name the tokens of a picture."""
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is not None:
-            self._encoded += [(row, embedding.detach()) for row, embedding in zip(ids, output[0], strict=True)]
-
-    def before_step(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._clock.before(unet, args, kwargs)
-        now = self._clock.now
-        assert now is not None
-        if self._words is None:
-            self._words = [self._encoded_word(word) for word in self.maps.words]
-        if "text" not in now.halves:
-            self._run = None  # the unconditional half, drawn as its own batch (as in `ddim_sample`)
-            return
-        self._run = self._of_clock.get(now.run)
-        if self._run is None:
-            call = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
-            sample, text = call["sample"], call["encoder_hidden_states"]
-            prompts = [self._prompt(row) for row in text[now.rows("text", len(text))]]
-            self._run = _Run(text.shape[1], prompts, (sample.shape[-2], sample.shape[-1]), [], {})
-            self._of_clock[now.run] = self._run
-            self.maps._runs.append(self._run)
-        self._run.timesteps.append(now.timestep)
-
-    def _prompt(self, embedding: Tensor) -> list[str] | None:
-        for ids, known in self._encoded:
-            if known.shape == embedding.shape and torch.equal(known.to(embedding), embedding):
-                return self.maps._tokenizer.convert_ids_to_tokens(ids.tolist())
-        return None
-
-    @torch.no_grad()
-    def _encoded_word(self, word: str) -> tuple[Tensor, slice]:
-        """The embedding (1, tokens, width) of a word alone, and where its tokens are: after the start token."""
-        return encode_prompts(self._pipe, word), slice(1, 1 + len(self.maps._own_tokens(word)))
-
-    def see(self, label: str, attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None) -> None:
-        """Keep the probabilities of one attention, from what it is called with."""
-        run, now = self._run, self._clock.now
-        if run is None or now is None or self.stopped:
-            return
-        rows = now.rows("text", len(hidden_states))
-        assert rows is not None
-        scores = _attention_scores(attn, hidden_states, text, attention_mask)[rows]
-        self._add(run, label, _with_words(scores, self._scores_of_words(attn, hidden_states[rows], text)))
-
-    def _scores_of_words(self, attn: Any, hidden_states: Tensor, text: Tensor) -> Iterator[Tensor]:
-        for embedding, tokens in self._words or ():
-            yield _attention_scores(attn, hidden_states, embedding.to(text).expand(len(hidden_states), -1, -1))[
-                ..., tokens
-            ]
-
-    def _add(self, run: _Run, label: str, probabilities: Tensor) -> None:
-        maps = self.maps
+    def _keep(self, run: Run, label: str, probabilities: Tensor) -> None:
+        """Add what one attention gave (pictures, heads, places, tokens) to the maps of its layer."""
         height, width = _grid(run.grid, probabilities.shape[2])
         # (pictures, heads, tokens, height, width)
         kept = probabilities.transpose(-1, -2).unflatten(-1, (height, width))
-        kept = (kept if maps.keep_heads else kept.mean(1)).to("cpu", maps._dtype).contiguous()
-        maps.nbytes += kept.nbytes
-        if maps.nbytes > maps._max_bytes:
+        kept = (kept if self.keep_heads else kept.mean(1)).to("cpu", self._dtype).contiguous()
+        self.nbytes += kept.nbytes
+        if self.nbytes > self._max_bytes:
             raise ConeslabError(
-                f"the attention maps exceed max_bytes={maps._max_bytes:,}: draw fewer pictures or steps in the block, "
+                f"the attention maps exceed max_bytes={self._max_bytes:,}: draw fewer pictures or steps in the block, "
                 "set keep_heads=False, or raise max_bytes"
             )
         run.maps.setdefault(label, []).append(kept)

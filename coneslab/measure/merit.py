@@ -25,7 +25,8 @@ from ..diffusion.loss import add_noise
 from ..diffusion.pipelines import Pipeline
 from ..diffusion.sampling import start_noise
 from ..errors import ArgumentError, ConeslabError
-from .attention import AttentionMaps, record_attention
+from .attention import AttentionMaps
+from .recording import record_attention
 
 MEASURES = ("IoU", "pointing")
 

@@ -23,7 +23,8 @@ from ..diffusion.sampling import generate, require_steps
 from ..edits.base import Edit, applied, load_edit, require_edit
 from ..errors import ConeslabError
 from ..files import user_path
-from ..measure.attention import AttentionMaps, record_attention
+from ..measure.attention import AttentionMaps
+from ..measure.recording import record_attention
 from ..neurons.mask import ConceptNeurons
 from . import plots
 from .explorers import KEPT, Explorer, control, explorer, slider
