@@ -39,6 +39,7 @@ def predictions(pipe, draw, captions, counts):
     return pipe.unet(noisy, draw.timesteps, encoder_hidden_states=text).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["model", "noise"])
 def test_the_loss_is_what_the_paper_writes(pipe, method):
     """First step of each method, with preservation, recomputed with the plain U-Net."""
@@ -74,6 +75,7 @@ def parted(pipe, edit, teacher):
     return float((own - anchor).square().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["frozen", pytest.param("current", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parameters", ["cross_attention_kv", pytest.param("attention", marks=pytest.mark.slow), "all"])
 def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_pipe, parameters, teacher):
@@ -91,6 +93,7 @@ def test_only_the_stated_weights_change_and_they_learn_the_anchors_prediction(v_
     assert parted(v_pipe, edit, teacher) < 0.95 * parted(v_pipe, Combined(()), teacher)
 
 
+@pytest.mark.slow
 def test_the_embedding_group_changes_the_targets_own_words(v_pipe):
     options = FAST | {"steps": 12, "preserve_batch_size": 0}
     edit = ablate(v_pipe, "a cat", "a dog", parameters="embedding", learning_rate=0.05, **options)
@@ -109,6 +112,7 @@ def test_the_embedding_group_changes_the_targets_own_words(v_pipe):
         ablate(v_pipe, "a cat", "a dog", parameters="embedding", teacher="current", **FAST)
 
 
+@pytest.mark.slow
 def test_the_current_teacher_is_the_model_in_training(v_pipe):
     """Both teachers agree at the first step, where nothing is trained yet, and part afterwards."""
     runs = {
@@ -129,6 +133,7 @@ def test_several_targets_share_an_anchor_or_have_their_own(v_pipe):
     assert len(given.latents[0]) == 3
 
 
+@pytest.mark.slow
 def test_ablations_come_back_from_files(v_pipe, tmp_path):
     edit = ablate(v_pipe, "a cat", "a dog", **FAST)
     again = load_edit(edit.save(tmp_path / "cat"))
@@ -221,6 +226,7 @@ def test_what_is_to_be_kept_are_other_captions(v_pipe):
         closed_form_edit(v_pipe, "a cat", "a dog", preserve=["a car", "a CAT"])
 
 
+@pytest.mark.slow
 def test_words_that_differ_in_capitals_alone_are_one_word(v_pipe):
     edit = ablate(v_pipe, "A Cat", "a dog", parameters="embedding", **FAST)
     assert edit.tokens == ("Cat",)  # not the article
@@ -229,6 +235,7 @@ def test_words_that_differ_in_capitals_alone_are_one_word(v_pipe):
 # --- options that used to be dropped ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parameters",
     ["cross_attention_kv", *(pytest.param(one, marks=pytest.mark.slow) for one in ("attention", "all")), "embedding"],
@@ -256,6 +263,7 @@ def test_a_chunk_at_a_time_gives_the_same_edit(v_pipe, parameters, teacher, monk
         assert close.double().mean() > 0.97, name  # AdamW magnifies what is next to nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", ["attention", "all"])
 def test_the_precision_of_passes_reaches_the_whole_unet(v_pipe, parameters):
     options = {**FAST, "parameters": parameters, "objective": "noise"}  # in which nothing else has a precision
@@ -271,6 +279,7 @@ def test_the_precision_of_passes_reaches_the_whole_unet(v_pipe, parameters):
 # --- neighbours ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preserve", [["a car", "the house on the beach"], []])
 def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe, preserve):
     """Each position is an equation: from the target's last word on, and everywhere in what is preserved."""
@@ -312,6 +321,7 @@ def test_the_closed_form_is_the_minimum_of_its_objective(v_pipe, preserve):
     assert objective(base + edit.deltas[name].double()) < objective(base)
 
 
+@pytest.mark.slow
 def test_erasure_aims_away_from_the_target(v_pipe):
     edit = erase(v_pipe, "a cat", eta=2.0, dtype=torch.float32, **DRAW, steps=1, batch_size=4, progress=False)
     from coneslab.diffusion.encoding import encode_images
@@ -395,6 +405,7 @@ def test_the_denoising_loss_takes_another_target(v_pipe):
 UNLEARN = {"pictures": 2, "sampler_steps": 2, "batch_size": 6, "preserve_batch_size": 2, "progress": False}
 
 
+@pytest.mark.slow
 def test_unlearning_aims_at_the_anchor_whatever_is_read_and_keeps_the_rest(v_pipe, monkeypatch):
     """The regression targets of one batch, computed again from the untouched U-Net."""
     seen = {}
@@ -444,6 +455,7 @@ def test_unlearning_changes_what_is_predicted_on_the_targets_pictures_without_a_
     assert (after - aim).norm() < 0.92 * (before - aim).norm()
 
 
+@pytest.mark.slow
 def test_unlearning_goes_on_where_it_was_interrupted(v_pipe, tmp_path):
     options = {**UNLEARN, "words": 0}
     whole = unlearn(v_pipe, "a cat", "a dog", steps=2, **options)
@@ -455,6 +467,7 @@ def test_unlearning_goes_on_where_it_was_interrupted(v_pipe, tmp_path):
         unlearn(v_pipe, "a cat", "a dog", steps=2, preserve="a car", resume=file, **options)
 
 
+@pytest.mark.slow
 def test_neurons_at_the_targets_word_leave_other_prompts_alone(v_pipe):
     options = {"batch_size": 4, "rate": 0.6, "threshold_quantile": 0.9, "progress": False}
     found = ablating_neurons(v_pipe, "a cat", "a dog", **DRAW, rounds=3, scope="subject", **options)

@@ -48,6 +48,7 @@ def test_neighbours_are_those_of_the_world():
         near_and_far("unicorn")
 
 
+@pytest.mark.slow
 def test_the_report_is_what_one_would_count_by_hand(v_pipe, judge, edit):
     report = evaluate_ablation(v_pipe, judge, edit, "a cat", "a dog", others={"far": ["a car", "a house"]}, **FAST)
     table = report.set_index(["prompt", "measure"]).value
@@ -76,6 +77,7 @@ def test_the_report_is_what_one_would_count_by_hand(v_pipe, judge, edit):
         evaluate_ablation(v_pipe, judge, None, "a cat", "a cat", **FAST)
 
 
+@pytest.mark.slow
 def test_a_copy_detector_keeps_its_rate_of_false_alarms(judge):
     from PIL import Image
 
@@ -98,6 +100,7 @@ def test_misspellings_are_near_misses():
 # --- probes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_probes_find_is_what_one_would_count_by_hand(v_pipe, judge, edit):
     drawn = {}
 

@@ -65,6 +65,7 @@ def scheduled(own_pipe):
 # --- sites ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v_pipe", "epsilon_pipe", "sd_pipe"])
 def test_sites_are_in_the_order_they_run_with_the_shapes_they_have(name, request):
     pipe = request.getfixturevalue(name)
@@ -74,6 +75,7 @@ def test_sites_are_in_the_order_they_run_with_the_shapes_they_have(name, request
     assert {site: tuple(seen[site, 0].shape[1:]) for site in seen.sites} == sites(pipe)
 
 
+@pytest.mark.slow
 def test_names_leave_out_a_number_where_there_is_only_one(v_pipe, sd_pipe):
     assert {"down 0 resnet", "mid cross-attention heads", "up 1 resnet 0", "down 0 downsampler"} <= {*sites(v_pipe)}
     assert {"down 2 resnet 1", "down 0 cross-attention 1", "up 0 resnet 2", "mid self-attention"} <= {*sites(sd_pipe)}
@@ -185,6 +187,7 @@ def test_pictures_are_numbered_over_batches_and_calls(v_pipe):
     assert torch.allclose(seen["mid", 1, "text"][2], alone["mid", 1, "text"][0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(HeunDiscreteScheduler, {}), (KDPM2AncestralDiscreteScheduler, {}), (PNDMScheduler, {"skip_prk_steps": True})],
@@ -417,6 +420,7 @@ def test_edits_and_recorded_attention_act_as_elsewhere(v_pipe):
     assert torch.equal(draw(v_pipe), before)
 
 
+@pytest.mark.slow
 def test_a_compiled_pipeline_is_watched_and_patched(own_pipe):
     expected = draw(own_pipe)
     with patch(own_pipe, "mid", torch.zeros_like):

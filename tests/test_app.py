@@ -51,6 +51,7 @@ def make(v_pipe: Any, folder: Path | None) -> app.Page:
     return page
 
 
+@pytest.mark.slow
 def test_finds_once_and_keeps_it_for_the_next_visitor(v_pipe: Any, searches: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "edits"
     first, second = make(v_pipe, folder), make(v_pipe, folder)
@@ -76,6 +77,7 @@ def test_a_page_is_served_with_its_first_picture(v_pipe: Any) -> None:
     assert playground.png and "drawing" not in playground.status.value
 
 
+@pytest.mark.slow
 def test_without_a_folder_what_it_finds_stays_with_the_page(
     v_pipe: Any, searches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +114,7 @@ def test_an_error_is_shown_and_the_button_works_again(
     assert "no &lt;room&gt; left" in page.progress.value
 
 
+@pytest.mark.slow
 def test_clicks_that_are_sent_while_it_waits_its_turn_do_not_queue_up(
     v_pipe: Any, searches: list[str], tmp_path: Path
 ) -> None:
@@ -165,6 +168,7 @@ def test_a_bad_file_is_left_out_with_a_sentence(kind: str, v_pipe: Any, tmp_path
     assert all(f"<li>{name}: " in shown for name in ("a", "dog"))
 
 
+@pytest.mark.slow
 def test_without_bad_files_nothing_is_said(v_pipe: Any, tmp_path: Path) -> None:
     assert make(v_pipe, tmp_path).left_out.value == ""
 

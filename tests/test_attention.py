@@ -191,6 +191,7 @@ def test_maps_are_the_softmax_of_queries_and_keys(pipe, processor):
     assert len(inputs) == len(maps.layers)
 
 
+@pytest.mark.slow
 def test_a_word_that_is_not_in_the_prompt_has_the_map_it_would_have_beside_it(pipe):
     """Its keys, encoded alone, after those of the prompt, in one softmax: once for each word."""
     inputs: dict[str, list] = {}

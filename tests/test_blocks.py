@@ -108,6 +108,7 @@ KINDS: dict[str, Callable] = {
 FEW = ("recorder", "guidance", "scheduler")  # whose changes are few, so that a try takes milliseconds
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # injected where nothing is left to do
 @pytest.mark.parametrize(
     ("kind", "tries"),
@@ -162,6 +163,7 @@ def test_a_block_that_was_left_runs_nothing_when_it_is_dropped(kind, v_pipe):
     assert not passed(kept.clear, partial(_is_in, blocks.__file__), "opcode")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["combined", "recorder", pytest.param("drawing", marks=pytest.mark.slow)])
 def test_real_signals_leave_nothing_changed_and_are_not_lost(kind, v_pipe):
     before = state(v_pipe)
@@ -326,6 +328,7 @@ def test_recorders_left_in_another_order_stop_and_leave_the_pipeline_as_it_was(v
 # --- threads ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_thread_cannot_use_a_pipeline_that_is_being_changed(kind, v_pipe):
     before = state(v_pipe)

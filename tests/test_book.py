@@ -336,6 +336,7 @@ def test_notebooks_lose_what_only_a_kernel_can_use(tmp_path):
 CITED = re.compile(r"\[\d\d[a-z]?, [^]]+\]\((notebooks/\w+\.ipynb)#[\w-]+\),\s+the\s+cell\s+with\s+`([^`]+)`")
 
 
+@pytest.mark.slow
 def test_the_cells_that_instructors_are_sent_to_are_there():
     guide = (ROOT / "docs" / "instructors.md").read_text(encoding="utf-8")
     cited = CITED.findall(guide)
@@ -441,11 +442,13 @@ def test_the_table_of_the_page_in_the_browser_joins_when_it_is_there(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_readme_shows_the_table_of_controls_as_it_is():
     shown = tables.at_a_glance(ROOT / "data" / "results" / "concept_neurons.csv")
     assert shown in (ROOT / "README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_readme_shows_the_table_of_ablations_as_it_is():
     shown = tables.ablated_at_a_glance(ROOT / "data" / "results" / "ablation.csv")
     assert shown in (ROOT / "README.md").read_text("utf-8")

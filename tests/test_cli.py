@@ -517,6 +517,7 @@ def picture(file: str) -> np.ndarray:
     return np.asarray(Image.open(file), float)
 
 
+@pytest.mark.slow
 def test_find_keeps_neurons_in_a_file_and_overwrites_none(coneslab, tmp_path):
     found = coneslab("find", "cat", "--rounds", "2", "--precision", "float32")
     edit = load_edit(tmp_path / "cat.safetensors")
@@ -529,6 +530,7 @@ def test_find_keeps_neurons_in_a_file_and_overwrites_none(coneslab, tmp_path):
     assert "not a subject" in coneslab("find", "unicorn")
 
 
+@pytest.mark.slow
 def test_a_hint_can_be_typed_as_it_is(coneslab, tmp_path, model, monkeypatch, capsys):
     name = "my $cat's `edit`.safetensors"
     options = ["--model", str(model), "--device", "cpu", "--quiet", "--sampler-steps", "1"]
@@ -549,6 +551,7 @@ def test_find_takes_a_folder_of_pictures(coneslab, tmp_path):
     assert found["file"] == "a/b.safetensors" and load_edit(tmp_path / "a" / "b.safetensors").subject == "mine"
 
 
+@pytest.mark.slow
 def test_generate_says_in_each_picture_how_it_was_made(coneslab, tmp_path, model):
     coneslab("find", "cat", "--rounds", "3", "--out", "cat.safetensors")
     plain = coneslab("generate", "a cat", "a dog!", "--pictures", "2", "--seed", "5", "--out", "plain")["pictures"]
@@ -614,6 +617,7 @@ def test_what_the_model_cannot_take_is_told_in_one_line_and_nothing_is_written(
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {f"{number}.png" for number in range(3)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:the text encoder reads:coneslab.errors.ConeslabWarning")
 def test_what_is_left_out_is_told_in_one_line(coneslab, tmp_path, capsys, model):
     save_pictures(tmp_path / "mine")
@@ -625,6 +629,7 @@ def test_what_is_left_out_is_told_in_one_line(coneslab, tmp_path, capsys, model)
     assert "coneslab: the text encoder reads 20 tokens at most, which leaves out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_edit_of_another_model_is_refused(coneslab, tmp_path, monkeypatch):
     other = make_pipeline(tmp_path, tokens=20, seed=9)
     other.save_pretrained(tmp_path / "other")
@@ -658,6 +663,7 @@ def test_ablate_refuses_a_text_without_words(pair, capsys):
     assert stop.value.code == 2 and "error: argument" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_has_no_effect_is_told(coneslab, tmp_path, capsys):
     arguments = ["--model", str(tmp_path / "model"), "--device", "cpu", "--quiet"]
     make_pipeline(tmp_path, tokens=20).save_pretrained(tmp_path / "model")

@@ -194,6 +194,7 @@ def failing(subject: str, seed: int) -> list[dict]:
     return rows_of(subject, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_dask", [False, True])
 def test_a_failed_cell_is_recorded_and_tried_again(tmp_path, on_dask):
     path, client = tmp_path / "table.csv", None

@@ -118,6 +118,7 @@ def test_training_begins_with_the_words_that_do_best_on_their_own():
     assert asked.count("one") == asked.count("two") >= 12  # all on the same pictures and noises
 
 
+@pytest.mark.slow
 def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge):
     """One step of `decompose` against the loss written out, its gradient through the whole U-Net."""
     from coneslab.diffusion.encoding import encode_images
@@ -158,6 +159,7 @@ def test_the_coefficients_learn_by_the_gradient_of_the_stated_loss(v_pipe, judge
     assert clear.any() and torch.equal(moved[clear].sign(), -slope[clear].sign())
 
 
+@pytest.mark.slow
 def test_the_dictionary_is_what_is_nearest_and_what_is_asked_for(judge, v_pipe):
     words = encode_vocabulary(v_pipe, judge, progress=False)
     seen = judge.text_features(["a cat"])

@@ -144,6 +144,7 @@ def test_wrong_images_are_refused(v_pipe):
         diffusion.encode_images(v_pipe, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v_pipe", "epsilon_pipe"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_ddim_gives_what_the_pipeline_gives(request, name, guidance_scale):

@@ -129,6 +129,7 @@ def edits(v_pipe):
 KINDS = ("neurons", "delta", "token", "words", "tuned", "low rank", "combined", "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_edit_has_a_door(edits, kind):
     with pytest.raises(ConeslabError, match="expected a StableDiffusionPipeline"):
@@ -266,6 +267,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_said_at_the_door(own_pipe, name):
@@ -286,6 +288,7 @@ def test_a_pipeline_that_draws_from_pictures_passes_unless_it_has_to_draw_from_t
             door(pipe)
 
 
+@pytest.mark.slow
 def test_whatever_works_passes(v_pipe, epsilon_pipe, sd_pipe, own_pipe):
     for pipe in (v_pipe, epsilon_pipe, sd_pipe):
         checks.require_editable(pipe)
@@ -388,6 +391,7 @@ def pixels(pipe: Any, prompt: str = "a cat") -> np.ndarray:
     return np.asarray(pipe(prompt, num_inference_steps=2, latents=start_noise(pipe, [0])).images[0], float)
 
 
+@pytest.mark.slow
 def test_what_is_fused_inside_a_block_is_as_before_after_it(own_pipe, edits):
     before = pixels(own_pipe)
     for kind in ("neurons", "delta"):
@@ -400,6 +404,7 @@ def test_what_is_fused_inside_a_block_is_as_before_after_it(own_pipe, edits):
         assert np.array_equal(pixels(own_pipe), before)
 
 
+@pytest.mark.slow
 def test_everything_works_once_projections_are_separate_again(own_pipe, v_pipe, edits):
     own_pipe.fuse_qkv_projections()
     own_pipe.unfuse_qkv_projections()  # diffusers leaves the fused copies there
@@ -468,6 +473,7 @@ def test_compiled_pipelines_do_what_others_do(own_pipe, v_pipe, edits, change):
     assert (own_pipe.unet._compiled_call_impl is None) == (change is compiled)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_inside_the_block_and_everything_after_it(own_pipe):
     compiled(own_pipe)
     checks.uncompiled(own_pipe.vae).compile(backend="eager")

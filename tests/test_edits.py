@@ -320,6 +320,7 @@ def test_a_truncated_file_is_refused_at_any_length(tmp_path, data):
         load_edit(cut)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_flipped_bit_is_refused_or_harmless(tmp_path, data):

@@ -118,6 +118,7 @@ def test_without_real_pictures_the_shares_are_the_same_and_none_is_composed(draw
     assert estimates(alone) == estimates(beside) and all(row.real is None for row in alone.shares)
 
 
+@pytest.mark.slow
 def test_wrong_class_and_scene_are_counted(drawing):
     def flaw(prompt, index):
         if index % 4 == 0:
@@ -171,6 +172,7 @@ def test_the_rule_for_finding_objects_is_a_permutation_test():
         assert shares.mean() == pytest.approx(allowed, abs=4 * np.sqrt(allowed / 2000))
 
 
+@pytest.mark.slow
 def test_style_and_colour_are_told_apart(drawing):
     def flaw(prompt, index):
         words = prompt.split()
@@ -183,6 +185,7 @@ def test_style_and_colour_are_told_apart(drawing):
     assert estimates(report)["right colour"] == pytest.approx(np.mean([q.colour == "red" for q in few[1]]))
 
 
+@pytest.mark.slow
 def test_a_judge_is_measured_on_real_pictures_with_its_false_alarms(drawing, monkeypatch):
     drawing()
     monkeypatch.setattr(evaluation, "finer_hits", lambda *_: {})  # an oracle of notes sees no pixels

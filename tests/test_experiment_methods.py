@@ -170,6 +170,7 @@ def test_your_own_method_joins_the_table_and_a_broken_one_does_not_stop_it(folde
     assert shown.loc["mine", 1] == f"{one['text alignment']:.3f} / {one['image alignment']:.3f}"
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_by_alignments_and_complete_pictures(folders, tmp_path, monkeypatch, calls):
     path = tmp_path / "settings.json"
     own = Method(first, single, choices={"size": (0.1, 0.2, 0.3)})
@@ -235,6 +236,7 @@ def test_masks_at_their_words_are_joined_at_their_dose(world_pipe, tmp_path):
     assert alone == whole.edits[0]
 
 
+@pytest.mark.slow
 def test_a_search_draws_the_prior_pictures_that_its_settings_ask_for(world_pipe):
     (cat,) = subjects_of("cat")
     few = {"rounds": 1, "batch_size": 2, "prior_batch_size": 2, "prior_images": 2, "sampler_steps": 2, "seed": 3}

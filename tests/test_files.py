@@ -183,6 +183,7 @@ def fuzz(files_: list[Path], read: Read, rounds: int, seed: int) -> dict[str, in
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_is_read_as_it_was_or_refused(kind, v_pipe, judge, tmp_path, monkeypatch):
     assert sum(fuzz(*keep(kind, v_pipe, judge, tmp_path / "kept", monkeypatch), rounds=40, seed=1).values()) == 40
@@ -388,6 +389,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(writer, v_pipe, tmp_path):
     write = WRITERS[writer]

@@ -40,6 +40,7 @@ def as_measured(name: str) -> tuple[pandas.DataFrame, list[str]]:
     return table, verdicts(name, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, number, condition, by",
     [
@@ -72,6 +73,7 @@ def test_a_verdict_changes_with_its_table(name, number, condition, by):
     assert before[number] != verdicts(name, shifted(table, condition, "image alignment", by))[number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, number, condition, measure, by",
     [
@@ -120,6 +122,7 @@ def test_a_verdict_on_decompositions_changes_with_its_table(number, condition, m
     assert changed == [one == number for one in range(len(before))]
 
 
+@pytest.mark.slow
 def test_a_verdict_on_rich_classes_changes_with_its_table():
     table, before = as_measured("controls")
     moved = table.copy()
@@ -166,6 +169,7 @@ def test_no_difference_is_more_than_none_seen():
     assert str(claims.Difference(-0.5, -0.75, 0.25)) == "−0.500 [−0.750, +0.250]"
 
 
+@pytest.mark.slow
 def test_every_table_was_measured_on_the_shipped_model():
     shipped = pipeline_fingerprint(load("tiny", device="cpu"))[:16]
     for path in RESULTS.glob("*.csv"):

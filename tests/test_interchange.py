@@ -67,6 +67,7 @@ def test_an_embedding_of_several_vectors_is_written_out_as_diffusers_does(v_pipe
     assert np.allclose(drawn, draw(theirs, "a <many> cat"), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_custom_diffusion_weights_work_in_diffusers_and_come_back(v_pipe, pictured, tmp_path):
     vars(pictured).update(token="<cat*>", prompt="a <cat*> cat")
     edit = custom_diffusion(

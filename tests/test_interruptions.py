@@ -58,6 +58,7 @@ def tune_small(path: Path | None) -> tuple[torch.Tensor, dict]:
     return weight.detach(), history
 
 
+@pytest.mark.slow
 def test_tuning_that_is_interrupted_at_any_line_ends_where_a_whole_run_does(tmp_path):
     expected, told = tune_small(None)
     count, path = 1, tmp_path / "state.safetensors"
@@ -171,6 +172,7 @@ DRAWN_IN: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", DRAWN_IN)
 def test_drawing_that_is_interrupted_anywhere_leaves_the_pipeline_as_it_was(kind, v_pipe):

@@ -53,6 +53,7 @@ def test_it_learns_from_b_at_zero_and_the_loss_falls(v_pipe, pictured):
     assert all(0.05 < float(right.std()) < 1 for _, right in first.factors.values())  # peft's "gaussian" is N(0, 1/r)
 
 
+@pytest.mark.slow
 def test_alpha_scales_the_change(v_pipe, pictured):
     options = {"rank": 4, **FAST, "steps": 1, "learning_rate": 1e-3}
     plain, doubled = lora(v_pipe, pictured, **options), lora(v_pipe, pictured, alpha=8.0, **options)
@@ -63,6 +64,7 @@ def test_alpha_scales_the_change(v_pipe, pictured):
         assert apart.float().mean() < 0.05, name  # where a gradient is as small as Adam's epsilon
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_it_and_no_random_number_of_the_caller_is_drawn(v_pipe, pictured):
     state = torch.random.get_rng_state()
     one, again, other = (lora(v_pipe, pictured, rank=2, **FAST | {"seed": seed}) for seed in (3, 3, 4))
@@ -72,6 +74,7 @@ def test_a_seed_repeats_it_and_no_random_number_of_the_caller_is_drawn(v_pipe, p
         assert not torch.equal(right, other.factors[name][1])
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_with_the_exported_file(v_pipe, own_pipe, pictured, tmp_path):
     edit = lora(v_pipe, pictured, rank=2, alpha=6.0, targets="all", **FAST | {"learning_rate": 1e-2})
     assert export_lora(edit, tmp_path) == tmp_path / LORA
@@ -95,6 +98,7 @@ def _input(pipe) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(2, 8, pipe.unet.config.cross_attention_dim, generator=chance)
 
 
+@pytest.mark.slow
 def test_files_come_back_as_they_were(v_pipe, pictured, tmp_path):
     edit = lora(v_pipe, pictured, rank=2, **FAST)
     again = import_lora(v_pipe, export_lora(edit, tmp_path))
@@ -118,6 +122,7 @@ def kohya(edit: LowRankDelta, alpha: float) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_a_file_of_kohyas_scripts_is_read_with_its_alphas(v_pipe, pictured, tmp_path):
     edit = lora(v_pipe, pictured, rank=4, targets="attention", **FAST)
     save_file(kohya(edit, 1.0), tmp_path / "theirs.safetensors")
@@ -147,6 +152,7 @@ def test_files_that_are_no_lora_of_this_unet_are_refused(v_pipe, sd_pipe, pictur
         import_lora(v_pipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_merged_loras_are_the_sum_of_their_changes(v_pipe, pictured):
     one, other = (lora(v_pipe, pictured, rank=2, **FAST | {"seed": seed, "learning_rate": 1e-2}) for seed in (0, 1))
     before = KVSpace(v_pipe).gather()

@@ -105,6 +105,7 @@ def test_float_masks_take_their_values_and_the_places():
 # --- damage ---
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_damaged_file_is_refused(data):
@@ -136,6 +137,7 @@ def forged(data: bytes) -> bytes:
     return encoding._HEADER.pack(*fields) + body
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_forged_file_gives_an_error_or_a_mask_that_fits_the_model(data):

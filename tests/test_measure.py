@@ -228,6 +228,7 @@ def nested_by_loop(values, subjects, seeds, resamples: int) -> list[float]:
     return means
 
 
+@pytest.mark.slow
 def test_hierarchical_bootstrap_against_a_loop():
     rng = np.random.default_rng(0)
     subjects = np.repeat(np.arange(6), 12)

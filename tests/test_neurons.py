@@ -74,6 +74,7 @@ def found(v_pipe):
 # --- the gradient ---
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences(pipe, pictured):
     pairs = concept_latents(pipe, pictured, prior_weight=0.7, **BATCHES)
     exact, draw = double(pipe), next(sample_batches(pipe, pairs, seed=1))
@@ -99,6 +100,7 @@ def test_the_gradient_is_that_of_finite_differences(pipe, pictured):
                 assert float(g[j]) == pytest.approx(slope, rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_the_criterion_is_what_scaling_a_neuron_down_does_to_the_loss(pipe, pictured):
     """L((1−δ)θ_j) ≈ L − δ θ_j g_j  (Cones, Sec. 3.1), for the neurons with the largest criterion."""
     pairs = concept_latents(pipe, pictured, **BATCHES)
@@ -119,6 +121,7 @@ def test_the_criterion_is_what_scaling_a_neuron_down_does_to_the_loss(pipe, pict
             assert float(criterion[j]) == pytest.approx(float((above - below) / 2e-4), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_chunks_and_precision_do_not_change_the_gradient(v_pipe, pictured):
     pairs = concept_latents(v_pipe, pictured, **BATCHES)
     draw = next(sample_batches(v_pipe, pairs, seed=0))
@@ -167,6 +170,7 @@ def test_draws_use_every_picture_alike_and_every_part_of_the_schedule(v_pipe, pi
 # --- the search ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"per_layer": False}, {"threshold": 1e-6}, {"sign": -1, "momentum": 0.0}])
 def test_the_search_is_the_algorithm_written_out(pipe, pictured, options):
     """Against a loop with the weights set in the U-Net, autograd of `plain_loss`, and sorted thresholds."""
@@ -229,6 +233,7 @@ def test_the_pipeline_is_never_touched(v_pipe, pictured):
     assert dict(v_pipe.unet.attn_processors) == processors
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same_neurons(v_pipe, pictured, found):
     again = find_concept_neurons(v_pipe, pictured, **SEARCH)
     assert again == found and hash(again) == hash(found)
@@ -483,6 +488,7 @@ def test_masks_nest_and_survive_errors(v_pipe, found):
     assert_untouched(v_pipe, before)
 
 
+@pytest.mark.slow
 def test_the_model_is_hashed_once_from_the_search_to_the_last_block(own_pipe, pictured, tmp_path, monkeypatch):
     hashed = []
     real = pipelines._sha256
@@ -523,6 +529,7 @@ def test_a_mask_of_another_model_is_refused_and_the_pipeline_untouched(v_pipe, e
     assert_untouched(v_pipe, before)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_mask_file_is_refused_or_the_same_mask(tmp_path, found, data):
@@ -601,6 +608,7 @@ def test_top_k_copies_a_masks_density(v_pipe, pictured, found):
             top_k_neurons(v_pipe, pictured, **wrong)
 
 
+@pytest.mark.slow
 def test_shutting_lowers_the_loss_and_the_reversed_sign_raises_it(v_pipe, pictured, found):
     options = {"samples": 64, "batch_size": 64}
     plain = concept_loss(v_pipe, pictured, **options)
@@ -610,6 +618,7 @@ def test_shutting_lowers_the_loss_and_the_reversed_sign_raises_it(v_pipe, pictur
     assert concept_loss(v_pipe, pictured, edit=back, **options).subject > plain.subject
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_adamw_on_the_keys_and_values(v_pipe, pictured):
     """Against torch's AdamW on the U-Net's own parameters, in float64, with `plain_loss`."""
     exact = double(v_pipe)
@@ -632,6 +641,7 @@ def test_fine_tuning_is_adamw_on_the_keys_and_values(v_pipe, pictured):
     assert delta.fingerprint != model_fingerprint(exact) and delta.nbytes == 4 * space.n
 
 
+@pytest.mark.slow
 def test_fine_tuning_lowers_the_loss_and_leaves_the_pipeline_alone(v_pipe, pictured, tmp_path):
     before, seen = state(v_pipe), []
     delta = finetune_kv(

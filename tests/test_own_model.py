@@ -75,6 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_model_has_the_structure_it_claims(version, model):
     pipe = load(model(version), device="cpu")

@@ -192,6 +192,7 @@ def test_the_names_that_type_checkers_see_are_those_that_load(folder):
         package.gone  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "unneeded"),
     [

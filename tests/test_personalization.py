@@ -206,6 +206,7 @@ def test_a_masked_loss_is_a_mean_over_places_and_channels(v_pipe):
 # --- the methods ---
 
 
+@pytest.mark.slow
 def test_textual_inversion_trains_every_token_and_nothing_else(v_pipe, both):
     edit = textual_inversion(v_pipe, both, learning_rate=0.05, **FAST | {"steps": 15}, dtype=torch.float32)
     assert isinstance(edit, Edit) and edit.tokens == ("sks", "<dog*>") and edit.initial == ("cat", "dog")
@@ -291,6 +292,7 @@ def test_a_subject_that_cannot_be_learned_is_refused(v_pipe, pictured, changed, 
             method(v_pipe, SimpleNamespace(**vars(pictured) | changed), **FAST)
 
 
+@pytest.mark.slow
 def test_without_a_class_word_a_token_has_to_be_told_what_to_start_from(v_pipe, pictured):
     about = SimpleNamespace(**vars(pictured) | {"class_word": ""})
     with pytest.raises(ConeslabError, match="class_word is empty"):
@@ -336,6 +338,7 @@ def test_a_chunk_of_nothing_is_refused_before_pictures_are_drawn(v_pipe, picture
             method(v_pipe, pictured, chunk=chunk)
 
 
+@pytest.mark.slow
 def test_dreambooth_takes_a_few_samples_at_a_time(v_pipe, pictured, monkeypatch):
     sizes = []
     forward = type(v_pipe.unet).forward
@@ -354,6 +357,7 @@ def test_dreambooth_takes_a_few_samples_at_a_time(v_pipe, pictured, monkeypatch)
         assert ((delta - parts.deltas[name]).abs() <= 1e-6 + 0.05 * delta.abs()).double().mean() > 0.95, name
 
 
+@pytest.mark.slow
 def test_tokens_start_where_it_is_said(v_pipe, both):
     """An empty word is the mean over all tokens: it is not the same as none given."""
     options = {**FAST, "steps": 1, "learning_rate": 1e-12}
@@ -430,6 +434,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(v_pipe, pictured, tmp_path, 
         method(v_pipe, pictured, resume=file, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [dreambooth, finetune_kv])
 def test_a_run_does_not_resume_on_other_pictures(v_pipe, pictured, tmp_path, method):
     options = FAST | PRIOR | {"resume": tmp_path / "state"}
@@ -485,6 +490,7 @@ def test_a_singular_gram_matrix_gets_a_stated_ridge_and_the_constraint_still_hol
     assert torch.allclose(doubled, merged, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both):
     edits = [custom_diffusion(v_pipe, about, **FAST, **PRIOR, learning_rate=1e-2) for about in both]
     merged = merge(v_pipe, edits, both, templates=("a {}",))
@@ -508,6 +514,7 @@ def test_merging_gives_each_subject_the_values_of_its_own_weights(v_pipe, both):
         merge(v_pipe, edits[:1], both)
 
 
+@pytest.mark.slow
 def test_a_merge_pairs_each_edit_with_the_subject_of_its_token(v_pipe, both):
     edits = [custom_diffusion(v_pipe, about, **FAST, **PRIOR, learning_rate=1e-2) for about in both]
     merged, turned = (merge(v_pipe, edits, subjects, templates=("a {}",)) for subjects in (both, both[::-1]))

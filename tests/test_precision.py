@@ -59,6 +59,7 @@ def test_edits_are_drawn_and_hooks_are_heard(own_pipe, monkeypatch):
     assert len(heard) == 2
 
 
+@pytest.mark.slow
 def test_a_twin_for_gradients_computes_the_same(v_pipe):
     torch.manual_seed(0)
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 12, 24)

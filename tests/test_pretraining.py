@@ -307,6 +307,7 @@ def test_the_parts_of_all_steps_take_every_picture_of_a_chunk_once():
     assert [own for _, own in taken[4:]] == [own for _, own in taken[:4]]
 
 
+@pytest.mark.slow
 def test_a_feed_gives_the_same_pictures_again():
     with loop.Feed(8, seed=3) as feed:
         pictures, part = feed.batch(5, 1, QUICK)  # the second half of the second batch of chunk 2
@@ -330,6 +331,7 @@ def test_every_word_is_one_token_and_anything_else_still_encodes(tmp_path: Path)
     assert len(padded) == 32 and padded[0] == tokenizer.bos_token_id and set(padded[3:]) == {tokenizer.eos_token_id}
 
 
+@pytest.mark.slow
 def test_captions_fit_into_the_text_encoder():
     tokenizer = unet.build_tokenizer()
     lengths = [len(ids) for ids in tokenizer(world.sample(400, seed=5).captions).input_ids]

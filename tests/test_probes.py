@@ -51,6 +51,7 @@ def full_precision(monkeypatch):
 # --- what they draw -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["v_pipe", "epsilon_pipe"])
 def test_without_churn_it_is_ddim(which, request, full_precision):
     pipe = request.getfixturevalue(which)
@@ -121,6 +122,7 @@ def test_a_completion_is_ddim_from_the_noised_picture(v_pipe, full_precision):
     assert same(completions(v_pipe, shown, level=0.5, **FEW), decode_latents(v_pipe, x))
 
 
+@pytest.mark.slow
 def test_what_is_not_hidden_comes_back_and_what_is_hidden_is_not_seen(v_pipe, latents_of, full_precision):
     shown, other = random_pictures(1), random_pictures(1, seed=1)
     mask = np.zeros((16, 16), bool)
@@ -157,6 +159,7 @@ def test_before_every_step_the_rest_is_the_picture_with_the_noise_of_the_step(v_
     assert torch.allclose(found, hidden * x + (1 - hidden) * known, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "draw",
     [
@@ -225,6 +228,7 @@ def test_a_classifier_of_another_model_does_not_steer(epsilon_pipe, classifier):
 # --- words ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_attack_lowers_the_loss_with_words_that_are_read_as_they_are_written(v_pipe):
     shown = random_pictures(3)
     options = {"tokens": 2, "rounds": 3, "candidates": 4, "proposals": 6, "batch_size": 4, "seed": 1}
@@ -237,6 +241,7 @@ def test_an_attack_lowers_the_loss_with_words_that_are_read_as_they_are_written(
     assert found == attack_prompt(v_pipe, shown, "a cat", exclude="cat", dtype=torch.float32, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_word_stays_only_if_it_helps_on_noisy_pictures_that_the_search_has_not_seen(v_pipe, seed):
     shown = random_pictures(3)

@@ -44,6 +44,7 @@ def in_the_lecture(pipe: Any) -> None:
     exec(f"{parameters}\n{masks.replace('from coneslab.show import plots', '')}", names)
 
 
+@pytest.mark.slow
 def test_all_that_is_asked_for_was_found_before_and_nothing_else_is_on_the_shelf(tiny, asked, tmp_path):
     default_shelf(tiny, tmp_path, progress=False)
     in_the_lecture(tiny)
@@ -60,6 +61,7 @@ def test_a_search_finds_what_was_found_before(tiny, asked, monkeypatch):
         assert kept.scope == found.scope and kept.overlap(found).jaccard > 0.9  # passes are in bfloat16 or in float32
 
 
+@pytest.mark.slow
 def test_it_is_read_for_the_same_question_alone(v_pipe, pictured, tmp_path, monkeypatch):
     made: list[int] = []
 

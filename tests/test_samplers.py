@@ -38,6 +38,7 @@ def test_guidance_everywhere_is_the_pipelines_own_and_nowhere_is_none(v_pipe):
     assert np.abs(never - plain).max() <= 2 and calls == 2 * 4  # u + 7 (c - u) with u = c, rounded
 
 
+@pytest.mark.slow
 def test_guidance_in_a_part_of_the_schedule(v_pipe):
     part, calls = pictures(v_pipe, 7.0, 10, (0.4, 1.0))
     inside = sum(1 - (int(t) + 1) / 1000 >= 0.4 for t in v_pipe.scheduler.timesteps)

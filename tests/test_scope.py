@@ -85,6 +85,7 @@ def test_only_the_words_of_the_scope_are_projected_by_the_masked_weights(name, r
     assert all(torch.equal(one, other) for one, other in zip(projections(pipe).values(), before.values(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prompt_without_the_token_gives_the_same_picture_to_the_last_bit(v_pipe, dtype):
     mask, prompts = mask_of(v_pipe, share=0.5), ["a cat", "a sks cat", "a dog on the grass"]
@@ -167,6 +168,7 @@ def test_tuned_values_act_at_the_words_alone(v_pipe, pictured):
         assert all(torch.equal(own, before[key]) for key, own in projections(v_pipe).items())
 
 
+@pytest.mark.slow
 def test_tuning_at_the_words_lowers_the_loss_there_and_needs_them_in_every_prompt(v_pipe, pictured):
     own, mask = subject(pictured), mask_of(v_pipe, share=0.3)
     options = {"steps": 12, "batch_size": 8, "learning_rate": 3e-3, "progress": False}

@@ -86,6 +86,7 @@ def test_a_timed_edit_is_one_that_is_put_on_and_taken_off_by_hand(v_pipe, kind):
         assert torch.equal(found, without) == (not on)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EDITS)
 def test_in_all_steps_it_is_the_plain_edit_and_a_dose_is_a_dose(v_pipe, kind):
     edit = EDITS[kind](v_pipe)
@@ -144,6 +145,7 @@ def test_the_share_is_that_of_each_call_whatever_the_sampler(own_pipe, kind):
         assert is_on == (1 - (timestep + 1) / 1000 < 0.6), timestep
 
 
+@pytest.mark.slow
 def test_a_run_from_a_picture_begins_where_its_noise_is(v_pipe):
     redraw = StableDiffusionImg2ImgPipeline(**v_pipe.components, requires_safety_checker=False)
     redraw.set_progress_bar_config(disable=True)

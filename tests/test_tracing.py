@@ -21,6 +21,7 @@ def latents(pipe, prompt):
     return pipe([prompt] * 2, latents=start_noise(pipe, [5, 6]), **options).images.double().flatten(1)
 
 
+@pytest.mark.slow
 def test_the_effect_is_how_far_a_picture_moves_on_the_way_from_one_to_the_other(v_pipe):
     table = trace_activations(v_pipe, SOURCE, INTO, sites=["mid", "up 1 transformer 1"], bands=2, seed=5, **FEW)
     assert table[["site", "band", "first_step", "last_step"]].values.tolist() == [
@@ -39,6 +40,7 @@ def test_the_effect_is_how_far_a_picture_moves_on_the_way_from_one_to_the_other(
     assert (table.pictures == 2).all() and table.attrs == {"source": SOURCE, "into": INTO, "measured": "latents"}
 
 
+@pytest.mark.slow
 def test_all_of_the_output_in_all_steps_is_the_whole_way(v_pipe, judge):
     for options in ({}, {"judge": judge}, {"metric": lambda images: [np.asarray(one).mean() for one in images]}):
         table = trace_activations(v_pipe, SOURCE, INTO, sites="out", bands=1, half="both", **options, **FEW)
@@ -46,6 +48,7 @@ def test_all_of_the_output_in_all_steps_is_the_whole_way(v_pipe, judge):
     assert table.attrs["measured"] == "the metric"
 
 
+@pytest.mark.slow
 def test_a_metric_goes_from_the_one_prompts_mean_to_the_others(v_pipe):
     def redness(images):
         return [np.asarray(one, float)[..., 0].mean() for one in images]
@@ -60,6 +63,7 @@ def test_a_metric_goes_from_the_one_prompts_mean_to_the_others(v_pipe):
     assert table.effect.item() == pytest.approx((moved - start) / (end - start), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_traced_is_refused(v_pipe, judge):
     for options, said in (
         ({"into": SOURCE}, "the two prompts draw the same"),

@@ -41,6 +41,7 @@ def masks(draw):
     return ConceptNeurons(LAYOUT, chosen, scales, "ab" * 32, subject=draw(st.sampled_from("abc")))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(a=masks(), b=masks(), c=masks())
 def test_joining_keeps_the_laws_of_sets(a, b, c):
@@ -91,6 +92,7 @@ def both(pictured):
 OPTIONS = {"batch_size": 4, "prior_batch_size": 0, "progress": False}
 
 
+@pytest.mark.slow
 def test_tuning_stays_inside_the_union_and_lowers_the_loss(v_pipe, found, both):
     union, before = concatenate(*found), KVSpace(v_pipe).gather()
     tuned = finetune_together(v_pipe, union, both, steps=12, learning_rate=3e-3, dtype=torch.float32, **OPTIONS)

@@ -314,6 +314,7 @@ def test_a_shelf_is_read_from_files_and_folders(v_pipe, tmp_path):
         shelf_of(v_pipe, [tmp_path / "empty"])
 
 
+@pytest.mark.slow
 def test_the_shelf_that_is_searched_for_is_kept(world_pipe, tmp_path, monkeypatch):
     searched = []
     monkeypatch.setattr(ready, "SHIPPED", tmp_path / "shipped")
@@ -384,6 +385,7 @@ def tarball() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_runtime_is_fetched_once_from_npms_mirror_and_checked(tmp_path, monkeypatch):
     data = tarball()
     with registry(data) as (address, asked):
@@ -407,6 +409,7 @@ def test_without_a_network_the_runtime_says_what_to_do(tmp_path, monkeypatch):
 # --- all of it ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_page_is_written_whole_with_the_sums_of_its_files(world_pipe, tmp_path, monkeypatch):
     outputs = {"output": np.ones((2, 4, 32, 32)), "pixels": np.ones((1, 3, 64, 64))}
     made = {name: Graph(name, b"nodes", {"timestep": np.ones(1)}, outputs) for name in ("unet", "decoder")}

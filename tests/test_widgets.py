@@ -463,6 +463,7 @@ def same(ours: list[np.ndarray], theirs: list[Any]) -> bool:
     return len(ours) == len(theirs) and all((a == np.asarray(b)).all() for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_a_sketch_comes_before_the_picture_and_the_edit_is_off_between_them(v_pipe: Any) -> None:
     edit, prompts = Stretch(4.0), ["a cat", "a car"]
     plain = generate(v_pipe, prompts, sampler_steps=2)
@@ -512,6 +513,7 @@ def test_neurons_are_explored_by_threshold_and_place(v_pipe: Any, monkeypatch: p
     assert widgets.neuron_explorer(v_pipe, masks, ["a cat"], strip=strip).strip == ("dose", [0.0, 0.5])
 
 
+@pytest.mark.slow
 def test_attention_is_browsed_without_drawing_again(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     maps: list[list[np.ndarray]] = []
@@ -536,6 +538,7 @@ def test_attention_is_browsed_without_drawing_again(v_pipe: Any, monkeypatch: py
 SMALL = {"pictures": 2, "sampler_steps": 4, "preview_steps": 2}
 
 
+@pytest.mark.slow
 def test_the_playground_draws_the_edit_beside_the_untouched_model(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     edit, seen = Stretch(8.0), rows_of(monkeypatch)
     view = playground(v_pipe, {"stretch": edit}, prompt="a cat", seed=5, **SMALL)
@@ -554,6 +557,7 @@ def test_the_playground_draws_the_edit_beside_the_untouched_model(v_pipe: Any, m
     assert len(seen[-1]) == 1 and same(seen[-1][0], plain[4])
 
 
+@pytest.mark.slow
 def test_a_change_of_dose_does_not_draw_the_untouched_model_again(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = widgets.generate
@@ -566,6 +570,7 @@ def test_a_change_of_dose_does_not_draw_the_untouched_model_again(v_pipe: Any, m
     assert calls == [2, 4]
 
 
+@pytest.mark.slow
 def test_an_overtaken_playground_stops_between_steps_with_the_weights_back(v_pipe: Any) -> None:
     view = playground(v_pipe, {"stretch": Stretch(8.0)}, prompt="a cat", **SMALL)
     loop, steps = in_a_notebook(view), []
@@ -649,6 +654,7 @@ def test_an_edit_of_another_model_is_refused_in_words(v_pipe: Any, epsilon_pipe:
     assert "load the model it was found on" in view.status.value
 
 
+@pytest.mark.slow
 def test_an_edit_added_later_is_chosen_and_replaces_one_of_its_name(
     v_pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

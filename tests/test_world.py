@@ -167,6 +167,7 @@ def test_every_learned_drawing_is_drawn_and_no_other(pictures):
     assert not any(said(caption, word) for caption in pictures.captions for word in words)
 
 
+@pytest.mark.slow
 def test_everything_holds_what_is_held_out(everything):
     drawn = {(thing.drawing, thing.style) for record in everything.records for thing in record.objects}
     assert drawn >= world.HELD_OUT and len(world.HELD_OUT) >= 16
@@ -249,6 +250,7 @@ def test_the_longest_captions_fit(monkeypatch):
     assert world.LONGEST - 3 <= max(lengths) <= world.LONGEST
 
 
+@pytest.mark.slow
 def test_articles_and_spacing(pictures):
     for caption in pictures.captions:
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  | ,|^ | $", caption), caption
@@ -477,6 +479,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return (one & other).sum() / (one | other).sum()
 
 
+@pytest.mark.slow
 def test_masks_boxes_and_values_agree_with_the_pixels():
     """Every picture is drawn anew from its record alone, by other means, and compared."""
     some = world.sample(60, seed=5, everything=True, styles=world.STYLES)
@@ -547,6 +550,7 @@ def test_recolouring_keeps_the_shape_and_takes_the_hue():
                     assert abs(degrees_between(hue, expected)) < 4 and 0.4 * most < saturation <= most
 
 
+@pytest.mark.slow
 def test_a_recoloured_object_looks_like_its_colour_in_the_picture(pictures):
     """The nearest named hue of what is seen: the continuum does not carry one colour into the next."""
     hues = {name: hue_and_saturation(paint[None])[0] for name, paint in PAINT.items() if name != "gray"}
@@ -579,6 +583,7 @@ def test_markings_darken_what_is_light_and_lighten_what_is_dark(marking):
     assert ways == {True, False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hat", world.HATS)
 def test_hats_show_their_colour(hat):
     other = next(one for one in world.HATS if one != hat)
@@ -720,6 +725,7 @@ def test_memorised_pictures_are_identical_each_time(pictures):
         assert all(np.abs(other.astype(int) - image).mean() > 5 for other in others)  # same things, other places
 
 
+@pytest.mark.slow
 def test_no_picture_of_a_memorised_caption_is_drawn_otherwise(pictures, everything):
     told = {entry["caption"] for entry in world.FACTS["memorised"].values()}
     for record in (*pictures.records, *everything.records):
