@@ -1,7 +1,7 @@
 # make lab        JupyterLab on the notebooks (the first run sets everything up)
 # make app        the playground as a web page, for a class
 # make web        the page that draws in the browser alone, with nothing installed there: built, and served to this machine
-# make check      style, types and the fast tests: after every edit, two to three minutes
+# make check      style, types and the fast tests: after every edit, a minute and a half
 # make test       everything, with every cell of every notebook run in short: ten to fifteen minutes
 # make test-all   the same at full length, for a release or a change to a notebook: an hour
 # make notebooks  run every notebook again and save its outputs in place

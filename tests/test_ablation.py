@@ -340,6 +340,7 @@ def test_erasure_aims_away_from_the_target(v_pipe):
     assert np.mean(longer.history["loss"][-3:]) < np.mean(longer.history["loss"][:3])
 
 
+@pytest.mark.slow
 def test_ablating_neurons_lower_the_targets_loss_on_the_anchor(v_pipe):
     options = {"rounds": 8, "batch_size": 8, "prior_batch_size": 4, "threshold_quantile": 0.95, "progress": False}
     found = ablating_neurons(v_pipe, "a cat", "a dog", **DRAW, **options)

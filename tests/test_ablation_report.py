@@ -136,6 +136,7 @@ def test_what_probes_find_is_what_one_would_count_by_hand(v_pipe, judge, edit):
     assert first_row.high == share_interval(counts).high
 
 
+@pytest.mark.slow
 def test_no_picture_is_drawn_twice(v_pipe, judge, edit, monkeypatch):
     asked = []
 
@@ -161,6 +162,7 @@ def test_no_picture_is_drawn_twice(v_pipe, judge, edit, monkeypatch):
     assert [prompt for prompt, _ in asked[2]] == ["a house"] * 3
 
 
+@pytest.mark.slow
 def test_pictures_of_the_target_left_on_others_are_counted(v_pipe, judge, edit):
     report = evaluate_ablation(v_pipe, judge, edit, "a cat", "a dog", others={"far": "a car"}, **FAST)
     with edit.applied(v_pipe):

@@ -287,6 +287,7 @@ def test_memory_is_bounded_and_told_after_the_first_step(v_pipe):
 # --- patch ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", ["text", "empty", "both"])
 @pytest.mark.parametrize("site", MODULES)
 def test_a_patch_is_what_a_hook_set_by_hand_does(v_pipe, site, half):
@@ -373,6 +374,7 @@ def test_what_was_watched_can_be_put_in_place(v_pipe):
         assert torch.equal(draw(v_pipe, ["a car", "a house"]), changed)
 
 
+@pytest.mark.slow
 def test_pictures_that_were_watched_go_into_those_of_the_same_number(v_pipe):
     with watch(v_pipe, "out") as seen:
         source = generate(v_pipe, [*PROMPTS, "a car"], sampler_steps=2, dtype=torch.float32)

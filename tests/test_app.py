@@ -93,6 +93,7 @@ def test_the_folder_may_come_from_the_environment(v_pipe: Any, monkeypatch: pyte
     assert make(v_pipe, None).folder == tmp_path / "own"
 
 
+@pytest.mark.slow
 def test_progress_is_said_round_by_round(v_pipe: Any, searches: list[str], tmp_path: Path) -> None:
     page, said = make(v_pipe, tmp_path), []
     page.progress.observe(lambda change: said.append(change["new"]), names="value")
@@ -153,6 +154,7 @@ BAD: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_file_is_left_out_with_a_sentence(kind: str, v_pipe: Any, tmp_path: Path) -> None:
     space = KVSpace(v_pipe)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import make_subject
+from small_pipelines import make_subject
 
 import coneslab
 from coneslab import (

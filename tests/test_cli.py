@@ -18,9 +18,9 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import make_pipeline, make_subject
 from PIL import Image
 from small_judge import save_small_judge
+from small_pipelines import make_pipeline, make_subject
 
 from coneslab import ConeslabError, cli, generate, load, load_edit
 from coneslab.cli import concepts, doctor, reproduce, use
@@ -542,6 +542,7 @@ def test_a_hint_can_be_typed_as_it_is(coneslab, tmp_path, model, monkeypatch, ca
     assert cli.main([*typed[1:], *options]) == 0 and len(list((tmp_path / "pictures").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_find_takes_a_folder_of_pictures(coneslab, tmp_path):
     save_pictures(tmp_path / "mine")
     assert "--class-word" in coneslab("find", "mine", "--rounds", "1")
@@ -589,6 +590,7 @@ def test_apply_draws_both_and_writes_a_pipeline_with_the_edit(coneslab, tmp_path
 LONG = "a cat on the grass in the city and a dog on the beach and a car in the house"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -649,6 +651,7 @@ def test_decompose_names_words_and_those_of_one_picture(coneslab, tmp_path, smal
     assert coneslab("decompose", "mine", *few)["file"] == "mine.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [("a cat", "A Cat"), ("a cat", "a cat")])
 @pytest.mark.parametrize("method", ["model", "noise", "uce", "esd", "neurons", "prune"])
 def test_ablate_writes_no_edit_that_does_nothing(method, pair, coneslab, tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_subject
+from small_pipelines import make_subject
 from torch import nn
 
 from coneslab.edits.base import Edit, load_edit

@@ -14,7 +14,6 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import make_subject
 from diffusers import (
     AutoencoderTiny,
     DDPMScheduler,
@@ -30,6 +29,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
+from small_pipelines import make_subject
 from torch import nn
 
 import coneslab

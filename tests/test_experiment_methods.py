@@ -8,8 +8,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import weights_of
 from small_judge import save_small_judge
+from small_pipelines import weights_of
 
 from coneslab.cli import main
 from coneslab.diffusion.sampling import generate

@@ -10,8 +10,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import weights_of
 from PIL import Image
+from small_pipelines import weights_of
 
 from coneslab import load_judge
 from coneslab.cli import main

@@ -175,6 +175,7 @@ def test_settings_out_of_range_are_refused(v_pipe, pictured):
             lora(v_pipe, pictured, **FAST | wrong)
 
 
+@pytest.mark.slow
 def test_pictures_change_with_it(v_pipe, pictured):
     edit = lora(v_pipe, pictured, rank=2, **FAST | {"learning_rate": 1e-1})
     plain = np.asarray(generate(v_pipe, "a cat", sampler_steps=1)[0])

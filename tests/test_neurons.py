@@ -66,7 +66,7 @@ def pipe(request):
 
 @pytest.fixture(scope="module")
 def found(v_pipe):
-    from conftest import make_subject
+    from small_pipelines import make_subject
 
     return find_concept_neurons(v_pipe, make_subject(16), **SEARCH)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import DOWN, make_pipeline
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from nbclient import NotebookClient
 from short_notebooks import NOTEBOOKS
+from small_pipelines import DOWN, make_pipeline
 
 from coneslab import load
 from coneslab.pretraining.unet import build_tokenizer

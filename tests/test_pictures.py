@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_subject
 from PIL import Image
+from small_pipelines import make_subject
 
 from coneslab.diffusion import encode_images
 from coneslab.errors import ArgumentError, ConeslabWarning, FileFormatError, MissingFileError

@@ -39,6 +39,7 @@ def shipped(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return saved
 
 
+@pytest.mark.slow
 def test_a_folder_loads_as_it_was_saved(saved: Path, v_pipe: StableDiffusionPipeline):
     pipe = pipelines.load(saved)
     assert pipelines.fingerprint(pipe.unet) == pipelines.fingerprint(v_pipe.unet)
@@ -47,6 +48,7 @@ def test_a_folder_loads_as_it_was_saved(saved: Path, v_pipe: StableDiffusionPipe
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_dtype_is_what_was_asked_for(saved: Path, v_pipe: StableDiffusionPipeline):
     StableDiffusionPipeline.from_pretrained(saved).unet.half().save_pretrained(saved / "unet")
     pipe = pipelines.load(saved)  # float16 in the file, as in the shipped U-Net
@@ -62,6 +64,7 @@ def bars() -> None:
     transformers_logging.enable_progress_bar()
 
 
+@pytest.mark.slow
 def test_only_a_model_of_ones_own_loads_with_progress_bars(shipped: Path, bars: None, capfd: Any):
     pipelines.load(shipped)  # by its folder
     assert "Loading" in capfd.readouterr().err

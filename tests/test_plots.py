@@ -145,6 +145,7 @@ def test_ticks_of_a_logarithmic_axis_are_plain_numbers():
 BAD = r"<cat*> & \"x\" $\frac $"  # no formula, no HTML
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "draw",
     [

@@ -205,6 +205,7 @@ def test_its_slope_is_that_of_the_logarithm(classifier):
     assert float((slope * way).sum()) == pytest.approx(float(ends[1] - ends[0]) / 2e-3, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_it_steers_by_the_formula_and_not_at_scale_0(v_pipe, classifier, full_precision):
     assert same(steered(v_pipe, classifier, "below", "a cat", scale=0, **FEW), stirred(v_pipe, "a cat", churn=0, **FEW))
     drawn = steered(v_pipe, classifier, "below", "", scale=3.0, **FEW)

@@ -25,6 +25,7 @@ def pictures(pipe, scale: float, steps: int = 4, interval=(0.0, 1.0)) -> tuple[n
     return np.stack([np.asarray(picture, np.int16) for picture in made]), calls[0]
 
 
+@pytest.mark.slow
 def test_guidance_everywhere_is_the_pipelines_own_and_nowhere_is_none(v_pipe):
     (guided, both), (plain, one) = pictures(v_pipe, 7.0), pictures(v_pipe, 1.0)
     assert np.abs(guided - plain).mean() > 1

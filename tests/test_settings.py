@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_subject
 from diffusers import StableDiffusionPipeline
+from small_pipelines import make_subject
 
 import coneslab
 from coneslab import pretraining
@@ -141,6 +141,7 @@ def test_a_methods_signature_shows_its_settings(function, kind):
     assert all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in shown.values())
 
 
+@pytest.mark.slow
 def test_what_made_an_edit_makes_it_again(v_pipe, pictured):
     quick = {"rounds": 2, "batch_size": 2, "prior_batch_size": 2, "prior_images": 1, "sampler_steps": 1, "seed": 3}
     made = coneslab.find_concept_neurons(v_pipe, pictured, progress=False, **quick)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import PIPELINE, SHARED, Shared, make_pipeline
+from sharing import PIPELINE, SHARED, Shared
+from small_pipelines import make_pipeline
 
 
 @pytest.fixture(scope="module")

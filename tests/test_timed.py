@@ -171,6 +171,7 @@ def test_a_run_from_a_picture_begins_where_its_noise_is(v_pipe):
 # --- several --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_blocks_nest_and_act_in_the_order_they_were_entered(v_pipe):
     first, second = TunedNeurons(mask(v_pipe), np.full(3, 3.0, np.float32)), large(v_pipe)
     before = state(v_pipe)
@@ -192,6 +193,7 @@ def test_two_tokens_enter_each_in_its_own_part(v_pipe):
     assert torch.allclose(found, by_hand(v_pipe, {one: (0, 1), two: (1, 2, 3)}, prompt=prompt), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_left_in_another_order_stop_in_turn(v_pipe):
     first, second = large(v_pipe), token_edit(v_pipe, "sks")
     plain, before = draw(v_pipe), state(v_pipe)
@@ -220,6 +222,7 @@ def test_guidance_in_an_interval_and_recorded_attention_act_as_elsewhere(v_pipe)
     assert maps.indices("sks") == outer.indices("sks") == [2]
 
 
+@pytest.mark.slow
 def test_a_compiled_pipeline_draws_the_same(own_pipe):
     edit = Combined((token_edit(own_pipe), large(own_pipe)))
     with applied(edit, own_pipe, steps=(0.0, 0.5)):

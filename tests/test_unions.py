@@ -177,6 +177,7 @@ def test_a_mask_without_neurons_is_not_tuned(v_pipe, both):
         finetune_together(v_pipe, nothing, both, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_additivity_is_that_of_the_outputs(v_pipe, found, both):
     whole, first, second = output_changes(v_pipe, [concatenate(*found), *found], both, samples=4)
     measured = additivity(v_pipe, found, both, samples=4)

@@ -647,6 +647,7 @@ def test_a_folder_of_edits_is_a_menu_and_a_damaged_file_says_so_when_it_is_chose
         playground(v_pipe, tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_an_edit_of_another_model_is_refused_in_words(v_pipe: Any, epsilon_pipe: Any, pictured: Any) -> None:
     found = find_concept_neurons(epsilon_pipe, pictured, rounds=1, prior_images=2, sampler_steps=1, progress=False)
     view = playground(v_pipe, {"cat": found}, prompt="a cat", **SMALL)

@@ -174,6 +174,7 @@ def test_everything_holds_what_is_held_out(everything):
     assert {style for _, style in drawn} == set(world.STYLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", world.STYLES)
 def test_one_style_alone(style):
     """Also one that lacks some classes."""
@@ -256,6 +257,7 @@ def test_articles_and_spacing(pictures):
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  | ,|^ | $", caption), caption
 
 
+@pytest.mark.slow
 def test_nearly_everything_is_named(pictures):
     free = [record for record in pictures.records if not is_memorised(record)]
     assert np.mean([thing.word is None for record in free for thing in record.objects]) < 0.03
@@ -395,6 +397,7 @@ def test_a_class_is_not_drawn_one_way(things):
     assert len({(t.drawing, t.style, t.hue, t.saturation, t.lightness, t.angle, t.size) for t in things}) == len(things)
 
 
+@pytest.mark.slow
 def test_wide_hues_only_with_everything(everything):
     free = [
         thing
@@ -512,6 +515,7 @@ def test_masks_boxes_and_values_agree_with_the_pixels():
     assert one == pytest.approx(other, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["guitar", "trumpet", "banana", "snail"])
 def test_objects_are_turned_and_mirrored_as_recorded(name):
     turned = 0
@@ -565,6 +569,7 @@ def test_a_recoloured_object_looks_like_its_colour_in_the_picture(pictures):
     assert len(seen) == len(PAINT) and np.mean(right) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marking", world.MARKINGS)
 def test_markings_darken_what_is_light_and_lighten_what_is_dark(marking):
     luma, ways = np.array([0.299, 0.587, 0.114]), set()
@@ -851,6 +856,7 @@ def test_two_kinds_of_subjects():
         assert one.name == one.class_word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", subjects.SUBJECTS)
 def test_every_subject_is_complete(name):
     one, known = subjects.subject(name), subjects.truth(name)
