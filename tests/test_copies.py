@@ -109,7 +109,7 @@ def test_a_copied_edit_cannot_be_changed_and_keeps_all_that_it_stores(way, thing
     with pytest.raises(TypeError):
         mask.settings["a"] = 2
     for name in ("mask", "weights", "token", "low rank", "words", "tuned neurons", "combined"):
-        assert WAYS[way](things[name])._contents() == things[name]._contents(), name
+        assert WAYS[way](things[name]).digest() == things[name].digest(), name
 
 
 def test_edits_that_differ_are_not_equal(things):

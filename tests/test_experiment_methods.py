@@ -13,6 +13,7 @@ from small_pipelines import weights_of
 
 from coneslab.cli import main
 from coneslab.diffusion.sampling import generate
+from coneslab.edits.base import Combined
 from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ConeslabError, WorldError
 from coneslab.experiments import cluster, comparison
@@ -108,6 +109,28 @@ def test_edits_of_several_subjects_at_once_are_kept_too_unless_they_are_as_large
     assert len(calls) == 5 and METHODS["LoRA, joint"].keep
     make_edit(Method(at_once, keep=False), world_pipe, both, **options)
     assert len(calls) == 6 and not METHODS["DreamBooth"].keep
+
+
+def joined(pipe, subjects, edits, *, seed, size=1.0):
+    CALLS.append(("+".join(about.name for about in subjects), seed, size))
+    return Combined(tuple(edits), size) if len(edits) > 1 else edits[0]
+
+
+def test_what_is_joined_of_single_edits_is_kept_too(world_pipe, tmp_path, calls):
+    own, both, options = Method(joined, single, ("size",)), subjects_of("cat+dog"), {"folder": tmp_path}
+    edit, seconds = make_edit(own, world_pipe, both, **options)
+    assert make_edit(own, world_pipe, both, **options) == (edit, seconds)
+    assert [name for name, _, _ in calls] == ["cat", "dog", "cat+dog"]
+    make_edit(own, world_pipe, both, size=0.5, **options)  # of the joining alone: the parts are those from before
+    assert [(name, size) for name, _, size in calls[3:]] == [("cat+dog", 0.5)]
+    other = Method(joined, at_another_size, ("size",))  # which makes other parts
+    assert make_edit(other, world_pipe, both, **options)[0] != edit and len(calls) == 7
+    make_edit(own, world_pipe, both[:1], **options)
+    assert len(list(tmp_path.glob("cat-0-*.safetensors"))) == 2  # one of each size: what is joined of one is that one
+
+
+def at_another_size(pipe, about, *, seed):
+    return single(pipe, about, seed=seed, size=3.0)
 
 
 def test_what_a_function_depends_on_must_be_seen_for_its_edit_to_be_kept(world_pipe, tmp_path, calls):

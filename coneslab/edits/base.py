@@ -92,12 +92,13 @@ class Edit(ABC):
 
     def __eq__(self, other: object) -> bool:
         """Same kind and same contents: all that a file of it would hold."""
-        return self is other or (type(self) is type(other) and self._contents() == other._contents())
+        return self is other or (type(self) is type(other) and self.digest() == other.digest())
 
     def __hash__(self) -> int:
-        return hash(self._contents())
+        return hash(self.digest())
 
-    def _contents(self) -> str:
+    def digest(self) -> str:
+        """SHA-256, in hex, of its contents: equal for equal edits of one kind, in any process."""
         tensors, description = self._pack()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         return tensor_sum(tensors, {"description": json.dumps(description, sort_keys=True, default=repr)})

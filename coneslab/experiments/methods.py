@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ from ..methods.personalization.merging import merge
 from ..methods.personalization.textual_inversion import textual_inversion
 from ..neurons.mask import ConceptNeurons
 from ..neurons.union import concatenate, finetune_together
-from ..seeds import derived
 from ..settings import takes
 from ..world.subjects import Subject
-from .setting import kept, neurons, timed
+from .setting import kept, neurons
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def make_edit(
 
     method: a name in `METHODS`, used with its chosen settings, or a `Method` of your own. settings: override these and
     the method's own. folder: where edits are kept, with their seconds: of single subjects for other combinations and
-    methods too, of several at once for the next call.
+    methods too, of several subjects for the next call.
     Raises ConeslabError for an unknown name, and whatever the method raises.
     """
     if isinstance(method, str) and method not in METHODS:
@@ -208,6 +206,6 @@ def make_edit(
     own = {name: value for name, value in settings.items() if name in method.own_settings}
     rest = method.of_single(settings)
     made = [kept(method.single, pipe, subject, seed=seed, folder=folder, **rest) for subject in subjects]
-    joint = derived(seed, *(subject.name for subject in subjects))
-    edit, seconds = timed(partial(method.make, pipe, list(subjects), [one for one, _ in made], seed=joint, **own))
+    parts = [part for part, _ in made]
+    edit, seconds = kept(method.make, pipe, list(subjects), parts, seed=seed, folder=folder, **own)
     return edit, seconds + sum(before for _, before in made)

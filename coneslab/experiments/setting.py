@@ -156,26 +156,29 @@ def kept(
     make: Callable[..., Any],
     pipe: Pipeline,
     subjects: Subject | Sequence[Subject],
-    *,
+    *parts: Sequence[Edit],
     seed: int,
     folder: str | Path | None,
     **settings: Any,
 ) -> tuple[Any, float]:
     """The edit make(pipe, subjects, seed=..., **settings) and the seconds it takes, from `folder` if it is kept there.
 
-    For another function, model, subject, version of the package or settings, defaults included, the edit is made again,
-    and kept beside the first. A function is known by its name and its text; without a folder nothing is kept, nor what
-    is no `Edit` or was made by what is no plain function, such as one that another function made, since what it depends
-    on cannot be seen. Raises FileFormatError if what is kept is damaged, WriteError if nothing can be kept there.
+    parts: at most one sequence, of the edits that `make` joins: its third argument then.
+    For another function, model, subject, part, version of the package or settings, defaults included, the edit is made
+    again, and kept beside the first. A function is known by its name and its text; without a folder nothing is kept,
+    nor what is one of the parts, is no `Edit` or was made by what is no plain function, such as one that another
+    function made, since what it depends on cannot be seen.
+    Raises FileFormatError if what is kept is damaged, WriteError if nothing can be kept there.
     """
     require_pipeline(pipe)
     several = [subjects] if isinstance(subjects, Subject) else list(subjects)
-    make_it = partial(make, pipe, subjects, seed=derived(seed, *(one.name for one in several)), **settings)
-    known = _known_by(make)
-    if folder is None or known is None:
+    make_it = partial(make, pipe, subjects, *parts, seed=derived(seed, *(one.name for one in several)), **settings)
+    known, joined = _known_by(make), [part for given in parts for part in given]
+    if folder is None or known is None or not all(isinstance(part, Edit) for part in joined):
         return timed(make_it)
     prompts = [prompt for one in several for prompt in (one.prompt, one.prior_prompt)]
     facts = [*known, pipeline_fingerprint(pipe), prompts, _filled(make, settings), __version__]
+    facts += [part.digest() for part in joined]
     key = key_of(facts, [picture for one in several for picture in one.images])
     title = title_of([one.name for one in several])
     file = require_writable(folder, folder=True) / f"{title}-{seed}-{key}.safetensors"
@@ -186,7 +189,7 @@ def kept(
             raise FileFormatError(f"{noted} or the edit beside it is damaged: delete it, and the edit is made again")
         return load_edit(file), float(note["seconds"])
     edit, seconds = timed(make_it)
-    if isinstance(edit, Edit):
+    if isinstance(edit, Edit) and not any(edit is part for part in joined):
         edit.save(file)
         note = {"seconds": seconds, "sha256": _sum_of(file, seconds)}
         write_whole(noted, json.dumps(note).encode())  # as one file, because several workers may write it at a time
