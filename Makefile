@@ -87,7 +87,7 @@ test: style
 	$(PYTEST) -m 'not full' --nbmake --nbmake-timeout=300 --durations=10 $(TEST_ARGS) build/short tests
 
 test-all: style
-	$(PYTEST) --nbmake --nbmake-timeout=1800 --durations=10 $(TEST_ARGS) notebooks tests
+	$(PYTEST) --nbmake --nbmake-timeout=1800 -o faulthandler_timeout=1800 --durations=10 $(TEST_ARGS) notebooks tests
 
 notebooks: $(VENV)/.coneslab-test
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
