@@ -495,10 +495,10 @@ def kernel_of(page: Page) -> str:
 @pytest.mark.full
 def test_visitors_of_the_app_draw_at_once_and_do_not_see_each_other(browser: Browser, app: tuple[str, Path]) -> None:
     with visitor(browser, "app_one") as one, visitor(browser, "app_two") as two:
-        for each in (one, two):
+        bodies, first = [one.page.locator("body"), two.page.locator("body")], []
+        for each, body in zip((one, two), bodies, strict=True):  # the second kernel starts beside one at rest
             each.page.goto(app[0], wait_until="commit")
-        bodies = [each.page.locator("body") for each in (one, two)]
-        first = [next_picture(body, None) for body in bodies]
+            first.append(next_picture(body, None))
         assert first[0] == first[1] and kernel_of(one.page) != kernel_of(two.page)
         seeds = [control(body, "seed").locator("input") for body in bodies]
         for number, seed in enumerate(seeds, 3):
