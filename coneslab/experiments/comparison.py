@@ -130,8 +130,8 @@ def compare_methods(
     path: default `data/results/methods.csv`. methods: names, or name -> a `Method` of your own. subjects: names and
     combinations ("cat+car") instead of those that ship. pictures: per prompt; sampler_steps: of each (means over 12
     steps differ from those over 25 by less than 0.003); samples: of the denoising loss. settings: for all methods,
-    overriding those chosen. folder: where edits are kept, so that methods and combinations share those of
-    single subjects, and `make_edit` has all of them; on a cluster, one that all workers can see.
+    overriding those chosen. folder: where edits are kept, so that methods and combinations share those of single
+    subjects, and `make_edit` has all of them; on a cluster, one that all workers can see.
     Raises ConeslabError for an unknown method, subject or count, WriteError if table or folder cannot be written.
     """
     seeds, pictures = checks.count("seeds", seeds), checks.count("pictures", pictures)

@@ -25,6 +25,7 @@ from ..diffusion.sampling import generate
 from ..edits.base import Combined, Edit, applied, load_edit
 from ..errors import ConeslabError, FileFormatError
 from ..files import read_json, require_writable, write_whole
+from ..finetuning.samples import several
 from ..measure.judge import Judge
 from ..measure.subject_truth import shows_subject
 from ..neurons.controls import random_neurons
@@ -156,14 +157,15 @@ def kept(
     make: Callable[..., Any],
     pipe: Pipeline,
     subjects: Subject | Sequence[Subject],
-    *parts: Sequence[Edit],
+    parts: Sequence[Edit] | None = None,
+    *,
     seed: int,
     folder: str | Path | None,
     **settings: Any,
 ) -> tuple[Any, float]:
     """The edit make(pipe, subjects, seed=..., **settings) and the seconds it takes, from `folder` if it is kept there.
 
-    parts: at most one sequence, of the edits that `make` joins: its third argument then.
+    parts: the edits that `make` joins, if it joins any: its third argument then.
     For another function, model, subject, part, version of the package or settings, defaults included, the edit is made
     again, and kept beside the first. A function is known by its name and its text; without a folder nothing is kept,
     nor what is one of the parts, is no `Edit` or was made by what is no plain function, such as one that another
@@ -171,16 +173,16 @@ def kept(
     Raises FileFormatError if what is kept is damaged, WriteError if nothing can be kept there.
     """
     require_pipeline(pipe)
-    several = [subjects] if isinstance(subjects, Subject) else list(subjects)
-    make_it = partial(make, pipe, subjects, *parts, seed=derived(seed, *(one.name for one in several)), **settings)
-    known, joined = _known_by(make), [part for given in parts for part in given]
+    about, joined, known = several(subjects), list(parts or ()), _known_by(make)
+    given = (subjects,) if parts is None else (subjects, parts)
+    make_it = partial(make, pipe, *given, seed=derived(seed, *(one.name for one in about)), **settings)
     if folder is None or known is None or not all(isinstance(part, Edit) for part in joined):
         return timed(make_it)
-    prompts = [prompt for one in several for prompt in (one.prompt, one.prior_prompt)]
+    prompts = [prompt for one in about for prompt in (one.prompt, one.prior_prompt)]
     facts = [*known, pipeline_fingerprint(pipe), prompts, _filled(make, settings), __version__]
     facts += [part.digest() for part in joined]
-    key = key_of(facts, [picture for one in several for picture in one.images])
-    title = title_of([one.name for one in several])
+    key = key_of(facts, [picture for one in about for picture in one.images])
+    title = title_of([one.name for one in about])
     file = require_writable(folder, folder=True) / f"{title}-{seed}-{key}.safetensors"
     noted = file.with_suffix(".json")
     if noted.is_file():  # written last
