@@ -129,7 +129,7 @@ def trace_activations(
 
 
 class _Passes:
-    """The passes of an untouched run through a U-Net; a run that is changed from its third step on shares two of them."""
+    """The passes of an untouched run through a U-Net, of which a run that is changed later on shares the first."""
 
     def __init__(self, unet: Any) -> None:
         self._unet = unet
