@@ -174,6 +174,23 @@ def test_names_are_shown_as_they_are(draw, monkeypatch):
     assert "<cat*>" not in shown[0] and shown[0].count("<") == 1
 
 
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_the_title_of_a_profile_map_stands_above_the_names_of_its_columns(count):
+    names = [f"method {number}" for number in range(count)]
+    groups = {"asked by its word": ["plain", "misspellings", "img2img"], "found without its word": list("abcdef")}
+    figure = plots.profile_map(
+        {name: {probe: 0.5 for own in groups.values() for probe in own} for name in names},
+        groups=groups,
+        verdicts=dict.fromkeys(names, "avoiding"),
+        found=dict.fromkeys(names, ()),
+        title="Shares of 8 pictures that show what was asked for; framed: found",
+    )
+    plots.to_png(figure)
+    (axes,) = figure.axes
+    heads = [text.get_window_extent() for text in axes.texts if "word" in text.get_text()]
+    assert len(heads) == 2 and axes.title.get_window_extent().y0 > max(box.y1 for box in heads)
+
+
 def test_a_profile_map_shows_shares_verdicts_and_what_is_found():
     shares = {"untouched": {"plain": 1.0, "inpainting": 0.75}, "UCE": {"plain": 0.0}}
     figure = plots.profile_map(

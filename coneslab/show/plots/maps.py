@@ -118,12 +118,12 @@ def profile_map(
                 if probe in found_by[name]:
                     axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=PALETTE[3], linewidth=2.0))
         axes.text(places[-1] + 0.8, row, verdicts[name], va="center", fontsize=8.5, fontweight="bold", **PLAIN)
-    first = 0
+    first, lines = 0, 1
     for name, own in columns.items():
         middle = places[first : first + len(own)].mean()
         label = textwrap.fill(name, max(10, int(len(own) * wide * 12)))
         axes.text(middle, -0.75, label, ha="center", va="bottom", fontsize=8, fontweight="bold", **PLAIN)
-        first += len(own)
+        first, lines = first + len(own), max(lines, label.count("\n") + 1)
     axes.set_xlim(-0.6, places[-1] + 0.6)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_xticks(places, probes, rotation=45, ha="right", fontsize=7.5, **PLAIN)
@@ -131,7 +131,8 @@ def profile_map(
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.suptitle(title, fontsize=10, y=1.02, **PLAIN)
+    points_of_a_row = 72 * axes.bbox.height / figure.dpi / len(names)
+    axes.set_title(title, fontsize=10, pad=0.2 * points_of_a_row + 11 * lines + 8, **PLAIN)  # above the columns' names
     said = "; ".join(f"{name}: {verdicts[name]}" for name in names)
     return finish(figure, f"Shares of pictures that show the concept, by method and probe. {said}")
 
