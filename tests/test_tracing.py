@@ -43,9 +43,8 @@ def test_the_effect_is_how_far_a_picture_moves_on_the_way_from_one_to_the_other(
 @pytest.mark.slow
 def test_steps_before_the_changed_ones_are_not_computed_again(v_pipe):
     passes = []
-    counting = v_pipe.unet.conv_in.register_forward_hook(lambda *_: passes.append(1))
-    trace_activations(v_pipe, SOURCE, INTO, sites="mid", bands=4, **FEW)
-    counting.remove()
+    with v_pipe.unet.conv_in.register_forward_hook(lambda *_: passes.append(1)):
+        trace_activations(v_pipe, SOURCE, INTO, sites="mid", bands=4, **FEW)
     assert len(passes) == 4 + 4 + (4 + 3 + 2 + 1)  # both prompts, and each band with the steps after it
 
 
