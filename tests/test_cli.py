@@ -747,7 +747,7 @@ def test_doctor_says_what_is_damaged_old_or_missing(capsys, monkeypatch):
 @pytest.mark.slow
 def test_doctor_measures_this_machine():
     shown = {finding.what: finding.found for finding in doctor.examine(device="cpu").findings}
-    assert float(shown["eight pictures"].split()[0]) > 0
+    assert float(shown["eight pictures"].split()[1]) > 0
     assert float(shown[f"search, {doctor.ROUNDS} rounds"].split()[1]) > 0
 
 

@@ -22,7 +22,8 @@ from coneslab.experiments import ablation, conceptor, many_concepts, masks, neur
 from coneslab.experiments.registry import EXPERIMENTS, Setting, run_experiment
 from coneslab.experiments.setting import VARIANTS
 from coneslab.finetuning import ConceptSettings
-from coneslab.methods import CustomDiffusionSettings
+from coneslab.methods import CustomDiffusionSettings, PromptAttackSettings
+from coneslab.methods.conceptor import learning
 from coneslab.neurons import SearchSettings, TogetherSettings
 from coneslab.neurons.damage import dropped
 from coneslab.neurons.mask import ConceptNeurons
@@ -96,6 +97,7 @@ def setting(world_pipe, tmp_path_factory, judge):
 def short(monkeypatch):
     monkeypatch.setattr(conceptor, "TRAINING", {**conceptor.TRAINING, "batch_size": 2, "pictures": 4, "steps": 2})
     monkeypatch.setattr(conceptor, "PICTURES", 6)
+    monkeypatch.setattr(learning, "_TRIED_SAMPLES", 2)
     for name, value in {"STEPS": 1, "ESD_STEPS": 1, "ROUNDS": 1, "NEAR": 1, "FAR": 1, "PICTURES": 2}.items():
         monkeypatch.setattr(ablation, name, value)
     monkeypatch.setattr(ablation, "BUDGET", {"rounds": 1, "inversion_steps": 1, "finetune_steps": 1, "batch_size": 2})
@@ -111,6 +113,8 @@ def short(monkeypatch):
     for settings in (ConceptSettings, CustomDiffusionSettings, SearchSettings, TogetherSettings):
         for name, value in {"batch_size": 4, "prior_batch_size": 2, "prior_images": 4, "sampler_steps": 2}.items():
             monkeypatch.setitem(settings.__init__.__kwdefaults__, name, value)
+    for name, value in {"tokens": 1, "candidates": 2}.items():
+        monkeypatch.setitem(PromptAttackSettings.__init__.__kwdefaults__, name, value)
 
 
 @pytest.mark.slow

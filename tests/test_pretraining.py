@@ -542,12 +542,12 @@ def test_soft_entropy_agrees_with_torch():
 
 
 SMALL = [
-    *(f"{stage}.training.pictures=16" for stage in ("vae", "decoder", "unet", "judge")),
-    *(f"{stage}.training.batch_size=8" for stage in ("vae", "decoder", "unet", "judge")),
+    *(f"{stage}.training.pictures=8" for stage in ("vae", "decoder", "unet", "judge")),
+    *(f"{stage}.training.batch_size=4" for stage in ("vae", "decoder", "unet", "judge")),
     "vae.config.block_out_channels=[8, 8, 8]",
     "unet.config.block_out_channels=[8, 16, 16]",
     "unet.config.norm_num_groups=4",
-    "unet.loss.distinct=16",
+    "unet.loss.distinct=8",
     "judge.vision.hidden_size=32",
     "judge.vision.num_hidden_layers=1",
     "judge.vision.num_attention_heads=2",

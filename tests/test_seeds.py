@@ -16,6 +16,7 @@ from coneslab.measure.evaluation import evaluate_model
 from coneslab.methods.ablation import probes
 from coneslab.methods.ablation.profile import completing, inverting, stirring
 from coneslab.methods.ablation.report import evaluate_ablation
+from coneslab.methods.conceptor import learning
 from coneslab.seeds import derived
 from coneslab.world.subjects import subject, subjects_of
 
@@ -113,6 +114,7 @@ def every_way(setting, case, seed):
 )
 def test_replicates_of_an_experiment_share_no_noise(name, way, world_pipe, judge, noises, monkeypatch):
     now, seen = noises
+    monkeypatch.setattr(learning, "_TRIED_SAMPLES", 2)
     setting = Setting(world_pipe, judge, rounds=1, finetune_steps=1, samples=2, **SMALL | {"sampler_steps": 2})
     run, case = {
         "ablation": (every_way, ablation.ablation_target("object:cat")),

@@ -79,7 +79,7 @@ def run(graph: Any, **inputs: Any) -> dict[str, np.ndarray]:
     return dict(zip(graph.outputs, session.run(list(graph.outputs), inputs), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_graphs_compute_what_pytorch_does(v_graphs):
     for graph in v_graphs.values():
         assert difference(graph) < 2e-5, graph
@@ -91,7 +91,7 @@ def test_graphs_compute_what_pytorch_does(v_graphs):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_graphs_agree_with_the_pipeline_itself(v_graphs, v_pipe):
     """Not with the modules that were traced: with the pipeline's own calls, under an edit."""
     prompts, mask = ["", "a cat on the grass"], some_neurons(v_pipe)

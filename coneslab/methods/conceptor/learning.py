@@ -121,11 +121,11 @@ def decompose(
     The pipeline is not changed. Raises ConeslabError for settings out of range or an empty dictionary.
 
     >>> pipe, judge, cat = coneslab.load("tiny"), coneslab.load_judge(), coneslab.subject("cat")
-    >>> words = coneslab.encode_vocabulary(pipe, judge, words=["dog", "car", "tree", "house"])
+    >>> words = coneslab.encode_vocabulary(pipe, judge, words=["dog", "car", "tree"])
     >>> settings = DecompositionSettings(steps=2, explain=2, validation_pictures=1, sampler_steps=2)
-    >>> parts = coneslab.decompose(pipe, cat.images, judge, settings, name="cat", vocabulary=words, dictionary=4)
+    >>> parts = coneslab.decompose(pipe, cat.images, judge, settings, name="cat", vocabulary=words, dictionary=3)
     >>> sorted(parts.words), round(sum(share for word, share in parts.top(2)), 6)
-    (['car', 'dog', 'house', 'tree'], 1.0)
+    (['car', 'dog', 'tree'], 1.0)
     >>> with parts.applied(pipe):
     ...     images = coneslab.generate(pipe, parts.prompt, sampler_steps=2)  # "a photo of a <concept>"
     """
@@ -227,8 +227,10 @@ def _begin_with_words(
 
     alone = [loss(vector) for vector in weights.vectors[:_TRIED_WORDS]]
     order = np.argsort(alone, kind="stable").tolist()
-    best = min((order[:count] for count in _TRIED_SUMS), key=lambda rows: loss(weights.vectors[rows].mean(0)))
-    weights.begin(best)
+    sums = {1: alone[order[0]]}
+    for count in sorted({min(count, len(order)) for count in _TRIED_SUMS} - sums.keys()):
+        sums[count] = loss(weights.vectors[order[:count]].mean(0))
+    weights.begin(order[: min(sums, key=sums.__getitem__)])
 
 
 def _pictures(
