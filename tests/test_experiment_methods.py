@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import warnings
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -329,9 +332,14 @@ def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_cluster_leaves_the_environment_of_this_process_alone():
     before = dict(os.environ)
-    with cluster.dask_client(workers=1, threads=2) as client:
-        assert dict(os.environ) == before  # notebooks started from here would run on one thread
-        assert list(client.run(torch.get_num_threads).values()) == [2]
+    with socket.socket() as other, warnings.catch_warnings():
+        with suppress(OSError):  # or another program has it already
+            other.bind(("", 8787))
+            other.listen()
+        warnings.filterwarnings("error", message="Port 8787")  # Dask's own: two tables are made beside each other
+        with cluster.dask_client(workers=1, threads=2) as client:
+            assert dict(os.environ) == before  # notebooks started from here would run on one thread
+            assert list(client.run(torch.get_num_threads).values()) == [2]
     assert dict(os.environ) == before
 
 

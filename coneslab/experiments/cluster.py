@@ -41,7 +41,7 @@ def dask_client(scheduler: str | None = None, *, workers: int = 1, threads: int 
         with Client(scheduler) as client:
             yield client
         return
-    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
     spawn = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}
     before = dict(os.environ)
     try:
