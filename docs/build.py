@@ -85,7 +85,7 @@ def line_about(name: str) -> str:
     row = re.search(rf"(?m)^\|.*\(notebooks/{re.escape(name)}\) \| (.+) \|$", (ROOT / "README.md").read_text("utf-8"))
     if row is None:
         raise ValueError(f"README.md says nothing about notebooks/{name}: give it a line in the table of notebooks")
-    return row[1][0].upper() + row[1][1:] + "."
+    return row[1][0].upper() + row[1][1:] + ("" if row[1].endswith((".", "?", "!")) else ".")
 
 
 def reference(module: str) -> str:

@@ -15,6 +15,7 @@ import claims_of_methods as methods
 from claims import Finding
 from result_tables import markdown_table, read
 
+NO_BREAK = "\N{NO-BREAK SPACE}"  # a verdict stands on one line
 METHODS = "compare"  # a command of its own; all other tables are experiments
 TESTED: dict[str, Callable[[Any], Iterator[Finding]]] = {  # experiment -> what its table says
     "controls": masks.of_controls,
@@ -54,6 +55,6 @@ def page(folder: Path) -> str:
     rows, parts = [], []
     for number, (experiment, one) in enumerate(findings(folder), 1):
         command = experiment if experiment == METHODS else f"experiment {experiment}"
-        rows.append([str(number), one.claim, one.source, f"**{one.verdict}**"])
+        rows.append([str(number), one.claim, one.source, f"**{one.verdict.replace(' ', NO_BREAK)}**"])
         parts.append(f"**{number}. {one.claim}** {one.because} `coneslab {command}`")
     return "\n\n".join([markdown_table(["", "claim", "whose", "here"], rows), *parts])

@@ -211,6 +211,8 @@ def test_site_has_every_notebook_in_order_and_every_model_card(site):
     page = BeautifulSoup((site / "notebooks.html").read_bytes(), "html.parser")
     shown = [link["href"] for link in page.select(".gallery-card p:nth-of-type(2) a")]
     assert shown == [f"notebooks/{path.stem}.html" for path in NOTEBOOKS]
+    lines = [line.text for line in page.select(".gallery-card p:nth-of-type(3)")]
+    assert len(lines) == len(shown) and all(re.search(r"\w”?[.?!]$", line) for line in lines), lines
     for card in (ROOT / "data" / "models").glob("*/README.md"):
         assert (site / card.relative_to(ROOT).with_suffix(".html")).is_file()
 
