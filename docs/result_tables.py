@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,9 +202,10 @@ def size(table: Any) -> str:
 
 
 def mean(row: Any) -> str:
-    """A mean with its interval, large numbers whole."""
-    digits = ",.0f" if abs(row.value) >= 1000 else ".3f"
-    return told(row.value, row.low, row.high, digits)
+    """A mean with its interval, large numbers whole; a narrow column breaks before the interval, not in it."""
+    size = abs(row.value)
+    digits = ",.0f" if size >= 1000 else ".1e" if 0 < size < 0.0005 else ".3f"
+    return told(row.value, row.low, row.high, digits).replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def by_kind(table: Any) -> list[str]:
@@ -242,15 +244,54 @@ def _apart(table: Any, column: str, title: Callable[[Any, int], str]) -> list[st
 
 
 def summary(table: Any) -> str:
-    """A row a condition, a column a measure that all subjects have, each cell a mean with its interval."""
+    """A row a condition, a column a measure that all subjects have, each cell a mean with its interval.
+
+    Measures that few conditions have, of a family of their own, or more than can be read side by side have tables of
+    their own.
+    """
     from coneslab.experiments import summarise
 
     shared = table.groupby("measure").subject.transform("nunique") == table.subject.nunique()
     means = summarise(table[shared])
-    measures = list(dict.fromkeys(means.measure))
-    rows = [
-        [plain(condition), *(cells.get(measure, "") for measure in measures)]
-        for condition, part in means.groupby("condition", sort=False)
-        for cells in [{row.measure: mean(row) for row in part.itertuples()}]
-    ]
-    return markdown_table(["condition", *map(plain, measures)], rows)
+    cells = {(row.condition, row.measure): mean(row) for row in means.itertuples()}
+    measures, every, parts = list(dict.fromkeys(means.measure)), tuple(dict.fromkeys(means.condition)), []
+    had_by = {one: tuple(condition for condition in every if (condition, one) in cells) for one in measures}
+    had_by = {one: own if 2 * len(own) < len(every) else every for one, own in had_by.items()}
+    for (family, conditions), names in _families(measures, had_by).items():
+        for some in _side_by_side(list(names)):
+            found = {one: [cells.get((one, names[name]), "") for name in some] for one in conditions}
+            rows = [[plain(condition), *row] for condition, row in found.items() if any(row)]
+            parts += [f"{plain(family).capitalize()}:"] * bool(family)
+            parts.append(markdown_table(["condition", *map(plain, some)], rows))
+    return "\n\n".join(parts)
+
+
+MOST = 6  # measures in a table
+
+
+def _families(
+    measures: Sequence[str], had_by: Mapping[str, tuple[str, ...]]
+) -> dict[tuple[str, tuple[str, ...]], dict[str, str]]:
+    """Measures that make one table: (family, conditions that have them) -> what a column is called -> its measure.
+
+    Those called "family: one" are a family, and, where there are too many for one table, those called "one, family".
+    """
+    after = Counter(one.partition(", ")[2] for one in measures if ": " not in one)
+    found: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+    for measure in measures:
+        first, colon, rest = measure.partition(": ")
+        name, _, of_what = measure.partition(", ")
+        if colon:
+            family, column = first, rest
+        elif len(measures) > MOST and after[of_what] > 1:
+            family, column = of_what, name
+        else:
+            family, column = "", measure
+        found.setdefault((family, had_by[measure]), {})[column] = measure
+    return found
+
+
+def _side_by_side(names: Sequence[str]) -> list[Sequence[str]]:
+    """Names in parts of much the same size, none above `MOST`."""
+    parts = -(-len(names) // MOST)
+    return [names[len(names) * i // parts : len(names) * (i + 1) // parts] for i in range(parts)]

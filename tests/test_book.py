@@ -411,7 +411,8 @@ def test_a_table_of_methods_joins_when_it_is_there(tmp_path):
     path.write_text("subject,condition,seed,count,measure,value\n" + "\n".join([*rows, "fox,mine,0,1,,"]) + "\n")
     shown = tables.methods(path)
     assert "| mine | 0.500 / 0.500 |" in shown and "| theirs | 0.200 / 0.200 |" in shown
-    assert "6 subjects, 2 seeds" in shown and "| mine | 0.500 [0.433, 0.567] | 0.500 [0.433, 0.567] |" in shown
+    mean = "0.500 [0.433,\N{NO-BREAK SPACE}0.567]"
+    assert "6 subjects, 2 seeds" in shown and f"| mine | {mean} | {mean} |" in shown
     table = tables.read(path)
     assert tables.size(table[(table.subject != "cat") | (table.seed == 0)]) == "6 subjects, 1 to 2 seeds"
     assert tables.size(table[(table.subject == "cat") & (table.seed == 0)]) == "1 subject, 1 seed"
@@ -429,6 +430,8 @@ def test_pictures_of_several_subjects_are_summed_up_by_their_number():
     assert one == "One subject in a picture, 1 of them:"
     assert "| 0.500 | 8,000 |" in first and "near a" not in first + two  # two combinations: no interval
     assert "| 0.750 |" in second
+    (_, tiny) = tables.by_count(pandas.DataFrame([{**rows[0], "value": 0.00012}]))
+    assert "| 1.2e-04 |" in tiny, "not 0.000"
     many = [{**rows[0], "subject": f"{name}+z", "value": 0.25 + number / 10} for number, name in enumerate("abcdef")]
     (_, whole) = tables.by_count(pandas.DataFrame(many))
     assert "| 0.500 [0." in whole
@@ -477,6 +480,30 @@ def test_near_and_far_subjects_are_summed_up_apart():
     near, first, far, second = tables.by_count(pandas.DataFrame(rows))
     assert "2 subjects" in near and "| a | 0.250 |" in first and "never seen" in far and "| a | 0.750 |" in second
     assert len(tables.by_count(pandas.DataFrame(rows[:2]))) == 1
+
+
+def test_a_summary_is_read_without_scrolling_and_without_empty_columns():
+    measures = [f"{name}, {group}" for group in ("target", "far") for name in ("score", "KID")]
+    measures += ["seconds", *(f"comes back: probe {number}" for number in range(8))]
+    rows = [("untouched", one) for one in measures] + [("edited", one) for one in measures if one != "seconds"]
+    rows += [("random", "overlap")]
+    columns = ["condition", "measure"]
+    made = [
+        pandas.DataFrame(rows, columns=columns).assign(subject=f"s{i}", seed=0, value=0.25 + i / 8) for i in range(5)
+    ]
+    whole = pandas.concat(made)
+    shown = tables.summary(whole).split("\n\n")
+    titles, grids = [one for one in shown if "|" not in one], [one.splitlines() for one in shown if "|" in one]
+    heads = [[cell.strip() for cell in grid[0].strip("|").split("|")][1:] for grid in grids]
+    probes = [f"probe {number}" for number in range(8)]
+    assert heads == [["score", "KID"], ["score", "KID"], ["seconds"], probes[:4], probes[4:], ["overlap"]]
+    assert titles == ["Target:", "Far:", "Comes back:", "Comes back:"]
+    assert [len(grid) - 2 for grid in grids] == [2, 2, 1, 2, 2, 1]
+    text = "\n".join(shown)
+    assert text.count("0.500 [") == len(rows) and ", 0." not in text, "an interval is not broken"
+    few = whole[whole.measure.isin(["score, target", "KID, target", "seconds"])]
+    (one,) = tables.summary(few).split("\n\n")
+    assert one.startswith("| condition | score, target | KID, target | seconds |") and one.count("\n") == 3
 
 
 def test_a_lecture_links_to_states_of_the_page():
