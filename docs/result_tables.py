@@ -204,8 +204,9 @@ def size(table: Any) -> str:
 def mean(row: Any) -> str:
     """A mean with its interval, large numbers whole; a narrow column breaks before the interval, not in it."""
     size = abs(row.value)
-    digits = ",.0f" if size >= 1000 else ".1e" if 0 < size < 0.0005 else ".3f"
-    return told(row.value, row.low, row.high, digits).replace(", ", ",\N{NO-BREAK SPACE}")
+    digits = ",.0f" if size >= 1000 else ".1e" if 1e-6 < size < 0.0005 else ".3f"  # below that it is rounding
+    numbers = [round(one, 6) + 0.0 if digits == ".3f" else one for one in (row.value, row.low, row.high)]
+    return told(*numbers, digits).replace(", ", ",\N{NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
 
 
 def by_kind(table: Any) -> list[str]:

@@ -430,8 +430,9 @@ def test_pictures_of_several_subjects_are_summed_up_by_their_number():
     assert one == "One subject in a picture, 1 of them:"
     assert "| 0.500 | 8,000 |" in first and "near a" not in first + two  # two combinations: no interval
     assert "| 0.750 |" in second
-    (_, tiny) = tables.by_count(pandas.DataFrame([{**rows[0], "value": 0.00012}]))
-    assert "| 1.2e-04 |" in tiny, "not 0.000"
+    for value, as_text in ((0.00012, "1.2e−04"), (-3e-8, "0.000"), (-0.25, "−0.250"), (4e6, "4,000,000")):
+        (_, shown) = tables.by_count(pandas.DataFrame([{**rows[0], "value": value}]))
+        assert f"| {as_text} |" in shown
     many = [{**rows[0], "subject": f"{name}+z", "value": 0.25 + number / 10} for number, name in enumerate("abcdef")]
     (_, whole) = tables.by_count(pandas.DataFrame(many))
     assert "| 0.500 [0." in whole
