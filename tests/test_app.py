@@ -25,7 +25,7 @@ from coneslab import files, load_edit
 from coneslab.diffusion import KVSpace
 from coneslab.errors import ConeslabError
 from coneslab.neurons import ConceptNeurons
-from coneslab.show import app
+from coneslab.show import app, widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -168,6 +168,13 @@ def test_a_bad_file_is_left_out_with_a_sentence(kind: str, v_pipe: Any, tmp_path
     assert "Left out of the menu" in shown and "<b>" not in shown and len(shown) < 4000
     shown.encode()
     assert all(f"<li>{name}: " in shown for name in ("a", "dog"))
+
+
+@pytest.mark.slow
+def test_it_begins_with_few_steps_and_never_more_than_it_may(v_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widgets.Playground, "draw", lambda self: True)
+    started = {most: app.page(v_pipe, limits=app.Limits(pictures=1, steps=most)) for most in (30, 5)}
+    assert {most: page.playground.controls["steps"].value for most, page in started.items()} == {30: 12, 5: 5}
 
 
 @pytest.mark.slow
