@@ -10,7 +10,7 @@ import pytest
 
 from coneslab import load
 from coneslab.diffusion.pipelines import pipeline_fingerprint
-from coneslab.experiments.table import read_table
+from coneslab.experiments.table import SHARES, read_table
 from coneslab.world import CLASSES
 from coneslab.world.subjects import truth
 
@@ -186,3 +186,22 @@ def test_the_page_has_every_claim_with_its_verdict_and_numbers():
         assert f"| {one.claim} |" in shown and one.because in shown
         assert one.verdict in (claims.HELD, claims.IN_PART, claims.NOT)
         assert np.char.isdigit(list(one.because)).any()
+
+
+NO_SHARES = (  # what measures begin with that lie between 0 and 1 as well, and count no pictures
+    *("text alignment", "image alignment", "concept loss", "CLIP score", "likeness", "additivity: ", "overlap "),
+    *("blue, coefficients", "blue, planted", "error of shares", "density by chance"),
+    *("share of the mask in it", "share of a random mask in it"),
+)
+
+
+def test_every_share_of_pictures_is_known_as_one():
+    """Or its interval would be a bootstrap's, which at 0 and 1 has no width."""
+    unknown = set()
+    for path in RESULTS.glob("*.csv"):
+        rows = read_table(path)
+        if {"measure", "value"} <= set(rows.columns):
+            bounds = rows.groupby("measure").value.agg(["min", "max"])
+            unknown |= {*bounds[(bounds["min"] >= 0) & (bounds["max"] <= 1)].index}
+    assert [one for one in sorted(unknown) if not one.startswith((*SHARES, *NO_SHARES))] == []
+    assert [one for one in SHARES if one.startswith(NO_SHARES)] == []
