@@ -31,7 +31,8 @@ def interval(share: Mapping[str, float] | None) -> str:
 def told(value: float, low: float | None, high: float | None, digits: str) -> str:
     """A number and its interval, if it has one: fewer than five subjects have none."""
     known = low is not None and high is not None and low == low
-    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]" if known else f"{value:{digits}}"
+    text = f"{value:{digits}} [{low:{digits}}, {high:{digits}}]" if known else f"{value:{digits}}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def evaluation(path: Path) -> str:
@@ -128,7 +129,7 @@ def kilobytes(size: float) -> str:
 
 def signed(value: float, low: float, high: float, digits: int) -> str:
     """A difference with its interval, such as +0.214 [−0.138, +0.281]."""
-    return told(value, low, high, f"+.{digits}f").replace("-", "−")
+    return told(value, low, high, f"+.{digits}f")
 
 
 def gain(value: float, low: float, high: float) -> str:
@@ -206,7 +207,7 @@ def mean(row: Any) -> str:
     size = abs(row.value)
     digits = ",.0f" if size >= 1000 else ".1e" if 1e-6 < size < 0.0005 else ".3f"  # below that it is rounding
     numbers = [round(one, 6) + 0.0 if digits == ".3f" else one for one in (row.value, row.low, row.high)]
-    return told(*numbers, digits).replace(", ", ",\N{NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
+    return told(*numbers, digits).replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def by_kind(table: Any) -> list[str]:
