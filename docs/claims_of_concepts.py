@@ -46,7 +46,7 @@ def of_conceptor(table: Any) -> Iterator[Finding]:
         f"Rank correlation with the planted shares {signed(order.value, order.low, order.high, digits=2)} "
         f"({order.clusters} concepts); the error of the shares over that of equal shares for all {shares}. Begun at "
         f"random, as in the paper, at ten times the rate, the rank correlation is {start.value:.2f}: {gain} over our "
-        f"start on the same {start.clusters} concepts.",
+        f"start on the same {start.clusters} concepts, from one seed.",
     )
     fell = table[table.condition == "component removed"].pivot_table(
         index=["kind", "subject", "component"], columns="measure", values="value"

@@ -1264,10 +1264,8 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "profile_map": lambda m: (
         plots.profile_map,
         (),
-        dict(
-            shares={"UCE": {"plain": 0.5}}, groups={"by name": ["plain"]}, verdicts={"UCE": "gone"}, found={"UCE": ()}
-        ),
-        {"shares": (*NAMED, {}), "groups": (*NAMED, {}, {"x": 3}), "verdicts": (*NAMED, {}), "found": (*NAMED, {})},
+        dict(profiles={"UCE": methods.Profile([methods.Finding("x", "y", *[0.5] * 6)])}, title=""),
+        {"profiles": (*NAMED, {}, {"UCE": 3}), "title": ANY_TEXT},
     ),
     "plane": lambda m: (
         plots.plane,

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from coneslab.errors import ConeslabError
+from coneslab.methods import Finding, Profile
 from coneslab.show import plots
 from coneslab.world import sample
 
@@ -68,7 +69,9 @@ def test_a_plane_puts_each_condition_where_its_two_measures_are():
     crosses = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
     assert ([0.2, 0.2], pytest.approx([0.85, 0.95])) in crosses and (pytest.approx([0.15, 0.25]), [0.9, 0.9]) in crosses
     assert named["a"].get_markerfacecolor() == "white" != named["b"].get_markerfacecolor()
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("text", "image") and "a, b" in figure.get_label()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("text, change", "image, change") and "a, b" in figure.get_label()
+    (plain,) = plots.plane(table, x="text", y="image").axes
+    assert (plain.get_xlabel(), plain.get_ylabel()) == ("text", "image")
     with pytest.raises(ConeslabError, match="no condition has both 'text' and 'likeness': the measures are"):
         plots.plane(table, x="text", y="likeness")
 
@@ -174,17 +177,17 @@ def test_names_are_shown_as_they_are(draw, monkeypatch):
     assert "<cat*>" not in shown[0] and shown[0].count("<") == 1
 
 
+def found(probe, kind, share):
+    """What a probe found of a target that every picture of the untouched model shows."""
+    return Finding(probe, kind, share, max(0.0, share - 0.1), min(1.0, share + 0.1), 1.0, 0.9, 1.0)
+
+
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_the_title_of_a_profile_map_stands_above_the_names_of_its_columns(count):
-    names = [f"method {number}" for number in range(count)]
-    groups = {"asked by its word": ["plain", "misspellings", "img2img"], "found without its word": list("abcdef")}
-    figure = plots.profile_map(
-        {name: {probe: 0.5 for own in groups.values() for probe in own} for name in names},
-        groups=groups,
-        verdicts=dict.fromkeys(names, "avoiding"),
-        found=dict.fromkeys(names, ()),
-        title="Shares of 8 pictures that show what was asked for; framed: found",
-    )
+    probes = {"asked by its word": ["plain", "misspellings", "img2img"], "found without its word": list("abcdef")}
+    profile = Profile(tuple(found(probe, kind, 0.5) for kind, own in probes.items() for probe in own))
+    title = "Shares of 8 pictures that show what was asked for; framed: found"
+    figure = plots.profile_map({f"method {number}": profile for number in range(count)}, title=title)
     plots.to_png(figure)
     (axes,) = figure.axes
     heads = [text.get_window_extent() for text in axes.texts if "word" in text.get_text()]
@@ -192,19 +195,17 @@ def test_the_title_of_a_profile_map_stands_above_the_names_of_its_columns(count)
 
 
 def test_a_profile_map_shows_shares_verdicts_and_what_is_found():
-    shares = {"untouched": {"plain": 1.0, "inpainting": 0.75}, "UCE": {"plain": 0.0}}
-    figure = plots.profile_map(
-        shares,
-        groups={"by name": ["plain"], "without": ["inpainting"]},
-        verdicts={"untouched": "not gone", "UCE": "removing"},
-        found={"untouched": ["plain", "inpainting"], "UCE": []},
-    )
+    named, unnamed = "asked by its word", "found without its word"
+    untouched = Profile((found("plain", named, 1.0), found("inpainting", unnamed, 0.75)))
+    erased = Profile((found("plain", named, 0.04),))
+    figure = plots.profile_map({"untouched": untouched, "UCE": erased})
     (axes,) = figure.axes
     written = {text.get_text() for text in axes.texts}
-    assert {"1.00", "0.75", "0.00", "not gone", "removing", "by name", "without"} <= written
+    assert {"1.00", "0.75", "0.04", untouched.verdict, erased.verdict} <= written
+    assert {named, unnamed} <= {text.replace("\n", " ") for text in written}
     framed = [patch for patch in axes.patches if not patch.get_fill()]
     assert len(framed) == 2 and all(-0.5 < patch.get_y() < 0 for patch in framed)  # both in the first row
     assert len(axes.patches) == 5  # three shares are known; two are framed
-    assert "UCE: removing" in figure.get_label()
-    with pytest.raises(ConeslabError, match="'UCE' has no verdict"):
-        plots.profile_map(shares, groups={"by name": ["plain"]}, verdicts={"untouched": "x"}, found={"untouched": []})
+    assert f"UCE: {erased.verdict}" in figure.get_label()
+    with pytest.raises(ConeslabError, match="give a Profile"):
+        plots.profile_map({"UCE": {"plain": 0.04}})

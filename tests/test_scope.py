@@ -21,10 +21,10 @@ from coneslab.errors import ConeslabError
 from coneslab.finetuning.kv_gradient import KVGradient
 from coneslab.finetuning.samples import concept_latents, sample_batches
 from coneslab.measure.recording import record_attention
-from coneslab.neurons.controls import random_neurons
+from coneslab.neurons.controls import finetune_kv, random_neurons
 from coneslab.neurons.damage import DAMAGES
 from coneslab.neurons.mask import ConceptNeurons
-from coneslab.neurons.scope import positions, scope_of, where_scope
+from coneslab.neurons.scope import _ACTING, positions, scope_of, where_scope
 from coneslab.neurons.search import find_concept_neurons
 from coneslab.neurons.union import TunedNeurons, additivity, concatenate, finetune_together
 
@@ -260,6 +260,66 @@ def test_files_keep_the_scope_and_controls_have_it(v_pipe, tmp_path):
             ConceptNeurons.from_bytes(bytes(data), v_pipe)
     made = [random_neurons(mask), mask.within(kind="V"), *(damage(mask, 0.3) for damage in DAMAGES.values())]
     assert all(one.scope == mask.scope for one in made) and "'sks cat'" in repr(mask)
+
+
+# --- what is made anew, and what is trained under a mask ---
+
+
+def test_weights_under_a_mask_are_made_of_those_that_a_layer_has_now(v_pipe):
+    """Copies of a U-Net come and go, one at the address of another; and each change of the weights is a version."""
+    name = KVSpace(v_pipe).layers[0].name
+
+    def layer_at(buffer):
+        layer = torch.nn.Linear(*reversed(buffer.shape), bias=False)
+        layer.weight = torch.nn.Parameter(buffer)
+        return layer
+
+    with mask_of(v_pipe).applied(v_pipe):
+        acting, buffer = _ACTING[v_pipe.unet], v_pipe.unet.get_parameter(name).detach().clone()
+        first = layer_at(buffer)
+        under = acting.weight(first, name, (0,))
+        assert acting.weight(first, name, (0,)) is under and 0 < int((under == 0).sum()) < under.numel()
+        buffer.mul_(2)
+        second = layer_at(buffer.data)  # at the same address, as new
+        first.weight = torch.nn.Parameter(torch.ones_like(buffer))
+        assert torch.equal(acting.weight(second, name, (0,)), 2 * under)
+        assert set(acting.weight(first, name, (0,)).unique().tolist()) == {0.0, 0.25, 0.5, 1.0}
+        for _ in range(5):
+            with torch.no_grad():
+                second.weight.add_(1)
+            acting.weight(second, name, (0,))
+        assert sum(len(made) for made in acting._made.values()) == 2  # one a layer, the newest
+        del second
+        assert len(acting._made) == 1
+    assert first.weight is not None and not acting._made.get(first)
+
+
+@pytest.mark.slow
+def test_what_is_trained_under_a_mask_is_the_model_that_draws_with_it(v_pipe, pictured):
+    own = subject(pictured)
+    with mask_of(v_pipe, share=0.3).applied(v_pipe):
+        data = concept_latents(v_pipe, own, prior_batch_size=2, batch_size=4, prior=pictured.images)
+        gradient = KVGradient(v_pipe, data, dtype=torch.float32)
+        theta, batch = gradient.theta(), next(sample_batches(v_pipe, data, seed=0))
+        text = torch.cat([part.text.expand(part.batch_size, -1, -1) for part in data])
+        with torch.no_grad():
+            each = denoising_loss(
+                v_pipe, batch.latents, text, noise=batch.noise, timesteps=batch.timesteps, reduction="none"
+            )
+        expected = [float(part.mean()) for part in each.split([4, 2])]
+        losses, found = gradient(theta, batch)
+        assert losses == pytest.approx(expected, rel=1e-4)
+        step = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0)) * theta.abs() * 1e-2
+        up, down = (gradient.losses(theta + sign * step, batch) for sign in (1, -1))
+        weights = [part.weight for part in data]
+        change = sum(w * (a - b) for w, a, b in zip(weights, up, down, strict=True)) / 2
+        assert float(found @ step) == pytest.approx(change, rel=0.05)
+        where = where_scope(v_pipe, [own.prompt, own.prior_prompt], ("cat",))
+        some = KVGradient(v_pipe, data, where=where, dtype=torch.float32)
+        assert some.losses(theta, batch) == pytest.approx(expected, rel=1e-4)
+        trained = finetune_kv(v_pipe, own, steps=2, batch_size=4, prior_batch_size=2, prior=pictured.images)
+    plain = finetune_kv(v_pipe, own, steps=2, batch_size=4, prior_batch_size=2, prior=pictured.images)
+    assert trained != plain
 
 
 # --- the search ---

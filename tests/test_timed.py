@@ -18,6 +18,7 @@ from coneslab.diffusion.precision import frozen_copy
 from coneslab.diffusion.sampling import generate, guided_between, start_noise
 from coneslab.diffusion.steps import share_of
 from coneslab.edits import Combined, applied, compress
+from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.edits.weights import WeightDelta, model_fingerprint
 from coneslab.errors import ArgumentError, ConeslabError, MismatchError
 from coneslab.measure import record_attention
@@ -191,6 +192,23 @@ def test_two_tokens_enter_each_in_its_own_part(v_pipe):
     with applied(one, v_pipe, steps=(0.0, 0.6)), applied(two, v_pipe, steps=(0.4, 1.0)):
         found = draw(v_pipe, prompt)
     assert torch.allclose(found, by_hand(v_pipe, {one: (0, 1), two: (1, 2, 3)}, prompt=prompt), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_text_is_that_of_the_edit_that_is_on_and_not_of_one_before_it(v_pipe):
+    """Within a block that stays, others come and go, each perhaps at the address of the one before."""
+    vectors = torch.randn(6, 1, embedding_of(v_pipe).weight.shape[1], generator=torch.Generator().manual_seed(0))
+    words = [TokenEdit(("<new>",), vector, vocabulary_fingerprint(v_pipe)) for vector in vectors]
+    expected = []
+    for word in words:
+        with applied(word, v_pipe, steps=(0.0, 0.9)):
+            expected.append(draw(v_pipe))
+    zeros = {name: torch.zeros_like(one) for name, one in large(v_pipe).deltas.items()}
+    nothing = WeightDelta(zeros, model_fingerprint(v_pipe))
+    with applied(nothing, v_pipe, steps=(0.0, 0.5)):
+        for word, own in zip(words, expected, strict=True):
+            with applied(word, v_pipe, steps=(0.0, 0.9)):
+                assert torch.equal(draw(v_pipe), own)
 
 
 @pytest.mark.slow

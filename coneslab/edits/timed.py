@@ -166,7 +166,7 @@ class _Forward:
         if not on:
             return text
         pipe, known = on[0].pipe, on[0].texts
-        keys = [(KnownTexts.key(row), *map(id, on)) for row in text]
+        keys = [(KnownTexts.key(row), *on) for row in text]  # themselves, not their ids, which others get after them
         new = {key: known.ids(row) for key, row in zip(keys, text, strict=True) if key not in self._spoken}
         if None in new.values():
             raise ConeslabError(

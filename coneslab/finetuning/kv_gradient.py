@@ -41,7 +41,7 @@ class KVGradient:
     The U-Net is rebuilt once as a frozen copy that shares its weights, or holds them in a faster precision. Only the
     cross-attention keys and values come from outside: as the text does not depend on θ, K = W c is computed once per
     step and distinct caption, in the precision of θ, rather than for every sample. No other weight gets a gradient, and
-    nothing before the first cross-attention.
+    nothing before the first cross-attention. Masks that act at some words when this is made act in it as well.
 
     data: see `concept_latents`; where: (captions, tokens) bool, the tokens whose keys and values are projected by θ,
     all others by the pipeline's own weights, or None for all; dtype: of the copy, default bfloat16 where the device
@@ -170,21 +170,31 @@ class KVGradient:
         if self._where is None:
             projected = self._projected(theta, text)
         else:
-            some = self._projected(theta, text[self._where])
+            some = self._projected(theta, text, self._where)
             projected = {path: tuple(map(self._placed, own, some[path])) for path, own in self._own.items()}
         for path, _, processor in self._attentions:
             key, value = projected[path]
             processor.key, processor.value, processor.counts = key.to(self.dtype), value.to(self.dtype), counts
         return torch.cat([x.expand(count, -1, -1) for x, count in zip(self._text, counts, strict=True)])
 
-    def _projected(self, theta: Tensor, text: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """Keys and values of every attention, (..., channels) each, for texts (..., width)."""
-        matrices, text = self.space.layout.matrices(theta), text.to(theta.dtype)
+    def _projected(self, theta: Tensor, text: Tensor, chosen: Tensor | None = None) -> dict[str, tuple[Tensor, ...]]:
+        """Keys and values of every attention, (captions, tokens, channels) each, or (n, channels) of chosen tokens.
+
+        text: (captions, tokens, width); chosen: (captions, tokens) bool. Masks at words act on what θ projects.
+        """
+        matrices, read = self.space.layout.matrices(theta), text if chosen is None else text[chosen]
         projected = {}
         for path, module, _ in self._attentions:
-            own = module.norm_encoder_hidden_states(text) if module.norm_cross else text
-            layers = (module.to_k, f"{path}.to_k.weight"), (module.to_v, f"{path}.to_v.weight")
-            projected[path] = tuple(F.linear(own, matrices[name], _like(layer.bias, theta)) for layer, name in layers)
+            own = read.to(theta.dtype)
+            own = module.norm_encoder_hidden_states(own) if module.norm_cross else own
+            both = []
+            for layer, name in ((module.to_k, f"{path}.to_k.weight"), (module.to_v, f"{path}.to_v.weight")):
+                weight, bias = matrices[name], _like(layer.bias, theta)
+                output = F.linear(own, weight, bias)
+                for hook in layer._forward_hooks.values():  # those that `frozen_copy` takes along
+                    output = hook.of_weights(text, output, weight, bias, chosen)
+                both.append(output)
+            projected[path] = tuple(both)
         return projected
 
     def _placed(self, everywhere: Tensor, some: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,9 @@ class _Acting:
         self.masks: tuple[ScopedChange, ...] = ()
         self.texts = KnownTexts()
         self._last: tuple[Tensor, tuple[ScopedChange, ...], dict[tuple[int, ...], Tensor]] | None = None
-        self._weights: dict[tuple, Tensor] = {}
+        self._made: WeakKeyDictionary[nn.Module, dict[tuple[ScopedChange, ...], tuple[_State, Tensor]]] = (
+            WeakKeyDictionary()
+        )
 
     def groups(self, text: Tensor) -> dict[tuple[int, ...], Tensor]:
         """Which masks act where in a batch of texts (n, tokens, width): numbers of masks -> bool (n, tokens)."""
@@ -185,26 +187,50 @@ class _Acting:
         self._last = text, self.masks, groups
         return groups
 
-    def weight(self, module: nn.Linear, name: str, numbers: tuple[int, ...]) -> Tensor | None:
-        """A layer's weights under some of the masks, or None if none of them changes it."""
-        masks = [self.masks[number] for number in numbers]
-        changes = [mask.weights[name] for mask in masks if name in mask.weights]
+    def changed(self, own: Tensor, name: str, numbers: tuple[int, ...]) -> Tensor | None:
+        """A layer's weights as some of the masks change them, with a gradient in `own`; None if none of them does."""
+        changes = [self.masks[number].weights[name] for number in numbers if name in self.masks[number].weights]
         if not changes:
             return None
-        own = module.weight.detach()
-        key = (name, *masks, own.data_ptr(), own._version, own.dtype)
-        if key not in self._weights:
-            if len(self._weights) > 4096:
-                self._weights.clear()
-            exact = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-            for change in changes:
-                exact = change(exact)
-            self._weights[key] = exact.to(own.dtype)
-        return self._weights[key]
+        exact = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+        for change in changes:
+            exact = change(exact)
+        return exact.to(own.dtype)
+
+    def weight(self, module: nn.Linear, name: str, numbers: tuple[int, ...]) -> Tensor | None:
+        """A layer's own weights as `changed`, made once while they stay as they are."""
+        masks, own = tuple(self.masks[number] for number in numbers), module.weight
+        made = self._made.setdefault(module, {})
+        if masks not in made or not made[masks][0].holds(own):
+            weight = self.changed(own.detach(), name, numbers)
+            if weight is None:
+                return None
+            made[masks] = _State.of(own), weight
+        return made[masks][1]
 
     def forget(self, masks: tuple[ScopedChange, ...]) -> None:
         """Drop the weights made with masks that act no longer."""
-        self._weights = {key: made for key, made in self._weights.items() if not any(one in masks for one in key[1:-3])}
+        for made in self._made.values():
+            for key in [key for key in made if any(one in masks for one in key)]:
+                del made[key]
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What tells whether weights are still those that something was made of: another's may lie at the same address."""
+
+    weight: ref[Tensor]
+    address: int
+    version: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _State:
+        return cls(ref(weight), weight.data_ptr(), weight._version, weight.dtype)
+
+    def holds(self, weight: Tensor) -> bool:
+        now = weight.data_ptr(), weight._version, weight.dtype
+        return self.weight() is weight and now == (self.address, self.version, self.dtype)
 
 
 class _Projection:
@@ -224,3 +250,18 @@ class _Projection:
                 changed = output.clone() if changed is None else changed
                 changed[where] = F.linear(text[where], weight, module.bias)
         return changed
+
+    def of_weights(
+        self, text: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None = None
+    ) -> Tensor:
+        """The same for a projection by other weights, with gradients in them and in the text.
+
+        output: (n, tokens, channels), of all the text (n, tokens, width), or (k, channels) of its `chosen` tokens.
+        """
+        read = (text if chosen is None else text[chosen]).to(weight.dtype)
+        for numbers, everywhere in self.acting.groups(text).items():
+            changed = self.acting.changed(weight, self.name, numbers)
+            if changed is not None:
+                where = everywhere if chosen is None else everywhere[chosen]
+                output = torch.where(where[..., None], F.linear(read, changed, bias), output)
+        return output

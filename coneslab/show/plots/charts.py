@@ -127,7 +127,8 @@ def curves(
         _plain_ticks(axes.yaxis)
     if len(lines) + len(baseline or {}) > 1 or banded:
         note = f"band: {band_means}" if banded else None
-        for text in axes.legend(fontsize=7.5, frameon=False, title=note, title_fontsize=7).get_texts():
+        legend = axes.legend(fontsize=7.5, title=note, title_fontsize=7, framealpha=0.85, edgecolor="none")
+        for text in legend.get_texts():
             text.set(**PLAIN)
     seaborn.despine(figure)
     return finish(figure, f"Line plot of {y_label} against {x_label}: {', '.join(lines)}")
@@ -223,7 +224,8 @@ def plane(
 
     table: as for `intervals`, with the measures `x` and `y` in its column "measure"; a condition that lacks one of them
     is left out. Crosses are the two intervals, where there are any. highlight: the conditions the claim is about, drawn
-    filled. origin: draw lines at 0, for differences. Raises ArgumentError if no condition has both measures.
+    filled. origin: for differences: draw lines at 0, and say "change" on the axes. Raises ArgumentError if no condition
+    has both measures.
     """
     require_columns(table, "value", "low", "high", by, "measure")
     x, y, title, note = as_texts(x=x, y=y, title=title, note=note)
@@ -244,8 +246,9 @@ def plane(
     if origin:
         axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=0)
         axes.axhline(0, color="0.3", linestyle="--", linewidth=1, zorder=0)
-    axes.set_xlabel(x, fontsize=9, **PLAIN)
-    axes.set_ylabel(y, fontsize=9, **PLAIN)
+    change = ", change" if origin else ""
+    axes.set_xlabel(x + change, fontsize=9, **PLAIN)
+    axes.set_ylabel(y + change, fontsize=9, **PLAIN)
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)  # small differences have long numbers, which would run into each other
     axes.grid(color="0.93")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from .frame import MAP, PALETTE, PLAIN, as_labels, as_texts, finish, grey_frame,
 
 if TYPE_CHECKING:
     import pandas
+
+    from ...methods.ablation.profile import Profile
 
 
 def _numbers(name: str, given: Any, dimensions: int) -> np.ndarray:
@@ -77,35 +79,31 @@ def heatmap(
     return finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
 
 
-def profile_map(
-    shares: Mapping[str, Mapping[str, float]],
-    *,
-    groups: Mapping[str, Sequence[str]],
-    verdicts: Mapping[str, str],
-    found: Mapping[str, Iterable[str]],
-    title: str = "",
-) -> Figure:
+def profile_map(profiles: Mapping[str, Profile], *, title: str = "") -> Figure:
     """Draw which probes find a concept after each method: a row for each, a square for each probe, its verdict beside.
 
-    shares: method -> probe -> share of pictures that show the concept; groups: name -> probes, side by side under that
-    name; found: method -> probes that find it by the rule, which have a frame: what is dark and has none is within
-    the margin. Probes that a method lacks are left blank.
+    profiles: by method, as `Profile.of` or `experiments.profiles` gives them. A square is the share of pictures that
+    show the concept, and has a frame where the probe finds it by the profile's rule: what is dark and has none is
+    within the margin. Probes are side by side by their kind; those that a method lacks are left blank.
     """
-    checks.mapping("shares", shares)
-    names = [checks.text("one of methods", name) for name in shares]
-    columns = {name: checks.texts(f"groups[{name!r}]", own) for name, own in checks.mapping("groups", groups).items()}
-    checks.mapping("verdicts", verdicts)
-    checks.mapping("found", found)
-    if missing := [name for name in names if name not in verdicts or name not in found]:
-        raise ArgumentError(f"{missing[0]!r} has no verdict, or no probes that find it: give both for each method")
+    from ...methods.ablation.profile import Profile  # loads torch, which no other figure needs
+
+    checks.mapping("profiles", profiles)
+    names = [checks.text("one of methods", name) for name in profiles]
+    columns: dict[str, dict[str, None]] = {}
+    for name, profile in profiles.items():
+        for one in checks.of_kind(f"profiles[{name!r}]", profile, Profile).findings:
+            columns.setdefault(one.kind, {})[one.probe] = None
+    shares = {name: {one.probe: one.share for one in profile.findings} for name, profile in profiles.items()}
+    verdicts = {name: profile.verdict for name, profile in profiles.items()}
     probes = [probe for own in columns.values() for probe in own]
     values = np.array([[shares[name].get(probe, np.nan) for probe in probes] for name in names], float)
-    gaps = np.cumsum([0.0] + [0.0 if probe in own[1:] else 0.5 for own in columns.values() for probe in own])[1:] - 0.5
+    gaps = np.cumsum([0.5 * (place == 0) for own in columns.values() for place in range(len(own))]) - 0.5
     places = np.arange(len(probes)) + gaps
     wide = 0.42
     figure = Figure(figsize=(wide * places[-1] + 5.0, 0.34 * len(names) + 2.6))
     axes = figure.subplots()
-    found_by = {name: set(found[name]) for name in names}
+    found_by = {name: set(profile.found_by) for name, profile in profiles.items()}
     for row, name in enumerate(names):
         for column, probe in enumerate(probes):
             if np.isfinite(values[row, column]):
