@@ -457,6 +457,20 @@ def test_unlearning_changes_what_is_predicted_on_the_targets_pictures_without_a_
 
 
 @pytest.mark.slow
+def test_unlearning_looks_behind_torch_compile(v_pipe, own_pipe, pictured, monkeypatch):
+    """The regression targets are those of a pipeline that is not compiled."""
+    seen = []
+    monkeypatch.setattr(
+        unlearning, "tune_unet", lambda pipe, data, batch_at, *_, **__: seen.append(batch_at(0, None)) or ({}, {})
+    )
+    own_pipe.unet = torch.compile(own_pipe.unet, backend="eager")
+    for pipe in (v_pipe, own_pipe):
+        options = {**UNLEARN, "words": 0, "steps": 1, "dtype": torch.float32}
+        unlearn(pipe, "a cat", "a dog", images=pictured.images, **options)
+    assert torch.allclose(*(batch.regression_target for batch in seen), atol=1e-4)
+
+
+@pytest.mark.slow
 def test_unlearning_goes_on_where_it_was_interrupted(v_pipe, tmp_path):
     options = {**UNLEARN, "words": 0}
     whole = unlearn(v_pipe, "a cat", "a dog", steps=2, **options)

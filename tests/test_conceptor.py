@@ -98,6 +98,15 @@ def test_a_decomposition_is_an_edit_that_comes_back_from_its_file(v_pipe, judge,
         assert torch.cosine_similarity(vector, direction, dim=0) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mlp", "least squares"])
+def test_random_numbers_stay_the_callers(v_pipe, judge, method, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU was seeded"))
+    state = torch.random.get_rng_state()
+    decompose(v_pipe, "a cat", judge, coefficients=method, **FAST | {"steps": 1})
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 @pytest.mark.parametrize(("count", "best", "sums"), [(12, [3, 8], 4), (4, [0, 2], 3), (1, [0], 0)])
 def test_training_begins_with_the_words_that_do_best_on_their_own(count, best, sums):
     """A model for which the concept is the mean of two directions: their words are the start, not the other ones."""

@@ -5,12 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from PIL import Image
+from transformers import BatchFeature
 
 from coneslab import diffusion
 from coneslab.diffusion import encoding
-from coneslab.errors import ConeslabError
+from coneslab.diffusion.sampling import timestep_pairs
+from coneslab.errors import ArgumentError, ConeslabError
+from coneslab.finetuning import generate_once
 
 N = 3
 
@@ -224,6 +236,33 @@ def test_ddpm_gives_what_the_ddpm_scheduler_gives(request, name):
         pipe.scheduler = kept
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler])
+def test_a_step_is_one_however_often_its_scheduler_calls_the_network(v_pipe, monkeypatch, kind):
+    own, ended = timestep_pairs(v_pipe, 10), []
+    changed = {"timestep_spacing": "leading", "skip_prk_steps": True}
+    monkeypatch.setattr(v_pipe, "scheduler", kind.from_config(v_pipe.scheduler.config, **changed))
+    assert timestep_pairs(v_pipe, 10) == own and len(own) == 10
+    assert len(v_pipe.scheduler.timesteps) > 10
+    text, noise = diffusion.encode_prompts(v_pipe, "a cat"), diffusion.start_noise(v_pipe, 0)
+    diffusion.ddim_sample(
+        v_pipe, text, noise, sampler_steps=3, callback=lambda s: ended.append((s["step"], s["steps"]))
+    )
+    assert ended == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_timesteps_that_round_to_the_same_are_one_step(v_pipe, monkeypatch):
+    changed = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+    monkeypatch.setattr(v_pipe, "scheduler", HeunDiscreteScheduler.from_config(v_pipe.scheduler.config, **changed))
+    pairs = timestep_pairs(v_pipe, 100)
+    assert all(t > after for t, after in pairs) and pairs[-1][1] == -1
+    seen: list[dict] = []
+    text, noise = diffusion.encode_prompts(v_pipe, "a cat"), diffusion.start_noise(v_pipe, 0)
+    pairs = timestep_pairs(v_pipe, 6)
+    diffusion.ddim_sample(v_pipe, text, noise, sampler_steps=6, callback=seen.append)
+    assert {state["steps"] for state in seen} == {len(seen)} == {len(pairs)}
+
+
 def test_a_picture_depends_on_its_own_seed_only(v_pipe):
     prompts = ["a cat", "a dog", "a car"]
     together = diffusion.generate(v_pipe, prompts, seed=5, sampler_steps=4)
@@ -242,6 +281,65 @@ def test_generate_calls_back_and_refuses_nothing(v_pipe):
         diffusion.generate(v_pipe, [])
     with pytest.raises(ConeslabError, match="steps is 0"):
         diffusion.generate(v_pipe, "a cat", sampler_steps=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, DDPMScheduler, LCMScheduler])
+def test_noise_that_a_scheduler_adds_is_not_the_start_noise_again(v_pipe, monkeypatch, kind):
+    monkeypatch.setattr(v_pipe, "scheduler", kind.from_config(v_pipe.scheduler.config))
+    made = diffusion.generate(v_pipe, ["a cat", "a dog"], seed=[5, 9], sampler_steps=4, dtype=v_pipe.unet.dtype)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 9)]
+    noise = torch.stack([torch.randn(diffusion.latent_shape(v_pipe), generator=each) for each in generators])
+    added = [torch.randn(noise.shape[1:], generator=each.clone_state()) for each in generators]
+    assert not any(torch.equal(*both) for both in zip(noise, added, strict=True))
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise, "generator": generators}
+    expected = v_pipe(["a cat", "a dog"], **options).images
+    assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True))
+    alone = diffusion.generate(v_pipe, "a dog", seed=9, sampler_steps=4, dtype=v_pipe.unet.dtype)[0]
+    assert np.abs(np.asarray(alone, int) - np.asarray(made[1], int)).max() <= 1
+
+
+def test_guidance_below_one_and_a_negative_prompt_without_guidance_are_refused(v_pipe):
+    for scale in (0, 0.0, 0.99):
+        with pytest.raises(ArgumentError, match=rf"guidance_scale is {scale}: give 1 for no guidance, or more"):
+            diffusion.generate(v_pipe, "a cat", guidance_scale=scale, sampler_steps=1)
+    with pytest.raises(ArgumentError, match="negative_prompt is 'a dog', but guidance_scale is 1, .*a scale above 1"):
+        diffusion.generate(v_pipe, "a cat", guidance_scale=1, negative_prompt="a dog", sampler_steps=1)
+    options = {"sampler_steps": 1, "guidance_scale": 1.5}
+    plain, other = (diffusion.generate(v_pipe, "a cat", negative_prompt=n, **options) for n in (None, "a dog"))
+    assert not np.array_equal(plain[0], other[0])
+
+
+class BlackingOut:
+    """A safety checker that flags the pictures with these numbers, as diffusers' own makes them black."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    def __call__(self, images, clip_input):
+        flagged = [number in self.numbers for number in range(len(images))]
+        return images * (1 - torch.tensor(flagged, dtype=images.dtype))[:, None, None, None], flagged
+
+
+@pytest.mark.slow
+def test_pictures_that_a_safety_checker_makes_black_are_no_drawings(own_pipe):
+    options = {"seed": 3, "sampler_steps": 1}
+    expected = diffusion.generate(own_pipe, ["a cat", "a dog"], **options)
+    own_pipe.feature_extractor = lambda pictures, return_tensors: BatchFeature(
+        {"pixel_values": torch.zeros(len(pictures), 3, 8, 8)}
+    )
+    own_pipe.safety_checker = BlackingOut()  # flags nothing
+    assert diffusion.generate(own_pipe, ["a cat", "a dog"], **options) == expected
+    own_pipe.safety_checker = BlackingOut(1)
+    said = r"made 1 of 2 pictures black: 'a dog' \(seed 4\). Set pipe.safety_checker = None"
+    for draw in (diffusion.generate, generate_once):
+        with pytest.raises(ConeslabError, match=said):
+            draw(own_pipe, ["a cat", "a dog"], **options)
+    own_pipe.safety_checker = BlackingOut(*range(5))
+    with pytest.raises(ConeslabError, match=r"5 of 5 pictures black: .*\(seed 2\), …\. Set"):
+        diffusion.generate(own_pipe, ["a cat"] * 5, sampler_steps=1)
+    own_pipe.safety_checker = None
+    assert list(generate_once(own_pipe, ["a cat", "a dog"], **options)) == expected  # nothing black was kept
 
 
 def test_decoding_inverts_scaling(v_pipe):

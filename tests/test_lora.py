@@ -75,6 +75,12 @@ def test_a_seed_repeats_it_and_no_random_number_of_the_caller_is_drawn(v_pipe, p
 
 
 @pytest.mark.slow
+def test_random_numbers_of_a_gpu_stay_the_callers(v_pipe, pictured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU was seeded"))
+    lora(v_pipe, pictured, rank=2, **FAST | {"steps": 1})
+
+
+@pytest.mark.slow
 def test_diffusers_draws_the_same_with_the_exported_file(v_pipe, own_pipe, pictured, tmp_path):
     edit = lora(v_pipe, pictured, rank=2, alpha=6.0, targets="all", **FAST | {"learning_rate": 1e-2})
     assert export_lora(edit, tmp_path) == tmp_path / LORA

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 from coneslab.diffusion.encoding import decode_latents, encode_images, encode_prompts
-from coneslab.diffusion.loss import denoising_loss
+from coneslab.diffusion.loss import Denoiser, denoising_loss
+from coneslab.diffusion.precision import frozen_copy
 from coneslab.diffusion.sampling import (
     abar_at,
     clean_and_noise,
@@ -21,7 +26,7 @@ from coneslab.diffusion.sampling import (
 from coneslab.errors import ArgumentError, ConeslabError, MismatchError
 from coneslab.finetuning.samples import CaptionedLatents, sample_batches
 from coneslab.measure.statistics import share_interval
-from coneslab.methods.ablation import profile
+from coneslab.methods.ablation import profile, prompt_attack
 from coneslab.methods.ablation.classifier import LatentClassifier, train_classifier
 from coneslab.methods.ablation.probes import ProbeSettings, completions, filled_in, steered, stirred
 from coneslab.methods.ablation.profile import KINDS, NAMED, PLAIN, SILENT, TAUGHT, Finding, Probe, Profile, asking
@@ -123,6 +128,29 @@ def test_a_completion_is_ddim_from_the_noised_picture(v_pipe, full_precision):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler])
+@pytest.mark.parametrize("level", [0.5, 1.0])
+def test_a_level_is_a_share_of_steps_whatever_the_scheduler(v_pipe, monkeypatch, latents_of, kind, level):
+    """Some schedulers list a timestep for each call of the network."""
+    called: list[int] = []
+
+    def recorded(pipe, noisy, timestep, *args):
+        called.append(timestep)
+        return guided(pipe, noisy, timestep, *args)
+
+    monkeypatch.setattr("coneslab.methods.ablation.probes.guided", recorded)
+    v_pipe.scheduler.set_timesteps(10)
+    expected = v_pipe.scheduler.timesteps.tolist()[-int(10 * level) :]
+    changed = {"timestep_spacing": "leading", "skip_prk_steps": True}
+    monkeypatch.setattr(v_pipe, "scheduler", kind.from_config(v_pipe.scheduler.config, **changed))
+    shown = random_pictures(1)
+    found = latents_of(completions, v_pipe, shown, level=level, sampler_steps=10)
+    assert called == expected
+    own = encode_images(v_pipe, shown)
+    assert level < 1 or float((found - own).norm() / own.norm()) > 0.5  # from noise alone nothing is given back
+
+
+@pytest.mark.slow
 def test_what_is_not_hidden_comes_back_and_what_is_hidden_is_not_seen(v_pipe, latents_of, full_precision):
     shown, other = random_pictures(1), random_pictures(1, seed=1)
     mask = np.zeros((16, 16), bool)
@@ -188,10 +216,11 @@ def classifier(v_pipe) -> LatentClassifier:
     return train_classifier(v_pipe, pixels, ["above"] * 12 + ["below"] * 12, **options)
 
 
-def test_a_classifier_tells_labels_apart_the_worse_the_more_noise_there_is(v_pipe, classifier):
+def test_a_classifier_tells_labels_apart_the_worse_the_more_noise_there_is(v_pipe, classifier, monkeypatch):
     assert classifier.labels == ("above", "below") and list(classifier.accuracy) == [0.1, 0.3, 0.5, 0.7, 0.9]
     assert classifier.accuracy[0.1] == 1.0
     again = torch.random.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU was seeded"))
     train_classifier(v_pipe, random_pictures(4), ["a", "a", "b", "b"], steps=1, batch_size=2)
     assert torch.equal(again, torch.random.get_rng_state())
 
@@ -306,6 +335,41 @@ def test_the_gradient_proposes_and_the_loss_decides(v_pipe):
         assert first.losses == (pytest.approx(losses[winner], rel=1e-4),) and first.words in ((), (winner,))
         better.append(winner != words[start])
     assert any(better) and not all(better)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+def test_in_float16_the_slope_of_a_small_loss_does_not_underflow(v_pipe, own_pipe, whole, monkeypatch):
+    """whole: the text encoder computes in float16 too. The loss is divided, as that of a larger model's is."""
+    shown, ids = random_pictures(3), torch.tensor(v_pipe.tokenizer("a cat on the grass").input_ids)
+    (batch,) = islice(sample_batches(v_pipe, [CaptionedLatents(encode_images(v_pipe, shown), torch.zeros(1, 1), 4)]), 1)
+    monkeypatch.setattr(prompt_attack, "denoising_loss", lambda *given, **noisy: denoising_loss(*given, **noisy) / 256)
+
+    def slope(pipe, dtype):
+        copy = Denoiser(frozen_copy(pipe.unet, dtype, gradients=True), pipe.scheduler)
+        return prompt_attack._slope(pipe, copy, ids, 2, batch)
+
+    exact = slope(v_pipe, torch.float32)
+    if whole:
+        own_pipe.to(torch.float16)
+        batch = replace(batch, latents=batch.latents.half(), noise=batch.noise.half())
+    rough = slope(own_pipe, torch.float16)
+    assert rough.dtype == torch.float32 and torch.allclose(rough, exact, rtol=0, atol=0.02 * float(exact.abs().max()))
+
+
+def test_a_slope_that_is_not_finite_is_refused(v_pipe, monkeypatch):
+    monkeypatch.setattr(prompt_attack, "denoising_loss", lambda *given, **noisy: denoising_loss(*given, **noisy) * 1e40)
+    with pytest.raises(ConeslabError, match="the gradient is not finite, of a U-Net in torch.float32"):
+        attack_prompt(v_pipe, random_pictures(1), rounds=1, batch_size=1, dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_an_attack_on_a_compiled_pipeline_is_that_on_others(v_pipe, own_pipe):
+    own_pipe.unet = torch.compile(own_pipe.unet, backend="eager")
+    options = {"tokens": 1, "rounds": 1, "candidates": 2, "batch_size": 2}
+    assert attack_prompt(own_pipe, random_pictures(2), **options) == attack_prompt(
+        v_pipe, random_pictures(2), **options
+    )
 
 
 def test_an_attack_without_room_or_words_is_refused(v_pipe):

@@ -5,7 +5,8 @@ import pytest
 from small_judge import save_small_judge
 
 from coneslab import cli, generate, load_judge
-from coneslab.diffusion.sampling import guided_between, start_noise
+from coneslab.diffusion import encode_prompts
+from coneslab.diffusion.sampling import ddim_sample, guided_between, start_noise
 from coneslab.errors import ConeslabError
 from coneslab.measure import samplers
 from coneslab.measure.samplers import Sampler, compare_samplers, use_scheduler
@@ -50,6 +51,26 @@ def test_guidance_in_a_part_of_the_schedule(v_pipe):
         pictures(v_pipe, 7.0, 4, (0.8, 0.2))
 
 
+@pytest.mark.slow
+def test_without_guidance_an_interval_changes_nothing(v_pipe):
+    (plain, calls), (part, counted) = pictures(v_pipe, 1.0), pictures(v_pipe, 1.0, interval=(0.4, 0.6))
+    assert np.array_equal(plain, part) and calls == counted == 2 * 4
+    same = {"seed": [3, 3], "sampler_steps": 2, "guidance_scale": 1.0}  # the same noise twice, as if for guidance
+    drawn = [generate(v_pipe, ["a cat", "a dog"], **same, guidance_interval=i) for i in ((0.0, 1.0), (0.4, 0.6))]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.slow
+def test_batches_of_another_sampler_are_not_taken_for_guidance(v_pipe):
+    text, noise = encode_prompts(v_pipe, ["a cat", "a dog"]), start_noise(v_pipe, [1, 2])
+    options = {"sampler_steps": 2, "empty_embeddings": encode_prompts(v_pipe, "")}
+    expected = ddim_sample(v_pipe, text, noise, **options)
+    generate(v_pipe, "a cat", sampler_steps=1, guidance_scale=7.0)  # the pipeline's last call was guided
+    with guided_between(v_pipe, 0.999, 1.0) as passes:
+        assert ddim_sample(v_pipe, text, noise, **options).equal(expected)
+        assert passes() == 2 * 2 * 2
+
+
 def test_the_network_is_put_back_whatever_happens(v_pipe):
     with guided_between(v_pipe, 0.2, 1.0):
         outer = v_pipe.unet.forward
@@ -90,5 +111,7 @@ def test_samplers_that_cannot_be_are_refused(capsys):
         Sampler("Euler", 10)
     with pytest.raises(ConeslabError, match="two shares in order"):
         Sampler("DDIM", 10, guided=(0.8, 0.2))
+    with pytest.raises(ConeslabError, match="guidance_scale is 0.5: give 1 for no guidance, or more"):
+        Sampler("DDIM", 10, 0.5)
     assert cli.main(["compare-samplers", "tiny", "--sampler", "DDIM,many"]) == 2
     assert "NAME,STEPS" in capsys.readouterr().err

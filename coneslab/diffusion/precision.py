@@ -25,11 +25,18 @@ from .checks import NETWORKS, parts_of, require_own_projections, require_pipelin
 from .kvspace import unet_of
 from .pipelines import Pipeline, require_float
 
+# What diffusers keeps on modules and not in the config: FreeU's factors, and how activations are checkpointed.
+_BESIDE_THE_CONFIG = {"s1", "s2", "b1", "b2", "gradient_checkpointing", "_gradient_checkpointing_func"}
+_TIMESTEP = 1  # its place among the arguments of a U-Net's forward
+
 
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 natively, not by emulation."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        if torch.version.hip or not torch.cuda.is_available():
+            return torch.cuda.is_bf16_supported()
+        # `is_bf16_supported` counts emulation, as on T4 and V100, and asks about the current device.
+        return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
@@ -44,12 +51,13 @@ def fast_dtype(unet: Any) -> torch.dtype:
 def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> Any:
     """A copy of a U-Net without gradients, hooks or adapters; it shares the memory of weights already in `dtype`.
 
-    Only hooks that say so, by an attribute `copied_with_the_unet`, are taken along. Inputs are cast to `dtype`.
+    Only hooks that say so, by an attribute `copied_with_the_unet`, are taken along, and FreeU and gradient
+    checkpointing if they are on. Inputs but the timestep are cast to `dtype`. A compiled U-Net's copy is not compiled.
     gradients: the copy is for backward passes (`speed_up_backward`).
     Raises ConeslabError if the U-Net's weights do not match its config, or are not those it computes with (an adapter,
     fused projections).
     """
-    dtype = require_float(dtype)
+    dtype, unet = require_float(dtype), uncompiled(unet)
     require_own_projections(unet)
     if not _calls_its_own(unet):
         raise ConeslabError(
@@ -64,8 +72,9 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
         raise ConeslabError(
             f"the U-Net cannot be rebuilt from its config ({str(error)[:200]}): unload adapters first"
         ) from error
-    hooked = any(module._forward_hooks for module in parts_of(unet))
-    for name, module in unet.named_modules() if hooked else ():
+    own = any(module._forward_hooks or _told(module) for module in parts_of(unet))
+    for name, module in unet.named_modules() if own else ():
+        vars(made.get_submodule(name)).update(_told(module))
         for hook in module._forward_hooks.values():
             if _goes_along(hook):
                 made.get_submodule(name).register_forward_hook(hook)
@@ -76,7 +85,9 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
         def as_dtype(x: Any) -> Any:
             return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        return tuple(map(as_dtype, args)), {name: as_dtype(x) for name, x in kwargs.items()}
+        # In bfloat16 a timestep of 999 would be 1000; the U-Net embeds it in float32, and casts that.
+        placed = (x if place == _TIMESTEP else as_dtype(x) for place, x in enumerate(args))
+        return tuple(placed), {name: x if name == "timestep" else as_dtype(x) for name, x in kwargs.items()}
 
     made.register_forward_pre_hook(cast, with_kwargs=True)
     return made
@@ -110,6 +121,12 @@ def speed_up_backward(unet: Any) -> None:
         from diffusers.models.attention_processor import AttnProcessor
 
         unet.set_attn_processor(AttnProcessor())
+
+
+def _told(module: nn.Module) -> dict[str, Any]:
+    """What a module has been told beside its config, but for what is off."""
+    known = _BESIDE_THE_CONFIG & vars(module).keys()
+    return {name: vars(module)[name] for name in known if vars(module)[name]}
 
 
 def _goes_along(hook: Any) -> bool:

@@ -72,11 +72,27 @@ def require_steps(pipe: Pipeline, sampler_steps: int) -> int:
     return checks.count("sampler_steps", sampler_steps, most=pipe.scheduler.config.num_train_timesteps)
 
 
+def require_guidance(guidance_scale: float) -> float:
+    """A guidance scale for the pipeline's own call: 1 for none, or more. Raises ArgumentError for any other number."""
+    found = checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
+    if found < 1:
+        raise ArgumentError(
+            f"guidance_scale is {checks.shown(guidance_scale)}: give 1 for no guidance, or more; the pipelines of "
+            "diffusers guide only above 1, and would draw as with 1 (`ddim_sample` guides with any scale)"
+        )
+    return found
+
+
 def timestep_pairs(pipe: Pipeline, sampler_steps: int) -> list[tuple[int, int]]:
-    """(timestep, next timestep) from most to least noise, spaced as the scheduler's config says; -1 is clean."""
+    """(timestep, next timestep) from most to least noise, spaced as the scheduler's config says; -1 is clean.
+
+    Each timestep comes once, though schedulers list one for each call of the network: Heun and KDPM2 call it twice a
+    step (their `order`), PNDM twice at its second timestep. Timesteps that are the same when rounded down are one.
+    """
     require_pipeline(pipe)
     pipe.scheduler.set_timesteps(require_steps(pipe, sampler_steps))
-    times = [int(t) for t in pipe.scheduler.timesteps]
+    listed = pipe.scheduler.timesteps[:: getattr(pipe.scheduler, "order", 1)]
+    times = list(dict.fromkeys(int(t) for t in listed))
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
@@ -111,13 +127,14 @@ def ddim_sample(
         pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
     )
     x = noise
-    for i, (t, after) in enumerate(timestep_pairs(pipe, sampler_steps)):
+    pairs = timestep_pairs(pipe, sampler_steps)
+    for i, (t, after) in enumerate(pairs):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
         clean, error = clean_and_noise(pipe.scheduler, x, out, t)
         abar = abar_at(pipe, after)
         x = abar.sqrt() * clean + (1.0 - abar).sqrt() * error
         if callback is not None:
-            callback({"step": i, "steps": sampler_steps, "timestep": t, "clean": clean})
+            callback({"step": i, "steps": len(pairs), "timestep": t, "clean": clean})
     return x
 
 
@@ -136,14 +153,16 @@ def ddpm_sample(
     """Sample latents by ancestral sampling: Eq. 7 of Ho et al. (2020), on any subset of the timesteps.
 
     With abar_s at the next timestep, alpha = abar_t / abar_s and beta = 1 - alpha; the step's noise has the posterior
-    variance (1 - abar_s) / (1 - abar_t) beta. Arguments as in `ddim_sample`; `generator` draws the fresh noise.
+    variance (1 - abar_s) / (1 - abar_t) beta. Arguments as in `ddim_sample`; `generator` draws the fresh noise: seed it
+    otherwise than the start noise, whose numbers it would draw again.
     """
     require_pipeline(pipe)
     sampler_steps, guidance_scale = _require_sampling(
         pipe, text_embeddings, noise, empty_embeddings, sampler_steps, guidance_scale, callback
     )
     x = noise
-    for i, (t, after) in enumerate(timestep_pairs(pipe, sampler_steps)):
+    pairs = timestep_pairs(pipe, sampler_steps)
+    for i, (t, after) in enumerate(pairs):
         out = guided(pipe, x, t, text_embeddings, empty_embeddings, guidance_scale)
         clean, _ = clean_and_noise(pipe.scheduler, x, out, t)
         abar_t = abar_at(pipe, t)
@@ -157,7 +176,7 @@ def ddpm_sample(
             fresh = torch.randn(x.shape, generator=generator, device=source, dtype=x.dtype).to(x.device)
             x = mean + variance.sqrt() * fresh
         if callback is not None:
-            callback({"step": i, "steps": sampler_steps, "timestep": t, "clean": clean})
+            callback({"step": i, "steps": len(pairs), "timestep": t, "clean": clean})
     return x
 
 
@@ -196,9 +215,19 @@ def seeds_for(seeds: int | Iterable[int], n: int | None = None) -> list[int]:
 
 def start_noise(pipe: Pipeline, seeds: int | Iterable[int]) -> Tensor:
     """Start noise (n, channels, h, w), each picture's from its own seed; the same on every device."""
+    return torch.stack([noise for noise, _ in _first_draws(pipe, seeds)]).to(pipe.unet.device, pipe.unet.dtype)
+
+
+def generators_after_start(pipe: Pipeline, seeds: int | Iterable[int]) -> list[torch.Generator]:
+    """Each picture's generator, which has given its start noise: what it gives next, a sampler may add."""
+    return [generator for _, generator in _first_draws(pipe, seeds)]
+
+
+def _first_draws(pipe: Pipeline, seeds: int | Iterable[int]) -> list[tuple[Tensor, torch.Generator]]:
+    """Each picture's start noise and the generator that gave it."""
     shape = latent_shape(pipe)
-    draws = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds_for(seeds)]
-    return torch.stack(draws).to(pipe.unet.device, pipe.unet.dtype)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds_for(seeds)]
+    return [(torch.randn(shape, generator=generator), generator) for generator in generators]
 
 
 def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
@@ -207,6 +236,8 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
     0 is all noise, 1 is clean, measured by the timestep (Kynkäänniemi et al. 2024, Applying Guidance in a Limited
     Interval). Outside, the half of a batch with the empty prompt is not computed: it gets the other half's output, so
     that u + s (c - u) is c. A pass is one picture going through the network once.
+    This is for the pipeline's own call with a guidance scale above 1. Without guidance a batch has no such half and is
+    computed whole, wherever it is; so are the batches of `ddim_sample`, which computes the two prompts apart.
     """
     require_pipeline(pipe)
     first, last = checks.interval("guidance interval", (first, last))
@@ -216,7 +247,7 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
     def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal passes
         share = float(share_of(pipe.scheduler, timestep)[0])
-        if first <= share <= last or len(sample) % 2:
+        if first <= share <= last or not _has_both_halves(pipe, sample):
             passes += len(sample)
             return own(sample, timestep, encoder_hidden_states, *args, **kwargs)
         half = len(sample) // 2
@@ -227,6 +258,16 @@ def guided_between(pipe: Pipeline, first: float, last: float) -> Block:
         return type(out)(sample=torch.cat([out.sample, out.sample]))
 
     return Block([(attribute(unet, "forward"), forward)], lambda: passes)
+
+
+def _has_both_halves(pipe: Pipeline, sample: Tensor) -> bool:
+    """Whether a batch is the pipeline's own for guidance: the same latents twice, with the empty prompt and with texts.
+
+    What the pipeline was called with last says whether it guides, as two pictures of one seed are the same latents too.
+    """
+    half = len(sample) // 2
+    scale = getattr(pipe, "_guidance_scale", None)
+    return len(sample) % 2 == 0 and (scale is None or scale > 1) and torch.equal(sample[:half], sample[half:])
 
 
 def generate(
@@ -247,15 +288,18 @@ def generate(
     """Pictures for prompts, by the pipeline's own call and scheduler.
 
     Picture i starts from noise made from `seed + i` alone, or from its own if there is one per picture, so it does
-    not depend on the batch size or on what else is asked for. dtype: precision of the U-Net, default the fastest
-    (`precision.drawing`); give `pipe.unet.dtype` for pictures that are those of `pipe(...)` to the last bit.
-    guidance_interval: shares of the schedule between which guidance is on (`guided_between`), default all of it.
+    not depend on the batch size or on what else is asked for; a scheduler that adds noise has it from the same random
+    generator. dtype: precision of the U-Net, default the fastest (`precision.drawing`); give `pipe.unet.dtype` for
+    pictures that are those of `pipe(...)` to the last bit.
+    guidance_scale: 1 for no guidance. guidance_interval: shares of the schedule between which guidance is on
+    (`guided_between`), default all of it. negative_prompt: in place of the empty prompt, for guidance.
     callback: see `coneslab.callback`, after each step of each batch; further keys: "timestep", "latents", "pictures"
     (how many are finished). on_calls(number of network passes) at the end.
     Warns of a prompt that is too long for the text encoder, which reads its beginning alone.
     Raises ConeslabError without prompts, with another number of seeds, for numbers out of range (more steps than the
-    schedule has, a guidance scale beyond 0 to 100, an interval that is not two shares in order), or for a pipeline that
-    cannot be used (`require_pipeline`, `require_finite`).
+    schedule has, a guidance scale beyond 1 to 100, an interval that is not two shares in order), for a negative prompt
+    without guidance, for a pipeline that cannot be used (`require_pipeline`, `require_finite`), or if the pipeline's
+    safety checker makes a picture black.
 
     >>> pipe = coneslab.load("tiny")
     >>> prompts = ["a cat on the beach", "a dog in the snow"]
@@ -272,7 +316,12 @@ def generate(
     texts = checks.texts("prompts", prompts, blank=True)
     negative = [] if negative_prompt is None else [checks.text("negative_prompt", negative_prompt, blank=True)]
     sampler_steps, batch_size = require_steps(pipe, sampler_steps), checks.count("batch_size", batch_size)
-    guidance_scale = checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
+    guidance_scale = require_guidance(guidance_scale)
+    if negative and guidance_scale == 1:
+        raise ArgumentError(
+            f"negative_prompt is {checks.shown(negative_prompt)}, but guidance_scale is 1, which is no guidance: give "
+            "a scale above 1, or leave the negative prompt out"
+        )
     guidance_interval = checks.interval("guidance interval", guidance_interval)
     checks.function("callback", callback)
     checks.function("on_calls", on_calls)
@@ -300,10 +349,27 @@ def generate(
                 num_inference_steps=sampler_steps,
                 guidance_scale=guidance_scale,
                 latents=noises[part],
-                generator=[torch.Generator("cpu").manual_seed(s) for s in seeds[part]],  # for schedulers that add noise
+                generator=generators_after_start(pipe, seeds[part]),  # for schedulers that add noise
                 callback_on_step_end=step_end,
             )
+            _require_shown(texts[part], seeds[part], getattr(made, "nsfw_content_detected", None))
             pictures += made.images
         if on_calls is not None and passes is not None:
             on_calls(passes())
     return pictures
+
+
+def _require_shown(prompts: list[str], seeds: list[int], flagged: list[bool] | None) -> None:
+    """Raise ConeslabError for pictures that a safety checker made black: as drawings of a class they would be learned.
+
+    flagged: one for each picture; None without a checker.
+    """
+    hits = flagged or [False] * len(prompts)
+    drawn = zip(prompts, seeds, hits, strict=True)
+    black = [f"{checks.shown(prompt)} (seed {seed})" for prompt, seed, hit in drawn if hit]
+    if black:
+        named = ", ".join(black[:3]) + (", …" if len(black) > 3 else "")
+        raise ConeslabError(
+            f"the pipeline's safety checker made {len(black)} of {len(prompts)} pictures black: {named}. Set "
+            "pipe.safety_checker = None to draw without it, or give other prompts or seeds"
+        )

@@ -20,7 +20,7 @@ from .. import checks
 from ..blocks import Block, attribute
 from ..diffusion.checks import require_pipeline
 from ..diffusion.pipelines import Pipeline
-from ..diffusion.sampling import require_steps
+from ..diffusion.sampling import require_guidance, require_steps
 from ..files import require_writable, write_table
 from .evaluation import evaluate_model
 from .judge import Judge
@@ -38,7 +38,7 @@ class Sampler:
     """A scheduler, its steps, and where guidance acts.
 
     guided: the shares of the schedule, 0 all noise and 1 clean, between which guidance is on; elsewhere one call per
-    step is enough (`diffusion.guided_between`).
+    step is enough (`diffusion.guided_between`). With a guidance_scale of 1 there is no guidance anywhere.
     """
 
     scheduler: str
@@ -50,7 +50,7 @@ class Sampler:
         for name, value in {
             "scheduler": checks.choice("scheduler", self.scheduler, SCHEDULERS),
             "sampler_steps": checks.count("sampler_steps", self.sampler_steps),
-            "guidance_scale": checks.number("guidance_scale", self.guidance_scale, checks.GUIDANCE),
+            "guidance_scale": require_guidance(self.guidance_scale),
             "guided": checks.interval("guidance interval", self.guided),
         }.items():
             object.__setattr__(self, name, value)

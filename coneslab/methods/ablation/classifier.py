@@ -147,7 +147,8 @@ def train_classifier(
     train, test = _split(answers, settings.held_out, generator)
     device = latents.device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived(settings.seed, "classifier's weights"))
+        # not `torch.manual_seed`, which would seed the caller's GPU too
+        torch.default_generator.manual_seed(derived(settings.seed, "classifier's weights"))
         network = _Network(latents.shape[1], settings.width, len(names)).to(device)
     optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, settings.steps + 1)

@@ -26,6 +26,7 @@ from ...diffusion.precision import drawing
 from ...diffusion.sampling import (
     abar_at,
     clean_and_noise,
+    generators_after_start,
     guided,
     require_steps,
     seeds_for,
@@ -80,11 +81,10 @@ def completions(
     settings = ProbeSettings.chosen(settings, changes)
     shown = as_pictures(pictures, name="pictures to complete")
     prompt = checks.text("prompt", prompt, blank=True)
-    kept = round(require_steps(pipe, settings.sampler_steps) * checks.number("level", level, "(0, 1]", kind="share"))
+    steps = len(timestep_pairs(pipe, settings.sampler_steps))
+    kept = round(steps * checks.number("level", level, "(0, 1]", kind="share"))
     if kept < 1:
-        raise ArgumentError(
-            f"level is {level} of {settings.sampler_steps} steps: give a share that leaves at least one step"
-        )
+        raise ArgumentError(f"level is {level} of {steps} steps: give a share that leaves at least one step")
     return _drawn(pipe, [prompt] * len(shown), settings, known=encode_images(pipe, shown), last=kept)
 
 
@@ -214,10 +214,8 @@ def _drawn(
         empty = encode_prompts(pipe, [""])
         for start in range(0, len(prompts), settings.batch_size):
             part = slice(start, start + settings.batch_size)
-            chances = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+            chances = generators_after_start(pipe, seeds[part])
             x = noise = start_noise(pipe, seeds[part])
-            for chance in chances:
-                torch.randn(noise.shape[1:], generator=chance)  # the start noise: what is added later is new
             clean = None if known is None else known[part].to(noise)
             free = None if hidden is None else hidden[part].to(noise)
             text = encode_prompts(pipe, list(prompts[part]))

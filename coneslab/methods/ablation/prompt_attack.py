@@ -17,11 +17,12 @@ from torch import Tensor
 from ... import checks
 from ...diffusion.checks import require_editable, require_pipeline
 from ...diffusion.encoding import encode_ids, encode_images, tokenize
+from ...diffusion.kvspace import unet_of
 from ...diffusion.loss import Denoiser, denoising_loss
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import fast_dtype, frozen_copy
 from ...edits.tokens import embedding_of
-from ...errors import ArgumentError
+from ...errors import ArgumentError, ConeslabError
 from ...finetuning.samples import CaptionedLatents, NoisyBatch, sample_batches
 from ...pictures import Images, as_pictures
 from ...seeds import derived
@@ -90,7 +91,8 @@ def attack_prompt(
 
     pictures: of the target. exclude: words that may not be used, such as the target's own. dtype: of the passes,
     default the fastest. settings, changes: see `PromptAttackSettings`.
-    Raises ConeslabError if there is no room for the words before the prompt, or no word to choose from.
+    Raises ConeslabError if there is no room for the words before the prompt, no word to choose from, or a gradient
+    that is not finite.
     """
     require_editable(pipe)
     settings = PromptAttackSettings.chosen(settings, changes)
@@ -110,8 +112,8 @@ def attack_prompt(
         [CaptionedLatents(encode_images(pipe, shown).detach(), torch.zeros(1, 1), settings.batch_size)],
         seed=derived(settings.seed, "noises of a prompt attack"),
     )
-    copy = frozen_copy(pipe.unet, dtype or fast_dtype(pipe.unet), gradients=True)
-    denoiser, table = Denoiser(copy, pipe.scheduler), embedding_of(pipe).weight.detach().float()
+    unet, table = unet_of(pipe), embedding_of(pipe).weight.detach().float()
+    denoiser = Denoiser(frozen_copy(unet, dtype or fast_dtype(unet), gradients=True), pipe.scheduler)
     blank = tokenize(pipe, prompt).cpu()[0]
 
     def after(put: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def words_of(pipe: Pipeline, exclude: Sequence[str] = ()) -> dict[int, str]:
 
 
 def _slope(pipe: Pipeline, denoiser: Denoiser, ids: Tensor, places: int, batch: NoisyBatch) -> Tensor:
-    """The gradient of the loss in the embeddings of the words, (places, width)."""
+    """The gradient of the loss in the embeddings of the words, (places, width); ConeslabError if it is not finite."""
     with torch.enable_grad():
         vectors = embedding_of(pipe).weight.detach()[ids[1 : 1 + places]].clone().requires_grad_()
 
@@ -193,5 +195,12 @@ def _slope(pipe: Pipeline, denoiser: Denoiser, ids: Tensor, places: int, batch: 
             handle.remove()
         noisy: dict[str, Any] = {"noise": batch.noise, "timesteps": batch.timesteps}
         loss = denoising_loss(denoiser, batch.latents, text.to(batch.latents), **noisy)
-        (slope,) = torch.autograd.grad(loss, vectors)
-    return slope.float()
+        # small gradients underflow in float16
+        lift = 2.0**16 if torch.float16 in (denoiser.unet.dtype, vectors.dtype) else 1.0
+        (slope,) = torch.autograd.grad(loss * lift, vectors)
+    if not slope.isfinite().all():
+        raise ConeslabError(
+            f"the gradient is not finite, of a U-Net in {denoiser.unet.dtype} and a text encoder in {vectors.dtype}: "
+            "load the pipeline in float32, and give no dtype"
+        )
+    return slope.float() / lift

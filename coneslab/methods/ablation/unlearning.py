@@ -21,6 +21,7 @@ from ... import checks
 from ...callback import Callback
 from ...diffusion.checks import require_editable
 from ...diffusion.encoding import encode_images, encode_prompts, require_read
+from ...diffusion.kvspace import unet_of
 from ...diffusion.loss import add_noise
 from ...diffusion.pipelines import Pipeline
 from ...diffusion.precision import fast_dtype, frozen_copy
@@ -109,7 +110,8 @@ def unlearn(
     latents = drawn[: len(asked)] if shown is None else encode_images(pipe, shown).detach()
     parts = latents.split(each["targets"]) if shown is None else (latents,) * len(captions)
     data, aims = _data(pipe, settings, captions, others, parts, kept, drawn[len(asked) :].split(each["kept"]))
-    untouched, counts = frozen_copy(pipe.unet, dtype or fast_dtype(pipe.unet)), [part.batch_size for part in data]
+    unet, counts = unet_of(pipe), [part.batch_size for part in data]
+    untouched = frozen_copy(unet, dtype or fast_dtype(unet))
     towards = torch.cat([plus.expand(count, -1, -1) for (plus, _), count in zip(aims, counts, strict=True)])
     away = [minus.expand(count, -1, -1) for (_, minus), count in zip(aims, counts, strict=True) if minus is not None]
     off, rows = torch.cat(away), slice(0, sum(map(len, away)))  # the targets come first

@@ -162,8 +162,10 @@ def decompose(
     data = [CaptionedLatents(encode_images(pipe, shown).detach(), empty, settings.batch_size)]
     batches = sample_batches(pipe, data, seed=settings.seed)
     gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
-    torch.manual_seed(settings.seed)
-    weights = _Weights(allowed.vectors, settings, norm)
+    with torch.random.fork_rng(devices=[]):
+        # not `torch.manual_seed`, which would seed the caller's GPU too
+        torch.default_generator.manual_seed(settings.seed)
+        weights = _Weights(allowed.vectors, settings, norm)
     if settings.coefficients == "mlp" and settings.start == "words":
         trials = sample_batches(pipe, data, seed=derived(settings.seed, "start"))  # noises that no training sees
         _begin_with_words(weights, gradient, text, list(islice(trials, -(-_TRIED_SAMPLES // settings.batch_size))))

@@ -99,7 +99,8 @@ def lora(
         shape: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha or settings.rank}
         config = LoraConfig(**shape, target_modules=list(layers), init_lora_weights="gaussian")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(settings.seed, "LoRA"))
+            # not `torch.manual_seed`, which would seed the caller's GPU too
+            torch.default_generator.manual_seed(derived(settings.seed, "LoRA"))
             adapted.append(inject_adapter_in_model(config, unet))
 
     _, history = tune_unet(
