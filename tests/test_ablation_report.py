@@ -180,6 +180,34 @@ def test_probes_that_share_a_name_or_are_none_are_refused(v_pipe, judge):
             evaluate_ablation(v_pipe, judge, None, "a cat", "a dog", probes=probes, **FAST)
 
 
+@pytest.mark.parametrize("group", ["target", "anchor", *KINDS])
+def test_a_group_that_has_the_name_of_the_reports_own_rows_is_refused(v_pipe, judge, group):
+    with pytest.raises(ConeslabError, match=f"others has a group '{group}'"):
+        evaluate_ablation(v_pipe, judge, None, "a cat", "a dog", others={"far": [], group: ["a car"]}, **FAST)
+
+
+@pytest.mark.slow
+def test_what_is_no_answer_for_each_picture_is_refused(v_pipe, judge):
+    probes = [asking("plain prompt", "a cat", uses_word=True)]
+    for answer, said in (
+        (np.array([True]), r"shows gave bool of shape \(1,\) for 3 pictures"),
+        (np.array([0.7, 3.0, 0.2]), r"shows gave float64 of shape \(3,\) for 3 pictures"),
+        (np.ones((3, 1), bool), r"shows gave bool of shape \(3, 1\)"),
+        ([[True], [True, False], [True]], "shows gave .*True, False.* for 3 pictures"),
+        (True, "shows gave True for 3 pictures"),
+        (None, "shows gave None for 3 pictures"),
+    ):
+        with pytest.raises(ConeslabError, match=said):
+            evaluate_ablation(
+                v_pipe, judge, None, "a cat", "a dog", probes=probes, shows=lambda images, answer=answer: answer, **FAST
+            )
+    for answer in ([True, False, False], torch.tensor([False, True, False])):
+        report = evaluate_ablation(
+            v_pipe, judge, None, "a cat", "a dog", probes=probes, shows=lambda images, answer=answer: answer, **FAST
+        )
+        assert report.set_index("measure").value[FOUND] == pytest.approx(1 / 3)
+
+
 @pytest.mark.slow
 def test_usual_probes_try_every_way_and_leave_the_pipeline_alone(v_pipe, judge, edit, pictured):
     budget = {"rounds": 1, "inversion_steps": 2, "finetune_steps": 2, "batch_size": 2}

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 
 from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.sampling import ddim_sample, generate, guided_between, start_noise
+from coneslab.edits.tokens import TokenEdit, vocabulary_fingerprint
 from coneslab.errors import ConeslabError, MismatchError
 from coneslab.measure.attention import KVLayout, KVSpace
 from coneslab.measure.recording import record_attention
@@ -264,6 +265,46 @@ def test_words_find_their_tokens(v_pipe):
     assert maps.token("cat").shape == (8, 8) and maps.token("cat", size=(16, 16)).shape == (16, 16)
     with pytest.raises(ConeslabError, match="a sks cat on the grass"):
         maps.indices("dog")
+
+
+@pytest.mark.slow
+def test_a_token_added_inside_the_block_is_found_in_its_own_pictures(v_pipe):
+    new = TokenEdit(("<cat*>",), torch.ones(1, 24), vocabulary_fingerprint(v_pipe), initial=("cat",))
+    with new.applied(v_pipe), record_attention(v_pipe) as alone:
+        draw(v_pipe, "a <cat*> cat")
+    with record_attention(v_pipe) as maps:
+        draw(v_pipe, "a <cat*> cat")
+        for dose in (1.0, 0.0):
+            with new.applied(v_pipe, dose):
+                draw(v_pipe, "a <cat*> cat")
+        draw(v_pipe, "a cat cat")
+    pieces = len(maps.tokens()) - maps.tokens().count("<|endoftext|>") - 3  # without the start, "a" and "cat"
+    assert pieces > 1 and maps.indices("<cat*>") == [*range(2, 2 + pieces)]
+    for picture in (1, 2):  # at dose 0 its text embedding is that of the last picture
+        assert maps.tokens(picture)[1:4] == ["a", "<cat*>", "cat"] and maps.indices("<cat*>", picture) == [2]
+        assert maps.indices("cat", picture) == [3]
+    assert maps.tokens(3)[1:4] == ["a", "cat", "cat"] and maps.indices("cat", 3) == [2, 3]
+    assert torch.equal(maps.token("<cat*>", picture=1), alone.token("<cat*>"))
+    with pytest.raises(ConeslabError, match="not in the prompt"):
+        maps.indices("<cat*>", 3)
+
+
+@pytest.mark.slow
+def test_a_word_asked_for_is_encoded_as_the_pipeline_is_when_it_draws(v_pipe):
+    new = TokenEdit(("<cat*>",), torch.ones(1, 24), vocabulary_fingerprint(v_pipe))
+    words = ["<cat*>", "dog"]
+    with record_attention(v_pipe, words=words) as before:
+        draw(v_pipe)
+    with new.applied(v_pipe), record_attention(v_pipe, words=words) as inside:
+        draw(v_pipe)
+    with record_attention(v_pipe, words=words) as maps:
+        draw(v_pipe)
+        with new.applied(v_pipe):
+            draw(v_pipe)
+    for picture, expected in enumerate((before, inside)):
+        for word in words:
+            assert torch.equal(maps.token(word, picture=picture), expected.token(word)), (picture, word)
+    assert not torch.equal(before.token("<cat*>"), inside.token("<cat*>"))
 
 
 def test_averages_choose_layers_resolutions_and_steps(v_pipe):

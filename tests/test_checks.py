@@ -416,7 +416,7 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         edits.with_tokens,
         (m.pipe.tokenizer,),
         {"tokens": ["<x>"]},
-        {"tokens": (*TEXTS, "", "a b", ["a", "a"], "<|endoftext|>")},
+        {"tokens": (*TEXTS, "", "a b", ["a", "a"], ["SKS", "sks"], "<|endoftext|>")},
     ),
     "LearnedText": lambda m: (
         edits.LearnedText,
@@ -582,7 +582,11 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         neurons.encode,
         (),
         dict(indices=np.arange(1), scales=np.zeros(1), sizes=[4], fingerprint="ab" * 32, subject="", cut=0.5),
-        {"indices": (None, [1, 0], [0.5], "x"), "scales": ([0, 0], "x", [2.0]), "sizes": (None, [], [0], "x")}
+        {
+            "indices": (None, [1, 0], [0.5], "x", [4], [-1]),
+            "scales": ([0, 0], "x", [2.0]),
+            "sizes": (None, [], [0], "x"),
+        }
         | {"fingerprint": (None, "", "xy", 3), "subject": ANY_TEXT},
     ),
     "decode": lambda m: (
@@ -709,7 +713,11 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         (m.pipe,),
         dict(judge=m.judge, edit=None, target="a cat", anchor="a dog", others={"x": "a car"}, pictures=2, **DRAWN)
         | dict(probes=(), rivals=(), shows=None, batch_size=1),
-        {"others": (*NAMED, {"x": 3}, {"x": [3]}), "probes": (None, 3, "x", [3]), "rivals": LABELS}
+        {
+            "others": (*NAMED, {"x": 3}, {"x": [3]}, {"anchor": "a car"}, {"asked by its word": "a car"}),
+            "probes": (None, 3, "x", [3]),
+            "rivals": LABELS,
+        }
         | {"sampler_steps": (*COUNT, 1001)},
     ),
     "unlearn": lambda m: (
@@ -937,13 +945,14 @@ CALLS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         methods.bias,
         (),
         dict(decomposition=m.parts, groups={"a": "cat", "b": ["dog"]}),
-        {"groups": (*NAMED, {"a": "cat"}, {"a": "cat", "b": []}, {"a": 3, "b": 4})},
+        {"groups": (*NAMED, {"a": "cat"}, {"a": "cat", "b": []}, {"a": 3, "b": 4}, {"a": "cat", "b": ["dog", "cat"]})},
     ),
     "rebalance": lambda m: (
         methods.rebalance,
         (),
         dict(decomposition=m.parts, groups={"a": "cat", "b": "dog"}, shares=None, total=None),
-        {"shares": (3, {"a": 1}, {"a": NAN, "b": 1}, {"a": 2, "b": -1}), "total": (*NUMBER, 0, 1)},
+        {"shares": (3, {"a": 1}, {"a": NAN, "b": 1}, {"a": 2, "b": -1}), "total": (*NUMBER, 0, 1)}
+        | {"groups": (*NAMED, {"a": "cat", "b": "cat"})},
     ),
     "group_shares": lambda m: (
         methods.group_shares,

@@ -242,6 +242,7 @@ def test_coefficients_are_scaled_left_out_and_kept():
     made = example()
     assert made.words == ("cat", "dog", "car", "house")
     assert made.top(2) == [("cat", pytest.approx(0.6 / 0.9)), ("dog", pytest.approx(0.2 / 0.9))]
+    assert made.top(4) == made.top(3) and sum(share for _, share in made.top(4)) == pytest.approx(1)
     assert made.share(["cat", "car"]) == pytest.approx(0.7 / 0.9)
     assert made.scaled("dog", 4).top(1)[0][0] == "dog"
     assert dict(made.without("cat").top(4))["dog"] == pytest.approx(0.2 / 0.3)
@@ -285,12 +286,18 @@ def test_groups_are_weighed_and_balanced(judge):
         rebalance(made.only("cat", "dog"), groups, total=0.4)
     for bad, shares, reason in (
         ({"feline": ["cat"]}, None, "two or more"),
+        ({"feline": ["cat"], "pet": ["dog", "cat"]}, None, "'cat' is in the groups feline and pet"),
         ({"feline": ["cat"], "bird": ["owl"]}, None, "no word of bird"),
         (groups, {"feline": 0.9, "canine": 0.9}, "1 in all"),
     ):
         with pytest.raises(ConeslabError, match=reason):
             rebalance(made, bad, shares=shares)
     assert np.isnan(bias(made, {"a": ["x"], "b": ["y"]})["a"])
+    for ask in (lambda both: bias(made, both), lambda both: group_shares(judge, make_subject(16).images, both)):
+        with pytest.raises(ConeslabError, match="'dog' is in the groups a and b"):
+            ask({"a": ["cat", "dog"], "b": "dog"})
+    twice = rebalance(made, {"feline": ["cat", "cat"], "canine": ["dog"]})  # said twice, it counts once
+    assert bias(twice, {"feline": "cat", "canine": "dog"})["feline"] == pytest.approx(0.5)
 
 
 def test_shares_of_pictures_come_with_intervals(judge):

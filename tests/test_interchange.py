@@ -40,6 +40,8 @@ def test_diffusers_loads_our_tokens_and_we_load_theirs(v_pipe, tmp_path):
     edit = learned(v_pipe, "<cat*>", "sks")
     with pytest.raises(ConeslabError, match='names={"sks": "<sks>"}'):
         export_tokens(edit, v_pipe, tmp_path)
+    with pytest.raises(ConeslabError, match=r"two tokens would be called <cat\*>"):
+        export_tokens(edit, v_pipe, tmp_path, names={"sks": "<cat*>"})
     files = export_tokens(edit, v_pipe, tmp_path, names={"sks": "<sks>"})
     with edit.applied(v_pipe):
         expected = encode_prompts(v_pipe, ["a <cat*> cat", "a sks cat"])

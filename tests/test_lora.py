@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_personalization import FAST as STEPS
 from test_personalization import PRIOR
@@ -136,6 +139,97 @@ def test_a_file_of_kohyas_scripts_is_read_with_its_alphas(v_pipe, pictured, tmp_
     assert found.factors.keys() == edit.factors.keys()
     for name, delta in edit.dense().deltas.items():
         torch.testing.assert_close(found.dense().deltas[name], delta)
+
+
+def write_as_diffusers_does(pipe, folder, **changes) -> None:
+    """A LoRA of random matrices, trained in `pipe`, with its `LoraConfig` in the metadata."""
+    torch.manual_seed(0)
+    options = {"r": 4, "init_lora_weights": False, "target_modules": ["to_k", "to_v"]} | changes
+    pipe.unet.add_adapter(LoraConfig(**options), "own")
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="own"))
+    pipe.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=pipe.unet.peft_config["own"].to_dict()
+    )
+    pipe.unet.delete_adapters("own")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 16},
+        {"lora_alpha": 16, "use_rslora": True},
+        {"lora_alpha": 2, "alpha_pattern": {"up_blocks.*to_k": 12, "attn2.to_v": 1}},
+        {"lora_alpha": 4, "rank_pattern": {"attn2.to_k": 2}},
+        {},
+    ],
+    ids=lambda changes: ", ".join(changes) or "peft's own alpha",
+)
+def test_the_scale_in_a_files_metadata_is_the_one_diffusers_applies(v_pipe, own_pipe, tmp_path, changes):
+    write_as_diffusers_does(own_pipe, tmp_path, **changes)
+    own_pipe.load_lora_weights(tmp_path)
+    x, text = _input(v_pipe)
+    theirs, plain = own_pipe.unet(x, 7, text).sample, v_pipe.unet(x, 7, text).sample
+    with import_lora(v_pipe, tmp_path).applied(v_pipe):
+        ours = v_pipe.unet(x, 7, text).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - plain).abs().max() > 10 * (ours - theirs).abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_dora": True}, "use_dora=True, which is not understood"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which is not understood"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(v_pipe, own_pipe, tmp_path, changes, said):
+    write_as_diffusers_does(own_pipe, tmp_path, **changes)
+    with pytest.raises(FileFormatError, match=said):
+        import_lora(v_pipe, tmp_path)
+    tensors = load_file(tmp_path / LORA)
+    save_file(tensors, tmp_path / LORA)  # and without the metadata
+    if "use_dora" in changes:
+        with pytest.raises(FileFormatError, match="more than pairs of matrices.*lora_magnitude_vector"):
+            import_lora(v_pipe, tmp_path)
+
+
+def test_metadata_that_do_not_fit_the_matrices_are_refused(v_pipe, tmp_path):
+    name, weight = next((name, part.weight) for name, part in linear(v_pipe).items() if "attn2" in name)
+    thin = {"lora_A": torch.ones(2, weight.shape[1]), "lora_B": torch.ones(weight.shape[0], 2)}
+    tensors = {f"unet.{name}.{half}.weight": matrix for half, matrix in thin.items()}
+    for config, said in (
+        ("{", "no JSON object"),
+        ("[]", "no JSON object"),
+        ('{"text_encoder.r": 2}', "without a field of the U-Net's"),
+        ('{"unet.r": 4, "unet.lora_alpha": 4}', "matrices of rank 2 for .* says 4"),
+        ('{"unet.lora_alpha": 4}', "says 8"),  # peft's default
+        ('{"unet.r": 2, "unet.lora_alpha": "much"}', "says no scale"),
+        ('{"unet.r": 2, "unet.alpha_pattern": {"(": 1}}', "says no scale"),
+        ('{"unet.r": 2, "unet.alpha_pattern": 3}', "says no scale"),
+        ('{"unet.r": 2, "unet.peft_type": "LOHA"}', "peft_type='LOHA', which is not understood"),
+        ('{"unet.r": 2, "unet.brand_new": 1}', "brand_new=1, which is not understood"),
+    ):
+        save_file(tensors, tmp_path / LORA, metadata={"lora_adapter_metadata": config})
+        with pytest.raises(FileFormatError, match=said):
+            import_lora(v_pipe, tmp_path)
+    good = '{"unet.r": 2, "unet.lora_alpha": 3, "unet.brand_new": null, "text_encoder.r": 9}'
+    save_file(tensors, tmp_path / LORA, metadata={"lora_adapter_metadata": good})
+    (delta,) = import_lora(v_pipe, tmp_path).dense().deltas.values()
+    assert torch.equal(delta, torch.full_like(delta, 2 * 3 / 2))
+    scaled = {f"lora_unet_{name.replace('.', '_')}.{part}.weight": thin[half] for half, part in HALVES.items()}
+    scaled[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(1.0)
+    save_file(scaled, tmp_path / LORA, metadata={"lora_adapter_metadata": good})
+    with pytest.raises(FileFormatError, match="alphas in its tensors and in its metadata"):
+        import_lora(v_pipe, tmp_path)
+    dora = scaled | {f"lora_unet_{name.replace('.', '_')}.dora_scale": torch.ones(weight.shape[0], 1)}
+    save_file(dora, tmp_path / LORA)
+    with pytest.raises(FileFormatError, match="is a DoRA"):
+        import_lora(v_pipe, tmp_path)
+
+
+HALVES = {"lora_A": "lora_down", "lora_B": "lora_up"}  # kohya's names
 
 
 def test_files_that_are_no_lora_of_this_unet_are_refused(v_pipe, sd_pipe, pictured, tmp_path):

@@ -60,6 +60,14 @@ def test_rounding_is_to_the_nearest_value_that_the_precision_has(precision):
         assert np.array_equal(rounded, scales >= np.float32(0.4))
 
 
+@pytest.mark.parametrize("indices", [[2, 50], [-3, 2], [10], [-1], np.array([2**63], np.uint64)])
+def test_neurons_outside_the_layers_are_refused(indices):
+    for write in (lambda *mask: encode(*mask, **ABOUT), entropy_bound):
+        with pytest.raises(ConeslabError, match=r"indices run from .* have 10 neurons: give indices from 0 to 9"):
+            write(indices, np.zeros(len(indices)), [4, 6])
+        write([0, 9], np.zeros(2), [4, 6])
+
+
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ConeslabError, match="'int8': choose one of float32, float16, quaternary, binary"):
         quantised(np.zeros(3, np.float32), "int8")

@@ -251,6 +251,36 @@ def test_a_search_goes_on_where_another_stopped(v_pipe, pictured, found):
         find_concept_neurons(v_pipe, pictured, **SEARCH, start=foreign)
 
 
+@pytest.mark.slow
+def test_a_search_from_a_mask_file_keeps_its_history_and_sees_new_samples(v_pipe, pictured, found, monkeypatch):
+    seen = []
+
+    def sampled(*arguments, **options):
+        for batch in sample_batches(*arguments, **options):
+            seen.append(batch.noise)
+            yield batch
+
+    def samples_of(start):
+        seen.clear()
+        made = find_concept_neurons(v_pipe, pictured, **{**SEARCH, "rounds": 2}, start=start)
+        return made, [noise.flatten().tolist() for noise in seen]
+
+    monkeypatch.setattr("coneslab.neurons.search.sample_batches", sampled)
+    fresh, first = samples_of(None)
+    bare = ConceptNeurons.from_bytes(found.to_bytes(), v_pipe)
+    assert not bare.history
+    more, others = samples_of(bare)
+    assert len(more.history["loss"]) == 2 and more.history.keys() == fresh.history.keys()
+    assert more.history["hits"].shape == (2, len(found.layout))
+    _, third = samples_of(found)  # whose history says that the first four have been seen
+    _, again = samples_of(bare)
+    longer, last = samples_of(more)
+    assert len(longer.history["loss"]) == 4 and last[:2] == others  # drawn once more, to come to those after them
+    assert again == others and third[:2] == first
+    known = [*third, *others]  # every sample so far, once
+    assert all(batch not in known for batch in last[2:]) and len({str(batch) for batch in known}) == len(known)
+
+
 def test_the_history_tells_what_happened(found):
     rounds, layers = SEARCH["rounds"], len(found.layout)
     for name, shape in {"loss": (rounds,), "subject_loss": (rounds,), "prior_loss": (rounds,)}.items():

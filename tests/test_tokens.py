@@ -55,11 +55,19 @@ def test_a_piece_that_other_words_are_made_of_is_refused(tiny, token):
         with_tokens(tiny.tokenizer, ["<new>", token])
 
 
+def applied(pipe, edit):
+    with edit.applied(pipe, check_model=False):
+        pass
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda pipe: with_tokens(pipe.tokenizer, ["my cat"]), "words without spaces"),
         (lambda pipe: with_tokens(pipe.tokenizer, [" rob"]), "words without spaces"),
+        (lambda pipe: with_tokens(pipe.tokenizer, ["SKS", "cat", "sks"]), "SKS and sks are one token"),
+        (lambda pipe: with_tokens(pipe.tokenizer, ["<A*>", "<a*>"]), r"<A\*> and <a\*> are one token"),
+        (lambda pipe: applied(pipe, TokenEdit(("SKS", "sks"), torch.ones(2, 24), "ab")), "SKS and sks are one token"),
         (lambda pipe: TokenEdit(("a", "b"), torch.ones(2, 24), "ab", initial=("cat",)), "1 initial words for 2 tokens"),
     ],
 )

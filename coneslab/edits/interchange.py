@@ -5,8 +5,11 @@ Only safetensors. What other programs write is read as far as diffusers reads it
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -25,6 +28,14 @@ from .weights import WeightDelta, model_fingerprint
 
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # as diffusers' own training scripts name them
 LORA = "pytorch_lora_weights.safetensors"
+_LORA_CONFIG = "lora_adapter_metadata"  # where diffusers writes peft's `LoraConfig`, as "unet.r" and so on
+# Fields of it that have no part in what a trained file changes; the others must be as good as absent.
+_NO_MATTER = frozenset(
+    "target_modules exclude_modules layers_to_transform layers_pattern lora_dropout inference_mode task_type "
+    "base_model_name_or_path revision auto_mapping peft_version megatron_core qalora_group_size runtime_config".split()
+)
+_SCALING = frozenset(("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"))
+_ON_THE_MODEL_ITSELF = (True, False, "gaussian", "orthogonal", "eva")  # how matrices may begin: others change the model
 
 
 def export_tokens(
@@ -33,7 +44,8 @@ def export_tokens(
     """Write one file per token, for `pipe.load_textual_inversion(file)`; returns the files.
 
     names: token -> its name in the file, if it is to differ. diffusers refuses a word that the tokenizer already has,
-    such as the rare word "sks". Raises ConeslabError for such a name, or for a name of a token that the edit lacks.
+    such as the rare word "sks". Raises ConeslabError for such a name, for one that two tokens have, or for a name of a
+    token that the edit lacks.
     """
     require_pipeline(pipe)
     checks.of_kind("edit", edit, TokenEdit)
@@ -44,6 +56,10 @@ def export_tokens(
         )
     folder, files = require_writable(folder, folder=True), {}
     chosen = [checks.word("name", given.get(token, token)) for token in edit.tokens]
+    if twice := [name for name in chosen if chosen.count(name) > 1]:
+        raise ConeslabError(
+            f"two tokens would be called {twice[0]} in their files: give each a name of its own (names=)"
+        )
     words = pipe.tokenizer.get_vocab()
     taken = [name for name in chosen if name in words or f"{name}</w>" in words]
     if taken:
@@ -146,15 +162,18 @@ def export_lora(edit: LowRankDelta, folder: str | Path) -> Path:
 def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
     """Read a LoRA file for a U-Net as an edit: one of diffusers, peft or kohya's scripts, or the folder it is in.
 
-    Raises FileFormatError for any other file, and for one that changes more than linear layers of the U-Net;
-    MismatchError for a model of another shape.
+    The factors hold the whole change, scaled by the file's alphas, or as diffusers' `lora_adapter_metadata` in it says.
+    Raises FileFormatError for any other file, for one that changes more than linear layers of the U-Net, and for what
+    adds up otherwise (DoRA) or is not known here; MismatchError for a model of another shape.
     """
     require_pipeline(pipe)
     from diffusers import StableDiffusionPipeline  # imported here, as it takes seconds
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     file = user_path(path) / LORA if user_path(path).is_dir() else user_path(path)
-    unet, found = unet_of(pipe), _read(file)
+    unet, (found, metadata) = unet_of(pipe), _read_all(file)
+    if magnitudes := [name for name in found if "dora_scale" in name]:  # diffusers leaves them out, with a warning
+        raise FileFormatError(f"{file} is a DoRA ({magnitudes[0]}), which is no product of two matrices: give a LoRA")
     try:
         state, alphas = StableDiffusionPipeline.lora_state_dict(dict(found), unet_config=unet.config)
     except Exception as error:  # each of diffusers' converters has its own ways to say so
@@ -167,12 +186,20 @@ def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
         convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in given.items()})
         for given in (state, alphas or {})
     )
+    config = _lora_config(file, metadata)
+    if config is not None and alphas:
+        raise FileFormatError(
+            f"{file} gives alphas in its tensors and in its metadata: export it again with one of them"
+        )
     layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in state)
+    more = state.keys() - {f"{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
     weights, factors = dict(unet.named_parameters()), {}
     for layer in layers:
         left, right = (state.get(f"{layer}.lora_{part}.weight") for part in "BA")
-        if not layer or left is None or right is None or left.ndim != 2:
-            raise FileFormatError(f"{file} holds more than pairs of matrices for linear layers ({layer or 'unnamed'})")
+        if more or left is None or right is None or not left.ndim == right.ndim == 2 or left.shape[1] != len(right):
+            raise FileFormatError(
+                f"{file} holds more than pairs of matrices for linear layers ({min(more, default=layer)})"
+            )
         name = layer.replace(".processor.", ".")
         weight = weights.get(f"{name}.weight")
         shape = None if weight is None else tuple(weight.shape)
@@ -182,9 +209,63 @@ def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
                 f"{file} changes {name} by a matrix of shape {change}, and it is {shape or 'not there'} in this "
                 "pipeline's U-Net: it was trained for another model"
             )
-        alpha = alphas.get(f"{layer}.lora_A.weight.alpha", left.shape[1])
-        factors[f"{name}.weight"] = left.float() * (alpha / left.shape[1]), right.float()
+        rank = left.shape[1]
+        scale = alphas.get(f"{layer}.lora_A.weight.alpha", rank) / rank
+        if config is not None:
+            scale = _lora_scale(file, config, name, rank)
+        factors[f"{name}.weight"] = left.float() * scale, right.float()
     return LowRankDelta(factors, model_fingerprint(pipe), file.stem, {"file": file.name})
+
+
+def _lora_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a file says about the U-Net's LoRA: the fields of peft's `LoraConfig`; None if it says nothing.
+
+    Raises FileFormatError for fields that would change more than the scale, such as those of a DoRA.
+    """
+    if not metadata.get(_LORA_CONFIG):
+        return None
+    from peft import LoraConfig
+
+    try:
+        given = json.loads(metadata[_LORA_CONFIG])
+        own = {name.removeprefix("unet."): value for name, value in given.items() if name.startswith("unet.")}
+    except (ValueError, AttributeError) as error:
+        raise FileFormatError(f"{file} has {_LORA_CONFIG} that is no JSON object ({error}): export it again") from error
+    if not own:
+        raise FileFormatError(f"{file} has {_LORA_CONFIG} without a field of the U-Net's: export it again")
+    usual = LoraConfig()
+    config = {name: own.get(name, getattr(usual, name)) for name in _SCALING}
+    for name, value in own.items():
+        fine = name in _NO_MATTER or name in _SCALING or value in (None, False, "none", {}, [])
+        if name == "peft_type":
+            fine = value == "LORA"
+        if name == "init_lora_weights":
+            fine = value in _ON_THE_MODEL_ITSELF
+        if not fine:
+            raise FileFormatError(
+                f"{file} was made with {name}={value!r}, which is not understood here: it would change the U-Net in "
+                "another way; give a plain LoRA, such as diffusers' training scripts write"
+            )
+    return config
+
+
+def _lora_scale(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """What the product of a layer's matrices is multiplied with: alpha / r, or alpha / sqrt(r) (rsLoRA), as in peft."""
+    from peft.utils.other import get_pattern_key
+
+    try:
+        r, alpha = (
+            config[pattern].get(get_pattern_key(config[pattern], layer), config[name])
+            for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+        )
+        alpha = checks.number("lora_alpha", alpha)
+    except (AttributeError, re.error, ConeslabError) as error:
+        raise FileFormatError(f"{file} has {_LORA_CONFIG} that says no scale ({error}): export it again") from error
+    if r != rank:
+        raise FileFormatError(
+            f"{file} has matrices of rank {rank} for {layer}, and its {_LORA_CONFIG} says {r}: export it again"
+        )
+    return alpha / (rank**0.5 if config["use_rslora"] else rank)
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> Path:
@@ -192,7 +273,12 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 def _read(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, with the right checksum if it has one; other programs write none.
+    """The tensors of a safetensors file; see `_read_all`."""
+    return _read_all(file)[0]
+
+
+def _read_all(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, with the right checksum if it has one; other programs write none.
 
     Raises FileFormatError for any other file, MissingFileError if there is none.
     """
@@ -200,7 +286,7 @@ def _read(file: str | Path) -> dict[str, Tensor]:
     tensors, metadata = safetensors_in(file, what="safetensors file", remedy=remedy)
     if metadata.pop("checksum", None) not in (None, tensor_sum(tensors, metadata)):
         raise FileFormatError(f"{file} is damaged: its contents do not match their checksum; {remedy}")
-    return tensors
+    return tensors, metadata
 
 
 def custom_diffusion_parts(edit: Combined) -> tuple[TokenEdit, WeightDelta]:

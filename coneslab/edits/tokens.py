@@ -62,8 +62,9 @@ def with_tokens(tokenizer: Any, tokens: Iterable[str]) -> tuple[Any, list[int]]:
     """A tokenizer that knows `tokens` as one token each, and their ids; the one given is not changed.
 
     A new token is recognised only as a word of its own, so that texts without it are tokenised as before: "rob" leaves
-    "robot" alone. Raises ConeslabError for an empty, repeated or special token, one with a space in it, or one that the
-    tokenizer has as a piece of longer words, which share its vector.
+    "robot" alone. Raises ConeslabError for an empty, repeated or special token, one with a space in it, one that the
+    tokenizer has as a piece of longer words, which share its vector, or two that are one to it, such as "SKS" and
+    "sks".
     """
     tokens = checks.texts("tokens", tokens, blank=True)
     if len(set(tokens)) != len(tokens) or not all(token.split() == [token] for token in tokens):
@@ -88,6 +89,14 @@ def with_tokens(tokenizer: Any, tokens: Iterable[str]) -> tuple[Any, list[int]]:
         broken = [token for token, own in zip(tokens, ids, strict=True) if len(own) != 1]
         if broken:
             raise ConeslabError(f"the tokenizer cannot take {', '.join(broken)} as a token: choose a plain word")
+    written: dict[int, list[str]] = {}
+    for token, (number,) in zip(tokens, ids, strict=True):
+        written.setdefault(number, []).append(token)
+    if same := [group for group in written.values() if len(group) > 1]:
+        raise ArgumentError(
+            f"{' and '.join(same[0])} are one token to this tokenizer, which has one vector: give one of them, or "
+            "choose words that differ in more than capitals"
+        )
     return tokenizer, [own[0] for own in ids]
 
 

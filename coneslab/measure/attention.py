@@ -58,10 +58,16 @@ def with_words(scores: Tensor, words: Iterable[Tensor]) -> Tensor:
 
 @dataclass
 class Run:
-    """One trajectory: a batch of pictures drawn together, from the first step to the last."""
+    """One trajectory: a batch of pictures drawn together, from the first step to the last.
+
+    tokenizers: of each picture, as its text was encoded (an edit may have added a token meanwhile), or None if that was
+    not heard; asked: where the words asked for are, after the tokens of the prompt.
+    """
 
     tokens: int
     prompts: list[list[str] | None]
+    tokenizers: list[Any]
+    asked: dict[str, list[int]]
     grid: tuple[int, int]
     timesteps: list[float]
     maps: dict[str, list[Tensor]]  # label -> for each step (pictures, [heads,] tokens and words asked, height, width)
@@ -125,7 +131,9 @@ class AttentionMaps:
         return found
 
     def _occurrences(self, word: str, picture: int) -> list[int]:
-        tokens, wanted = self._pieces(picture), self._tokenizer.tokenize(checks.text("word", word, blank=True))
+        run, row = self._find(picture)
+        tokens, tokenizer = self._pieces(picture), run.tokenizers[row] or self._tokenizer
+        wanted = tokenizer.tokenize(checks.text("word", word, blank=True))
         starts = [i for i in range(len(tokens)) if wanted and tokens[i : i + len(wanted)] == wanted]
         return [i + offset for i in starts for offset in range(len(wanted))]
 
@@ -220,13 +228,9 @@ class AttentionMaps:
         run, row = self._find(picture)
         if not isinstance(token, str):
             return self._numbers("positions", token, run.tokens)
-        if token in self.words and (run.prompts[row] is None or not self._occurrences(token, picture)):
-            before = sum(len(self._own_tokens(word)) for word in self.words[: self.words.index(token)])
-            return [run.tokens + before + i for i in range(len(self._own_tokens(token)))]
+        if token in run.asked and (run.prompts[row] is None or not self._occurrences(token, picture)):
+            return run.asked[token]
         return self.indices(token, picture)
-
-    def _own_tokens(self, word: str) -> list[str]:
-        return self._tokenizer.tokenize(word)
 
     @staticmethod
     def _numbers(name: str, given: int | Iterable[int], end: int, *, least: int = 0) -> list[int]:

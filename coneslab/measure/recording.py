@@ -133,8 +133,8 @@ class _Recorder:
         self._pipe, self.maps = pipe, maps
         self.stopped = True  # a recorder that was left before one that was entered later is still called by it
         self._clock = Clock(pipe, guided)
-        self._encoded: list[tuple[Tensor, Tensor]] = []  # token ids (tokens,) and their text embedding
-        self._words: list[tuple[Tensor, slice]] | None = None  # the embedding of each word asked for, and its tokens
+        self._encoded: list[tuple[Tensor, Tensor, Any]] = []  # token ids (tokens,), their text embedding, the tokenizer
+        self._words: dict[int, list[tuple[Tensor, slice]]] = {}  # run -> embedding of each word asked for, its tokens
         self._of_clock: dict[int, Run] = {}
         self._run: Run | None = None  # where maps go now; None while an unconditional batch is drawn
 
@@ -145,14 +145,13 @@ class _Recorder:
         """Remember which token ids gave which embedding, to name the tokens of a picture."""
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is not None:
-            self._encoded += [(row, embedding.detach()) for row, embedding in zip(ids, output[0], strict=True)]
+            tokenizer = self._pipe.tokenizer  # an edit applied since may have put another in place
+            self._encoded += [(*pair, tokenizer) for pair in zip(ids, output[0].detach(), strict=True)]
 
     def before_step(self, unet: nn.Module, args: tuple, kwargs: dict) -> None:
         self._clock.before(unet, args, kwargs)
         now = self._clock.now
         assert now is not None
-        if self._words is None:
-            self._words = [self._encoded_word(word) for word in self.maps.words]
         if "text" not in now.halves:
             self._run = None  # the unconditional half, drawn as its own batch (as in `ddim_sample`)
             return
@@ -160,22 +159,29 @@ class _Recorder:
         if self._run is None:
             call = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
             sample, text = call["sample"], call["encoder_hidden_states"]
-            prompts = [self._prompt(row) for row in text[now.rows("text", len(text))]]
-            self._run = Run(text.shape[1], prompts, (sample.shape[-2], sample.shape[-1]), [], {})
+            heard = [self._prompt(row) for row in text[now.rows("text", len(text))]]
+            prompts, tokenizers = [pieces for pieces, _ in heard], [tokenizer for _, tokenizer in heard]
+            words = self._words[now.run] = [self._encoded_word(word) for word in self.maps.words]
+            asked, end = {}, text.shape[1]
+            for word, (_, tokens) in zip(self.maps.words, words, strict=True):
+                asked[word] = [*range(end, end := end + tokens.stop - tokens.start)]
+            grid = sample.shape[-2], sample.shape[-1]
+            self._run = Run(text.shape[1], prompts, tokenizers, asked, grid, [], {})
             self._of_clock[now.run] = self._run
             self.maps._runs.append(self._run)
         self._run.timesteps.append(now.timestep)
 
-    def _prompt(self, embedding: Tensor) -> list[str] | None:
-        for ids, known in self._encoded:
+    def _prompt(self, embedding: Tensor) -> tuple[list[str] | None, Any]:
+        """The tokens of a text, and the tokenizer they are of; None for both if it was not heard."""
+        for ids, known, tokenizer in reversed(self._encoded):  # at dose 0, a new token is heard as the word it began as
             if known.shape == embedding.shape and torch.equal(known.to(embedding), embedding):
-                return self.maps._tokenizer.convert_ids_to_tokens(ids.tolist())
-        return None
+                return tokenizer.convert_ids_to_tokens(ids.tolist()), tokenizer
+        return None, None
 
     @torch.no_grad()
     def _encoded_word(self, word: str) -> tuple[Tensor, slice]:
         """The embedding (1, tokens, width) of a word alone, and where its tokens are: after the start token."""
-        return encode_prompts(self._pipe, word), slice(1, 1 + len(self.maps._own_tokens(word)))
+        return encode_prompts(self._pipe, word), slice(1, 1 + len(self._pipe.tokenizer.tokenize(word)))
 
     def see(self, label: str, attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None) -> None:
         """Keep the probabilities of one attention, from what it is called with."""
@@ -185,10 +191,10 @@ class _Recorder:
         rows = now.rows("text", len(hidden_states))
         assert rows is not None
         scores = attention_scores(attn, hidden_states, text, attention_mask)[rows]
-        self.maps._keep(run, label, with_words(scores, self._scores_of_words(attn, hidden_states[rows], text)))
+        self.maps._keep(run, label, with_words(scores, self._scores_of_words(now.run, attn, hidden_states[rows], text)))
 
-    def _scores_of_words(self, attn: Any, hidden_states: Tensor, text: Tensor) -> Iterator[Tensor]:
-        for embedding, tokens in self._words or ():
+    def _scores_of_words(self, run: int, attn: Any, hidden_states: Tensor, text: Tensor) -> Iterator[Tensor]:
+        for embedding, tokens in self._words[run]:
             yield attention_scores(attn, hidden_states, embedding.to(text).expand(len(hidden_states), -1, -1))[
                 ..., tokens
             ]

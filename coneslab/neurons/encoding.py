@@ -47,11 +47,16 @@ def numbers(name: str, values: Any) -> np.ndarray:
         raise ArgumentError(f"{name} are {checks.shown(values)}: give numbers") from error
 
 
-def _places(indices: Any) -> np.ndarray:
-    """Indices of neurons, (k,) ascending."""
-    found = np.asarray(indices)
+def _places(indices: Any, sizes: Sequence[int]) -> np.ndarray:
+    """Indices of neurons in layers of these sizes, (k,) ascending."""
+    found, n = np.asarray(indices), sum(sizes)
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu") or (np.diff(found.astype(np.int64)) <= 0).any():
         raise ArgumentError(f"indices are {checks.shown(indices)}: give a vector of integers, ascending, each once")
+    if found.size and not 0 <= found[0] <= found[-1] < n:
+        raise ArgumentError(
+            f"indices run from {found[0]} to {found[-1]}, and the layers have {n:,} neurons: give indices from 0 to "
+            f"{n - 1:,}"
+        )
     return found
 
 
@@ -96,7 +101,8 @@ def entropy_bound(indices: np.ndarray, scales: np.ndarray, sizes: Sequence[int])
 
     sizes: neurons in each layer; layers lie end to end. Raises ConeslabError for scales of a finer precision.
     """
-    indices, scales, sizes = _places(indices), numbers("scales", scales).reshape(-1), _sizes(sizes)
+    scales, sizes = numbers("scales", scales).reshape(-1), _sizes(sizes)
+    indices = _places(indices, sizes)
     checks.as_many("indices", indices, "scales", scales)
     if precision_of(scales) not in ("binary", "quaternary"):
         raise ConeslabError("the bound is for binary and quaternary masks: round this one first, e.g. to('quaternary')")
@@ -135,7 +141,8 @@ def encode(
     fingerprint: 64 hexadecimal digits; subject: its first 64 bytes are kept; scope: words, written if there are any.
     Raises ConeslabError for any other fingerprint.
     """
-    indices, scales, sizes = _places(indices), numbers("scales", scales).reshape(-1), _sizes(sizes)
+    scales, sizes = numbers("scales", scales).reshape(-1), _sizes(sizes)
+    indices = _places(indices, sizes)
     checks.as_many("indices", indices, "scales", scales)
     cut, subject = checks.number("cut", cut, "(0, 1]", kind="scale"), checks.text("subject", subject, blank=True)
     try:

@@ -6,6 +6,7 @@ Separate from `mask.py`, which says what a mask is and does, however it was made
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ from ..finetuning.samples import (
     sample_batches,
 )
 from ..pictures import Images, as_pictures
+from ..seeds import derived
 from ..settings import takes
 from .mask import ConceptNeurons
 from .scope import scope_of, where_scope
@@ -118,7 +120,8 @@ def find_concept_neurons(
 
     subject: has pictures, a `prompt` with the rare token and a `prior_prompt` without it, as `coneslab.subject` gives.
     settings, changes: see `SearchSettings`, such as rounds=60. prior: pictures of the class, by default drawn once by
-    the pipeline (`prior_pictures`). start: neurons to continue from, with new samples and a new average. dtype, chunk:
+    the pipeline (`prior_pictures`). start: neurons to continue from, with new samples and a new average; its history
+    goes on, and where it has none, as in a mask file, the history is that of the new rounds. dtype, chunk:
     see `KVGradient`. callback: see `coneslab.callback`; further keys: "density", and copies on the CPU, (n,) each, of
     "scale", "gradient" (the running mean) and "hits".
     The pipeline is never changed, not even for a moment. Same seed, same neurons.
@@ -163,8 +166,11 @@ def find_concept_neurons(
     rule = _StraightThrough if settings.rule == "straight-through" else _Adaptive
     scaling: _Scaling = rule(theta, scale, layout, settings)
     history = _History(layout)
-    batches = sample_batches(pipe, data, seed=settings.seed, bands=scaling.parts)
-    for _ in range(len(start.history.get("loss", ())) if start is not None else 0):
+    done, continues = _so_far(start)
+    # a mask without a history does not say which samples it has seen: its successors take some of their own
+    seed = derived(settings.seed, "continued search", continues) if continues else settings.seed
+    batches = sample_batches(pipe, data, seed=seed, bands=scaling.parts)
+    for _ in range(done):
         next(batches)
     bar = tqdm(range(rounds), desc=f"neurons of {subject.name}", disable=not progress)
     for number in bar:
@@ -185,6 +191,7 @@ def find_concept_neurons(
         "prior": "drawn by the model" if prior is None else f"{len(prior)} pictures given",
         "dtype": str(gradient.dtype),
         "precision": "float32",
+        **({"continues": continues} if continues else {}),
     }
     return ConceptNeurons.from_scale(
         scaling.scale,
@@ -196,6 +203,16 @@ def find_concept_neurons(
         settings=record,
         scope=scope,
     )
+
+
+def _so_far(start: ConceptNeurons | None) -> tuple[int, str]:
+    """How many rounds a search has behind it, and which mask without a history it began with, as a digest, if any."""
+    if start is None:
+        return 0, ""
+    if "loss" in start.history:
+        return len(start.history["loss"]), str(start.settings.get("continues", ""))
+    content = start.indices.astype("<i8").tobytes() + start.scales.astype("<f4").tobytes()
+    return 0, hashlib.sha256(content).hexdigest()[:16]
 
 
 def quantiles(values: Tensor, layout: KVLayout, share: float, *, per_layer: bool = True) -> Tensor:
@@ -348,10 +365,10 @@ class _History:
         return float((density * self.sizes).sum() / self.layout.n)
 
     def arrays(self, start: ConceptNeurons | None) -> dict[str, np.ndarray]:
-        """name -> (rounds,) or (rounds, layers), appended to those of the search it continued."""
+        """name -> (rounds,) or (rounds, layers), appended to those of the search it continued, if they are known."""
         now = {name: np.array(rows) for name, rows in self.rows.items()}
         now = {name: rows.astype(np.float32) if rows.dtype == float else rows for name, rows in now.items()}
-        if start is None:
+        if start is None or "loss" not in start.history:
             return now
         return {
             name: np.concatenate([start.history[name], rows]) for name, rows in now.items() if name in start.history

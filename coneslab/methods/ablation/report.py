@@ -21,7 +21,7 @@ from ...diffusion.checks import require_editable, require_pipeline
 from ...diffusion.pipelines import Pipeline, pipeline_fingerprint
 from ...diffusion.sampling import generate
 from ...edits.base import Edit, applied, require_edit
-from ...errors import ConeslabError
+from ...errors import ArgumentError, ConeslabError
 from ...finetuning.samples import generate_once
 from ...measure.judge import Judge, require_judge
 from ...measure.statistics import bootstrap_interval, kid
@@ -29,7 +29,7 @@ from ...pictures import Images
 from ...seeds import derived
 from ...world import CLASSES, FACTS
 from .probes import ProbeSettings
-from .profile import BEFORE, FOUND, Probe, require_probes
+from .profile import BEFORE, FOUND, KINDS, Probe, require_probes
 from .prompts import require_different
 
 
@@ -108,9 +108,10 @@ def evaluate_ablation(
 ) -> pandas.DataFrame:
     """What an ablation does to its target, its anchor and other concepts (concept ablation, Sec. 4.1), and to probes.
 
-    target, anchor, others: prompts; others by group, e.g. {"same category": [...], "far": [...]}. Draws `pictures` of
-    each, with the edit and without, from the same noises. Nothing is drawn twice: not for two prompts or probes that
-    ask the same, not without an edit, and without the edit once per process.
+    target, anchor, others: prompts; others by group, e.g. {"same category": [...], "far": [...]}, of any name but
+    "target", "anchor" and those in `KINDS`. Draws `pictures` of each, with the edit and without, from the same noises.
+    Nothing is drawn twice: not for two prompts or probes that ask the same, not without an edit, and without the edit
+    once per process.
     Returns one row per (group, prompt, measure), with value, low, high (95 % interval over pictures; NaN for KID):
     "CLIP score": cosine of picture and prompt; "CLIP accuracy": share nearer to the prompt than to the anchor (for the
     anchor: than to the target; for the others: than to any other prompt here); "accuracy before": the same without the
@@ -120,7 +121,8 @@ def evaluate_ablation(
     its name: "share found" of `pictures` pictures that show the target, and "share found before". A picture shows it if
     it is nearer to the target's prompt than to the anchor's and to all `rivals`, or by `shows`: pictures -> (n,) bool,
     such as `CopyDetector.copies`. `Profile.of` says what they find together.
-    Raises ConeslabError if the model cannot tell target and anchor apart, or for fewer than two pictures.
+    Raises ConeslabError if the model cannot tell target and anchor apart, for fewer than two pictures, for a group of
+    a name that is taken, or if `shows` does not give a bool for each picture.
     """
     require_editable(pipe) if probes else require_pipeline(pipe)
     target, anchor = checks.text("target", target), checks.text("anchor", anchor)
@@ -130,6 +132,11 @@ def evaluate_ablation(
     pictures, seed = checks.count("pictures", pictures, least=2), checks.seed("seed", seed)
     groups = checks.mapping("others", {} if others is None else others, least=0)
     prompts = {"target": [target], "anchor": [anchor]}
+    if taken := [name for name in groups if name in (*prompts, *KINDS)]:
+        raise ArgumentError(
+            f"others has a group {taken[0]!r}, which names rows of the report's own: give it another name than "
+            f"{', '.join((*prompts, *KINDS))}"
+        )
     prompts |= {name: checks.texts(f"others[{name!r}]", group, least=0) for name, group in groups.items()}
     rivals = list(dict.fromkeys([anchor, *checks.texts("rivals", rivals, least=0)]))
     first = derived(seed, "evaluation")
@@ -152,8 +159,8 @@ def evaluate_ablation(
     for probe in wanted:
         row = {"group": probe.kind, "prompt": probe.name}
         for measure, drawn in {FOUND: later[probe.name], BEFORE: earlier[probe.name]}.items():
-            found = shows(drawn) if shows is not None else _shown(judge, probe, drawn, target, rivals)
-            rows.append({**row, "measure": measure, **_bounds(np.asarray(found, float))})
+            found = _shown(judge, probe, drawn, target, rivals) if shows is None else _told(shows, drawn)
+            rows.append({**row, "measure": measure, **_bounds(found.astype(float))})
     return pandas.DataFrame(rows)
 
 
@@ -209,6 +216,22 @@ def _shown(judge: Judge, probe: Probe, drawn: Images, target: str, rivals: Seque
         rows = np.array([own == context for own in contexts])
         near = features[rows] @ judge.text_features([context.format(one) for one in (target, *rivals)]).T
         found[rows] = (near[:, 0] > near[:, 1:].max(1).values).numpy()
+    return found
+
+
+def _told(shows: Callable[[Images], np.ndarray], drawn: Sequence[Image.Image]) -> np.ndarray:
+    """What a function of the caller's says of each picture, (n,) bool. Raises ArgumentError for anything else."""
+    given = shows(drawn)
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError):  # rows of different lengths, or a tensor that is elsewhere
+        found = np.zeros(0)
+    if found.shape != (len(drawn),) or found.dtype != bool:
+        what = f"{found.dtype} of shape {found.shape}" if isinstance(given, np.ndarray) else checks.shown(given)
+        raise ArgumentError(
+            f"shows gave {what} for {len(drawn)} pictures: give a function that returns True or False for each, as an "
+            f"array ({len(drawn)},) of bool"
+        )
     return found
 
 

@@ -25,7 +25,7 @@ def bias(decomposition: Decomposition, groups: Groups) -> dict[str, float]:
     """Share of each group's words in the coefficients of all groups; NaN where none of them occurs.
 
     groups: name -> words, e.g. {"woman": ["woman", "lady"], "man": ["man"]}. Raises ConeslabError for fewer than two
-    groups.
+    groups, or a word in two of them.
     """
     checks.of_kind("decomposition", decomposition, Decomposition)
     groups = _groups(groups)
@@ -45,8 +45,8 @@ def rebalance(
 
     If all words of a group have a coefficient of 0, its first word gets the share. total: share of all groups together
     in the sum over all words, for groups that had next to nothing.
-    Raises ConeslabError if a group has no word in the decomposition, shares are not a distribution over the groups, or
-    total is not between 0 and 1.
+    Raises ConeslabError if a group has no word in the decomposition, a word is in two groups, shares are not a
+    distribution over the groups, or total is not between 0 and 1.
     """
     checks.of_kind("decomposition", decomposition, Decomposition)
     groups = _groups(groups)
@@ -89,7 +89,10 @@ def rebalance(
 
 
 def group_shares(judge: Judge, images: Images, groups: Groups, *, template: str = "a {}") -> dict[str, Interval]:
-    """Share of pictures that the judge assigns to each group, with Wilson intervals; template: with {} for a word."""
+    """Share of pictures that the judge assigns to each group, with Wilson intervals; template: with {} for a word.
+
+    Raises ConeslabError for fewer than two groups, or a word in two of them.
+    """
     require_judge(judge)
     groups, template = _groups(groups), checks.template("template", template)
     labels = [[template.format(word) for word in words] for words in groups.values()]
@@ -98,9 +101,19 @@ def group_shares(judge: Judge, images: Images, groups: Groups, *, template: str 
 
 
 def _groups(groups: Groups) -> dict[str, list[str]]:
-    """Two groups or more: name -> words. Raises ArgumentError for anything else."""
+    """Two groups or more that share no word: name -> words, each once. Raises ArgumentError for anything else."""
     given = checks.mapping("groups", groups, least=0)
     found = {name: checks.texts(f"groups[{name!r}]", words, least=0) for name, words in given.items()}
     if len(found) < 2 or not all(found.values()):
         raise ArgumentError(f"the groups are {found}: give two or more, each with at least one word")
+    found = {name: list(dict.fromkeys(words)) for name, words in found.items()}
+    of_word: dict[str, list[str]] = {}
+    for name, words in found.items():
+        for word in words:
+            of_word.setdefault(word, []).append(name)
+    if shared := [word for word, names in of_word.items() if len(names) > 1]:
+        raise ArgumentError(
+            f"{shared[0]!r} is in the groups {' and '.join(of_word[shared[0]])}: what it has would count for each of "
+            "them; leave it in one"
+        )
     return found

@@ -72,9 +72,13 @@ class Decomposition(Edit):
     # --- what it says ---
 
     def top(self, n: int = 10) -> list[tuple[str, float]]:
-        """The words with the largest coefficients, as shares of the sum over the `explain` words in use."""
+        """The words with the largest coefficients, as shares of the sum over the `explain` words in use.
+
+        At most those in use: the pseudo-token is made of no other word, so no other has a share.
+        """
         n, total = checks.count("n", n, least=0), float(self.coefficients[: self.explain].sum())
-        return [(word, float(value) / total) for word, value in zip(self.words[:n], self.coefficients, strict=False)]
+        used = self.words[: min(n, self.explain)]
+        return [(word, float(value) / total) for word, value in zip(used, self.coefficients, strict=False)]
 
     def share(self, words: str | Sequence[str]) -> float:
         """Share of one word or several in the sum over the words in use."""
