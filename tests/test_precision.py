@@ -11,6 +11,7 @@ from coneslab import record_attention
 from coneslab.diffusion import precision
 from coneslab.diffusion.precision import bfloat16_pays, drawing, frozen_copy, is_plain
 from coneslab.diffusion.sampling import generate
+from coneslab.finetuning import generate_once
 
 
 def pixels(pictures):
@@ -108,12 +109,13 @@ def test_freeu_is_drawn_by_a_copy_too(own_pipe):
     def drawn(dtype):
         return pixels(generate(own_pipe, ["a cat", "a car"], sampler_steps=3, dtype=dtype))
 
-    plain = drawn(torch.float32)
+    plain, kept = drawn(torch.float32), generate_once(own_pipe, "a cat", sampler_steps=2)
     own_pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.4, b2=1.6)
+    assert generate_once(own_pipe, "a cat", sampler_steps=2) != kept
     own, rough = drawn(torch.float32), drawn(torch.bfloat16)
     assert 0 < np.abs(rough - own).mean() < 0.1 * np.abs(plain - own).mean()
     own_pipe.disable_freeu()
-    assert np.array_equal(drawn(torch.float32), plain)
+    assert np.array_equal(drawn(torch.float32), plain) and generate_once(own_pipe, "a cat", sampler_steps=2) == kept
     assert 0 < np.abs(drawn(torch.bfloat16) - plain).mean() < 0.1 * np.abs(plain - own).mean()
 
 

@@ -123,6 +123,11 @@ def speed_up_backward(unet: Any) -> None:
         unet.set_attn_processor(AttnProcessor())
 
 
+def freeu_of(unet: Any) -> tuple[tuple[float | None, ...], ...]:
+    """The factors of FreeU in each block on the way up: pictures differ by them, and weights and config do not."""
+    return tuple(tuple(vars(block).get(name) for name in ("s1", "s2", "b1", "b2")) for block in unet.up_blocks)
+
+
 def _told(module: nn.Module) -> dict[str, Any]:
     """What a module has been told beside its config, but for what is off."""
     known = _BESIDE_THE_CONFIG & vars(module).keys()

@@ -19,8 +19,10 @@ from torch import Tensor
 from .. import checks
 from ..diffusion.checks import require_pipeline
 from ..diffusion.encoding import encode_images, encode_prompts, require_read
+from ..diffusion.kvspace import unet_of
 from ..diffusion.loss import stratified_timesteps
 from ..diffusion.pipelines import Pipeline, pipeline_fingerprint
+from ..diffusion.precision import freeu_of
 from ..diffusion.sampling import generate, require_steps, seeds_for
 from ..errors import ArgumentError, ConeslabError
 from ..pictures import Images, as_pictures
@@ -234,7 +236,7 @@ def generate_once(
     checks.as_many("prompts", prompts, "seeds", seeds)
     sampler_steps = require_steps(pipe, sampler_steps)
     guidance_scale = checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
-    model = pipeline_fingerprint(pipe)
+    model = pipeline_fingerprint(pipe), freeu_of(unet_of(pipe))
     keys = [(model, *one, sampler_steps, guidance_scale) for one in zip(prompts, seeds, strict=True)]
     missing = list(dict.fromkeys(key for key in keys if key not in _DRAWN))
     if missing:
