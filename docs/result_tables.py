@@ -42,7 +42,7 @@ def evaluation(path: Path) -> str:
         "": [plain(share["name"]) for share in shares],
         "share": [interval(share) for share in shares],
         "on real pictures": [interval(share["real"]) for share in shares],
-        "to be reached": ["" if share["bar"] is None else f"{share['bar']:.2f}" for share in shares],
+        "to be reached": ["" if share["bar"] is None else f"{share['bar']:g}" for share in shares],
         "reached": [{True: "yes", False: "no", None: ""}[share["met"]] for share in shares],
         "pictures": [f"{share['values']:,}" for share in shares],
     }

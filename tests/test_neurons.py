@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coneslab.diffusion import pipelines
+from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
 from coneslab.diffusion.precision import frozen_copy
 from coneslab.edits.base import Edit, load_edit
+from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.edits.weights import model_fingerprint
 from coneslab.errors import ConeslabError, ConeslabWarning, FileFormatError, MismatchError
 from coneslab.finetuning import samples as pairs_module
@@ -77,6 +79,8 @@ def found(v_pipe):
 @pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences(pipe, pictured):
     pairs = concept_latents(pipe, pictured, prior_weight=0.7, **BATCHES)
+    asked = encode_prompts(pipe, [pictured.prompt, pictured.prior_prompt])  # each under its own caption
+    assert torch.allclose(torch.stack([pair.text for pair in pairs]), asked, atol=1e-5)
     exact, draw = double(pipe), next(sample_batches(pipe, pairs, seed=1))
     gradient = KVGradient(exact, pairs)
     assert gradient.dtype == torch.float64
@@ -137,6 +141,8 @@ def test_chunks_and_precision_do_not_change_the_gradient(v_pipe, pictured):
     _, rough = KVGradient(v_pipe, pairs, dtype=torch.bfloat16)(whole.theta(), draw)
     assert rough.dtype == torch.float32
     assert torch.corrcoef(torch.stack([rough, g]))[0, 1] > 0.99
+    _, lifted = KVGradient(v_pipe, pairs, dtype=torch.float16)(whole.theta(), draw)  # and put back where it was
+    assert float(lifted @ g / (g @ g)) == pytest.approx(1, abs=0.05)
 
 
 def test_the_twin_computes_what_the_unet_does_and_shares_its_memory(sd_pipe):
@@ -335,6 +341,7 @@ def test_prior_pictures_are_drawn_once(v_pipe, pictured, monkeypatch):
     first = prior_pictures(v_pipe, pictured, n=2, sampler_steps=1, seed=9)
     again = prior_pictures(v_pipe, pictured, n=2, sampler_steps=1, seed=9)
     assert all(one is other for one, other in zip(first, again, strict=True)) and len(calls) == 1
+    assert list(calls[0]["prompts"]) == [pictured.prior_prompt] * 2
     prior_pictures(v_pipe, pictured, n=2, sampler_steps=1, seed=10)
     assert len(calls) == 2
     weight = KVSpace(v_pipe).parameters[KVSpace(v_pipe).names[0]]
@@ -416,6 +423,8 @@ def test_overlap_is_that_of_the_sets(first, second):
         inside = set(range(layer.start, layer.start + layer.size))
         expected += len(a & inside) * len(b & inside) / layer.size
     assert overlap.expected_intersection == pytest.approx(expected)
+    together = len(a) + len(b) - expected
+    assert overlap.expected_jaccard == pytest.approx(expected / together if together else 0)
 
 
 def test_a_mask_is_confined_to_the_layers_that_match(found):
@@ -713,6 +722,12 @@ def test_the_measured_loss_is_paired_and_is_the_plain_one(v_pipe, pictured, foun
     with found.applied(v_pipe, 0.5):
         inside = concept_loss(v_pipe, pictured, samples=12)
     assert np.allclose(inside.subject_values, outside.subject_values)
+    width = embedding_of(v_pipe).weight.shape[1]
+    word = TokenEdit(("sks",), torch.full((1, width), 0.5), vocabulary_fingerprint(v_pipe))  # an edit of the text
+    outside = concept_loss(v_pipe, pictured, samples=12, batch_size=5, edit=word)
+    with word.applied(v_pipe):
+        inside = concept_loss(v_pipe, pictured, samples=12, batch_size=5)
+    assert np.allclose(inside.subject_values, outside.subject_values) and outside.subject != first.subject
     assert "subject=" in repr(both)
 
 

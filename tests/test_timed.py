@@ -16,7 +16,7 @@ from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.loss import denoising_loss
 from coneslab.diffusion.precision import frozen_copy
 from coneslab.diffusion.sampling import generate, guided_between, start_noise
-from coneslab.diffusion.steps import share_of
+from coneslab.diffusion.steps import share_of, within
 from coneslab.edits import Combined, applied, compress
 from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from coneslab.edits.weights import WeightDelta, model_fingerprint
@@ -303,3 +303,5 @@ def test_shares_divide_the_schedule(v_pipe):
     shares = share_of(v_pipe.scheduler, torch.arange(1000))
     assert shares.min() == 0 and shares.max() < 1 and shares.dtype == torch.float64
     assert share_of(v_pipe.scheduler, 499) == 0.5
+    first, second = within(shares, 0.0, 0.5), within(shares, 0.5, 1.0)
+    assert (first ^ second).all() and second[499] and not second[500]  # every step in one of them

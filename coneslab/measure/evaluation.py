@@ -91,7 +91,7 @@ class Report:
         for row in self.shares:
             found, mark = row.interval, {None: " ", True: "+", False: "-"}[row.met]
             bounds = "" if np.isnan(found.low) else f"[{found.low:.3f}, {found.high:.3f}]"
-            bar = "" if row.bar is None else f"{row.bar:.2f}"
+            bar = "" if row.bar is None else f"{row.bar:g}"
             real = "" if row.real is None else f"{row.real.estimate:.3f}"
             lines.append(f"{row.name:24}{found.estimate:7.3f}  {bounds:16}{bar:>6} {mark} {real:>13}{found.values:>7}")
         weak = sorted((share, name) for name, share in self.classes.items() if share < 1)[:8]
@@ -122,10 +122,10 @@ class Report:
         }
 
 
-NoisyBatch = Callable[[Sequence[Question]], Images]
+Draw = Callable[[Sequence[Question]], Images]
 
 
-def _ask_all(judge: Judge, draw: NoisyBatch, seeds: int, limit: int | None, extras: bool, seed: int) -> dict[str, Any]:
+def _ask_all(judge: Judge, draw: Draw, seeds: int, limit: int | None, extras: bool, seed: int) -> dict[str, Any]:
     """Draw and judge everything: hits by row name, each with its prompts, and pairs (class asked for, class found)."""
     hits: dict[str, tuple[np.ndarray, list[str]]] = {}
 

@@ -175,7 +175,7 @@ def _evaluated(file: Path) -> dict[str, str] | None:
 
 
 def _told(row: dict[str, Any]) -> tuple[str, str]:
-    bar = "" if row["bar"] is None else f"; bar {row['bar']:.2f}: {'met' if row['met'] else 'missed'}"
+    bar = "" if row["bar"] is None else f"; bar {row['bar']:g}: {'met' if row['met'] else 'missed'}"
     real = "" if row["real"] is None else f"; on real pictures {row['real']['estimate']:.3f}"
     interval = f"{row['estimate']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['values']}"
     return row["name"], interval + bar + real
