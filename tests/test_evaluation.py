@@ -16,7 +16,7 @@ from coneslab.measure import asking, evaluation, subject_truth
 from coneslab.measure.asking import finds_objects, nearest, questions
 from coneslab.measure.evaluation import evaluate_model, judge_accuracy
 from coneslab.measure.judge import Judge, as_pictures
-from coneslab.measure.subject_truth import came_through
+from coneslab.measure.subject_truth import came_through, shows_subject
 from coneslab.world import CLASSES, COLOURS, SCENES, STYLES, TRAIN_STYLES, WORDS
 from coneslab.world.subjects import SUBJECTS, truth, wanted
 
@@ -271,6 +271,26 @@ def test_every_subject_comes_through_in_its_own_pictures(name, monkeypatch):
     )
     found = came_through(Colours(None, None), [wanted((name,), "white", seed=seed)[0] for seed in range(4)], name)
     assert found.kept_drawing.shape == found.kept_hue.shape == (4,) and found.kept_hue.mean() >= 0.5
+
+
+def test_a_near_subject_is_taken_for_itself_by_drawing_and_hue(monkeypatch):
+    drawing, error = [True, True, False, False, True], [0, 45, 0, 45, 30]
+    monkeypatch.setattr(subject_truth, "_right_drawing", lambda judge, features, known: np.array(drawing))
+    monkeypatch.setattr(subject_truth, "_hue_error", lambda judge, features, known: np.array(error))
+    shown = np.zeros((5, 8, 8, 3), np.uint8)
+    judge = Colours(None, None)
+    assert shows_subject(judge, shown, "bramley").tolist() == [True, False, False, False, True]
+    assert shows_subject(judge, shown, "bramley", degrees=29).tolist() == [True, False, False, False, False]
+
+
+def test_a_far_subject_is_taken_for_itself_by_its_art_set():
+    class Sorting(Colours):
+        def classify(self, images, labels):
+            assert len(labels) == len(world.STYLES) and all("cat" in label for label in labels)
+            return torch.arange(len(images))
+
+    found = shows_subject(Sorting(None, None), np.zeros((len(world.STYLES), 8, 8, 3), np.uint8), "cat")
+    assert [style for style, own in zip(world.STYLES, found, strict=True) if own] == [truth("cat").sticker.style]
 
 
 def test_kid_is_near_zero_for_real_pictures_and_not_for_noise():
