@@ -457,17 +457,19 @@ def test_unlearning_changes_what_is_predicted_on_the_targets_pictures_without_a_
 
 
 @pytest.mark.slow
-def test_unlearning_looks_behind_torch_compile(v_pipe, own_pipe, pictured, monkeypatch):
-    """The regression targets are those of a pipeline that is not compiled."""
+def test_unlearning_looks_behind_torch_compile(v_pipe, pictured, monkeypatch):
+    """The regression targets are those of the pipeline that is not compiled."""
     seen = []
-    monkeypatch.setattr(
-        unlearning, "tune_unet", lambda pipe, data, batch_at, *_, **__: seen.append(batch_at(0, None)) or ({}, {})
-    )
-    own_pipe.unet = torch.compile(own_pipe.unet, backend="eager")
-    for pipe in (v_pipe, own_pipe):
-        options = {**UNLEARN, "words": 0, "steps": 1, "dtype": torch.float32}
-        unlearn(pipe, "a cat", "a dog", images=pictured.images, **options)
-    assert torch.allclose(*(batch.regression_target for batch in seen), atol=1e-4)
+
+    def kept(pipe, data, batch_at, settings, **options):
+        seen.append(batch_at(0, None).regression_target)
+        return {}, {}
+
+    monkeypatch.setattr(unlearning, "tune_unet", kept)
+    for unet in (v_pipe.unet, torch.compile(v_pipe.unet, backend="eager")):
+        monkeypatch.setattr(v_pipe, "unet", unet)
+        unlearn(v_pipe, "a cat", "a dog", images=pictured.images, words=0, steps=1, dtype=torch.float32, **UNLEARN)
+    assert len(seen) == 2 and torch.allclose(*seen, atol=1e-4)
 
 
 @pytest.mark.slow

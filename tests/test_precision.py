@@ -86,18 +86,15 @@ def test_copies_of_a_unet_are_apart_from_each_other(v_pipe):
     assert kinds == [{"AttnProcessor"}, {"AttnProcessor2_0"}]
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "hip", "pays"), [((7, 8), None, (False, True)), ((8, 7), None, (True, False))]
-)
-def test_bfloat16_pays_on_the_device_that_is_asked_about_without_emulation(capabilities, hip, pays, monkeypatch):
+def test_bfloat16_pays_on_the_device_that_is_asked_about_without_emulation(monkeypatch):
     """A T4 (7.5) emulates bfloat16, which `torch.cuda.is_bf16_supported` counts; the current device is another one."""
-    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *emulation: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capabilities[device.index], 5))
-    assert tuple(bfloat16_pays(torch.device("cuda", index)) for index in (0, 1)) == pays
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (9, 0))[device.index])
+    assert [bfloat16_pays(torch.device("cuda", index)) for index in (0, 1)] == [False, True]
     monkeypatch.setattr(torch.version, "hip", "6.2")  # whose capabilities are numbered otherwise
-    assert bfloat16_pays(torch.device("cuda", 0)) and bfloat16_pays(torch.device("cuda", 1))
+    assert bfloat16_pays(torch.device("cuda", 0))
 
 
 def test_without_a_gpu_bfloat16_does_not_pay_on_one(monkeypatch):
@@ -105,17 +102,21 @@ def test_without_a_gpu_bfloat16_does_not_pay_on_one(monkeypatch):
     assert not bfloat16_pays(torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_freeu_is_drawn_by_a_copy_too(own_pipe):
     def drawn(dtype):
-        return pixels(generate(own_pipe, ["a cat", "a car"], sampler_steps=3, dtype=dtype))
+        return pixels(generate(own_pipe, "a cat", sampler_steps=2, dtype=dtype))
 
     plain, kept = drawn(torch.float32), generate_once(own_pipe, "a cat", sampler_steps=2)
     own_pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.4, b2=1.6)
     assert generate_once(own_pipe, "a cat", sampler_steps=2) != kept
     own, rough = drawn(torch.float32), drawn(torch.bfloat16)
     assert 0 < np.abs(rough - own).mean() < 0.1 * np.abs(plain - own).mean()
+    own_pipe.unet.fuse_qkv_projections()
+    own_pipe.unet.unfuse_qkv_projections()  # leaves parts that the copy lacks
+    assert np.array_equal(drawn(torch.bfloat16), rough)
     own_pipe.disable_freeu()
-    assert np.array_equal(drawn(torch.float32), plain) and generate_once(own_pipe, "a cat", sampler_steps=2) == kept
+    assert np.array_equal(drawn(torch.float32), plain)
     assert 0 < np.abs(drawn(torch.bfloat16) - plain).mean() < 0.1 * np.abs(plain - own).mean()
 
 
@@ -144,6 +145,7 @@ def test_a_copy_for_gradients_checkpoints_activations_as_the_unet_does(own_pipe)
     assert not frozen_copy(own_pipe.unet, torch.float32, gradients=True).is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_a_copy_is_given_the_timestep_as_it_is(v_pipe, own_pipe):
     """Euler's timesteps are floats, and 999 is 1000 in bfloat16."""
     text, x = torch.randn(1, 12, 24), torch.randn(1, 4, 8, 8)
@@ -160,6 +162,7 @@ def test_a_copy_is_given_the_timestep_as_it_is(v_pipe, own_pipe):
     assert told == [float(one) for one in own_pipe.scheduler.timesteps] == [999.0, 666.0, 333.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_is_copied_as_it_was(v_pipe):
     made = frozen_copy(torch.compile(v_pipe.unet, backend="eager"), torch.float32)
     assert type(made) is type(v_pipe.unet) and made.conv_in.weight.data_ptr() == v_pipe.unet.conv_in.weight.data_ptr()

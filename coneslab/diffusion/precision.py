@@ -74,7 +74,8 @@ def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> An
         ) from error
     own = any(module._forward_hooks or _told(module) for module in parts_of(unet))
     for name, module in unet.named_modules() if own else ():
-        vars(made.get_submodule(name)).update(_told(module))
+        if told := _told(module):  # a part that the copy lacks, as unfused projections leave, has been told nothing
+            vars(made.get_submodule(name)).update(told)
         for hook in module._forward_hooks.values():
             if _goes_along(hook):
                 made.get_submodule(name).register_forward_hook(hook)

@@ -21,8 +21,6 @@ from .frame import MAP, PALETTE, PLAIN, as_labels, as_texts, finish, grey_frame,
 if TYPE_CHECKING:
     import pandas
 
-    from ...methods.ablation.profile import Profile
-
 
 def _numbers(name: str, given: Any, dimensions: int) -> np.ndarray:
     """An array of numbers that is not empty."""
@@ -79,20 +77,21 @@ def heatmap(
     return finish(figure, f"Heat map of {label}: {len(rows)} rows ({rows[0]} …) by {len(columns)} columns")
 
 
-def profile_map(profiles: Mapping[str, Profile], *, title: str = "") -> Figure:
+def profile_map(profiles: Mapping[str, Any], *, title: str = "") -> Figure:
     """Draw which probes find a concept after each method: a row for each, a square for each probe, its verdict beside.
 
-    profiles: by method, as `Profile.of` or `experiments.profiles` gives them. A square is the share of pictures that
-    show the concept, and has a frame where the probe finds it by the profile's rule: what is dark and has none is
-    within the margin. Probes are side by side by their kind; those that a method lacks are left blank.
+    profiles: a `methods.Profile` of each method, as `Profile.of` or `experiments.profiles` gives them. A square is the
+    share of pictures that show the concept, and has a frame where the probe finds it by the profile's rule: what is
+    dark and has none is within the margin. Probes are side by side by their kind; those that a method lacks are left
+    blank.
     """
-    from ...methods.ablation.profile import Profile  # loads torch, which no other figure needs
-
     checks.mapping("profiles", profiles)
+    (title,) = as_texts(title=title)
     names = [checks.text("one of methods", name) for name in profiles]
     columns: dict[str, dict[str, None]] = {}
     for name, profile in profiles.items():
-        for one in checks.of_kind(f"profiles[{name!r}]", profile, Profile).findings:
+        profile = checks.having(f"profiles[{name!r}]", profile, "a Profile", "findings", "verdict", "found_by")
+        for one in profile.findings:
             columns.setdefault(one.kind, {})[one.probe] = None
     shares = {name: {one.probe: one.share for one in profile.findings} for name, profile in profiles.items()}
     verdicts = {name: profile.verdict for name, profile in profiles.items()}
