@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -25,3 +27,16 @@ def derived(seed: int, *purpose: str) -> int:
     """
     words = [checks.seed("seed", seed), *(zlib.crc32(name.encode()) for name in purpose)]
     return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
+
+
+@contextmanager
+def seeded_on_the_cpu(seed: int) -> Iterator[None]:
+    """Let what draws from torch's generator of the CPU, as new layers do, begin at a seed for the length of a block.
+
+    Afterwards the caller's random numbers go on as if nothing had been drawn, on the CPU and on a GPU.
+    """
+    import torch  # not above: it takes seconds, and other seeds do without
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which would seed the caller's GPU too
+        yield

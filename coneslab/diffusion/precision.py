@@ -26,7 +26,8 @@ from .kvspace import unet_of
 from .pipelines import Pipeline, require_float
 
 # What diffusers keeps on modules and not in the config: FreeU's factors, and how activations are checkpointed.
-_BESIDE_THE_CONFIG = {"s1", "s2", "b1", "b2", "gradient_checkpointing", "_gradient_checkpointing_func"}
+_FREEU = ("s1", "s2", "b1", "b2")
+_BESIDE_THE_CONFIG = {*_FREEU, "gradient_checkpointing", "_gradient_checkpointing_func"}
 _TIMESTEP = 1  # its place among the arguments of a U-Net's forward
 
 
@@ -46,6 +47,11 @@ def bfloat16_pays(device: torch.device) -> bool:
 def fast_dtype(unet: Any) -> torch.dtype:
     """bfloat16 if the device supports it natively and the U-Net is in float32, else the U-Net's own precision."""
     return torch.bfloat16 if unet.dtype == torch.float32 and bfloat16_pays(unet.device) else unet.dtype
+
+
+def gradient_lift(*dtypes: torch.dtype) -> float:
+    """What to multiply a loss by, and divide its gradient by afterwards: small gradients underflow in float16."""
+    return 2.0**16 if torch.float16 in dtypes else 1.0
 
 
 def frozen_copy(unet: Any, dtype: torch.dtype, *, gradients: bool = False) -> Any:
@@ -126,7 +132,7 @@ def speed_up_backward(unet: Any) -> None:
 
 def freeu_of(unet: Any) -> tuple[tuple[float | None, ...], ...]:
     """The factors of FreeU in each block on the way up: pictures differ by them, and weights and config do not."""
-    return tuple(tuple(vars(block).get(name) for name in ("s1", "s2", "b1", "b2")) for block in unet.up_blocks)
+    return tuple(tuple(vars(block).get(name) for name in _FREEU) for block in unet.up_blocks)
 
 
 def _told(module: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ copy of the U-Net, so the pipeline itself is never touched, whatever interrupts 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..diffusion.checks import require_editable
 from ..diffusion.kvspace import KVSpace, cross_attentions, unet_of
 from ..diffusion.loss import Denoiser, add_noise, denoising_loss
 from ..diffusion.pipelines import Pipeline, require_float
-from ..diffusion.precision import fast_dtype, frozen_copy
+from ..diffusion.precision import fast_dtype, frozen_copy, gradient_lift
 from ..errors import ConeslabError, MismatchError
 from .samples import CaptionedLatents, NoisyBatch
 
@@ -122,7 +123,7 @@ class KVGradient:
         text = self._required(theta, text, batch)
         gradients = [torch.zeros_like(point) for point, of in ((theta, of_theta), (text, of_text)) if of]
         losses = torch.zeros(len(self.data), dtype=torch.float64)
-        lift = 2.0**16 if self.dtype == torch.float16 else 1.0  # small gradients underflow in float16
+        lift = gradient_lift(self.dtype)
         for rows, counts in self._chunks():
             at_theta = theta.detach().clone().requires_grad_(of_theta)
             at_text = text.detach().clone().requires_grad_(of_text)
@@ -182,17 +183,17 @@ class KVGradient:
 
         text: (captions, tokens, width); chosen: (captions, tokens) bool. Masks at words act on what θ projects.
         """
-        matrices, read = self.space.layout.matrices(theta), text if chosen is None else text[chosen]
+        matrices = self.space.layout.matrices(theta)
+        read = (text if chosen is None else text[chosen]).to(theta.dtype)
         projected = {}
         for path, module, _ in self._attentions:
-            own = read.to(theta.dtype)
-            own = module.norm_encoder_hidden_states(own) if module.norm_cross else own
+            own = module.norm_encoder_hidden_states(read) if module.norm_cross else read
             both = []
             for layer, name in ((module.to_k, f"{path}.to_k.weight"), (module.to_v, f"{path}.to_v.weight")):
-                weight, bias = matrices[name], _like(layer.bias, theta)
-                output = F.linear(own, weight, bias)
+                project = partial(F.linear, own, bias=_like(layer.bias, theta))
+                output = project(matrices[name])
                 for hook in layer._forward_hooks.values():  # those that `frozen_copy` takes along
-                    output = hook.of_weights(text, output, weight, bias, chosen)
+                    output = hook.of_weights(text, output, matrices[name], project, chosen)
                 both.append(output)
             projected[path] = tuple(both)
         return projected

@@ -252,16 +252,21 @@ class _Projection:
         return changed
 
     def of_weights(
-        self, text: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None = None
+        self,
+        text: Tensor,
+        output: Tensor,
+        weight: Tensor,
+        project: Callable[[Tensor], Tensor],
+        chosen: Tensor | None = None,
     ) -> Tensor:
         """The same for a projection by other weights, with gradients in them and in the text.
 
-        output: (n, tokens, channels), of all the text (n, tokens, width), or (k, channels) of its `chosen` tokens.
+        output: what `project` makes of `weight`: (n, tokens, channels), of all the text (n, tokens, width), or
+        (k, channels) of its `chosen` tokens.
         """
-        read = (text if chosen is None else text[chosen]).to(weight.dtype)
         for numbers, everywhere in self.acting.groups(text).items():
             changed = self.acting.changed(weight, self.name, numbers)
             if changed is not None:
                 where = everywhere if chosen is None else everywhere[chosen]
-                output = torch.where(where[..., None], F.linear(read, changed, bias), output)
+                output = torch.where(where[..., None], project(changed), output)
         return output

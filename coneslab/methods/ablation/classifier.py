@@ -21,7 +21,7 @@ from ...diffusion.loss import add_noise, alphas_cumprod, stratified_timesteps
 from ...diffusion.pipelines import Pipeline, fingerprint
 from ...errors import ArgumentError, MismatchError
 from ...pictures import Images
-from ...seeds import derived
+from ...seeds import derived, seeded_on_the_cpu
 from ...settings import Settings, takes
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the schedule at which accuracy is reported
@@ -146,9 +146,7 @@ def train_classifier(
     generator = torch.Generator().manual_seed(derived(settings.seed, "classifier"))
     train, test = _split(answers, settings.held_out, generator)
     device = latents.device
-    with torch.random.fork_rng(devices=[]):
-        # not `torch.manual_seed`, which would seed the caller's GPU too
-        torch.default_generator.manual_seed(derived(settings.seed, "classifier's weights"))
+    with seeded_on_the_cpu(derived(settings.seed, "classifier's weights")):
         network = _Network(latents.shape[1], settings.width, len(names)).to(device)
     optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, settings.steps + 1)

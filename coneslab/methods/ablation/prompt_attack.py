@@ -20,7 +20,7 @@ from ...diffusion.encoding import encode_ids, encode_images, tokenize
 from ...diffusion.kvspace import unet_of
 from ...diffusion.loss import Denoiser, denoising_loss
 from ...diffusion.pipelines import Pipeline
-from ...diffusion.precision import fast_dtype, frozen_copy
+from ...diffusion.precision import fast_dtype, frozen_copy, gradient_lift
 from ...edits.tokens import embedding_of
 from ...errors import ArgumentError, ConeslabError
 from ...finetuning.samples import CaptionedLatents, NoisyBatch, sample_batches
@@ -195,8 +195,7 @@ def _slope(pipe: Pipeline, denoiser: Denoiser, ids: Tensor, places: int, batch: 
             handle.remove()
         noisy: dict[str, Any] = {"noise": batch.noise, "timesteps": batch.timesteps}
         loss = denoising_loss(denoiser, batch.latents, text.to(batch.latents), **noisy)
-        # small gradients underflow in float16
-        lift = 2.0**16 if torch.float16 in (denoiser.unet.dtype, vectors.dtype) else 1.0
+        lift = gradient_lift(denoiser.unet.dtype, vectors.dtype)
         (slope,) = torch.autograd.grad(loss * lift, vectors)
     if not slope.isfinite().all():
         raise ConeslabError(

@@ -29,7 +29,7 @@ from ...finetuning.loop import Point, TuningSettings, tune_kv
 from ...finetuning.samples import CaptionedLatents, NoisyBatch, SamplerSettings, generate_once, sample_batches
 from ...measure.judge import Judge, require_judge
 from ...pictures import Images, as_pictures
-from ...seeds import derived
+from ...seeds import derived, seeded_on_the_cpu
 from ...settings import takes
 from .decomposition import TEMPLATE, Decomposition, rescaled
 from .vocabulary import Vocabulary, encode_vocabulary
@@ -162,9 +162,7 @@ def decompose(
     data = [CaptionedLatents(encode_images(pipe, shown).detach(), empty, settings.batch_size)]
     batches = sample_batches(pipe, data, seed=settings.seed)
     gradient = KVGradient(pipe, data, dtype=dtype, chunk=chunk)
-    with torch.random.fork_rng(devices=[]):
-        # not `torch.manual_seed`, which would seed the caller's GPU too
-        torch.default_generator.manual_seed(settings.seed)
+    with seeded_on_the_cpu(settings.seed):
         weights = _Weights(allowed.vectors, settings, norm)
     if settings.coefficients == "mlp" and settings.start == "words":
         trials = sample_batches(pipe, data, seed=derived(settings.seed, "start"))  # noises that no training sees

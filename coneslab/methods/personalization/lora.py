@@ -22,7 +22,7 @@ from ...finetuning.checkpoints import resumable
 from ...finetuning.kv_gradient import require_passes
 from ...finetuning.loop import TuningSettings, require_training_dtype, tune_unet
 from ...finetuning.samples import ConceptSettings, ConceptSubject, joint_latents, names_of, numbered_batches, several
-from ...seeds import derived
+from ...seeds import derived, seeded_on_the_cpu
 from ...settings import takes
 
 Targets = Literal["cross-attention", "attention", "all"]
@@ -98,9 +98,7 @@ def lora(
 
         shape: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha or settings.rank}
         config = LoraConfig(**shape, target_modules=list(layers), init_lora_weights="gaussian")
-        with torch.random.fork_rng(devices=[]):
-            # not `torch.manual_seed`, which would seed the caller's GPU too
-            torch.default_generator.manual_seed(derived(settings.seed, "LoRA"))
+        with seeded_on_the_cpu(derived(settings.seed, "LoRA")):
             adapted.append(inject_adapter_in_model(config, unet))
 
     _, history = tune_unet(
