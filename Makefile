@@ -104,7 +104,12 @@ hosts: $(VENV)/.coneslab-test
 # nbgrader writes beside what it reads, so it gets a copy: no course files end up in the checkout. It also calls alembic
 # by name.
 assignments: $(VENV)/.coneslab-coursework
-	@mkdir -p '$(COURSE)' && cp -R coursework/. '$(COURSE)'
+	@mkdir -p '$(COURSE)/source'
+	@cd coursework && for shipped in *.py source/*; do \
+		kept='$(abspath $(COURSE))'/$$shipped; \
+		if [ ! -e "$$kept" ]; then cp -R "$$shipped" "$$kept" || exit 1; \
+		elif ! diff -qr "$$shipped" "$$kept" > /dev/null; then \
+			echo "kept, with what was changed in it (delete it for the shipped one): $$kept"; fi; done
 	@export PATH="$$(realpath '$(BIN)'):$$PATH" && cd '$(COURSE)' && for assignment in source/*/; do \
 		nbgrader generate_assignment --force "$$(basename "$$assignment")" || exit 1; done
 	@echo "Hand out the notebooks in $(COURSE)/release."

@@ -7,9 +7,11 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +25,11 @@ from small_judge import save_small_judge
 from small_pipelines import make_pipeline, make_subject
 
 from coneslab import ConeslabError, cli, generate, load, load_edit
-from coneslab.cli import concepts, doctor, reproduce, use
+from coneslab.cli import concepts, doctor, options, reproduce, use
 from coneslab.diffusion import pipelines
 from coneslab.diffusion.kvspace import KVSpace
 from coneslab.edits import Combined, TokenEdit, WeightDelta
+from coneslab.edits.tokens import vocabulary_fingerprint
 from coneslab.methods.ablation.profile import KINDS, ProbeBudget
 from coneslab.neurons import ConceptNeurons, TunedNeurons, concatenate
 
@@ -54,6 +57,15 @@ def test_every_command_explains_itself(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_each_default_once(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in told and "(default: False)" not in told
+    assert re.search(r"\(default: [^)]*\) \(default", told) is None
 
 
 def test_all_commands_are_listed(capsys):
@@ -473,6 +485,13 @@ def test_a_union_says_what_to_draw(make, v_pipe, tmp_path):
     ]
 
 
+def test_a_subject_of_your_own_is_drawn_by_its_own_words_whatever_its_name(v_pipe):
+    own = replace(union_of(v_pipe, "cat"), settings={"prompt": "a zwx hamster"})
+    told = ["a zwx hamster on the beach", "a zwx hamster in the city"]
+    assert use._prompts_of([own]) == use._prompts_of([Combined((own, own))]) == told
+    assert use._prompts_of([replace(own, settings={"prompt": "a cat"})]) == ["a cat"]
+
+
 def test_an_edit_that_does_not_say_what_to_draw_is_told():
     with pytest.raises(ConeslabError, match="--prompt"):
         use._prompts_of([SimpleNamespace(subject="unicorn"), SimpleNamespace()])
@@ -538,8 +557,84 @@ def test_a_hint_can_be_typed_as_it_is(coneslab, tmp_path, model, monkeypatch, ca
     (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("try it:")]
     shell = ["bash", "-c", f"printf '%s\\n' {hint.removeprefix('try it:')}"]
     typed = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert typed == ["coneslab", "generate", "a sks cat on the beach", "--edit", name]
+    assert typed == ["coneslab", "generate", "a sks cat on the beach", "--edit", name, "--model", str(model)]
     assert cli.main([*typed[1:], *options]) == 0 and len(list((tmp_path / "pictures").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_what_no_weights_can_hold_is_not_saved_as_a_model(coneslab, tmp_path, model):
+    pipe = load(model, device="cpu")
+    at_words = union_of(pipe, "cat").at("sks", "cat")
+    for edit in (at_words, Combined((union_of(pipe, "dog"), at_words))):
+        file = edit.save(tmp_path / "at_words.safetensors")
+        assert "acts at some words only" in coneslab("apply", str(file), "--save-model", "edited")
+    assert not (tmp_path / "edited").exists() and not (tmp_path / "applied.png").exists()
+    vectors = torch.ones(1, pipe.text_encoder.config.hidden_size)
+    token = TokenEdit(("<mine>",), vectors, vocabulary_fingerprint(pipe)).save(tmp_path / "token.safetensors")
+    found = coneslab("apply", str(token), "--prompt", "a <mine> cat", "--pictures", "1", "--save-model", "edited")
+    with load_edit(token).applied(pipe):
+        expected = generate(pipe, "a <mine> cat", sampler_steps=2)[0]
+    drawn = generate(load(found["model"], device="cpu"), "a <mine> cat", sampler_steps=2)[0]
+    assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+
+
+@pytest.mark.slow
+def test_an_edit_that_changes_no_picture_is_told(coneslab, tmp_path, model, capsys):
+    pipe = load(model, device="cpu")
+    union_of(pipe, "cat").at("sks", "cat").save(tmp_path / "cat.safetensors")
+    union_of(pipe, "dog").save(tmp_path / "dog.safetensors")
+    options = ["--model", str(model), "--device", "cpu", "--quiet", "--sampler-steps", "1", "--force"]
+    told = "cat.safetensors changes nothing here: it acts at “sks cat” alone"
+    for prompt, edits, idle in (
+        ("a dog", ["cat"], True),
+        ("a Cat, at night", ["cat"], False),
+        ("a dog", ["dog"], False),
+        ("a dog", ["dog", "cat"], True),
+    ):
+        given = [word for name in edits for word in ("--edit", f"{name}.safetensors")]
+        assert cli.main(["generate", prompt, *given, *options]) == 0
+        assert (told in capsys.readouterr().out) == idle, (prompt, edits)
+    assert cli.main(["apply", "cat.safetensors", "--prompt", "a dog", "--pictures", "1", *options]) == 0
+    assert told in capsys.readouterr().out
+
+
+def test_a_part_that_acts_everywhere_keeps_an_edit_from_being_idle(v_pipe):
+    at_words, everywhere = union_of(v_pipe, "cat").at("sks", "cat"), union_of(v_pipe, "cat")
+    token = TokenEdit(("<mine>",), torch.ones(1, 2), "a")
+    assert use._needed(Combined((at_words, Combined((token,))))) == [("sks", "cat"), ("<mine>",)]
+    assert use._needed(Combined((at_words, everywhere))) == use._needed(Combined(())) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("find", "./mine"),
+        ("find", "~/mine"),
+        ("find", "mine/"),
+        ("find", "{here}/mine"),
+        ("find", "mine", "--class-word", "cat"),
+        ("decompose", "./mine"),
+        ("decompose", "{here}/mine"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_no_subject_and_no_prompt(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(use, "load_pipeline", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(concepts, "load_pipeline", lambda *_: pytest.fail("loaded"))
+    assert cli.main([word.format(here=tmp_path) for word in arguments]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_prompt_may_have_a_slash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not options.is_folder("a cat/dog", "a prompt") and not options.is_folder("a cat on the beach", "a prompt")
+
+
+def test_long_texts_with_one_beginning_have_file_names_of_their_own():
+    start = "a cat on the beach and a dog in the city and a car in the house"
+    names = {options.file_name(f"{start} {end}") for end in ("at night", "at noon")}
+    assert len(names) == 2 and all(len(name) < 80 for name in names)
+    assert options.file_name("a cat!") == "a-cat"
 
 
 @pytest.mark.slow
@@ -697,6 +792,18 @@ def test_ablate_checks_whether_it_is_gone(coneslab, small_judge, monkeypatch):
     assert {"plain prompt", "misspellings", "Textual Inversion"} <= {row["prompt"] for row in found["report"]}
     assert found["verdict"] in ("never there", "not gone", "avoiding", "removing", "undecided")
     assert all(row["low"] is None for row in found["report"] if row["measure"] == "KID")
+
+
+@pytest.mark.slow
+def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_trained(coneslab, small_judge, monkeypatch, tmp_path):
+    (small_judge / "model.safetensors").rename(tmp_path / "kept")
+    (small_judge / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(concepts, "_ablated", lambda *_: pytest.fail("trained"))
+    try:
+        told = coneslab("ablate", "a cat", "a dog", "--method", "uce", "--check", "--judge", str(small_judge))
+    finally:
+        (tmp_path / "kept").replace(small_judge / "model.safetensors")
+    assert str(small_judge) in told
 
 
 @pytest.mark.slow

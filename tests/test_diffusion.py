@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from transformers import BatchFeature
 from coneslab import diffusion
 from coneslab.diffusion import encoding
 from coneslab.diffusion.sampling import timestep_pairs
-from coneslab.errors import ArgumentError, ConeslabError
+from coneslab.errors import ArgumentError, ConeslabError, ConeslabWarning
 from coneslab.finetuning import generate_once
 
 N = 3
@@ -133,6 +135,16 @@ def test_prompt_gradients_only_where_the_text_encoder_learns(v_pipe):
     finally:
         for parameter, state in learning.items():
             parameter.requires_grad_(state)
+
+
+def test_pictures_that_are_enlarged_are_told(v_pipe):
+    small, large = (np.zeros((2, size, size, 3), np.uint8) for size in (8, 16))
+    with pytest.warns(ConeslabWarning, match=r"2 of 2 pictures are enlarged, from 8 x 8 .* 16 x 16.*resolution=16"):
+        diffusion.encode_images(v_pipe, small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConeslabWarning)
+        diffusion.encode_images(v_pipe, large)
+        diffusion.encode_images(v_pipe, np.zeros((1, 12, 30, 3), np.uint8))
 
 
 def test_latents_are_scaled_and_do_not_depend_on_the_batch(v_pipe):

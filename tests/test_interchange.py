@@ -18,6 +18,7 @@ from coneslab.edits.interchange import (
     export_custom_diffusion,
     export_tokens,
     import_custom_diffusion,
+    import_lora,
     import_tokens,
 )
 from coneslab.edits.tokens import TokenEdit, embedding_of, vocabulary_fingerprint
@@ -115,6 +116,9 @@ def test_foreign_files_are_refused(v_pipe, sd_pipe, tmp_path):
     save_file({"<x>": torch.zeros(7)}, tmp_path / "narrow.safetensors")
     with pytest.raises(MismatchError, match="learned for another model"):
         import_tokens(v_pipe, tmp_path / "narrow.safetensors")
+    edit = TokenEdit(("sks",), torch.zeros(1, 24), "x").save(tmp_path / "edit.safetensors")
+    with pytest.raises(FileFormatError, match="is an edit of this package.*load_edit"):
+        import_lora(v_pipe, edit)
     save_file({"x": torch.zeros(2)}, tmp_path / WEIGHTS)
     with pytest.raises(FileFormatError, match="lacks"):
         import_custom_diffusion(v_pipe, tmp_path)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
 from small_judge import save_small_judge
 from transformers.utils import logging as transformers_logging
 
@@ -137,6 +138,33 @@ def test_pickled_weights_are_refused_unopened(saved: Path):
     (saved / "unet" / "diffusion_pytorch_model.bin").unlink()
     with pytest.raises(ConeslabError, match="holds no weights"):
         pipelines.load(saved)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_would_be_random_are_refused(saved: Path, part: str):
+    (file,) = (saved / part).glob("*.safetensors")
+    weights = load_file(file)
+    lost = next(name for name in weights if name.endswith("weight"))
+    save_file({name: weight for name, weight in weights.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(FileFormatError, match=f"{part} lacks weights .* for example {lost}"):
+        pipelines.load(saved)
+    for around in ("base_layer.weight", "lora.base_layer.weight"):
+        wrapped = lost.removesuffix("weight") + around
+        renamed = {wrapped if name == lost else name: weight for name, weight in weights.items()}
+        save_file(renamed, file, {"format": "pt"})
+        with pytest.raises(FileFormatError, match=f"around them .{wrapped}.*unload_lora_weights"):
+            pipelines.load(saved)
+
+
+def test_weights_under_older_names_are_all_there(saved: Path, v_pipe: StableDiffusionPipeline):
+    (file,) = (saved / "vae").glob("*.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(file)
+    for new, name in old.items():
+        weights = {one.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): w for one, w in weights.items()}
+    assert sum("query" in name for name in weights) >= 2
+    save_file(weights, file, {"format": "pt"})
+    assert pipelines.fingerprint(pipelines.load(saved).vae) == pipelines.fingerprint(v_pipe.vae)
 
 
 def test_a_truncated_file_is_a_coneslab_error(saved: Path):

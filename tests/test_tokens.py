@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 
-from coneslab.diffusion import encode_prompts
+from coneslab.diffusion import encode_prompts, load
 from coneslab.edits.tokens import TokenEdit, vocabulary_fingerprint, with_tokens
-from coneslab.errors import ConeslabError
+from coneslab.errors import ConeslabError, ConeslabWarning
 from coneslab.world import SUBJECTS, WORDS, sample, subject
 
 PIECES = ("rob", "ros", "rin", "car2", "dogg", "beac", "zeb")  # new to the tokenizer, and parts of words
@@ -44,6 +47,34 @@ def test_an_edit_changes_no_prompt_without_its_token(tiny):
     with edit.applied(tiny):
         inside = encode_prompts(tiny, [*prompts, "a rob rose"])
     assert torch.equal(inside[:3], before[:3]) and not torch.equal(inside[3], before[3])
+
+
+def test_of_two_edits_of_a_token_the_later_one_counts_and_says_so(tiny):
+    first, second = (
+        TokenEdit((token,), torch.full((1, tiny.text_encoder.config.hidden_size), value), vocabulary_fingerprint(tiny))
+        for token, value in (("<new>", 1.0), ("<new>", 2.0))
+    )
+    with first.applied(tiny), pytest.warns(ConeslabWarning, match="<new> has the vector of another edit"):
+        with second.applied(tiny):
+            both = encode_prompts(tiny, "a <new>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConeslabWarning)
+        with second.applied(tiny):
+            assert torch.equal(encode_prompts(tiny, "a <new>"), both)
+        other = replace(first, tokens=("<other>",))
+        with second.applied(tiny), other.applied(tiny):
+            assert torch.equal(encode_prompts(tiny, "a <new>"), both)
+
+
+@pytest.mark.slow
+def test_a_pipeline_saved_with_a_token_can_be_loaded(v_pipe, tmp_path):
+    words = v_pipe.text_encoder.config.vocab_size
+    edit = TokenEdit(("<new>",), torch.ones(1, 24), vocabulary_fingerprint(v_pipe))
+    with edit.applied(v_pipe):
+        v_pipe.save_pretrained(tmp_path / "model")
+        expected = encode_prompts(v_pipe, "a <new> cat")
+    assert v_pipe.text_encoder.config.vocab_size == words and edit.in_weights
+    assert torch.equal(encode_prompts(load(tmp_path / "model", device="cpu"), "a <new> cat"), expected)
 
 
 @pytest.mark.parametrize("token", ["st", "tt", "ST"])

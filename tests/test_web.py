@@ -31,7 +31,7 @@ from coneslab.diffusion.sampling import start_noise
 from coneslab.edits.base import Combined
 from coneslab.edits.tokens import TokenEdit
 from coneslab.edits.weights import WeightDelta, model_fingerprint
-from coneslab.errors import FileFormatError, MismatchError, MissingFileError, WriteError
+from coneslab.errors import ConeslabWarning, FileFormatError, MismatchError, MissingFileError, WriteError
 from coneslab.measure.recording import record_attention
 from coneslab.methods import closed_form_edit
 from coneslab.neurons import ready
@@ -312,6 +312,25 @@ def test_a_shelf_is_read_from_files_and_folders(v_pipe, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingFileError, match="holds no edits"):
         shelf_of(v_pipe, [tmp_path / "empty"])
+
+
+def test_what_a_page_cannot_draw_with_is_left_out_of_a_folder_and_refused_by_name(v_pipe, epsilon_pipe, tmp_path):
+    some_neurons(v_pipe).save(tmp_path / "some" / "cat.safetensors")
+    token = TokenEdit(("sks",), torch.zeros(1, 24), "x").save(tmp_path / "some" / "token.safetensors")
+    other = some_neurons(epsilon_pipe).save(tmp_path / "some" / "other.safetensors")
+    with pytest.warns(ConeslabWarning, match="is left out of the page") as told:
+        assert [one.name for one in shelf_of(v_pipe, [tmp_path / "some"])] == ["cat"]
+    assert len(told) == 2
+    with pytest.raises(ConeslabError, match="token.safetensors: TokenEdit.*more than the keys and values"):
+        shelf_of(v_pipe, [token])
+    with pytest.raises(MismatchError, match="other.safetensors: this edit"):
+        shelf_of(v_pipe, [other])
+
+
+def test_a_subject_of_your_own_is_drawn_by_its_own_words_whatever_its_name(v_pipe, tmp_path):
+    own = replace(some_neurons(v_pipe), settings={"prompt": "a zwx hamster"})
+    (found,) = shelf_of(v_pipe, [own.save(tmp_path / "cat.safetensors")])
+    assert own.subject == "cat" and (found.phrase, found.prompt) == ("a zwx hamster", "a zwx hamster")
 
 
 @pytest.mark.slow

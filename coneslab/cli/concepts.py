@@ -76,7 +76,8 @@ def _decompose(arguments: Arguments) -> dict[str, Any]:
     found.save(path)
     words = found.top(arguments.top)
     say("\n".join([f"{'word':16} share of the sum", *(f"{word:16} {share:.3f}" for word, share in words)]))
-    say(f"written: {path}; “{found.prompt}” draws it: {command('generate', found.prompt, '--edit', path)}")
+    again = command(arguments, "generate", found.prompt, "--edit", path)
+    say(f"written: {path}; “{found.prompt}” draws it: {again}")
     facts = {"concept": arguments.concept, **about_edit(found, path), "prompt": found.prompt, "words": dict(words)}
     if arguments.picture is not None:
         one = decompose_image(
@@ -102,10 +103,12 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
     _require_belonging(arguments, say)
     path = free_path(arguments.out or f"without-{file_name(arguments.target)}{EDIT}", arguments, ending=EDIT)
     if arguments.check:
-        from ..measure.judge import judge_source
+        from ..measure.judge import judge_source, load_judge
 
         judge_source(arguments.judge or "judge")
-    pipe, start = load_pipeline(arguments), time.perf_counter()
+    pipe = load_pipeline(arguments)
+    judge = load_judge(arguments.judge or "judge", device=pipe.device) if arguments.check else None
+    start = time.perf_counter()
     edit = _ablated(arguments, pipe)
     seconds = time.perf_counter() - start
     edit.save(path)
@@ -118,16 +121,14 @@ def _ablate(arguments: Arguments) -> dict[str, Any]:
         "seconds": seconds,
         **about_edit(edit, path),
     }
-    if not arguments.check:
-        say(f"is it gone? {command('ablate', arguments.target, arguments.anchor, '--check')} ... draws and measures")
+    if judge is None:
+        say("is it gone? The same command with --check --force draws and measures")
         return facts
     from ..finetuning.samples import generate_once
-    from ..measure.judge import load_judge
     from ..methods.ablation.profile import KINDS, Profile, usual_probes
     from ..methods.ablation.report import evaluate_ablation
     from ..seeds import derived
 
-    judge = load_judge(arguments.judge or "judge", device=pipe.device)
     shown = (pipe, judge, edit, arguments.target, arguments.anchor)
     pictures = 16 if arguments.check_pictures is None else arguments.check_pictures
     options = {"pictures": pictures, "seed": arguments.seed, **drawing_options(arguments)}

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,14 @@ def several_positive(text: str) -> list[int]:
 
 
 # --- options --------------------------------------------------------------------------------------------
+
+
+class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends in each option's default, where it has one and does not name it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default in (None, False, []) or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 def add_command(
@@ -192,7 +201,7 @@ def free_path(
     `files.require_replaceable`. Raises ConeslabError if it exists (and --force was not given), cannot be written, ends
     otherwise, or is to be written twice.
     """
-    path = require_replaceable(path, mark) if mark and arguments.force else require_writable(path, folder=bool(mark))
+    path = require_replaceable(path, mark) if mark else require_writable(path)
     if path.suffix.lower() != ending and ending:
         raise ConeslabError(f"{path} does not end in {ending}, as what is written there should: name another {option}")
     if (path.is_file() or path.is_dir() or path.is_symlink()) and not arguments.force:
@@ -203,14 +212,19 @@ def free_path(
     return path
 
 
+_LONGEST = 60  # letters of a file's name
+
+
 def file_name(text: str) -> str:
-    """A text as a file name, without characters that some systems refuse."""
-    return re.sub(r"[^\w.]+", "-", text.strip()).strip("-.")[:60] or "unnamed"
+    """A text as a file name, without characters that some systems refuse; a long one is cut, and told from others."""
+    name = re.sub(r"[^\w.]+", "-", text.strip()).strip("-.")
+    return f"{name[:_LONGEST]}-{zlib.crc32(name.encode()):08x}" if len(name) > _LONGEST else name or "unnamed"
 
 
-def command(*words: Any) -> str:
-    """A command to type, with everything quoted that a shell would take apart."""
-    return shlex.join(["coneslab", *map(str, words)])
+def command(arguments: Arguments, *words: Any) -> str:
+    """A command to type for the same model, with everything quoted that a shell would take apart."""
+    model = [] if arguments.model == "tiny" else ["--model", arguments.model]
+    return shlex.join(["coneslab", *map(str, words), *model])
 
 
 def drawing_options(arguments: Arguments) -> dict[str, Any]:
@@ -219,10 +233,13 @@ def drawing_options(arguments: Arguments) -> dict[str, Any]:
 
 
 def is_folder(given: str, instead: str) -> bool:
-    """Whether a folder is meant. Raises ConeslabError for a file."""
+    """Whether a folder is meant. Raises ConeslabError for a file, and for what reads as a folder that is not there."""
     path = user_path(given)
     if path.is_file():
         raise ConeslabError(f"{given} is a file: give a folder of pictures, or {instead}")
+    inside = path.parent != Path(".") and path.parent.is_dir()  # as "a cat/dog" is not
+    if not path.is_dir() and (given.startswith((".", "~")) or given.endswith(("/", os.sep)) or inside):
+        raise ConeslabError(f"there is no folder {given}: check the name, or give {instead}")
     return path.is_dir()
 
 

@@ -12,6 +12,7 @@ from .. import checks
 from ..errors import ArgumentError, ConeslabError
 from ..files import data_folder, require_writable, user_path
 from .options import (
+    WithDefaults,
     add_device,
     add_force,
     add_json,
@@ -163,7 +164,7 @@ def _add_evaluate_model(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate-model",
         help="draw every class, pairs, threes and fours with a pipeline and print what the judge finds",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=WithDefaults,
     )
     evaluate.add_argument("folder", help='pipeline folder, hub id or "tiny"; "judge": the judge on real pictures')
     add_judge(evaluate)
@@ -246,7 +247,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:
     experiment = commands.add_parser(
         "experiment",
         help="make one of the notebooks' tables over subjects and seeds; continues an existing table",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=WithDefaults,
     )
     names = (
         "controls, precision, storage, damage, parts, sharing, density, references, agreement, finders, together, "
@@ -330,7 +331,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser(
         "compare",
         help="methods x subjects and combinations x seeds, on Dask; continues an existing table",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=WithDefaults,
     )
     compare.add_argument("--methods", help="semicolon-separated names from coneslab.experiments.METHODS (default: all)")
     compare.add_argument("--tune", action="store_true", help="choose each method's settings on the tuning subjects")
@@ -388,7 +389,7 @@ def _add_compare_samplers(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser(
         "compare-samplers",
         help="how few network calls a picture needs: samplers compared on the same questions",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=WithDefaults,
     )
     compare.add_argument("folder", help='pipeline folder, hub id or "tiny"')
     add_judge(compare)

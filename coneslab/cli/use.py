@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from .options import (
     resolution,
     say_if_nothing_is_shut,
     teller,
+    unused,
 )
 
 FIGURE = ".png"  # what files of figures end in
@@ -51,9 +52,11 @@ FIGURE = ".png"  # what files of figures end in
 
 def _subject(arguments: Arguments, pixels: int | None = None) -> Any:
     """A subject of the sticker world by name, or your own from a folder of pictures, of this many pixels."""
-    from ..world.subjects import subject, subject_from_folder
+    from ..world.subjects import SUBJECTS, subject, subject_from_folder
 
     if not is_folder(arguments.subject, "a subject of the sticker world"):
+        if unused(arguments, "class_word", "token") and arguments.subject not in SUBJECTS:
+            raise ConeslabError(f"there is no folder {arguments.subject}: check its name, and where you are")
         refuse_unused(arguments, "on a subject of the sticker world (for yours, give a folder)", "class_word", "token")
         return subject(arguments.subject)
     if not arguments.class_word:
@@ -67,6 +70,25 @@ def _edits(paths: Sequence[Path]) -> list[Any]:
     from ..edits.base import load_edit
 
     return [load_edit(path) for path in paths]
+
+
+def _say_if_idle(say: Callable[..., None], paths: Sequence[Path], edits: Sequence[Any], prompts: Sequence[str]) -> None:
+    """Tell of edits whose words or tokens none of the prompts has: they change no picture."""
+    for path, edit in zip(paths, edits, strict=True):
+        needed = _needed(edit)
+        words = [word.lower() for part in needed for word in part]
+        if needed and not any(word in prompt.lower() for prompt in prompts for word in words):
+            where = " or ".join(f"“{' '.join(part)}”" for part in needed)
+            say(f"{path} changes nothing here: it acts at {where} alone, which no prompt has")
+
+
+def _needed(edit: Any) -> list[tuple[str, ...]]:
+    """The words at which an edit acts, if it acts nowhere else, by part; none if a part of it acts at every word."""
+    parts = getattr(edit, "edits", None)
+    if parts is None:
+        return [words] if (words := getattr(edit, "scope", ()) or getattr(edit, "tokens", ())) else []
+    needed = [_needed(part) for part in parts]
+    return [words for one in needed for words in one] if all(needed) else []
 
 
 # --- tour -----------------------------------------------------------------------------------------------
@@ -110,7 +132,8 @@ def _tour(arguments: Arguments) -> dict[str, Any]:
     say(
         f"3. Shut them and draw “{subject.prompts[0]}”, and others: {figure_file} has the pictures beside the controls."
     )
-    say(f"   {edit_file} keeps the neurons: {command('generate', subject.prompts[0], '--edit', edit_file)}")
+    again = command(arguments, "generate", subject.prompts[0], "--edit", edit_file)
+    say(f"   {edit_file} keeps the neurons: {again}")
     say("4. Why it works, and whether it holds: notebooks/00_tour.ipynb (make lab).")
     return {
         "subject": subject.name,
@@ -149,7 +172,7 @@ def _find(arguments: Arguments) -> dict[str, Any]:
     say(found)
     say_if_nothing_is_shut(say, found)
     say(f"written: {path}, {path.stat().st_size:,} bytes, in {seconds:.0f} s")
-    say(f"try it:  {command('generate', subject.prompts[0], '--edit', path)}")
+    say(f"try it:  {command(arguments, 'generate', subject.prompts[0], '--edit', path)}")
     layers = {row["layer"]: row["shut"] for row in found.per_layer()}
     return {
         "subject": subject.name,
@@ -182,7 +205,9 @@ def _generate(arguments: Arguments) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise ConeslabError("a prompt was given twice, or two differ only in punctuation: give each once")
     files = [free_path(folder / name, arguments) for name in names]
-    edits, pipe = _edits(arguments.edit), load_pipeline(arguments)
+    edits = _edits(arguments.edit)
+    _say_if_idle(say, arguments.edit, edits, prompts)
+    pipe = load_pipeline(arguments)
     with ExitStack() as stack:
         for edit in edits:
             stack.enter_context(edit.applied(pipe, dose=dose))
@@ -210,7 +235,14 @@ def _apply(arguments: Arguments) -> dict[str, Any]:
     if folder:
         folder = free_path(folder, arguments, option="--save-model", mark=PIPELINE)
     edits = _edits(arguments.edits)
+    for path, edit in zip(arguments.edits, edits, strict=True):
+        if folder and not edit.in_weights:
+            raise ConeslabError(
+                f"{path} acts at some words only, which no weights can hold: leave out --save-model, and give the "
+                "file to whoever is to draw with it (generate --edit)"
+            )
     prompts = arguments.prompt or _prompts_of(edits)
+    _say_if_idle(say, arguments.edits, edits, prompts)
     pipe = load_pipeline(arguments)
     seeds = [arguments.seed + number for _ in prompts for number in range(arguments.pictures)]
     asked = [prompt for prompt in prompts for _ in range(arguments.pictures)]
@@ -237,19 +269,32 @@ def _apply(arguments: Arguments) -> dict[str, Any]:
 
 def _prompts_of(edits: Sequence[Any]) -> list[str]:
     """What to draw if nothing is asked for: two prompts of each of the edits' subjects."""
+    captions = dict.fromkeys(caption for edit in edits for caption in _captions(edit))
+    if not captions:
+        raise ConeslabError("these edits do not say what to draw: give one or more with --prompt")
+    return [prompt for caption in captions for prompt in _in_scenes(caption)]
+
+
+def _captions(edit: Any) -> list[str]:
+    """What an edit was found on, "a sks cat": as it says, or as its subjects' names ("cat + dog") say; or its parts."""
     from ..world.subjects import SUBJECTS, subject
 
-    names = [name for edit in edits for title in _titles(edit) for name in re.split(r"\s*[+,]\s*", title)]
-    known = [name for name in dict.fromkeys(names) if name in SUBJECTS]
-    if not known:
-        raise ConeslabError("these edits do not say what to draw: give one or more with --prompt")
-    return [prompt for name in known for prompt in subject(name).prompts[:2]]
-
-
-def _titles(edit: Any) -> list[str]:
-    """The subjects of an edit as it names them, such as "cat + dog" for a union; of its parts, where it has some."""
+    if own := dict(getattr(edit, "settings", {})).get("prompt"):  # a subject of your own may be named like one of ours
+        return [own]
     parts = [*getattr(edit, "edits", ()), *filter(None, [getattr(edit, "neurons", None)])]
-    return [str(getattr(edit, "subject", "")), *(title for part in parts for title in _titles(part))]
+    names = re.split(r"\s*[+,]\s*", str(getattr(edit, "subject", "")))
+    own = [subject(name).prompt for name in names if name in SUBJECTS]
+    return own or [caption for part in parts for caption in _captions(part)]
+
+
+def _in_scenes(caption: str) -> tuple[str, ...]:
+    """Two prompts of a subject that a caption such as "a sks cat" shows; the caption, if it shows none."""
+    from ..world.subjects import evaluation_prompts
+
+    match caption.split(maxsplit=2):
+        case ["a" | "an", token, class_word]:
+            return evaluation_prompts(class_word, token)[:2]
+    return (caption,)
 
 
 # --- doctor ---------------------------------------------------------------------------------------------

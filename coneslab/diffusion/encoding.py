@@ -44,6 +44,12 @@ def _pixels(pipe: Pipeline, images: Images) -> Tensor:
     _, height, width = latent_shape(pipe)
     size = (width * pipe.vae_scale_factor, height * pipe.vae_scale_factor)
     pictures = as_pictures(images, name="images")
+    if small := [p.size for p in pictures if 2 * max(p.size) <= max(size)]:
+        checks.warn(
+            f"{len(small)} of {len(pictures)} pictures are enlarged, from {small[0][0]} x {small[0][1]} pixels to the "
+            f"model's {size[0]} x {size[1]}, which then learns blurred ones: give larger ones, and "
+            f"resolution={size[0]} to subject_from_folder"
+        )
     resized = [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in pictures]
     return to_tensor(np.stack([np.asarray(picture) for picture in resized]))
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..errors import ArgumentError, ConeslabError, FileFormatError
 from ..files import SUMS, data_folder, file_sum, require_folder, user_path, write_whole
-from .checks import require_finite, require_pipeline, uncompiled
+from .checks import NETWORKS, require_finite, require_pipeline, uncompiled
 from .memory import keep_memory
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: left until a model is loaded
@@ -205,6 +206,8 @@ def load(
             f"{name!r} could not be loaded as a StableDiffusionPipeline: {type(error).__name__}: {error}. Expected a "
             "complete folder in the diffusers format with safetensors weights, or a reachable hub id"
         ) from error
+    if isinstance(source, Path):
+        _require_all_weights(source, pipe)
     pipe.to(where)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
@@ -216,6 +219,34 @@ def load(
     if where.type == "cpu":
         keep_memory()
     return pipe
+
+
+def _require_all_weights(folder: Path, pipe: Pipeline) -> None:
+    """Raise FileFormatError if the weights in a pipeline's folder are fewer than those of its networks.
+
+    The libraries put random numbers in their place. Old folders have other names for some, so that numbers are counted;
+    names count where they say that the networks were saved with something around their weights.
+    """
+    from safetensors import safe_open
+
+    for part, network in NETWORKS.items():
+        kept: dict[str, int] = {}
+        for file in sorted((folder / part).glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                kept |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        needed = {name: weight.numel() for name, weight in getattr(pipe, part).named_parameters()}
+        missing = {name: numbers for name, numbers in needed.items() if name not in kept}
+        other = {name: numbers for name, numbers in kept.items() if name not in needed}
+        if wrapped := [name for name in other if ".base_layer." in name or "_orig_mod." in name]:
+            raise FileFormatError(
+                f"{folder / part} holds weights of a {network} with something around them ({wrapped[0]}): save it "
+                "again, compiled never, and without LoRA adapters (pipe.fuse_lora(), pipe.unload_lora_weights())"
+            )
+        if sum(missing.values()) > sum(other.values()):
+            raise FileFormatError(
+                f"{folder / part} lacks weights of the {network}, for example {next(iter(missing))}, in whose place "
+                "would be random numbers: restore the folder, or save the pipeline again"
+            )
 
 
 @contextmanager

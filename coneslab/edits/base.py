@@ -65,6 +65,11 @@ class Edit(ABC):
         """Which parts of a pipeline it changes or has to know about: "text encoder", "U-Net"."""
         return ALL_PARTS
 
+    @property
+    def in_weights(self) -> bool:
+        """Whether a pipeline saved inside the `with` block holds the edit, which changes weights and words alone."""
+        return True
+
     @abstractmethod
     def applied(
         self,
@@ -241,6 +246,10 @@ class Combined(Edit):
     @property
     def acts_on(self) -> frozenset[str]:
         return frozenset().union(*(edit.acts_on for edit in self.edits))
+
+    @property
+    def in_weights(self) -> bool:
+        return all(edit.in_weights for edit in self.edits)
 
     @in_steps
     def applied(

@@ -21,7 +21,7 @@ from ..diffusion.kvspace import KVSpace, unet_of
 from ..diffusion.pipelines import Pipeline
 from ..errors import ConeslabError, FileFormatError, MismatchError
 from ..files import require_writable, safetensors_in, sealed, tensor_sum, user_path, write_whole
-from .base import Combined
+from .base import FORMAT, Combined
 from .low_rank import LowRankDelta
 from .tokens import TokenEdit, embedding_of, vocabulary_fingerprint
 from .weights import WeightDelta, model_fingerprint
@@ -172,6 +172,8 @@ def import_lora(pipe: Pipeline, path: str | Path) -> LowRankDelta:
 
     file = user_path(path) / LORA if user_path(path).is_dir() else user_path(path)
     unet, (found, metadata) = unet_of(pipe), _read_all(file)
+    if metadata.get("format") == FORMAT:
+        raise FileFormatError(f"{file} is an edit of this package and no LoRA file: read it with coneslab.load_edit")
     if magnitudes := [name for name in found if "dora_scale" in name]:  # diffusers leaves them out, with a warning
         raise FileFormatError(f"{file} is a DoRA ({magnitudes[0]}), which is no product of two matrices: give a LoRA")
     try:

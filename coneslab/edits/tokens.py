@@ -176,6 +176,12 @@ class TokenEdit(Edit):
         if check_model:
             _require_vocabulary(self.fingerprint, pipe, self.tokens)
         tokenizer, ids = with_tokens(pipe.tokenizer, self.tokens)
+        learned = getattr(table, "_learned", frozenset())
+        if again := [token for token, number in zip(self.tokens, ids, strict=True) if number in learned]:
+            checks.warn(
+                f"{', '.join(again)} has the vector of another edit already, which does not count while this one is "
+                "applied: learn one of them with another token to have both"
+            )
         before = pipe.tokenizer(list(self.tokens), add_special_tokens=False).input_ids
         old_rows, width = table.weight.shape
         new_rows = max(0, max(ids) + 1 - old_rows)
@@ -186,9 +192,12 @@ class TokenEdit(Edit):
             weight[token] = (1 - dose) * start + dose * vector
         edited = nn.Embedding.from_pretrained(weight, freeze=True)
         object.__setattr__(edited, "_untouched", getattr(table, "_untouched", table))  # no module of its own
+        object.__setattr__(edited, "_learned", learned | {*ids})
         encoder = uncompiled(pipe.text_encoder)
         embeddings = Place(encoder, "input embeddings", encoder.get_input_embeddings, encoder.set_input_embeddings)
-        return [(embeddings, edited), (attribute(pipe, "tokenizer"), tokenizer)]
+        places = [(embeddings, edited), (attribute(pipe, "tokenizer"), tokenizer)]
+        # by which a pipeline that is saved meanwhile can be loaded again
+        return [*places, *([(attribute(encoder.config, "vocab_size"), len(weight))] if new_rows else [])]
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         description = {"tokens": list(self.tokens), "fingerprint": self.fingerprint, "initial": list(self.initial)}

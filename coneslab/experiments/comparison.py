@@ -190,7 +190,7 @@ def _named(methods: Sequence[str] | Mapping[str, Method]) -> dict[str, Method]:
     methods = checks.texts("methods", methods)
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
-        raise ConeslabError(f"{', '.join(unknown)}: no such method; choose from {', '.join(METHODS)}")
+        raise ConeslabError(f"{'; '.join(unknown)}: no such method; choose from {'; '.join(METHODS)}")
     return {name: METHODS[name] for name in methods}
 
 

@@ -269,6 +269,10 @@ class ConceptNeurons(Edit):
     def acts_on(self) -> frozenset[str]:
         return ALL_PARTS if self.scope else frozenset((UNET,))
 
+    @property
+    def in_weights(self) -> bool:
+        return not self.scope
+
     @in_steps
     def applied(
         self, pipe: Pipeline, dose: float = 1.0, *, check_model: bool = True

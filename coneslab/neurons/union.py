@@ -74,7 +74,7 @@ def concatenate(*found: ConceptNeurons) -> ConceptNeurons:
     if any(other.scope != found[0].scope for other in found[1:]):
         raise ConeslabError(
             "the masks act at different words, so no single mask can do what they do together: combine them instead "
-            "(coneslab.Combined)"
+            "(coneslab.edits.Combined((mask, other)))"
         )
     cuts = {mask.cut for mask in found if mask.scales.any()}
     if len(cuts) > 1:

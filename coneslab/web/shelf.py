@@ -74,11 +74,10 @@ def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
     """
     require_editable(pipe)
     checks.of_kind("edit", edit, Edit)
-    layout, model = KVSpace(pipe).layout, model_fingerprint(pipe)
+    layout = KVSpace(pipe).layout
     data, parts = [], []
+    _require_drawable(edit, pipe)
     for part, dose in _parts(edit):
-        if getattr(part, "fingerprint", model) != model:
-            require_model(part.fingerprint, pipe, "this edit")  # type: ignore[attr-defined]
         if isinstance(part, ConceptNeurons):
             raw, entry = _mask(part, dose, pipe)
         else:
@@ -86,6 +85,22 @@ def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
         data.append(raw)
         parts.append(entry | {"bytes": len(raw)})
     return b"".join(data), parts
+
+
+def _require_drawable(edit: Edit, pipe: Pipeline) -> None:
+    """Raise ConeslabError, saying why, for an edit that a page cannot draw with: see `plain`."""
+    names, model = set(KVSpace(pipe).layout.names), model_fingerprint(pipe)
+    for part, _ in _parts(edit):
+        deltas = part.deltas if isinstance(part, WeightDelta) else {}
+        factors = part.factors if isinstance(part, LowRankDelta) else {}
+        matrices = all(delta.ndim == 2 for delta in deltas.values()) and names >= {*deltas, *factors}
+        if not isinstance(part, ConceptNeurons) and not (matrices and (deltas or factors)):
+            raise ConeslabError(
+                f"{part!r} changes more than the keys and values of cross-attention, which a page cannot do: give "
+                "masks, closed-form ablations, or other changes of these matrices"
+            )
+        if part.fingerprint != model:  # type: ignore[attr-defined]
+            require_model(part.fingerprint, pipe, "this edit")  # type: ignore[attr-defined]
 
 
 def _parts(edit: Edit, dose: float = 1.0) -> list[tuple[Edit, float]]:
@@ -121,13 +136,9 @@ def _seven_bits(number: int) -> bytes:
 
 
 def _delta(edit: Edit, dose: float, layout: KVLayout) -> tuple[bytes, dict[str, Any]]:
-    if isinstance(edit, WeightDelta) and all(delta.ndim == 2 for delta in edit.deltas.values()):
+    if isinstance(edit, WeightDelta):
         edit = compress(edit, energy=ENERGY)
-    if not isinstance(edit, LowRankDelta) or not set(edit.factors) <= set(layout.names):
-        raise ConeslabError(
-            f"{edit!r} changes more than the keys and values of cross-attention, which a page cannot do: give masks, "
-            "closed-form ablations, or other changes of these matrices"
-        )
+    assert isinstance(edit, LowRankDelta)
     named = [name for name in layout.names if name in edit.factors]
     pairs = ((dose * left, right) for left, right in (edit.factors[name] for name in named))
     raw = b"".join(factor.to(torch.float16).numpy().tobytes() for pair in pairs for factor in pair)
@@ -140,7 +151,9 @@ def _delta(edit: Edit, dose: float, layout: KVLayout) -> tuple[bytes, dict[str, 
 def shelf_of(pipe: Pipeline, paths: Iterable[str | Path]) -> list[Shelved]:
     """Edits from files, and from all files of folders that hold edits: `.safetensors`, or `.mask` of `save_mask`.
 
-    Raises MissingFileError without such a file, FileFormatError for one that cannot be read.
+    Of a folder, those that a page cannot draw with are left out, with a warning.
+    Raises MissingFileError without such a file, FileFormatError for one that cannot be read, ConeslabError for one that
+    a page cannot draw with.
     """
     require_editable(pipe)
     found: dict[str, Shelved] = {}
@@ -154,6 +167,13 @@ def shelf_of(pipe: Pipeline, paths: Iterable[str | Path]) -> list[Shelved]:
             raise MissingFileError(f"{path} holds no edits: give files that end in .safetensors or .mask")
         for file in files:
             edit = ConceptNeurons.load_mask(file, pipe) if file.suffix == ".mask" else load_edit(file)
+            try:
+                _require_drawable(edit, pipe)
+            except ConeslabError as error:
+                if file == path:
+                    raise type(error)(f"{file}: {error}") from error
+                checks.warn(f"{file} is left out of the page: {error}")
+                continue
             name = re.sub(r"[^\w]+", "-", file.stem.lower()).strip("-") or "edit"
             if name in found:
                 raise ConeslabError(f"two edits would be named {name!r} in the page: rename {file}")
@@ -174,10 +194,10 @@ def _title(edit: Edit, stem: str) -> str:
 def _prompts(edit: Edit) -> tuple[str, str]:
     """What an edit is about, as prompts name it, and what to draw with it."""
     name, settings = getattr(edit, "subject", ""), dict(getattr(edit, "settings", {}))
-    if name in SUBJECTS:
-        known = subject(name)
-        return known.prompt, known.prompts[0]
     phrase = str(settings.get("prompt") or _first(settings.get("target", "")))
+    known = subject(name) if name in SUBJECTS else None
+    if known is not None and phrase in ("", known.prompt):  # a subject of your own may be named like one of ours
+        return known.prompt, known.prompts[0]
     return phrase, phrase
 
 

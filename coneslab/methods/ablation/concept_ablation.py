@@ -320,8 +320,8 @@ def _train_embedding(plan: _Plan) -> TokenEdit:
     words, long = list(own.values()), [word for ids, word in own.items() if len(ids) != 1]
     if long:
         raise ConeslabError(
-            f"{', '.join(long)} is not in the vocabulary as one token: ablate keys and values instead "
-            "(parameters='cross_attention_kv')"
+            f"{', '.join(long)} is not in the vocabulary as one token: ablate keys and values instead, which are the "
+            "parameters cross_attention_kv"
         )
     data = plan.data[: len(captions)]  # the anchor's captions do not contain the words: nothing to preserve there
     text = LearnedText(pipe, captions, words)
