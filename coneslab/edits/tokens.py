@@ -176,7 +176,7 @@ class TokenEdit(Edit):
         if check_model:
             _require_vocabulary(self.fingerprint, pipe, self.tokens)
         tokenizer, ids = with_tokens(pipe.tokenizer, self.tokens)
-        learned = getattr(table, "_learned", frozenset())
+        learned: frozenset[int] = getattr(table, "_learned", frozenset())
         if again := [token for token, number in zip(self.tokens, ids, strict=True) if number in learned]:
             checks.warn(
                 f"{', '.join(again)} has the vector of another edit already, which does not count while this one is "
