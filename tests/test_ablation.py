@@ -379,6 +379,9 @@ def test_pruning_takes_the_weights_that_the_target_needs_more(v_pipe):
     rows = torch.arange(len(first))
     expected = scores[0][rows, first] > scores[1][rows, first]
     assert torch.equal(edit.deltas[f"{layer}.weight"][rows, first] != 0, expected)
+    count, gone = max(1, round(0.1 * scores[0].shape[1])), edit.deltas[f"{layer}.weight"] != 0
+    most = torch.zeros_like(gone).scatter_(1, scores[0].topk(count, dim=1).indices, True)
+    assert torch.equal(gone, most & (scores[0] > scores[1])) and (most & ~gone).any() and count > 1
 
 
 def test_neighbours_refuse_bad_settings(v_pipe):

@@ -10,7 +10,7 @@ from coneslab.diffusion.encoding import encode_prompts
 from coneslab.diffusion.sampling import ddim_sample, generate, guided_between, start_noise
 from coneslab.edits.tokens import TokenEdit, vocabulary_fingerprint
 from coneslab.errors import ConeslabError, MismatchError
-from coneslab.measure.attention import KVLayout, KVSpace
+from coneslab.measure.attention import KVLayout, KVSpace, attention_probabilities
 from coneslab.measure.recording import record_attention
 from coneslab.neurons.mask import ConceptNeurons
 
@@ -190,6 +190,19 @@ def test_maps_are_the_softmax_of_queries_and_keys(pipe, processor):
             assert torch.allclose(got[step].flatten(2).transpose(1, 2), expected, atol=1e-5)
         assert torch.allclose(got.sum(2), torch.ones(()), atol=1e-5)
     assert len(inputs) == len(maps.layers)
+
+
+def test_tokens_that_are_masked_get_no_attention_and_leave_theirs_to_the_others(v_pipe):
+    module = next(iter(KVSpace(v_pipe).modules.values()))
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randn(2, 5, module.to_q.in_features, generator=generator)
+    text = torch.randn(2, 6, module.to_k.in_features, generator=generator)
+    bias = torch.zeros(2, 1, 6)
+    bias[0, :, 4:], bias[1, :, :2] = -1e4, -1e4
+    found = attention_probabilities(module, places, text, bias)
+    assert torch.allclose(found[:1, ..., :4], by_hand(module, places[:1], text[:1, :4]), atol=1e-6)
+    assert torch.allclose(found[1:, ..., 2:], by_hand(module, places[1:], text[1:, 2:]), atol=1e-6)
+    assert not found[0, ..., 4:].any() and not found[1, ..., :2].any()
 
 
 @pytest.mark.slow

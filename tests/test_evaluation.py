@@ -109,6 +109,22 @@ def test_a_report_names_the_model_and_not_where_it_lies(tmp_path, name, told):
     assert evaluation._name(pipe) == told
 
 
+def test_the_pictures_that_distances_are_taken_from_are_all_others(drawing, monkeypatch):
+    """Pictures beside themselves would have no distance."""
+    drawing()
+    seeds = []
+
+    def sample(n, *, seed):
+        seeds.append(seed)
+        return SimpleNamespace(captions=["a cat"] * n, images=[showing("a cat")] * n)
+
+    monkeypatch.setattr(evaluation, "sample", sample)
+    monkeypatch.setattr(evaluation, "kid", lambda *features: 0.0)
+    evaluate_model(Pipe(), ORACLE, seeds=1, limit=2, kid_pictures=4, beside_real=False)
+    captions, beside_drawn, real, beside_real = seeds
+    assert beside_drawn == beside_real and len({captions, beside_drawn, real}) == 3
+
+
 def test_without_real_pictures_the_shares_are_the_same_and_none_is_composed(drawing, monkeypatch):
     drawing()
     few = {"seeds": 1, "limit": 2}
@@ -170,6 +186,21 @@ def test_the_rule_for_finding_objects_is_a_permutation_test():
         shares = finds_objects(Guessing(None, None), pictures, [("cat",)] * 2000, level=level)
         allowed = int(level * len(CLASSES)) / len(CLASSES)  # ranks are whole numbers
         assert shares.mean() == pytest.approx(allowed, abs=4 * np.sqrt(allowed / 2000))
+
+
+@pytest.mark.parametrize(
+    ("level", "more", "found"), [(0.05, 0, True), (0.05, 1, False), (0.2, 0, True), (1.0, 0, True)]
+)
+def test_a_caption_that_is_as_near_counts_as_nearer(level, more, found, monkeypatch):
+    """p = (1 + swaps at least as near) / (1 + swaps), at most `level` (Phipson and Smyth 2010)."""
+    tied = int(level * len(CLASSES)) - 1 + more  # with one object there is a swap for every other class
+
+    def near(judge, images, options):
+        assert len(options[0]) == len(CLASSES)
+        return [[0.5] * (1 + tied) + [0.1] * (len(CLASSES) - 1 - tied)]
+
+    monkeypatch.setattr(asking, "cosines", near)
+    assert finds_objects(None, [showing("nothing")], [("cat",)], level=level).tolist() == [found]
 
 
 @pytest.mark.slow

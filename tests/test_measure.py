@@ -277,6 +277,14 @@ def test_a_clustered_share_counts_its_effective_number():
     found = share_interval(whole, clusters=[labels])
     expected = binomtest(7, 10).proportion_ci(0.95, "wilson")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    rates = np.array([2, 3, 4, 5, 6, 7, 8, 5, 4, 6]) / 8  # variance of a mean of ten, as an unbiased estimate
+    found = share_interval((np.arange(8) < 8 * rates[:, None]).ravel(), clusters=[labels])
+    n = rates.mean() * (1 - rates.mean()) / (((rates - rates.mean()) ** 2).sum() / 9 / 10)
+    middle = (rates.mean() + 1.959964**2 / (2 * n)) / (1 + 1.959964**2 / n)
+    reach = (
+        1.959964 / (1 + 1.959964**2 / n) * np.sqrt(rates.mean() * (1 - rates.mean()) / n + (1.959964 / (2 * n)) ** 2)
+    )
+    assert 10 < n < 80 and (found.low, found.high) == pytest.approx((middle - reach, middle + reach), rel=1e-6)
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(400):  # clusters with shares of their own around 0.97, which a bootstrap covers far too seldom

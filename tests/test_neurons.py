@@ -25,7 +25,7 @@ from coneslab.finetuning.samples import concept_latents, prior_pictures, sample_
 from coneslab.neurons.controls import finetune_kv, mean_gradient, random_neurons, reversed_neurons, top_k_neurons
 from coneslab.neurons.loss import concept_loss
 from coneslab.neurons.mask import ConceptNeurons
-from coneslab.neurons.search import find_concept_neurons, quantiles
+from coneslab.neurons.search import SearchSettings, _Adaptive, _StraightThrough, find_concept_neurons, quantiles
 
 BATCHES = {"batch_size": 6, "prior_batch_size": 3, "prior_images": 4, "sampler_steps": 2}
 SEARCH = {**BATCHES, "rounds": 4, "progress": False, "threshold_quantile": 0.9}
@@ -217,6 +217,100 @@ def test_the_search_is_the_algorithm_written_out(pipe, pictured, options):
     space.scatter(theta)
     differing = ((found.scale() - s).abs() > 1e-4).sum()
     assert differing <= 4, f"{differing} of {len(found)} scales differ"  # ties at τ, rounded differently
+
+
+LAYOUT = KVLayout((KVLayer("a", "down 0", "K", 0, 8, (4, 5), 0), KVLayer("b", "up 0", "V", 0, 8, (3, 5), 20)))
+ROUNDS = 6
+
+
+def some_gradients(seed):
+    """Weights and a gradient for each round, float64."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=LAYOUT.n), rng.normal(size=(ROUNDS, LAYOUT.n)) + 0.5
+
+
+def running_mean(values, momentum):
+    """Of all rounds so far, the later the more: written out as weights that sum to 1."""
+    weights = momentum ** np.arange(len(values))[::-1]
+    return weights @ values / weights.sum()
+
+
+def followed(rule, theta, gradients, noise=0.5):
+    """The scales after every round."""
+    scales = []
+    for gradient in gradients:
+        rule.update(torch.tensor(gradient), noise)
+        scales.append(rule.scale.clone().numpy())
+    return theta, scales
+
+
+def scaled_down(scale, criterion, share, rate):
+    """One round: in each layer, whatever is above its quantile and above 0."""
+    scale = scale.copy()
+    for layer in LAYOUT:
+        values = criterion[layer.slice]
+        tau = max(0.0, np.sort(values)[int(np.ceil(share * layer.size)) - 1])
+        scale[layer.slice][values > tau] *= 1 - rate
+    return scale
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_curvature_is_taken_off_the_criterion(noise):
+    """Gain of scaling down: s θ g − ½ (s θ)² h, h the variance of g over 2 noise (ours, see `SearchSettings`)."""
+    theta, gradients = some_gradients(1)
+    options = {"rule": "curvature", "momentum": 0.6, "rate": 0.25, "threshold_quantile": 0.7}
+    rule = _Adaptive(torch.tensor(theta), torch.ones(LAYOUT.n).double(), LAYOUT, SearchSettings(**options))
+    scale, plain = np.ones(LAYOUT.n), np.ones(LAYOUT.n)
+    for k in range(ROUNDS):
+        rule.update(torch.tensor(gradients[k]), noise)
+        mean, square = running_mean(gradients[: k + 1], 0.6), running_mean(gradients[: k + 1] ** 2, 0.95)
+        slope = scale * theta * mean
+        curvature = np.maximum(square - mean**2, 0) / (2 * noise)
+        scale = scaled_down(scale, slope - (scale * theta) ** 2 * curvature / 2, 0.7, 0.25)
+        plain = scaled_down(plain, plain * theta * mean, 0.7, 0.25)
+        np.testing.assert_allclose(rule.scale.numpy(), scale, rtol=1e-12)
+    assert (scale < 1).any() and (scale != plain).any()
+
+
+def test_every_band_of_the_schedule_has_the_same_vote():
+    theta, gradients = some_gradients(2)
+    gradients *= np.array([1.0, 100.0, 0.01] * 2)[:, None]  # the bands come in turn, and their sizes do not count
+    options = {"rule": "bands", "bands": 3, "momentum": 0.6, "rate": 0.25, "threshold_quantile": 0.7}
+    rule = _Adaptive(torch.tensor(theta), torch.ones(LAYOUT.n).double(), LAYOUT, SearchSettings(**options))
+    assert rule.parts == 3
+    scale = np.ones(LAYOUT.n)
+    for k in range(ROUNDS):
+        rule.update(torch.tensor(gradients[k]), 0.5)
+        means = [running_mean(gradients[: k + 1][band::3], 0.6) for band in range(min(3, k + 1))]
+        votes = [scale * theta * mean for mean in means]
+        scale = scaled_down(scale, np.mean([vote / np.sqrt((vote**2).mean()) for vote in votes], 0), 0.7, 0.25)
+        np.testing.assert_allclose(rule.scale.numpy(), scale, rtol=1e-12)
+    assert (scale < 1).any()
+
+
+def test_straight_through_shuts_the_largest_sums_within_a_budget_that_grows():
+    theta, gradients = some_gradients(3)
+    options = {"rule": "straight-through", "momentum": 0.6, "density": 0.3, "rounds": ROUNDS}
+    rule = _StraightThrough(torch.tensor(theta), torch.ones(LAYOUT.n).double(), LAYOUT, SearchSettings(**options))
+    latent, counts, reopened = np.zeros(LAYOUT.n), [], False
+    before = np.ones(LAYOUT.n)
+    for k in range(ROUNDS):
+        hits, _ = rule.update(torch.tensor(gradients[k]), 0.5)
+        latent += theta * running_mean(gradients[: k + 1], 0.6)
+        scale = np.ones(LAYOUT.n)
+        for layer in LAYOUT:
+            budget = max(1, round(0.3 * min(1.0, (k + 1) / 3) * layer.size))
+            best = np.argsort(-latent[layer.slice])[:budget]
+            scale[layer.slice][best[latent[layer.slice][best] > 0]] = 0
+        np.testing.assert_array_equal(rule.scale.numpy(), scale)
+        np.testing.assert_array_equal(hits.numpy(), (scale == 0) & (before == 1))
+        reopened |= bool(((scale == 1) & (before == 0)).any())
+        counts.append(int((scale == 0).sum()))
+        before = scale
+    assert counts[0] < counts[1] < counts[2] and reopened
+    nothing = _StraightThrough(torch.ones(LAYOUT.n), torch.ones(LAYOUT.n), LAYOUT, SearchSettings(**options))
+    nothing.update(-torch.ones(LAYOUT.n), 0.5)
+    assert (nothing.scale == 1).all()  # no neuron whose shutting would raise the loss
 
 
 def test_the_pipeline_is_never_touched(v_pipe, pictured):
@@ -635,6 +729,20 @@ def test_top_k_takes_the_largest(v_pipe, pictured, criterion, per_layer):
         assert abs(int(chosen[part].sum()) - 0.1 * len(score[part])) <= 0.5
         assert score[part][chosen[part]].min() >= score[part][~chosen[part]].max()
     assert set(mask.scales.tolist()) == {0.0}
+
+
+@pytest.mark.slow
+def test_the_mean_gradient_is_that_of_the_untouched_model_over_all_batches(pipe, pictured):
+    exact = double(pipe)
+    prior = prior_pictures(pipe, pictured, n=4, sampler_steps=2)
+    options = {"batch_size": 6, "prior_batch_size": 3, "prior": prior, "seed": 5}
+    found = mean_gradient(exact, pictured, rounds=3, progress=False, **options)
+    pairs = concept_latents(exact, pictured, **options)
+    space, samples = KVSpace(exact), sample_batches(exact, pairs, seed=5)
+    weights = [space.parameters[layer.name] for layer in space.layers]
+    each = [torch.autograd.grad(plain_loss(exact, pairs, next(samples)), weights) for _ in range(3)]
+    expected = torch.stack([torch.cat([part.flatten() for part in one]) for one in each]).mean(0)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_top_k_copies_a_masks_density(v_pipe, pictured, found):

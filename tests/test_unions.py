@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coneslab.diffusion.kvspace import KVLayer, KVLayout, KVSpace
-from coneslab.edits.base import Edit, load_edit
+from coneslab.edits.base import Combined, Edit, load_edit
 from coneslab.edits.weights import model_fingerprint
 from coneslab.errors import ConeslabError, FileFormatError, MismatchError
 from coneslab.neurons.mask import ConceptNeurons
@@ -183,7 +183,14 @@ def test_additivity_is_that_of_the_outputs(v_pipe, found, both):
     measured = additivity(v_pipe, found, both, samples=4)
     error = ((whole - first - second).norm(dim=1) / whole.norm(dim=1)).mean()
     assert measured.error == pytest.approx(float(error))
-    assert -1 <= measured.cosine <= 1 and measured.ratio > 0
+    total = first + second
+    cosine = [a @ b / (a.norm() * b.norm()) for a, b in zip(whole, total, strict=True)]
+    assert measured.cosine == pytest.approx(float(torch.stack(cosine).mean()))
+    assert measured.ratio == pytest.approx(float((whole.norm(dim=1) / total.norm(dim=1)).mean()))
+    local = [mask.at(word) for mask, word in zip(found, ("sks", "dog"), strict=True)]
+    together, *each = output_changes(v_pipe, [Combined(tuple(local)), *local], both, samples=4)
+    measured = additivity(v_pipe, local, both, samples=4)  # at different words no single mask does it
+    assert measured.error == pytest.approx(float(((together - sum(each)).norm(dim=1) / together.norm(dim=1)).mean()))
     # an empty mask changes nothing, so its sum with another is exactly the other
     empty = replace(found[1], indices=[], scales=[])
     alone = additivity(v_pipe, [found[0], empty], both, samples=4)
