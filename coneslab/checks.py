@@ -18,6 +18,7 @@ from .errors import ArgumentError, ConeslabWarning
 MOST = 1_000_000  # of anything that is counted: more would run for days, or fill any memory
 SEEDS = 2**32  # torch's generator on the CPU reads 32 bits of a seed: 2**32 would be 0 again
 GUIDANCE = "[0, 100]"  # of guidance scales; 1 is none, and pictures are noise long before 100
+GUIDED = "[1, 100]"  # of those with which a pipeline draws, which takes 1 for every scale below
 SHARE = "[0, 1]"
 _WITHIN = (__package__, "torch", "contextlib")  # whose decorators are between the package and its caller
 

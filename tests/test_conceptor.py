@@ -238,6 +238,11 @@ def example(pipe=None):
     )
 
 
+def test_a_word_has_one_coefficient():
+    with pytest.raises(ConeslabError, match="'cat' is among the words twice"):
+        Decomposition("pet", ("cat", "dog", "cat"), np.array([0.2, 0.6, 0.1]), 3, 1.0, "ab")
+
+
 def test_coefficients_are_scaled_left_out_and_kept():
     made = example()
     assert made.words == ("cat", "dog", "car", "house")

@@ -22,6 +22,7 @@ from coneslab.diffusion.sampling import (
     start_noise,
     timestep_pairs,
 )
+from coneslab.edits.tokens import TokenEdit, vocabulary_fingerprint
 from coneslab.errors import ArgumentError, ConeslabError, MismatchError
 from coneslab.finetuning.samples import CaptionedLatents, sample_batches
 from coneslab.measure.statistics import share_interval
@@ -266,6 +267,9 @@ def test_an_attack_lowers_the_loss_with_words_that_are_read_as_they_are_written(
     assert found.tried == 12 and len(found.losses) == 3 and found.after < found.before
     ids = v_pipe.tokenizer(found.prompt, add_special_tokens=False).input_ids
     known = {word: token for token, word in words_of(v_pipe).items()}
+    edit = TokenEdit(("<new>",), torch.ones(1, 24), vocabulary_fingerprint(v_pipe))
+    with edit.applied(v_pipe):  # by a copy of the tokenizer, which spells otherwise
+        assert {word: token for token, word in words_of(v_pipe).items()} == known
     assert ids[: len(found.words)] == [known[word] for word in found.words]
     assert found == attack_prompt(v_pipe, shown, "a cat", exclude="cat", dtype=torch.float32, **options)
 

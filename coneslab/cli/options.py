@@ -47,7 +47,7 @@ def checked(check: Callable[..., Any], read: Callable[[str], Any] = int, **optio
 positive = checked(checks.count)
 positive_number = checked(checks.number, float, interval="(0, inf)")
 as_seed = checked(checks.seed)
-as_guidance_scale = checked(checks.number, float, interval=checks.GUIDANCE)
+as_guidance_scale = checked(checks.number, float, interval=checks.GUIDED)
 as_dose = checked(checks.dose, float)
 as_text = checked(checks.text, str)
 as_template = checked(checks.template, str)

@@ -5,7 +5,7 @@ Latents are always scaled by the autoencoder's `scaling_factor`: they are what t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,12 @@ def unread(pipe: Pipeline, prompt: str, tokenizer: Any = None) -> str:
     tokenizer = tokenizer or pipe.tokenizer
     ids = tokenizer(_expanded(pipe, [prompt])[0], add_special_tokens=False, verbose=False).input_ids
     rest = ids[tokenizer.model_max_length - tokenizer.num_special_tokens_to_add() :]
-    return tokenizer.decode(rest).replace("</w>", " ").strip()  # with added tokens, ends of words stay marked
+    return text_of(tokenizer, rest)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What token ids spell. A tokenizer with added tokens, or a copy of one, leaves the ends of words marked."""
+    return " ".join(tokenizer.decode(ids).replace("</w>", " ").split())
 
 
 def _too_long(pipe: Pipeline, prompts: Iterable[str], tokenizer: Any = None) -> str:

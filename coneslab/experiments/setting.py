@@ -265,7 +265,7 @@ class Setting:
         require_editable(self.pipe)
         for name in ("rounds", "finetune_steps", "pictures", "sampler_steps", "samples"):
             object.__setattr__(self, name, checks.count(name, getattr(self, name)))
-        checks.number("guidance_scale", self.guidance_scale, checks.GUIDANCE)
+        checks.number("guidance_scale", self.guidance_scale, checks.GUIDED)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class SamplerSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(checks.count, "sampler_steps")
-        self._check(checks.number, "guidance_scale", interval=checks.GUIDANCE)
+        self._check(checks.number, "guidance_scale", interval=checks.GUIDED)
         self._check(checks.seed, "seed")
 
     @property
@@ -235,7 +235,7 @@ def generate_once(
     seeds = tuple(seeds_for(seed, len(prompts)))
     checks.as_many("prompts", prompts, "seeds", seeds)
     sampler_steps = require_steps(pipe, sampler_steps)
-    guidance_scale = checks.number("guidance_scale", guidance_scale, checks.GUIDANCE)
+    guidance_scale = checks.number("guidance_scale", guidance_scale, checks.GUIDED)
     model = pipeline_fingerprint(pipe), freeu_of(unet_of(pipe))
     keys = [(model, *one, sampler_steps, guidance_scale) for one in zip(prompts, seeds, strict=True)]
     missing = list(dict.fromkeys(key for key in keys if key not in _DRAWN))

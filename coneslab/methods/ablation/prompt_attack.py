@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import checks
 from ...diffusion.checks import require_editable, require_pipeline
-from ...diffusion.encoding import encode_ids, encode_images, tokenize
+from ...diffusion.encoding import encode_ids, encode_images, text_of, tokenize
 from ...diffusion.kvspace import unet_of
 from ...diffusion.loss import Denoiser, denoising_loss
 from ...diffusion.pipelines import Pipeline
@@ -171,7 +171,7 @@ def words_of(pipe: Pipeline, exclude: Sequence[str] = ()) -> dict[int, str]:
     tokenizer, exclude = pipe.tokenizer, checks.texts("exclude", exclude, least=0)
     banned = {token for text in exclude for token in tokenizer(text, add_special_tokens=False).input_ids}
     banned |= set(tokenizer.all_special_ids)
-    texts = {token: tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size) if token not in banned}
+    texts = {token: text_of(tokenizer, [token]) for token in range(tokenizer.vocab_size) if token not in banned}
     texts = {token: text for token, text in texts.items() if text.isascii() and text.isalnum()}
     read = tokenizer(list(texts.values()), add_special_tokens=False).input_ids if texts else []
     found = {token: text for (token, text), ids in zip(texts.items(), read, strict=True) if ids == [token]}
