@@ -165,6 +165,24 @@ def test_learned_text_is_what_the_pipeline_would_encode(v_pipe):
         LearnedText(v_pipe, ["a cat " * 5 + "<x>"], ["<x>"])
 
 
+@pytest.mark.parametrize("size", [1e4, 1.0, 1e-7, 0.0])
+def test_gradients_of_any_size_in_the_text_survive_a_text_encoder_in_float16(v_pipe, own_pipe, size):
+    own_pipe.text_encoder.load_state_dict(v_pipe.text_encoder.state_dict())
+    captions = ["a <x> cat", "a sks dog"]
+    exact = LearnedText(v_pipe, captions, ["<x>", "sks"])
+    half = LearnedText(own_pipe, captions, ["<x>", "sks"])
+    own_pipe.text_encoder.half()
+    vectors = torch.randn(2, embedding_of(v_pipe).weight.shape[1], requires_grad=True)
+    down, slopes = size * torch.randn(exact(vectors).shape, generator=torch.Generator().manual_seed(0)), []
+    for text in (exact, half):
+        made = text(vectors)
+        assert made.dtype == torch.float32 and torch.allclose(made, exact(vectors), atol=2e-2)
+        slopes += torch.autograd.grad((down * made).sum(), vectors)
+    assert (slopes[1] - slopes[0]).norm() <= 0.02 * slopes[0].norm()
+    with torch.no_grad():
+        assert torch.allclose(half(vectors), exact(vectors), atol=2e-2)
+
+
 # --- gradients in the text ---
 
 

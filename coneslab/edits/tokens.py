@@ -7,7 +7,7 @@ The pipeline's embedding table and tokenizer are never modified: copies take the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -239,7 +239,14 @@ class LearnedText:
         self._input = ids.to(table.weight.device).clamp(max=len(table.weight) - 1)  # new ids: any row, replaced below
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """vectors (tokens, width) -> (captions, positions, width)."""
+        """vectors (tokens, width) -> (captions, positions, width); float32 from a text encoder in float16.
+
+        There its backward pass works on a gradient scaled to 1, which would otherwise underflow.
+        """
+        half = embedding_of(self._pipe).weight.dtype == torch.float16
+        scale = _GradientScale()
+        if half:
+            vectors = scale.undone(vectors)
 
         def learned(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             own = vectors.to(output)[self._which.clamp(min=0)]  # learned elsewhere, perhaps: on the CPU
@@ -247,6 +254,32 @@ class LearnedText:
 
         handle = embedding_of(self._pipe).register_forward_hook(learned)
         try:
-            return encode_ids(self._pipe, self._input)
+            text = encode_ids(self._pipe, self._input)
         finally:
             handle.remove()
+        return scale.done(text.float()) if half else text
+
+
+class _GradientScale:
+    """A gradient that is scaled to a largest entry of 1 where it comes in, and back where it goes out."""
+
+    def __init__(self) -> None:
+        self.largest = torch.ones(())
+
+    def done(self, values: Tensor) -> Tensor:
+        return self._hooked(values, self._do)
+
+    def undone(self, values: Tensor) -> Tensor:
+        return self._hooked(values, lambda gradient: gradient * self.largest.to(gradient))
+
+    def _do(self, gradient: Tensor) -> Tensor:
+        largest = gradient.abs().max()
+        self.largest = torch.where(largest > 0, largest, 1.0)
+        return gradient / self.largest
+
+    @staticmethod
+    def _hooked(values: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
+        values = values.view_as(values)
+        if values.requires_grad:
+            values.register_hook(hook)
+        return values
