@@ -240,7 +240,7 @@ def _require_all_weights(folder: Path, pipe: Pipeline) -> None:
         if wrapped := [name for name in other if ".base_layer." in name or "_orig_mod." in name]:
             raise FileFormatError(
                 f"{folder / part} holds weights of a {network} with something around them ({wrapped[0]}): save it "
-                "again, compiled never, and without LoRA adapters (pipe.fuse_lora(), pipe.unload_lora_weights())"
+                "again before it is compiled, and without LoRA adapters (pipe.fuse_lora(), pipe.unload_lora_weights())"
             )
         if sum(missing.values()) > sum(other.values()):
             raise FileFormatError(

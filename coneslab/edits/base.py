@@ -67,7 +67,7 @@ class Edit(ABC):
 
     @property
     def in_weights(self) -> bool:
-        """Whether a pipeline saved inside the `with` block holds the edit, which changes weights and words alone."""
+        """Whether a pipeline saved inside the `with` block holds it: not so an edit that acts at some words only."""
         return True
 
     @abstractmethod

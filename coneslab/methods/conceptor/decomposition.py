@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -60,8 +61,9 @@ class Decomposition(Edit):
             raise ConeslabError(
                 f"got coefficients of shape {values.shape} for {len(self.words)} words: give each a number, 0 or more"
             )
-        if twice := [word for number, word in enumerate(self.words) if word in self.words[:number]]:
-            raise ConeslabError(f"{twice[0]!r} is among the words twice: give each of them once, with one coefficient")
+        if len(set(self.words)) < len(self.words):
+            (word, _), *_ = Counter(self.words).most_common(1)
+            raise ConeslabError(f"{word!r} is among the words twice: give each of them once, with one coefficient")
         if not values.any():
             raise ConeslabError("all coefficients are 0: leave at least one word in")
         order = np.argsort(-values, kind="stable")
