@@ -278,6 +278,18 @@ def test_custom_diffusion_trains_keys_values_and_every_token(v_pipe, both):
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
 
 
+@pytest.mark.slow
+def test_tokens_learn_at_a_rate_of_their_own(v_pipe, both):
+    """The first step of AdamW moves every number by its learning rate."""
+    options = {**FAST, **PRIOR, "steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0}
+    theta, start = KVSpace(v_pipe).gather(), start_vector(v_pipe, "sks")
+    for rate, expected in ((None, 1e-3), (2e-2, 2e-2)):
+        token, delta = custom_diffusion(v_pipe, both, **options, token_learning_rate=rate).edits
+        assert (token.vectors[0] - start).abs().max() == pytest.approx(expected, rel=0.02)
+        moved = torch.cat([change.flatten() for change in delta.deltas.values()]).abs()
+        assert moved.max() == pytest.approx(1e-3, rel=0.02) and len(moved) == len(theta)
+
+
 def test_augmentation_says_the_size_in_the_caption_and_masks_the_ground(v_pipe, pictured):
     pairs = scaled_latents(v_pipe, pictured, batch_size=16, small=("small",), large=("huge",), versions=9)
     assert set(pairs) == {"a sks cat", "a small sks cat", "a huge sks cat"}

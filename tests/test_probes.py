@@ -449,6 +449,8 @@ def test_a_probe_finds_what_is_above_its_floor_and_the_margin():
     floors = {"completion": 0.2}
     assert Profile((plain, finding), 0.1, floors).found_by == ("completion",)
     assert not Profile((plain, finding), 0.12, floors).found_by
+    unsure = Finding("inpainting", SILENT, 0.0, 0.0, 0.1, 0.4, 0.05, 0.75)  # before, it might have found nothing, too
+    assert Profile((plain, unsure), 0.1).blind == ("inpainting",) and not Profile((plain, unsure), 0.04).blind
     control = Profile((finding,))
     assert profile.floors_of(control) == {"completion": 1.0}
     assert "avoiding" in repr(Profile((plain, finding)))
