@@ -322,6 +322,10 @@ WRONG_INPUTS = [
     (["compare", "--methods", "magic"], "no such method"),
     (["compare", "--subjects", "cat+unicorn"], "not a subject"),
     (["compare", "--settings", "[1]"], "give a JSON object"),
+    (
+        ["compare", "--methods", "Cones, float", "--settings", '{"steps": 5}'],
+        "steps, which 'Cones, float' does not take",
+    ),
     (["compare", "--settings", "[" * 100_000], "give JSON"),
     (["compare", "--model", "file"], "there is no model"),
     (["compare", "--judge", "file"], "as a judge, expected"),

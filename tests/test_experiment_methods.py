@@ -18,9 +18,9 @@ from coneslab.cli import main
 from coneslab.diffusion.sampling import generate
 from coneslab.edits.base import Combined
 from coneslab.edits.weights import WeightDelta, model_fingerprint
-from coneslab.errors import ConeslabError, WorldError
+from coneslab.errors import ArgumentError, ConeslabError, WorldError
 from coneslab.experiments import cluster, comparison
-from coneslab.experiments.methods import METHODS, Method, make_edit
+from coneslab.experiments.methods import METHODS, Method, chosen_settings, make_edit
 from coneslab.experiments.setting import neurons, stored_bytes
 from coneslab.neurons.search import find_concept_neurons
 from coneslab.neurons.union import joint_prompt
@@ -316,10 +316,21 @@ def test_a_method_gets_its_own_settings_unless_told_otherwise(world_pipe, tmp_pa
     assert [size for _, _, size in calls] == [2.0, 3.0]
 
 
+def test_every_method_takes_what_it_is_tuned_by_and_no_other_name():
+    for name, method in METHODS.items():
+        for count in (1, 2):
+            for trial in [*method.trials(count), method.settings, chosen_settings(name, count)]:
+                assert method.unknown(trial) == [], (name, trial)
+        assert method.unknown({"seed": 1, "stps": 2}) == ["seed", "stps"]
+    assert Method(lambda pipe, subjects, *, seed, **anything: None).unknown({"stps": 2}) == []
+
+
 def test_unknown_methods_counts_and_subjects_are_refused(tmp_path):
     path = tmp_path / "table.csv"
     with pytest.raises(ConeslabError, match="no such method"):
         comparison.compare_methods(path, methods=["Cone"])
+    with pytest.raises(ArgumentError, match="settings has stps, which 'DreamBooth' does not take"):
+        comparison.compare_methods(path, methods=["DreamBooth"], settings={"stps": 5})
     with pytest.raises(ConeslabError, match="combinations of 9"):
         comparison.compare_methods(path, counts=[9])
     with pytest.raises(WorldError, match="unicorn"):

@@ -284,7 +284,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     counts = getattr(arguments, "counts", (1, 2, 3, 4))
     methods = arguments.methods.split(";") if arguments.methods else tuple(METHODS)
     subjects = _listed(arguments.subjects)
-    experiments.require_comparison(arguments.out, methods, counts, subjects, arguments.kept)
+    experiments.require_comparison(arguments.out, methods, counts, subjects, arguments.kept, settings)
     source_of(arguments.model)
     judge_source(arguments.judge)
     common = {

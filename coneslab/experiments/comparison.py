@@ -19,7 +19,7 @@ import pandas
 
 from .. import checks
 from ..diffusion.pipelines import Pipeline
-from ..errors import ConeslabError
+from ..errors import ArgumentError, ConeslabError
 from ..files import data_folder, read_json, require_writable, write_json
 from ..measure.judge import Judge
 from ..world.subjects import (
@@ -136,8 +136,8 @@ def compare_methods(
     """
     seeds, pictures = checks.count("seeds", seeds), checks.count("pictures", pictures)
     sampler_steps, samples = checks.count("sampler_steps", sampler_steps), checks.count("samples", samples)
-    settings = checks.mapping("settings", {} if settings is None else settings, least=0)
-    chosen, subjects, path, folder = require_comparison(path, methods, counts, subjects, folder)
+    chosen, subjects, path, folder = require_comparison(path, methods, counts, subjects, folder, settings)
+    settings = settings or {}
     cells = [
         {"subject": title, "condition": name, "seed": seed}
         for seed, title, name in product(range(seeds), subjects, chosen)
@@ -157,12 +157,20 @@ def require_comparison(
     counts: Sequence[int],
     subjects: Sequence[str] | None,
     folder: str | Path | None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Method], list[str], Path, Path | None]:
     """What `compare_methods` is asked for, checked before a cluster starts: methods, titles, table, folder of edits.
 
     Raises what `compare_methods` raises.
     """
     chosen = _named(methods)
+    settings = checks.mapping("settings", {} if settings is None else settings, least=0)
+    for name, method in chosen.items():
+        if unknown := method.unknown(settings):
+            raise ArgumentError(
+                f"settings has {', '.join(unknown)}, which {name!r} does not take: give what all of the methods take "
+                "that are compared, or compare fewer"
+            )
     counts = [checks.count("one of counts", count) for count in checks.items("counts", counts)]
     wrong = [count for count in counts if count != 1 and count not in COMBINATIONS]
     if wrong:

@@ -6,6 +6,7 @@ and join them, so that a subject's edit serves every combination and every metho
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,10 @@ from ..errors import ConeslabError, FileFormatError
 from ..files import data_folder, read_json
 from ..finetuning.samples import several
 from ..methods.personalization.custom_diffusion import CustomDiffusionSettings, custom_diffusion
-from ..methods.personalization.dreambooth import dreambooth
+from ..methods.personalization.dreambooth import DreamBoothSettings, dreambooth
 from ..methods.personalization.lora import LoRASettings, lora
 from ..methods.personalization.merging import merge
-from ..methods.personalization.textual_inversion import textual_inversion
+from ..methods.personalization.textual_inversion import TextualInversionSettings, textual_inversion
 from ..neurons.mask import ConceptNeurons
 from ..neurons.union import concatenate, finetune_together
 from ..settings import takes
@@ -54,6 +55,14 @@ class Method:
         """The settings to choose from for an edit of so many subjects; none if there is nothing to choose."""
         own = self.choices if subjects == 1 or self.for_several is None else self.for_several
         return [{name: value} for name, values in own.items() for value in values]
+
+    def unknown(self, settings: Mapping[str, Any]) -> list[str]:
+        """Those of the settings that the method has not by name; none if its function takes any."""
+        taken = inspect.signature(self.single or self.make).parameters.values()
+        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken):
+            return []
+        names = {one.name for one in taken if one.kind is inspect.Parameter.KEYWORD_ONLY} - {"seed"}
+        return [name for name in settings if name not in {*names, *self.own_settings}]
 
     def of_single(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The part of the settings that is for the edit of one subject."""
@@ -105,10 +114,12 @@ def _nothing(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int) -> Edit:
 
 
 # Functions of their own, rather than made by one, so that a method can be pickled.
+@takes(TextualInversionSettings)
 def _invert(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
     return textual_inversion(pipe, subjects, seed=seed, progress=False, **settings)
 
 
+@takes(DreamBoothSettings)
 def _dreambooth(pipe: Pipeline, subjects: Sequence[Subject], *, seed: int, **settings: Any) -> Edit:
     return dreambooth(pipe, subjects, seed=seed, progress=False, **settings)
 
