@@ -105,8 +105,8 @@ hosts: $(VENV)/.coneslab-test
 # by name.
 assignments: $(VENV)/.coneslab-coursework
 	@mkdir -p '$(COURSE)/source'
-	@cd coursework && for shipped in *.py source/*; do \
-		kept='$(abspath $(COURSE))'/$$shipped; \
+	@course="$$(cd '$(COURSE)' && pwd)" && cd coursework && for shipped in *.py source/*; do \
+		kept="$$course/$$shipped"; \
 		if [ ! -e "$$kept" ]; then cp -R "$$shipped" "$$kept" || exit 1; \
 		elif ! diff -qr "$$shipped" "$$kept" > /dev/null; then \
 			echo "kept, with what was changed in it (delete it for the shipped one): $$kept"; fi; done
