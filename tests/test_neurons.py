@@ -448,6 +448,7 @@ def test_prior_pictures_are_drawn_once(v_pipe, pictured, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*are enlarged:coneslab.errors.ConeslabWarning")
 def test_a_large_stable_diffusions_structure_is_searched(sd_pipe, pictured):
     before = state(sd_pipe)
     found = find_concept_neurons(sd_pipe, pictured, **{**SEARCH, "rounds": 2}, chunk=5)

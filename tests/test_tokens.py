@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import coneslab
 from coneslab.diffusion import encode_prompts, load
+from coneslab.edits import applied as applied_in_steps
 from coneslab.edits.tokens import TokenEdit, vocabulary_fingerprint, with_tokens
 from coneslab.errors import ConeslabError, ConeslabWarning
 from coneslab.world import SUBJECTS, WORDS, sample, subject
@@ -61,6 +63,10 @@ def test_of_two_edits_of_a_token_the_later_one_counts_and_says_so(tiny):
         warnings.simplefilter("error", ConeslabWarning)
         with second.applied(tiny):
             assert torch.equal(encode_prompts(tiny, "a <new>"), both)
+        with second.applied(tiny, dose=0.0), second.applied(tiny), second.applied(tiny):
+            assert torch.equal(encode_prompts(tiny, "a <new>"), both)
+        with applied_in_steps(second, tiny, steps=(0.0, 0.5)):  # which has it at dose 0 elsewhere
+            coneslab.generate(tiny, "a <new>", sampler_steps=2)
         other = replace(first, tokens=("<other>",))
         with second.applied(tiny), other.applied(tiny):
             assert torch.equal(encode_prompts(tiny, "a <new>"), both)

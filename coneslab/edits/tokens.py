@@ -176,8 +176,9 @@ class TokenEdit(Edit):
         if check_model:
             _require_vocabulary(self.fingerprint, pipe, self.tokens)
         tokenizer, ids = with_tokens(pipe.tokenizer, self.tokens)
-        learned: frozenset[int] = getattr(table, "_learned", frozenset())
-        if again := [token for token, number in zip(self.tokens, ids, strict=True) if number in learned]:
+        learned: dict[int, TokenEdit] = getattr(table, "_learned", {})  # by the edits that are on, with a dose
+        pairs = zip(self.tokens, ids, strict=True)
+        if dose and (again := [token for token, number in pairs if learned.get(number, self) != self]):
             checks.warn(
                 f"{', '.join(again)} has the vector of another edit already, which does not count while this one is "
                 "applied: learn one of them with another token to have both"
@@ -192,7 +193,7 @@ class TokenEdit(Edit):
             weight[token] = (1 - dose) * start + dose * vector
         edited = nn.Embedding.from_pretrained(weight, freeze=True)
         object.__setattr__(edited, "_untouched", getattr(table, "_untouched", table))  # no module of its own
-        object.__setattr__(edited, "_learned", learned | {*ids})
+        object.__setattr__(edited, "_learned", learned | (dict.fromkeys(ids, self) if dose else {}))
         encoder = uncompiled(pipe.text_encoder)
         embeddings = Place(encoder, "input embeddings", encoder.get_input_embeddings, encoder.set_input_embeddings)
         places = [(embeddings, edited), (attribute(pipe, "tokenizer"), tokenizer)]
