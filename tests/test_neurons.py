@@ -235,15 +235,6 @@ def running_mean(values, momentum):
     return weights @ values / weights.sum()
 
 
-def followed(rule, theta, gradients, noise=0.5):
-    """The scales after every round."""
-    scales = []
-    for gradient in gradients:
-        rule.update(torch.tensor(gradient), noise)
-        scales.append(rule.scale.clone().numpy())
-    return theta, scales
-
-
 def scaled_down(scale, criterion, share, rate):
     """One round: in each layer, whatever is above its quantile and above 0."""
     scale = scale.copy()

@@ -235,12 +235,14 @@ def drawing_options(arguments: Arguments) -> dict[str, Any]:
 def is_folder(given: str, instead: str) -> bool:
     """Whether a folder is meant. Raises ConeslabError for a file, and for what reads as a folder that is not there."""
     path = user_path(given)
+    if path.is_dir():
+        return True
     if path.is_file():
         raise ConeslabError(f"{given} is a file: give a folder of pictures, or {instead}")
     inside = path.parent != Path(".") and path.parent.is_dir()  # as "a cat/dog" is not
-    if not path.is_dir() and (given.startswith((".", "~")) or given.endswith(("/", os.sep)) or inside):
+    if given.startswith((".", "~")) or given.endswith(("/", os.sep)) or inside:
         raise ConeslabError(f"there is no folder {given}: check the name, or give {instead}")
-    return path.is_dir()
+    return False
 
 
 def resolution(pipe: Pipeline) -> int:

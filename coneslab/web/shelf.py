@@ -24,7 +24,7 @@ from ..diffusion.kvspace import KVLayout, KVSpace
 from ..diffusion.pipelines import Pipeline
 from ..edits.base import Combined, Edit, load_edit
 from ..edits.low_rank import LowRankDelta, compress
-from ..edits.weights import WeightDelta, model_fingerprint, require_model
+from ..edits.weights import WeightDelta, require_model
 from ..errors import ArgumentError, ConeslabError, MissingFileError
 from ..files import require_writable, user_path
 from ..methods.ablation.uce import closed_form_edit
@@ -74,9 +74,8 @@ def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
     """
     require_editable(pipe)
     checks.of_kind("edit", edit, Edit)
-    layout = KVSpace(pipe).layout
-    data, parts = [], []
     _require_drawable(edit, pipe)
+    layout, data, parts = KVSpace(pipe).layout, [], []
     for part, dose in _parts(edit):
         if isinstance(part, ConceptNeurons):
             raw, entry = _mask(part, dose, pipe)
@@ -89,7 +88,7 @@ def plain(edit: Edit, pipe: Pipeline) -> tuple[bytes, list[dict[str, Any]]]:
 
 def _require_drawable(edit: Edit, pipe: Pipeline) -> None:
     """Raise ConeslabError, saying why, for an edit that a page cannot draw with: see `plain`."""
-    names, model = set(KVSpace(pipe).layout.names), model_fingerprint(pipe)
+    names = set(KVSpace(pipe).layout.names)
     for part, _ in _parts(edit):
         deltas = part.deltas if isinstance(part, WeightDelta) else {}
         factors = part.factors if isinstance(part, LowRankDelta) else {}
@@ -99,8 +98,7 @@ def _require_drawable(edit: Edit, pipe: Pipeline) -> None:
                 f"{part!r} changes more than the keys and values of cross-attention, which a page cannot do: give "
                 "masks, closed-form ablations, or other changes of these matrices"
             )
-        if part.fingerprint != model:  # type: ignore[attr-defined]
-            require_model(part.fingerprint, pipe, "this edit")  # type: ignore[attr-defined]
+        require_model(part.fingerprint, pipe, "this edit")  # type: ignore[attr-defined]
 
 
 def _parts(edit: Edit, dose: float = 1.0) -> list[tuple[Edit, float]]:

@@ -61,8 +61,8 @@ class Decomposition(Edit):
             raise ConeslabError(
                 f"got coefficients of shape {values.shape} for {len(self.words)} words: give each a number, 0 or more"
             )
-        if len(set(self.words)) < len(self.words):
-            (word, _), *_ = Counter(self.words).most_common(1)
+        ((word, times),) = Counter(self.words).most_common(1)
+        if times > 1:
             raise ConeslabError(f"{word!r} is among the words twice: give each of them once, with one coefficient")
         if not values.any():
             raise ConeslabError("all coefficients are 0: leave at least one word in")
